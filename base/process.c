@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "base/process.h"
+
+#include "base/bytes.h"
+#include "base/cleanup.h"
+#include "base/clock.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <sys/syscall.h>
+
+enum { ARGV_BYTES_MAX = 1 << 20 };
+
+static int read_small_file(const char *path, char *out, size_t size)
+{
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    ssize_t n = read(fd, out, size - 1);
+    if (n < 0)
+        return -1;
+    out[n] = 0;
+    return 0;
+}
+
+static int read_boot_id(struct uuid *ret, struct vm_error **err)
+{
+    char text[64];
+    if (read_small_file("/proc/sys/kernel/random/boot_id", text, sizeof(text)) < 0)
+        return error_errno(err, errno, "cannot read the boot id");
+    text[strcspn(text, "\n")] = 0;
+    if (!uuid_parse(text, ret))
+        return error_set(err, VM_ERROR_SYSTEM, "the kernel's boot id '%s' is not a UUID", text);
+    return 0;
+}
+
+/* State letter and start time of a process; false if there is none. */
+static bool read_stat(pid_t pid, char *ret_state, uint64_t *ret_start)
+{
+    char path[32], text[1024];
+    snprintf(path, sizeof(path), "/proc/%d/stat", pid);
+    if (read_small_file(path, text, sizeof(text)) < 0)
+        return false;
+    /* The second field is the name in parentheses, which may itself contain any character. */
+    const char *after = strrchr(text, ')');
+    if (!after)
+        return false;
+    return sscanf(after + 1,
+                  " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d "
+                  "%" SCNu64,
+                  ret_state, ret_start) == 2;
+}
+
+static bool state_runs(char state)
+{
+    return state != 'Z' && state != 'X' && state != 'x';
+}
+
+int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err)
+{
+    char state;
+    struct process_identity id = {.pid = pid};
+    if (!read_stat(pid, &state, &id.start) || !state_runs(state))
+        return error_set(err, VM_ERROR_NOT_FOUND, "no process %d is running", pid);
+    if (read_boot_id(&id.boot, err) < 0)
+        return -1;
+    *ret_id = id;
+    return 0;
+}
+
+bool process_alive(const struct process_identity *id)
+{
+    struct uuid boot;
+    uint64_t start;
+    char state;
+    /* If the boot id cannot be read, nobody can know: say alive, which makes callers wait. */
+    if (read_boot_id(&boot, NULL) == 0 && !uuid_equal(&boot, &id->boot))
+        return false;
+    return read_stat(id->pid, &state, &start) && start == id->start && state_runs(state);
+}
+
+int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
+    cleanup_close int fd = (int)syscall(SYS_pidfd_open, id->pid, 0);
+    if (fd < 0 && errno != ESRCH)
+        return error_errno(err, errno, "cannot open process %d", id->pid);
+    /* The pidfd is of whoever has the pid now: only then compare the start time. */
+    if (fd < 0 || !process_alive(id))
+        return 0;
+    if (syscall(SYS_pidfd_send_signal, fd, SIGKILL, NULL, 0) < 0 && errno != ESRCH)
+        return error_errno(err, errno, "cannot kill process %d", id->pid);
+    while (process_alive(id)) {
+        struct pollfd p = {.fd = fd, .events = POLLIN};
+        int ms = clock_ms_until(deadline);
+        if (ms == 0)
+            return error_set(err, VM_ERROR_TIMEOUT, "process %d did not end within %d ms of SIGKILL",
+                             id->pid, timeout_ms);
+        poll(&p, 1, ms);
+    }
+    return 0;
+}
+
+bool process_identity_equal(const struct process_identity *a, const struct process_identity *b)
+{
+    return uuid_equal(&a->boot, &b->boot) && a->pid == b->pid && a->start == b->start;
+}
+
+static int read_cmdline(pid_t pid, struct buffer *out, struct vm_error **err)
+{
+    char path[32];
+    snprintf(path, sizeof(path), "/proc/%d/cmdline", pid);
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot read the command line of process %d", pid);
+    out->limit = ARGV_BYTES_MAX;
+    for (;;) {
+        uint8_t *to = buffer_grow(out, 4096);
+        if (!to)
+            return error_set(err, VM_ERROR_NO_SPACE, "the command line of process %d is too long",
+                             pid);
+        ssize_t n = read(fd, to, 4096);
+        if (n < 0)
+            return error_errno(err, errno, "cannot read the command line of process %d", pid);
+        out->len -= 4096 - (size_t)n;
+        if (n == 0)
+            return 0;
+    }
+}
+
+int process_argv(pid_t pid, char ***ret_argv, struct vm_error **err)
+{
+    cleanup_buffer struct buffer text = {0};
+    if (read_cmdline(pid, &text, err) < 0)
+        return -1;
+    if (!text.len || text.data[text.len - 1])
+        return error_set(err, VM_ERROR_NOT_FOUND, "process %d has no command line", pid);
+    size_t argc = 0;
+    for (size_t i = 0; i < text.len; i++)
+        argc += !text.data[i];
+    char **argv = malloc((argc + 1) * sizeof(*argv) + text.len);
+    if (!argv)
+        return error_nomem(err);
+    char *strings = memcpy(argv + argc + 1, text.data, text.len);
+    for (size_t i = 0; i < argc; i++) {
+        argv[i] = strings;
+        strings += strlen(strings) + 1;
+    }
+    argv[argc] = NULL;
+    *ret_argv = argv;
+    return 0;
+}
