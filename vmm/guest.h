@@ -1,0 +1,219 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * guest: the one interface through which the rest of vmmig sees a virtual machine, whatever its
+ * VMM. Drivers: QEMU (vmm/qemu.h). The engines in migrate/ use nothing else of a driver.
+ *
+ * Two halves. A *source* gives its memory away:
+ *
+ *     guest_source_start(g, &params, &events, arg)  pages and bytes arrive in `events`, round by round
+ *     guest_source_progress(g, &p)                  remaining, dirty rate, throttle: asked at any time
+ *     guest_pause(g)                                by the engine, when it predicts a short enough pause
+ *     ... events->memory_done, then bytes of device state, then events->done
+ *     guest_source_stop(g)                          always, whatever happened; the driver's threads are gone
+ *     guest_resume(g)  or  guest_kill(g)            the engine decides
+ *
+ * A *sink* takes it; it is a VMM that waits for an incoming guest, paused:
+ *
+ *     guest_sink_regions(g, ...)                    mapped memory, into which the engine decodes pages
+ *     guest_sink_bytes(g, data, n)                  what the VMM's own loader gets, in order
+ *     guest_sink_finish(g, deadline)                loaded completely, and paused
+ *     guest_resume(g)  or  guest_kill(g)
+ *
+ * Ownership: guest_destroy frees the handle and never touches the VMM. Threads: every call may come
+ * from any thread, several at once; calls on one half are made by one engine at a time. Times in
+ * nanoseconds, memory in bytes unless a name says otherwise. Errors: VMM_DIED once the process is
+ * gone, TIMEOUT when it does not answer, REFUSED with the VMM's own words when it refuses.
+ * A crash of the agent leaves the VMM running; a new agent attaches again and finds by
+ * guest_status what the VMM was doing.
+ */
+#ifndef VMMIG_VMM_GUEST_H
+#define VMMIG_VMM_GUEST_H
+
+#include "base/cleanup.h"
+#include "base/error.h"
+#include "base/process.h"
+#include "vmm/page_batch.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define GUEST_REGIONS_MAX 256
+#define GUEST_REGION_NAME_MAX 256 /* with the NUL */
+
+struct guest;
+
+enum guest_run_state {
+    GUEST_RUNNING,
+    GUEST_PAUSED,      /* by somebody's request; also a VM that was started paused */
+    GUEST_INCOMING,    /* waits for a migration, nothing loaded yet */
+    GUEST_POSTMIGRATE, /* gave its state away completely; `resume` makes it go on from there */
+    GUEST_BROKEN,      /* I/O error, internal error, shut down, panicked: `detail` has the VMM's word */
+};
+
+struct guest_status {
+    enum guest_run_state state;
+    char detail[32]; /* the VMM's own name of the state */
+    bool migrating;  /* the VMM says that an outgoing migration is under way */
+};
+
+/* A stretch of guest memory, as the VMM's migration stream names it. */
+struct guest_region {
+    char name[GUEST_REGION_NAME_MAX];
+    uint64_t size;      /* bytes, a multiple of GUEST_PAGE_SIZE */
+    uint64_t page_size; /* of the memory behind it: 4096, or that of hugetlb */
+    uint8_t *base;      /* where it is mapped in this process; NULL if it is not */
+};
+
+struct guest_source_params {
+    unsigned channels;        /* pages are sorted by page_stripe_channel(addr, channels) */
+    uint64_t max_bandwidth;   /* bytes a second out of the VMM, 0: no limit */
+    /*
+     * Names of the regions whose pages come as pages, in the order of their region numbers. Those of
+     * any other region stay in the bytes. NULL: none, everything is bytes.
+     */
+    const struct guest_region *regions;
+    unsigned n_regions;
+};
+
+/*
+ * Called in the driver's own threads. May block: that is the back-pressure that makes the VMM wait.
+ * -1 ends the source with that error.
+ */
+struct guest_source_events {
+    /* Takes over one reference of batch. Calls for the same channel come one after the other. */
+    int (*pages)(void *arg, struct page_batch *batch, struct vm_error **err);
+    /* The next bytes for the destination's loader. */
+    int (*bytes)(void *arg, const void *data, size_t n, struct vm_error **err);
+    /*
+     * The guest is paused and its last page was given to `pages`: the bytes from here on may be
+     * loaded only when all pages are in place.
+     */
+    int (*memory_done)(void *arg, struct vm_error **err);
+    /*
+     * The end, once: err is NULL when the VMM confirmed that it gave everything away and is in
+     * GUEST_POSTMIGRATE, else the reason (the callee frees it).
+     */
+    void (*done)(void *arg, struct vm_error *err);
+    /* A new round begins (2, 3, ...): the dirty log was read again. From the driver's thread. */
+    void (*round)(void *arg, unsigned round);
+};
+
+struct guest_source_progress {
+    unsigned round;           /* 1 is the first pass over all memory */
+    uint64_t total;           /* bytes of guest memory */
+    uint64_t remaining;       /* bytes known to be dirty and not yet given out */
+    uint64_t dirty_rate;      /* bytes a second, as last measured; 0 while unknown */
+    uint64_t zero_pages;      /* pages that the VMM itself found to be zero */
+    uint64_t bytes_out;       /* bytes read from the VMM so far */
+    unsigned throttle_percent; /* how much of the vCPUs' time the VMM takes away, 0: none */
+};
+
+struct guest_ops {
+    const char *driver; /* "qemu" */
+    void (*destroy)(struct guest *g);
+    int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
+    int (*pause)(struct guest *g, struct vm_error **err);
+    int (*resume)(struct guest *g, struct vm_error **err);
+    int (*source_start)(struct guest *g, const struct guest_source_params *params,
+                        const struct guest_source_events *events, void *arg, struct vm_error **err);
+    int (*source_progress)(struct guest *g, struct guest_source_progress *ret_progress,
+                           struct vm_error **err);
+    int (*source_stop)(struct guest *g, struct vm_error **err);
+    int (*announce)(struct guest *g, struct vm_error **err);
+    int (*sink_regions)(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
+    int (*sink_bytes)(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
+                      int cancel_fd, struct vm_error **err);
+    int (*sink_finish)(struct guest *g, int64_t deadline_ns, int cancel_fd, struct vm_error **err);
+};
+
+/* What a driver's own struct begins with. */
+struct guest {
+    const struct guest_ops *ops;
+    struct process_identity process;
+};
+
+static inline void guest_destroy(struct guest *g)
+{
+    if (g)
+        g->ops->destroy(g);
+}
+DEFINE_CLEANUP(guest, struct guest *, guest_destroy)
+
+static inline int guest_status(struct guest *g, struct guest_status *ret_status,
+                               struct vm_error **err)
+{
+    return g->ops->status(g, ret_status, err);
+}
+
+/* Stop the vCPUs; returns when they stand and pending I/O is drained. Fine if they stood already. */
+static inline int guest_pause(struct guest *g, struct vm_error **err)
+{
+    return g->ops->pause(g, err);
+}
+
+/*
+ * Let the vCPUs run. From GUEST_POSTMIGRATE this takes the guest back: disks are activated first. If
+ * it fails before a vCPU ran, the error says so and the guest stands.
+ */
+static inline int guest_resume(struct guest *g, struct vm_error **err)
+{
+    return g->ops->resume(g, err);
+}
+
+/* Begin to give the memory away. The guest runs on. */
+static inline int guest_source_start(struct guest *g, const struct guest_source_params *params,
+                                     const struct guest_source_events *events, void *arg,
+                                     struct vm_error **err)
+{
+    return g->ops->source_start(g, params, events, arg, err);
+}
+
+static inline int guest_source_progress(struct guest *g, struct guest_source_progress *ret_progress,
+                                        struct vm_error **err)
+{
+    return g->ops->source_progress(g, ret_progress, err);
+}
+
+/*
+ * End it, complete or not: the VMM is told to give up what is still under way, the driver's threads are
+ * joined, `done` was called. Does not resume a guest that the engine paused, nor one that was
+ * paused before.
+ */
+static inline int guest_source_stop(struct guest *g, struct vm_error **err)
+{
+    return g->ops->source_stop(g, err);
+}
+
+/* Make the guest known at its new place (gratuitous ARP, RARP). */
+static inline int guest_announce(struct guest *g, struct vm_error **err)
+{
+    return g->ops->announce(g, err);
+}
+
+/* The sink's regions; `base` is set where the engine may write pages. Valid as long as g. */
+static inline int guest_sink_regions(struct guest *g, const struct guest_region **ret_regions,
+                                     unsigned *ret_n)
+{
+    return g->ops->sink_regions(g, ret_regions, ret_n);
+}
+
+static inline int guest_sink_bytes(struct guest *g, const void *data, size_t n,
+                                   int64_t deadline_ns, int cancel_fd, struct vm_error **err)
+{
+    return g->ops->sink_bytes(g, data, n, deadline_ns, cancel_fd, err);
+}
+
+static inline int guest_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd,
+                                    struct vm_error **err)
+{
+    return g->ops->sink_finish(g, deadline_ns, cancel_fd, err);
+}
+
+/* SIGKILL, and wait until the process is certainly gone. */
+static inline int guest_kill(struct guest *g, int timeout_ms, struct vm_error **err)
+{
+    return process_kill(&g->process, timeout_ms, err);
+}
+
+#endif
