@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "base/queue.h"
+
+#include "base/clock.h"
+
+#include <errno.h>
+
+struct queue {
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    void (*dispose)(void *item);
+    bool closed, aborted;
+    unsigned busy_consumers; /* hold an item that they got */
+    unsigned capacity, first, n;
+    void *items[];
+};
+
+struct queue *queue_create(unsigned capacity, void (*dispose)(void *item), struct vm_error **err)
+{
+    struct queue *q = calloc(1, sizeof(*q) + capacity * sizeof(*q->items));
+    if (!q) {
+        error_nomem(err);
+        return NULL;
+    }
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&q->changed, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    pthread_mutex_init(&q->lock, NULL);
+    q->dispose = dispose;
+    q->capacity = capacity;
+    return q;
+}
+
+void queue_destroy(struct queue *q)
+{
+    if (!q)
+        return;
+    for (; q->n; q->n--) {
+        if (q->dispose)
+            q->dispose(q->items[q->first]);
+        q->first = (q->first + 1) % q->capacity;
+    }
+    pthread_cond_destroy(&q->changed);
+    pthread_mutex_destroy(&q->lock);
+    free(q);
+}
+
+bool queue_put(struct queue *q, void *item)
+{
+    SCOPE_LOCK(&q->lock);
+    while (q->n == q->capacity && !q->closed && !q->aborted)
+        pthread_cond_wait(&q->changed, &q->lock);
+    if (q->closed || q->aborted)
+        return false;
+    q->items[(q->first + q->n) % q->capacity] = item;
+    q->n++;
+    pthread_cond_broadcast(&q->changed);
+    return true;
+}
+
+/* Wait for a change; false when the deadline passed. */
+static bool wait_changed(struct queue *q, int64_t deadline_ns)
+{
+    if (deadline_ns == INT64_MAX)
+        return pthread_cond_wait(&q->changed, &q->lock) == 0;
+    struct timespec t = {deadline_ns / NSEC_PER_SEC, deadline_ns % NSEC_PER_SEC};
+    return pthread_cond_timedwait(&q->changed, &q->lock, &t) != ETIMEDOUT;
+}
+
+void *queue_get_until(struct queue *q, int64_t deadline_ns, bool *ret_ended)
+{
+    SCOPE_LOCK(&q->lock);
+    /* The consumer is back: what it got before is done with. */
+    if (q->busy_consumers)
+        q->busy_consumers--;
+    pthread_cond_broadcast(&q->changed);
+    while (!q->n && !q->closed && !q->aborted && wait_changed(q, deadline_ns))
+        ;
+    *ret_ended = q->aborted || (q->closed && !q->n);
+    if (!q->n || q->aborted)
+        return NULL;
+    void *item = q->items[q->first];
+    q->first = (q->first + 1) % q->capacity;
+    q->n--;
+    q->busy_consumers++;
+    pthread_cond_broadcast(&q->changed);
+    return item;
+}
+
+void *queue_get(struct queue *q)
+{
+    bool ended;
+    return queue_get_until(q, INT64_MAX, &ended);
+}
+
+void queue_close(struct queue *q)
+{
+    SCOPE_LOCK(&q->lock);
+    q->closed = true;
+    pthread_cond_broadcast(&q->changed);
+}
+
+void queue_abort(struct queue *q)
+{
+    SCOPE_LOCK(&q->lock);
+    q->aborted = true;
+    pthread_cond_broadcast(&q->changed);
+}
+
+bool queue_wait_idle(struct queue *q)
+{
+    SCOPE_LOCK(&q->lock);
+    while ((q->n || q->busy_consumers) && !q->aborted)
+        pthread_cond_wait(&q->changed, &q->lock);
+    return !q->aborted;
+}
+
+unsigned queue_length(struct queue *q)
+{
+    SCOPE_LOCK(&q->lock);
+    return q->n;
+}

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "migrate/converge.h"
+
+#include "base/clock.h"
+
+/* Beyond that a VMM cannot throttle: QEMU's max-cpu-throttle. */
+enum { FULL_THROTTLE_PERCENT = 99 };
+/* Rounds without a better prediction after which waiting is over, unthrottled and fully throttled. */
+enum { PATIENCE_ROUNDS = 40, PATIENCE_ROUNDS_THROTTLED = 4 };
+/* A round "helps" when it shortens the prediction to less than this share. */
+static const double MARKED_GAIN = 0.75;
+/* Share of the elapsed time that refinement may cost, and a pause that needs none. */
+static const double REFINE_SHARE = 0.10;
+static const int64_t SHORT_ENOUGH_NS = 5 * NSEC_PER_MSEC;
+
+void converge_init(struct converge *c, int64_t limit_ns, int64_t now_ns)
+{
+    *c = (struct converge){
+        .limit_ns = limit_ns,
+        .started_ns = now_ns,
+        .round_started_ns = now_ns,
+        .judged_round = 1,
+        .last_predicted_ns = INT64_MAX,
+        .best_predicted_ns = INT64_MAX,
+        .predicted_ns = INT64_MAX,
+    };
+}
+
+static int64_t drain_ns(const struct converge_input *in)
+{
+    if (!in->remaining)
+        return 0;
+    if (!in->drain_rate)
+        return INT64_MAX / 4;
+    double ns = (double)in->remaining / (double)in->drain_rate * (double)NSEC_PER_SEC;
+    return ns > (double)(INT64_MAX / 4) ? INT64_MAX / 4 : (int64_t)ns;
+}
+
+/* The limit is met: is one more round worth its time? It lasts as long as the pause would now. */
+static bool refine(struct converge *c, const struct converge_input *in)
+{
+    int64_t round_ns = drain_ns(in) + in->in_flight_ns;
+    double budget = REFINE_SHARE * (double)(in->now_ns - c->started_ns);
+    bool helped = !c->refining || (double)c->predicted_ns < MARKED_GAIN * (double)c->last_predicted_ns;
+    if (!helped || round_ns <= SHORT_ENOUGH_NS || (double)(c->refined_ns + round_ns) > budget)
+        return false;
+    c->refining = true;
+    c->refined_ns += round_ns;
+    return true;
+}
+
+static bool patience_is_over(const struct converge *c, const struct converge_input *in)
+{
+    unsigned patience = in->throttle_percent >= FULL_THROTTLE_PERCENT ? PATIENCE_ROUNDS_THROTTLED
+                                                                      : PATIENCE_ROUNDS;
+    return c->rounds_without_gain >= patience &&
+           c->predicted_ns <= c->best_predicted_ns + c->best_predicted_ns / 20;
+}
+
+static enum converge_verdict judge_round(struct converge *c, const struct converge_input *in)
+{
+    if (c->predicted_ns <= c->limit_ns)
+        return refine(c, in) ? CONVERGE_CONTINUE : CONVERGE_PAUSE;
+    c->refining = false;
+    if ((double)c->predicted_ns < 0.95 * (double)c->best_predicted_ns)
+        c->rounds_without_gain = 0;
+    else
+        c->rounds_without_gain++;
+    if (c->predicted_ns < c->best_predicted_ns)
+        c->best_predicted_ns = c->predicted_ns;
+    return patience_is_over(c, in) ? CONVERGE_PAUSE_OVER : CONVERGE_CONTINUE;
+}
+
+enum converge_verdict converge_judge(struct converge *c, const struct converge_input *in)
+{
+    if (in->round < 2)
+        return CONVERGE_CONTINUE;
+    if (in->round == c->judged_round)
+        return CONVERGE_CONTINUE;
+    c->predicted_ns = drain_ns(in) + in->in_flight_ns + in->fixed_ns;
+    enum converge_verdict verdict = judge_round(c, in);
+    c->judged_round = in->round;
+    c->round_started_ns = in->now_ns;
+    c->last_predicted_ns = c->predicted_ns;
+    return verdict;
+}

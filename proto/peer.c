@@ -1,0 +1,174 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "proto/peer.h"
+
+#include <string.h>
+
+static int bad(const char *field, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_PROTOCOL, "the peer's message is malformed: %s", field);
+}
+
+/* No longer than max, and nothing that could forge a log line or a terminal's text. */
+static bool text_ok(const char *text, size_t max)
+{
+    size_t n = strnlen(text, max + 1);
+    if (n > max)
+        return false;
+    for (const unsigned char *t = (const unsigned char *)text; *t; t++)
+        if (*t < 0x20 || *t == 0x7f)
+            return false;
+    return true;
+}
+
+static int check_error(const Vmmig__Peer__Error *e, struct vm_error **err)
+{
+    if (!text_ok(e->kind, PEER_NAME_MAX) || !text_ok(e->message, PEER_TEXT_MAX))
+        return bad("error", err);
+    return 0;
+}
+
+static int check_hello(const Vmmig__Peer__Hello *h, struct vm_error **err)
+{
+    if (h->version_min > h->version_max)
+        return bad("version range", err);
+    if (!text_ok(h->software, PEER_NAME_MAX) || !text_ok(h->host, PEER_NAME_MAX))
+        return bad("hello", err);
+    return 0;
+}
+
+static int check_hello_ok(const Vmmig__Peer__HelloOk *h, struct vm_error **err)
+{
+    if (h->version < PEER_VERSION_MIN || h->version > PEER_VERSION_MAX)
+        return error_set(err, VM_ERROR_VERSION, "the peer chose protocol version %u; this agent "
+                         "speaks %d to %d", h->version, PEER_VERSION_MIN, PEER_VERSION_MAX);
+    if (!text_ok(h->software, PEER_NAME_MAX) || !text_ok(h->host, PEER_NAME_MAX))
+        return bad("hello answer", err);
+    return 0;
+}
+
+static int check_regions(const Vmmig__Peer__Definition *d, struct vm_error **err)
+{
+    if (!d->n_regions || d->n_regions > PEER_REGIONS_MAX)
+        return bad("number of memory regions", err);
+    for (size_t i = 0; i < d->n_regions; i++) {
+        const Vmmig__Peer__Region *r = d->regions[i];
+        if (!*r->name || !text_ok(r->name, PEER_NAME_MAX))
+            return bad("memory region's name", err);
+        if (!r->size || r->size % 4096 || r->size > PEER_REGION_BYTES_MAX)
+            return bad("memory region's size", err);
+        if (r->page_size < 4096 || r->page_size & (r->page_size - 1) || r->page_size > 1ULL << 30)
+            return bad("memory region's page size", err);
+    }
+    return 0;
+}
+
+static int check_disks(const Vmmig__Peer__Definition *d, struct vm_error **err)
+{
+    if (d->n_disks > PEER_DISKS_MAX)
+        return bad("number of disks", err);
+    for (size_t i = 0; i < d->n_disks; i++) {
+        const Vmmig__Peer__Disk *k = d->disks[i];
+        if (!text_ok(k->name, PEER_NAME_MAX) || !text_ok(k->path, PEER_TEXT_MAX) ||
+            !text_ok(k->format, PEER_NAME_MAX) || !text_ok(k->identity, PEER_TEXT_MAX) ||
+            !text_ok(k->nonce_path, PEER_TEXT_MAX) || k->nonce.len > PEER_NONCE_MAX)
+            return bad("disk", err);
+    }
+    return 0;
+}
+
+static int check_definition(const Vmmig__Peer__Definition *d, struct vm_error **err)
+{
+    if (!d->n_argv || d->n_argv > PEER_ARGC_MAX)
+        return bad("number of arguments", err);
+    for (size_t i = 0; i < d->n_argv; i++)
+        if (strnlen(d->argv[i], PEER_ARG_MAX + 1) > PEER_ARG_MAX)
+            return bad("argument", err);
+    if (!text_ok(d->machine, PEER_NAME_MAX) || !text_ok(d->vmm_version, PEER_NAME_MAX) ||
+        !text_ok(d->cpu_model, PEER_TEXT_MAX) || !text_ok(d->accelerator, PEER_NAME_MAX) ||
+        !text_ok(d->driver, PEER_NAME_MAX) || d->extra.len > PEER_EXTRA_MAX)
+        return bad("definition", err);
+    return check_regions(d, err) < 0 ? -1 : check_disks(d, err);
+}
+
+static int check_prepare(const Vmmig__Peer__Prepare *p, struct vm_error **err)
+{
+    if (!p->definition)
+        return bad("no definition", err);
+    if (!p->channels || p->channels > PEER_CHANNELS_MAX)
+        return bad("number of channels", err);
+    if (p->token.len != 16)
+        return bad("token", err);
+    if (!text_ok(p->dest_qmp, PEER_TEXT_MAX))
+        return bad("path of the prepared VMM", err);
+    return check_definition(p->definition, err);
+}
+
+static int check_handover(const Vmmig__Peer__Handover *h, struct vm_error **err)
+{
+    if (h->attempt.len != 16)
+        return bad("attempt", err);
+    if (h->message > 255)
+        return bad("hand-over message", err);
+    if (!text_ok(h->vm, PEER_NAME_MAX))
+        return bad("name of the VM", err);
+    if (h->reason && check_error(h->reason, err) < 0)
+        return -1;
+    if (h->prepared && h->prepared->n_mapped > PEER_REGIONS_MAX)
+        return bad("number of mapped regions", err);
+    return h->prepare ? check_prepare(h->prepare, err) : 0;
+}
+
+int peer_unpack(unsigned type, const void *data, size_t len, struct peer_message *ret_message,
+                struct vm_error **err)
+{
+    struct peer_message m = {.type = (Vmmig__Peer__Type)type};
+    int checked = -1;
+    switch (type) {
+    case VMMIG__PEER__TYPE__HELLO:
+        m.hello = vmmig__peer__hello__unpack(NULL, len, data);
+        checked = m.hello ? check_hello(m.hello, err) : bad("hello", err);
+        break;
+    case VMMIG__PEER__TYPE__HELLO_OK:
+        m.hello_ok = vmmig__peer__hello_ok__unpack(NULL, len, data);
+        checked = m.hello_ok ? check_hello_ok(m.hello_ok, err) : bad("hello answer", err);
+        break;
+    case VMMIG__PEER__TYPE__ERROR:
+        m.error = vmmig__peer__error__unpack(NULL, len, data);
+        checked = m.error ? check_error(m.error, err) : bad("error", err);
+        break;
+    case VMMIG__PEER__TYPE__HANDOVER:
+        m.handover = vmmig__peer__handover__unpack(NULL, len, data);
+        checked = m.handover ? check_handover(m.handover, err) : bad("hand-over", err);
+        break;
+    default:
+        return error_set(err, VM_ERROR_PROTOCOL, "the peer sent a message of unknown type %u", type);
+    }
+    if (checked < 0) {
+        peer_message_finish(&m);
+        return -1;
+    }
+    *ret_message = m;
+    return 0;
+}
+
+void peer_message_finish(struct peer_message *m)
+{
+    /* All members are pointers to messages, which know their own type. */
+    if (m->hello)
+        protobuf_c_message_free_unpacked(&m->hello->base, NULL);
+    m->hello = NULL;
+}
+
+void peer_pack(const ProtobufCMessage *message, struct buffer *out)
+{
+    uint8_t *to = buffer_grow(out, protobuf_c_message_get_packed_size(message));
+    if (to)
+        protobuf_c_message_pack(message, to);
+}
+
+unsigned peer_version_choose(const Vmmig__Peer__Hello *hello)
+{
+    unsigned version =
+        hello->version_max < PEER_VERSION_MAX ? hello->version_max : PEER_VERSION_MAX;
+    return version >= PEER_VERSION_MIN && version >= hello->version_min ? version : 0;
+}
