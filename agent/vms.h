@@ -1,0 +1,124 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * vms: the VMs of this agent, by name. Each has a durable record, so that a new agent finds them
+ * again: the process by its identity, the VMM by its control socket.
+ *
+ *     CLEANUP(vms) struct vms *vms = vms_open(&params, &err);     reads the records, adopts what runs
+ *     vms_add(vms, &definition, &guest, &err);                    record on disk before it returns
+ *     CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", &err);
+ *     guest_pause(vm_guest(vm), &err);
+ *     vms_remove(vms, "web1", &err);                              the VMM runs on, nobody's
+ *
+ * Presence of a VM:
+ *     PRESENT      its process runs and its VMM answered when it was adopted
+ *     UNREACHABLE  the process runs, but the VMM did not answer yet: tried again every few seconds
+ *     ENDED        the process is gone; the record stays until `detach`, or until the name is used again
+ *
+ * Records: STATE_DIR/vms/NAME, replaced durably (base/io.h), with a checksum. One that is damaged, or
+ * whose name does not fit, is reported in the log, kept aside (".damaged" is appended), and does not
+ * keep the agent from starting. After a crash at any instant a VM is in the records or not, as the
+ * last call that returned says.
+ *
+ * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
+ * goes, also after vms_remove. Deaths are noticed in the loop's thread. Bound: params.max VMs.
+ */
+#ifndef VMMIG_AGENT_VMS_H
+#define VMMIG_AGENT_VMS_H
+
+#include "base/cleanup.h"
+#include "base/error.h"
+#include "base/loop.h"
+#include "base/process.h"
+#include "proto/fields.h"
+#include "vmm/guest.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* How the VM came to this agent. X(id, number on disk, stable name) */
+#define VM_ORIGINS(X)                                                                              \
+    X(RUN, 1, "run")                                                                               \
+    X(ATTACHED, 2, "attached")                                                                     \
+    X(RECEIVED, 3, "received")
+
+#define X(id, number, name) VM_ORIGIN_##id = number,
+enum vm_origin { VM_ORIGINS(X) };
+#undef X
+
+enum vm_presence { VM_PRESENT, VM_UNREACHABLE, VM_ENDED };
+
+struct vm_definition {
+    char name[VM_NAME_MAX + 1];
+    enum vm_origin origin;
+    char **argv;    /* how it was started, ended by NULL; one allocation (base/process.h) */
+    char *qmp_path; /* the VMM's control socket */
+    struct process_identity process;
+    int64_t since_ns; /* wall clock; shown only */
+};
+
+void vm_definition_finish(struct vm_definition *d);
+int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_copy,
+                       struct vm_error **err);
+static inline void vm_definition_cleanup(struct vm_definition *d)
+{
+    vm_definition_finish(d);
+}
+#define cleanup_vm_definition __attribute__((cleanup(vm_definition_cleanup)))
+
+/* Connect to the VMM of a definition (vmm/qemu.h); may take seconds. */
+typedef struct guest *vm_connect_fn(const struct vm_definition *d, void *arg,
+                                    struct vm_error **err);
+
+struct vms_params {
+    const char *state_dir;
+    unsigned max;
+    struct loop *loop;
+    vm_connect_fn *connect;
+    void *connect_arg;
+    /* Called in the loop's thread when a VM's process is found dead. May be NULL. */
+    void (*died)(const char *name, const struct process_identity *process, void *arg);
+    void *died_arg;
+};
+
+struct vms;
+struct vm;
+
+/* Read the records. Adoption goes on in a thread of its own; vms_settle waits for its first pass. */
+struct vms *vms_open(const struct vms_params *params, struct vm_error **err);
+/* Not in a callback. References that are still held stay valid. */
+void vms_close(struct vms *vms);
+DEFINE_CLEANUP(vms, struct vms *, vms_close)
+/* Every VM of the records was tried once. */
+void vms_settle(struct vms *vms);
+
+/*
+ * Add a VM that runs; takes *guest over (sets it to NULL) on success. CONFLICT if the name is taken by a
+ * VM that has not ended, or if the process is already here under another name.
+ */
+int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
+            struct vm_error **err);
+/* Forget it. The VMM is not touched. */
+int vms_remove(struct vms *vms, const char *name, struct vm_error **err);
+/* Is the name free for vms_add? CONFLICT, or NO_SPACE when the table is full. */
+int vms_check_free(struct vms *vms, const char *name, struct vm_error **err);
+
+/* NOT_FOUND if there is none. Release with vm_put. */
+struct vm *vms_get(struct vms *vms, const char *name, struct vm_error **err);
+/* As vms_get; UNREACHABLE or VMM_DIED unless it is PRESENT, so vm_guest() is not NULL. */
+struct vm *vms_get_present(struct vms *vms, const char *name, struct vm_error **err);
+/* All, sorted by name: an allocated array (free it) of references (vm_put each). */
+int vms_list(struct vms *vms, struct vm ***ret_vms, unsigned *ret_n, struct vm_error **err);
+void vm_put(struct vm *vm);
+DEFINE_CLEANUP(vm, struct vm *, vm_put)
+
+const struct vm_definition *vm_definition(const struct vm *vm);
+enum vm_presence vm_presence(const struct vm *vm);
+/* NULL unless the VM was adopted. Any thread; see vmm/guest.h. */
+struct guest *vm_guest(const struct vm *vm);
+/* Why it is not PRESENT ("exited with status 1"), in `out`. */
+#define VM_DETAIL_MAX 256
+const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX]);
+
+const char *vm_origin_name(enum vm_origin origin);
+
+#endif
