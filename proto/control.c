@@ -1,0 +1,301 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "proto/control.h"
+
+#include <string.h>
+
+static int out_of_range(const char *what, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_PROTOCOL, "%s is out of range", what);
+}
+
+static int check_name(const char *name, struct vm_error **err)
+{
+    if (vm_name_check(name, err) < 0)
+        return error_set_kind(err, VM_ERROR_PROTOCOL);
+    return 0;
+}
+
+static int check_word(const char *what, const char *text, struct vm_error **err)
+{
+    return field_check_text(what, text, 0, CONTROL_WORD_MAX, err);
+}
+
+static int check_hello(const Vmmig__Control__Hello *m, struct vm_error **err)
+{
+    if (!m->version_min || m->version_min > m->version_max)
+        return out_of_range("the range of versions", err);
+    return check_word("the software's name", m->software, err);
+}
+
+static int check_welcome(const Vmmig__Control__Welcome *m, struct vm_error **err)
+{
+    if (m->version < CONTROL_VERSION_MIN || m->version > CONTROL_VERSION_MAX)
+        return error_set(err, VM_ERROR_VERSION,
+                         "the agent speaks version %u of the control protocol, this command %d to %d",
+                         m->version, CONTROL_VERSION_MIN, CONTROL_VERSION_MAX);
+    if (check_word("the software's name", m->software, err) < 0)
+        return -1;
+    return check_word("the host's name", m->host, err);
+}
+
+static int check_error(const Vmmig__Control__Error *m, struct vm_error **err)
+{
+    if (field_check_text("the kind of error", m->kind, 1, CONTROL_WORD_MAX, err) < 0)
+        return -1;
+    return field_check_text("the error's message", m->message, 1, CONTROL_TEXT_MAX, err);
+}
+
+static int check_run(const Vmmig__Control__Run *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0)
+        return -1;
+    return field_check_argv("the VM's command line", m->argv, m->n_argv, err);
+}
+
+static int check_attach(const Vmmig__Control__Attach *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0)
+        return -1;
+    return field_check_path("the path of the QMP socket", m->qmp_path, err);
+}
+
+static int check_list(const Vmmig__Control__List *m, struct vm_error **err)
+{
+    (void)m;
+    (void)err;
+    return 0;
+}
+
+static int check_status(const Vmmig__Control__Status *m, struct vm_error **err)
+{
+    return check_name(m->vm, err);
+}
+
+static int check_detach(const Vmmig__Control__Detach *m, struct vm_error **err)
+{
+    return check_name(m->vm, err);
+}
+
+static int check_info(const Vmmig__Control__Info *m, struct vm_error **err)
+{
+    (void)m;
+    (void)err;
+    return 0;
+}
+
+static int check_host(const char *what, const char *text, struct vm_error **err)
+{
+    struct endpoint e;
+    if (endpoint_parse(text, DEFAULT_PEER_PORT, &e, err) < 0) {
+        error_wrap(err, "%s", what);
+        return error_set_kind(err, VM_ERROR_PROTOCOL);
+    }
+    return 0;
+}
+
+static int check_send(const Vmmig__Control__Send *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0 || check_host("the destination", m->to, err) < 0)
+        return -1;
+    if (m->downtime_limit_ms > CONTROL_DOWNTIME_MS_MAX)
+        return out_of_range("the downtime limit", err);
+    if (m->max_bandwidth &&
+        (m->max_bandwidth < CONTROL_BANDWIDTH_MIN || m->max_bandwidth > CONTROL_BANDWIDTH_MAX))
+        return out_of_range("the maximum bandwidth", err);
+    if (m->connections > CONTROL_CONNECTIONS_MAX)
+        return out_of_range("the number of connections", err);
+    if ((unsigned)m->compress > VMMIG__CONTROL__COMPRESS__COMPRESS_ZSTD)
+        return out_of_range("the compression", err);
+    return *m->dest_qmp ? field_check_path("the destination's QMP socket", m->dest_qmp, err) : 0;
+}
+
+static int check_cancel(const Vmmig__Control__Cancel *m, struct vm_error **err)
+{
+    return check_name(m->vm, err);
+}
+
+static int check_resolve(const Vmmig__Control__Resolve *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0)
+        return -1;
+    switch (m->verdict) {
+    case VMMIG__CONTROL__VERDICT__HERE:
+        return check_host("the fenced host", m->fenced_host, err);
+    case VMMIG__CONTROL__VERDICT__GONE:
+        return *m->fenced_host ? check_host("the fenced host", m->fenced_host, err) : 0;
+    default:
+        return out_of_range("the verdict", err);
+    }
+}
+
+static int check_jobs(const Vmmig__Control__Jobs *m, struct vm_error **err)
+{
+    (void)m;
+    (void)err;
+    return 0;
+}
+
+static int check_watch(const Vmmig__Control__Watch *m, struct vm_error **err)
+{
+    bool by_id = m->job.len, by_vm = *m->vm;
+    if (by_id == by_vm)
+        return error_set(err, VM_ERROR_PROTOCOL, "either a job or a VM is to be named");
+    if (m->interval_ms &&
+        (m->interval_ms < CONTROL_INTERVAL_MS_MIN || m->interval_ms > CONTROL_INTERVAL_MS_MAX))
+        return out_of_range("the interval", err);
+    return by_id ? field_check_uuid("the job's id", m->job.data, m->job.len, err)
+                 : check_name(m->vm, err);
+}
+
+static int check_pages(const Vmmig__Control__Job *m, struct vm_error **err)
+{
+    if (m->n_pages > 16)
+        return out_of_range("the number of encodings", err);
+    for (size_t i = 0; i < m->n_pages; i++)
+        if (check_word("the name of an encoding", m->pages[i]->encoding, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_job(const Vmmig__Control__Job *m, struct vm_error **err)
+{
+    if (field_check_uuid("the job's id", m->id.data, m->id.len, err) < 0 ||
+        check_name(m->vm, err) < 0 || check_word("the job's kind", m->kind, err) < 0 ||
+        field_check_text("the peer", m->peer, 0, ENDPOINT_TEXT_MAX, err) < 0 ||
+        check_word("the job's phase", m->phase, err) < 0 ||
+        check_word("the job's phase", m->phase_text, err) < 0 ||
+        check_word("the job's note", m->note, err) < 0)
+        return -1;
+    if ((unsigned)m->state > VMMIG__CONTROL__JOB_STATE__CANCELLED)
+        return out_of_range("the job's state", err);
+    if (m->error && check_error(m->error, err) < 0)
+        return -1;
+    return check_pages(m, err);
+}
+
+static int check_vm(const Vmmig__Control__Vm *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0 || check_word("the VM's origin", m->origin, err) < 0 ||
+        check_word("the VM's state", m->state, err) < 0 ||
+        field_check_text("the VM's detail", m->detail, 0, CONTROL_TEXT_MAX, err) < 0)
+        return -1;
+    if ((unsigned)m->presence > VMMIG__CONTROL__PRESENCE__ENDED)
+        return out_of_range("the VM's presence", err);
+    if (*m->qmp_path && field_check_path("the QMP socket", m->qmp_path, err) < 0)
+        return -1;
+    if (m->n_argv && field_check_argv("the VM's command line", m->argv, m->n_argv, err) < 0)
+        return -1;
+    return m->job ? check_job(m->job, err) : 0;
+}
+
+static int check_vms(const Vmmig__Control__Vms *m, struct vm_error **err)
+{
+    if (m->n_vms > CONTROL_VMS_MAX)
+        return out_of_range("the number of VMs", err);
+    for (size_t i = 0; i < m->n_vms; i++)
+        if (check_vm(m->vms[i], err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_agent(const Vmmig__Control__Agent *m, struct vm_error **err)
+{
+    if (check_word("the software's name", m->software, err) < 0 ||
+        check_word("the host's name", m->host, err) < 0)
+        return -1;
+    return field_check_text("the agent's address", m->listen, 0, ENDPOINT_TEXT_MAX, err);
+}
+
+static int check_job_list(const Vmmig__Control__JobList *m, struct vm_error **err)
+{
+    if (m->n_jobs > CONTROL_JOBS_MAX)
+        return out_of_range("the number of jobs", err);
+    for (size_t i = 0; i < m->n_jobs; i++)
+        if (check_job(m->jobs[i], err) < 0)
+            return -1;
+    return 0;
+}
+
+/* The table calls each check through one type. */
+#define X(id, member, Name, request)                                                               \
+    static int check_any_##member(const ProtobufCMessage *m, struct vm_error **err)                \
+    {                                                                                              \
+        return check_##member((const Vmmig__Control__##Name *)m, err);                             \
+    }
+CONTROL_MESSAGES(X)
+#undef X
+
+static const struct kind {
+    unsigned type;
+    const char *name;
+    const ProtobufCMessageDescriptor *descriptor;
+    int (*check)(const ProtobufCMessage *m, struct vm_error **err);
+    bool request;
+} kinds[] = {
+#define X(id, member, Name, request)                                                               \
+    {VMMIG__CONTROL__TYPE__##id, #id, &vmmig__control__##member##__descriptor, check_any_##member, request},
+    CONTROL_MESSAGES(X)
+#undef X
+};
+
+static const struct kind *find_kind(unsigned type)
+{
+    for (size_t i = 0; i < sizeof(kinds) / sizeof(*kinds); i++)
+        if (kinds[i].type == type)
+            return &kinds[i];
+    return NULL;
+}
+
+int control_check(unsigned type, const ProtobufCMessage *message, struct vm_error **err)
+{
+    const struct kind *k = find_kind(type);
+    if (!k)
+        return error_set(err, VM_ERROR_VERSION, "the control protocol has no message %u here", type);
+    if (k->check(message, err) < 0)
+        return error_wrap(err, "message %s", k->name);
+    return 0;
+}
+
+int control_unpack(unsigned type, const void *data, size_t len, struct control_message *ret_message,
+                   struct vm_error **err)
+{
+    const struct kind *k = find_kind(type);
+    if (!k)
+        return control_check(type, NULL, err);
+    ProtobufCMessage *m = protobuf_c_message_unpack(k->descriptor, NULL, len, data);
+    if (!m)
+        return error_set(err, VM_ERROR_PROTOCOL, "message %s is malformed", k->name);
+    if (control_check(type, m, err) < 0) {
+        protobuf_c_message_free_unpacked(m, NULL);
+        return -1;
+    }
+    ret_message->type = type;
+    ret_message->any = m;
+    return 0;
+}
+
+void control_message_finish(struct control_message *m)
+{
+    if (m->any)
+        protobuf_c_message_free_unpacked(m->any, NULL);
+    *m = (struct control_message){0};
+}
+
+const char *control_type_name(unsigned type)
+{
+    const struct kind *k = find_kind(type);
+    return k ? k->name : "?";
+}
+
+bool control_type_is_request(unsigned type)
+{
+    const struct kind *k = find_kind(type);
+    return k && k->request;
+}
+
+unsigned control_version_choose(const Vmmig__Control__Hello *hello)
+{
+    unsigned version =
+        hello->version_max < CONTROL_VERSION_MAX ? hello->version_max : CONTROL_VERSION_MAX;
+    return version >= hello->version_min && version >= CONTROL_VERSION_MIN ? version : 0;
+}

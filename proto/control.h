@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * control: the messages between the agent and its clients (proto/control.proto), checked before
+ * anybody looks at them.
+ *
+ *     struct control_message m;
+ *     if (control_unpack(frame.type, frame.data, frame.len, &m, &err) < 0) ...
+ *     ... m.send->vm ...
+ *     control_message_finish(&m);
+ *
+ * A message that control_unpack returns needs no further check: names and addresses are well formed,
+ * strings have their maximum and no control characters, bytes their exact size, counts and enums are
+ * in range, sub-messages are checked too. What a message means to the agent (does the VM exist?)
+ * is not checked here. Threads: any.
+ */
+#ifndef VMMIG_PROTO_CONTROL_H
+#define VMMIG_PROTO_CONTROL_H
+
+#include "base/error.h"
+#include "proto/control.pb-c.h"
+#include "proto/fields.h"
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#define CONTROL_VERSION_MIN 1
+#define CONTROL_VERSION_MAX 1
+#define CONTROL_WORD_MAX 255  /* bytes of names, states, software */
+#define CONTROL_TEXT_MAX 2048 /* bytes of messages; a longer one is cut by its sender */
+#define CONTROL_VMS_MAX 512
+#define CONTROL_JOBS_MAX 320
+#define CONTROL_DOWNTIME_MS_MIN 1
+#define CONTROL_DOWNTIME_MS_MAX 3600000
+#define CONTROL_BANDWIDTH_MIN (64ULL << 10)
+#define CONTROL_BANDWIDTH_MAX (1ULL << 50)
+#define CONTROL_CONNECTIONS_MAX 16
+#define CONTROL_INTERVAL_MS_MIN 50
+#define CONTROL_INTERVAL_MS_MAX 60000
+
+/* X(type, member, message, does a client send it) */
+#define CONTROL_MESSAGES(X)                                                                        \
+    X(HELLO, hello, Hello, true)                                                                   \
+    X(WELCOME, welcome, Welcome, false)                                                            \
+    X(ERROR, error, Error, false)                                                                  \
+    X(RUN, run, Run, true)                                                                         \
+    X(ATTACH, attach, Attach, true)                                                                \
+    X(LIST, list, List, true)                                                                      \
+    X(STATUS, status, Status, true)                                                                \
+    X(DETACH, detach, Detach, true)                                                                \
+    X(INFO, info, Info, true)                                                                      \
+    X(SEND, send, Send, true)                                                                      \
+    X(CANCEL, cancel, Cancel, true)                                                                \
+    X(RESOLVE, resolve, Resolve, true)                                                             \
+    X(JOBS, jobs, Jobs, true)                                                                      \
+    X(WATCH, watch, Watch, true)                                                                   \
+    X(VM, vm, Vm, false)                                                                           \
+    X(VMS, vms, Vms, false)                                                                        \
+    X(AGENT, agent, Agent, false)                                                                  \
+    X(JOB, job, Job, false)                                                                        \
+    X(JOB_LIST, job_list, JobList, false)
+
+struct control_message {
+    Vmmig__Control__Type type;
+    union {
+        ProtobufCMessage *any;
+#define X(id, member, Name, request) Vmmig__Control__##Name *member;
+        CONTROL_MESSAGES(X)
+#undef X
+    };
+};
+
+/*
+ * PROTOCOL, with the name of the first field that is wrong; VERSION for a type that this version does
+ * not know.
+ */
+int control_unpack(unsigned type, const void *data, size_t len, struct control_message *ret_message,
+                   struct vm_error **err);
+void control_message_finish(struct control_message *m);
+/* The same checks on a message that was built here, before it is sent. */
+int control_check(unsigned type, const ProtobufCMessage *message, struct vm_error **err);
+/* "SEND", or "?" */
+const char *control_type_name(unsigned type);
+/* Does a client send it? */
+bool control_type_is_request(unsigned type);
+/* The highest version that both speak, 0 if there is none. */
+unsigned control_version_choose(const Vmmig__Control__Hello *hello);
+
+static inline void control_message_cleanup(struct control_message *m)
+{
+    control_message_finish(m);
+}
+#define cleanup_control_message __attribute__((cleanup(control_message_cleanup)))
+
+#endif
