@@ -1,9 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/queue.h"
 
-#include "base/clock.h"
-
-#include <errno.h>
+#include "base/cond.h"
 
 struct queue {
     pthread_mutex_t lock;
@@ -22,11 +20,7 @@ struct queue *queue_create(unsigned capacity, void (*dispose)(void *item), struc
         error_nomem(err);
         return NULL;
     }
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(&q->changed, &monotonic);
-    pthread_condattr_destroy(&monotonic);
+    cond_init(&q->changed);
     pthread_mutex_init(&q->lock, NULL);
     q->dispose = dispose;
     q->capacity = capacity;
@@ -60,15 +54,6 @@ bool queue_put(struct queue *q, void *item)
     return true;
 }
 
-/* Wait for a change; false when the deadline passed. */
-static bool wait_changed(struct queue *q, int64_t deadline_ns)
-{
-    if (deadline_ns == INT64_MAX)
-        return pthread_cond_wait(&q->changed, &q->lock) == 0;
-    struct timespec t = {deadline_ns / NSEC_PER_SEC, deadline_ns % NSEC_PER_SEC};
-    return pthread_cond_timedwait(&q->changed, &q->lock, &t) != ETIMEDOUT;
-}
-
 void *queue_get_until(struct queue *q, int64_t deadline_ns, bool *ret_ended)
 {
     SCOPE_LOCK(&q->lock);
@@ -76,7 +61,8 @@ void *queue_get_until(struct queue *q, int64_t deadline_ns, bool *ret_ended)
     if (q->busy_consumers)
         q->busy_consumers--;
     pthread_cond_broadcast(&q->changed);
-    while (!q->n && !q->closed && !q->aborted && wait_changed(q, deadline_ns))
+    while (!q->n && !q->closed && !q->aborted &&
+           cond_wait_until(&q->changed, &q->lock, deadline_ns))
         ;
     *ret_ended = q->aborted || (q->closed && !q->n);
     if (!q->n || q->aborted)

@@ -1,0 +1,684 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "migrate/sender.h"
+
+#include "base/cond.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "base/queue.h"
+#include "migrate/converge.h"
+#include "migrate/stream_frames.h"
+
+#include <lz4.h>
+#include <stdatomic.h>
+
+/* Batches that wait for an encoder; more would only lengthen the pause. */
+enum { QUEUE_BATCHES = 4, QUEUE_CHUNKS = 16 };
+enum { PILOT_INTERVAL_MS = 10 };
+/* A link that is lost while the guest stands is not waited for as long as one lost in mid-copy. */
+enum { PAUSED_OUTAGE_MS = 4000 };
+enum { OPEN_TIMEOUT_MS = 15000 };
+/* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
+#define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
+
+struct page_worker {
+    struct sender *s;
+    unsigned number; /* of the channel, from 1 */
+    struct queue *batches;
+    struct page_encoder *encoder;
+    atomic_uint_fast64_t frames;    /* given to the channel */
+    struct page_encoder_stats stats; /* as of the last batch; under the policy lock */
+    pthread_t thread;
+    bool started;
+};
+
+/* The next item for channel 0: bytes, or a barrier if length is 0. */
+struct chunk {
+    size_t length;
+    struct stream_barrier barrier;
+    uint8_t data[];
+};
+
+/* A frame on its way: what must stay until it is acknowledged. */
+struct page_frame {
+    struct encoded_batch encoded;
+    struct page_batch *batch; /* NULL unless the encoded batch borrows from it */
+};
+
+struct byte_frame {
+    uint8_t meta[STREAM_BARRIER_META_MAX];
+    uint8_t payload[];
+};
+
+struct sender {
+    struct sender_params params;
+    struct rate_limit limit;
+    int cancel; /* latch of everything that this sender started */
+    struct channel_sender *channels[SENDER_CHANNELS_MAX + 1];
+    struct page_worker workers[SENDER_CHANNELS_MAX];
+    struct queue *chunks;
+    pthread_t byte_thread;
+    bool byte_thread_started;
+    atomic_uint_fast64_t pages_given, zero_pages_given; /* by the driver */
+
+    pthread_mutex_t policy_lock; /* taken alone */
+    struct policy policy;
+
+    pthread_mutex_t lock; /* guards what follows */
+    pthread_cond_t changed;
+    struct vm_error *error; /* the first failure */
+    bool source_done, new_round, failed;
+    struct sender_progress progress;
+};
+
+/* ---- Failure: the first one counts, and everything stops ---- */
+
+static void sender_fail(struct sender *s, struct vm_error *why)
+{
+    pthread_mutex_lock(&s->lock);
+    if (s->failed) {
+        error_free(why);
+    } else {
+        s->failed = true;
+        s->error = why;
+    }
+    pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    io_latch_set(s->cancel);
+    queue_abort(s->chunks);
+    for (unsigned i = 0; i < s->params.channels; i++)
+        queue_abort(s->workers[i].batches);
+}
+
+static bool sender_failed(struct sender *s)
+{
+    SCOPE_LOCK(&s->lock);
+    return s->failed;
+}
+
+/* ---- Page workers: batches of one channel, encoded and sent in their order ---- */
+
+static void release_page_frame(void *arg)
+{
+    struct page_frame *f = arg;
+    encoded_batch_finish(&f->encoded);
+    page_batch_unref(f->batch);
+    free(f);
+}
+
+static void dispose_batch(void *item)
+{
+    page_batch_unref(item);
+}
+
+/* Encode the batch and give it to the channel. Takes over the reference. */
+static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm_error **err)
+{
+    struct sender *s = w->s;
+    struct page_frame *f = calloc(1, sizeof(*f));
+    if (!f) {
+        page_batch_unref(batch);
+        return error_nomem(err);
+    }
+    f->batch = batch;
+    pthread_mutex_lock(&s->policy_lock);
+    enum page_mode mode = policy_choose(&s->policy);
+    pthread_mutex_unlock(&s->policy_lock);
+    if (page_encoder_encode(w->encoder, batch, mode, &f->encoded, err) < 0) {
+        release_page_frame(f);
+        return -1;
+    }
+    pthread_mutex_lock(&s->policy_lock);
+    policy_note_batch(&s->policy, &f->encoded.sample);
+    w->stats = *page_encoder_stats(w->encoder);
+    pthread_mutex_unlock(&s->policy_lock);
+    if (!f->encoded.borrows_input)
+        page_batch_unref(steal_ptr(&f->batch));
+    if (!f->encoded.meta_len) {
+        release_page_frame(f);
+        return 0;
+    }
+    struct channel_frame frame = {.type = FRAME_PAGES,
+                                  .meta = f->encoded.meta,
+                                  .meta_len = f->encoded.meta_len,
+                                  .payload = f->encoded.payload,
+                                  .n_payload = (int)f->encoded.n_payload,
+                                  .release = release_page_frame,
+                                  .release_arg = f};
+    if (channel_sender_send(s->channels[w->number], &frame, err) < 0)
+        return -1;
+    atomic_fetch_add(&w->frames, 1);
+    return 0;
+}
+
+static void *page_worker_main(void *arg)
+{
+    struct page_worker *w = arg;
+    struct page_batch *batch;
+    while ((batch = queue_get(w->batches))) {
+        struct vm_error *err = NULL;
+        if (send_batch(w, batch, &err) < 0) {
+            sender_fail(w->s, err);
+            break;
+        }
+    }
+    return NULL;
+}
+
+/* ---- Channel 0: the loader's bytes and the barrier ---- */
+
+static int send_barrier(struct sender *s, const struct stream_barrier *barrier,
+                        struct vm_error **err)
+{
+    struct byte_frame *f = malloc(sizeof(*f));
+    if (!f)
+        return error_nomem(err);
+    struct channel_frame frame = {.type = FRAME_BARRIER,
+                                  .meta = f->meta,
+                                  .meta_len = stream_barrier_pack(barrier, f->meta),
+                                  .release = free,
+                                  .release_arg = f};
+    return channel_sender_send(s->channels[0], &frame, err);
+}
+
+/*
+ * Compress unless the user or the policy turned that off. What does not shrink goes as it is.
+ */
+static int send_bytes(struct sender *s, const uint8_t *data, size_t length, bool compress,
+                      struct vm_error **err)
+{
+    int room = LZ4_compressBound((int)length);
+    struct byte_frame *f = malloc(sizeof(*f) + (size_t)room);
+    if (!f)
+        return error_nomem(err);
+    struct stream_bytes head = {(uint32_t)length, STREAM_PLAIN};
+    size_t n = length;
+    if (compress) {
+        int shrunk = LZ4_compress_default((const char *)data, (char *)f->payload, (int)length, room);
+        if (shrunk > 0 && (size_t)shrunk < length - length / 32) {
+            head.encoding = STREAM_LZ4;
+            n = (size_t)shrunk;
+        }
+    }
+    if (head.encoding == STREAM_PLAIN)
+        memcpy(f->payload, data, length);
+    stream_bytes_pack(&head, f->meta);
+    struct iovec iov = {f->payload, n};
+    struct channel_frame frame = {.type = FRAME_BYTES,
+                                  .meta = f->meta,
+                                  .meta_len = STREAM_BYTES_META,
+                                  .payload = &iov,
+                                  .n_payload = 1,
+                                  .release = free,
+                                  .release_arg = f};
+    return channel_sender_send(s->channels[0], &frame, err);
+}
+
+static bool bytes_are_compressed(struct sender *s)
+{
+    if (s->params.compress == POLICY_NONE)
+        return false;
+    SCOPE_LOCK(&s->policy_lock);
+    return s->policy.mode != PAGE_MODE_RAW;
+}
+
+static void *byte_worker_main(void *arg)
+{
+    struct sender *s = arg;
+    struct chunk *chunk;
+    while ((chunk = queue_get(s->chunks))) {
+        struct vm_error *err = NULL;
+        int sent = chunk->length ? send_bytes(s, chunk->data, chunk->length,
+                                              bytes_are_compressed(s), &err)
+                                 : send_barrier(s, &chunk->barrier, &err);
+        free(chunk);
+        if (sent < 0) {
+            sender_fail(s, err);
+            break;
+        }
+    }
+    return NULL;
+}
+
+/* ---- What the driver gives ---- */
+
+static int stopped(struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_CANCELLED, "the copy was stopped");
+}
+
+static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
+{
+    struct sender *s = arg;
+    unsigned zero = 0;
+    for (unsigned i = 0; i < batch->n; i++)
+        zero += !batch->pages[i].data;
+    atomic_fetch_add(&s->pages_given, batch->n);
+    atomic_fetch_add(&s->zero_pages_given, zero);
+    if (queue_put(s->workers[batch->channel].batches, batch))
+        return 0;
+    page_batch_unref(batch);
+    return stopped(err);
+}
+
+static int put_chunk(struct sender *s, struct chunk *chunk, struct vm_error **err)
+{
+    if (queue_put(s->chunks, chunk))
+        return 0;
+    free(chunk);
+    return stopped(err);
+}
+
+static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err)
+{
+    struct sender *s = arg;
+    for (const uint8_t *p = data; n;) {
+        size_t length = n < STREAM_BYTES_MAX ? n : STREAM_BYTES_MAX;
+        struct chunk *chunk = malloc(sizeof(*chunk) + length);
+        if (!chunk)
+            return error_nomem(err);
+        chunk->length = length;
+        memcpy(chunk->data, p, length);
+        if (put_chunk(s, chunk, err) < 0)
+            return -1;
+        p += length;
+        n -= length;
+    }
+    return 0;
+}
+
+/* Every page was given to us; when the workers are idle, their channels' numbers are final. */
+static int on_memory_done(void *arg, struct vm_error **err)
+{
+    struct sender *s = arg;
+    struct chunk *chunk = calloc(1, sizeof(*chunk));
+    if (!chunk)
+        return error_nomem(err);
+    chunk->barrier.n = s->params.channels;
+    for (unsigned i = 0; i < s->params.channels; i++) {
+        if (!queue_wait_idle(s->workers[i].batches)) {
+            free(chunk);
+            return stopped(err);
+        }
+        chunk->barrier.frames[i] = atomic_load(&s->workers[i].frames);
+    }
+    return put_chunk(s, chunk, err);
+}
+
+static void on_done(void *arg, struct vm_error *err)
+{
+    struct sender *s = arg;
+    if (err) {
+        sender_fail(s, err);
+        return;
+    }
+    SCOPE_LOCK(&s->lock);
+    s->source_done = true;
+    pthread_cond_broadcast(&s->changed);
+}
+
+static void on_round(void *arg, unsigned round)
+{
+    struct sender *s = arg;
+    SCOPE_LOCK(&s->lock);
+    s->new_round = true;
+    pthread_cond_broadcast(&s->changed);
+}
+
+static const struct guest_source_events source_events = {.pages = on_pages,
+                                                         .bytes = on_bytes,
+                                                         .memory_done = on_memory_done,
+                                                         .done = on_done,
+                                                         .round = on_round};
+
+/* ---- The pilot: measures, pauses the guest, waits for the end ---- */
+
+struct pilot {
+    struct converge converge;
+    int64_t last_ns;
+    uint64_t last_pages, last_zero, last_acked;
+    double drain_rate; /* bytes of non-zero guest memory a second */
+    enum page_mode mode;
+    bool paused;
+};
+
+struct link_totals {
+    uint64_t rate, unacked, acked;
+    int64_t outage_ns;
+};
+
+static void read_channels(struct sender *s, struct link_totals *ret, struct sender_progress *p)
+{
+    *ret = (struct link_totals){0};
+    p->wire_bytes = p->resent_bytes = p->acked_resent_bytes = 0;
+    p->connected = p->reconnects = 0;
+    for (unsigned i = 0; i <= s->params.channels; i++) {
+        struct channel_sender_stats st;
+        channel_sender_get_stats(s->channels[i], &st);
+        ret->rate += i ? st.rate : 0;
+        ret->unacked += st.bytes_unacked;
+        ret->acked += st.bytes_acked;
+        if (st.outage_ns > ret->outage_ns)
+            ret->outage_ns = st.outage_ns;
+        p->wire_bytes += st.bytes_sent;
+        p->resent_bytes += st.bytes_resent;
+        p->acked_resent_bytes += st.bytes_acked_resent;
+        p->connected += !st.outage_ns;
+        p->reconnects += (unsigned)st.reconnects;
+        if (!i)
+            p->stream_bytes = st.bytes_sent;
+    }
+    p->link_rate = ret->rate;
+}
+
+/*
+ * How fast memory that is not zero leaves. Stretches of zero pages say nothing about that, nor does an
+ * interval in which the VMM had nothing to give.
+ */
+static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
+{
+    uint64_t pages = atomic_load(&s->pages_given), zero = atomic_load(&s->zero_pages_given);
+    uint64_t given = pages - pilot->last_pages, zeros = zero - pilot->last_zero;
+    int64_t elapsed = now - pilot->last_ns;
+    if (elapsed < 40 * NSEC_PER_MSEC && given < 16 * PAGE_BATCH_MAX)
+        return;
+    if (given > zeros * 2 && elapsed > NSEC_PER_MSEC) {
+        double rate = (double)(given - zeros) * GUEST_PAGE_SIZE * 1e9 / (double)elapsed;
+        pilot->drain_rate = pilot->drain_rate ? pilot->drain_rate * 0.7 + rate * 0.3 : rate;
+    }
+    pilot->last_pages = pages;
+    pilot->last_zero = zero;
+    pilot->last_ns = now;
+}
+
+static void tell_policy(struct sender *s, struct pilot *pilot, const struct link_totals *link,
+                        int64_t interval_ns)
+{
+    /* A worker waits for the link when batches pile up before it. */
+    int64_t blocked = 0;
+    for (unsigned i = 0; i < s->params.channels; i++)
+        if (queue_length(s->workers[i].batches) >= QUEUE_BATCHES)
+            blocked += interval_ns;
+    SCOPE_LOCK(&s->policy_lock);
+    policy_note_link(&s->policy, link->acked - pilot->last_acked, interval_ns, blocked);
+    pilot->last_acked = link->acked;
+    pilot->mode = s->policy.mode;
+}
+
+static int64_t in_flight_ns(const struct link_totals *link)
+{
+    return link->rate ? (int64_t)((double)link->unacked * 1e9 / (double)link->rate) : 0;
+}
+
+static int pause_guest(struct sender *s, struct pilot *pilot, bool missed, struct vm_error **err)
+{
+    pilot->paused = true;
+    int64_t now = clock_mono_ns();
+    pthread_mutex_lock(&s->lock);
+    s->progress.paused_at_ns = now;
+    s->progress.limit_missed = missed;
+    pthread_mutex_unlock(&s->lock);
+    log_info("pausing the guest", "predicted_ms=%.1f limit_missed=%d",
+             (double)pilot->converge.predicted_ns / 1e6, missed);
+    return guest_pause(s->params.guest, err);
+}
+
+static int judge(struct sender *s, struct pilot *pilot, const struct guest_source_progress *source,
+                 const struct link_totals *link, struct vm_error **err)
+{
+    if (pilot->paused || !s->params.was_running)
+        return 0;
+    struct converge_input in = {.now_ns = clock_mono_ns(),
+                                .round = source->round,
+                                .remaining = source->remaining,
+                                .drain_rate = (uint64_t)pilot->drain_rate,
+                                .in_flight_ns = in_flight_ns(link),
+                                .fixed_ns = FIXED_PAUSE_NS,
+                                .throttle_percent = source->throttle_percent};
+    enum converge_verdict verdict = converge_judge(&pilot->converge, &in);
+    return verdict == CONVERGE_CONTINUE
+               ? 0
+               : pause_guest(s, pilot, verdict == CONVERGE_PAUSE_OVER, err);
+}
+
+/* One look at everything. */
+static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns,
+                      struct vm_error **err)
+{
+    struct guest_source_progress source = {0};
+    struct sender_progress p = {0};
+    struct link_totals link;
+    if (s->params.cancel_fd >= 0 && io_latch_is_set(s->params.cancel_fd))
+        return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+    if (guest_source_progress(s->params.guest, &source, err) < 0)
+        return -1;
+    read_channels(s, &link, &p);
+    if (pilot->paused && link.outage_ns > PAUSED_OUTAGE_MS * NSEC_PER_MSEC)
+        return error_set(err, VM_ERROR_TIMEOUT,
+                         "the link was lost while the guest stood, and did not come back in %d ms",
+                         PAUSED_OUTAGE_MS);
+    measure_drain(s, pilot, clock_mono_ns());
+    tell_policy(s, pilot, &link, interval_ns);
+    if (judge(s, pilot, &source, &link, err) < 0)
+        return -1;
+    SCOPE_LOCK(&s->lock);
+    struct sender_progress *to = &s->progress;
+    if (source.throttle_percent > to->throttle_max_percent)
+        to->throttle_max_percent = source.throttle_percent;
+    to->source = source;
+    to->mode = pilot->mode;
+    to->link_rate = p.link_rate;
+    to->wire_bytes = p.wire_bytes;
+    to->resent_bytes = p.resent_bytes;
+    to->acked_resent_bytes = p.acked_resent_bytes;
+    to->stream_bytes = p.stream_bytes;
+    to->connected = p.connected;
+    to->reconnects = p.reconnects;
+    to->predicted_pause_ns =
+        pilot->converge.predicted_ns == INT64_MAX ? -1 : pilot->converge.predicted_ns;
+    return 0;
+}
+
+/* Until the next look is due, a round begins, or it is over. True: it is over. */
+static bool pilot_wait(struct sender *s)
+{
+    int64_t due = clock_mono_ns() + PILOT_INTERVAL_MS * NSEC_PER_MSEC;
+    SCOPE_LOCK(&s->lock);
+    while (!s->source_done && !s->failed && !s->new_round &&
+           cond_wait_until(&s->changed, &s->lock, due))
+        ;
+    s->new_round = false;
+    return s->source_done || s->failed;
+}
+
+static int pilot_run(struct sender *s, struct vm_error **err)
+{
+    struct pilot pilot = {.last_ns = clock_mono_ns()};
+    converge_init(&pilot.converge, s->params.downtime_limit_ns, pilot.last_ns);
+    int64_t before = pilot.last_ns;
+    while (!pilot_wait(s)) {
+        int64_t now = clock_mono_ns();
+        if (pilot_step(s, &pilot, now - before, err) < 0)
+            return -1;
+        before = now;
+    }
+    if (!pilot.paused && s->params.was_running && !sender_failed(s))
+        return pause_guest(s, &pilot, false, err);
+    return 0;
+}
+
+/* ---- Life ---- */
+
+struct sender *sender_create(const struct sender_params *params, struct vm_error **err)
+{
+    CLEANUP(sender) struct sender *s = calloc(1, sizeof(*s));
+    if (!s) {
+        error_nomem(err);
+        return NULL;
+    }
+    s->params = *params;
+    s->progress.predicted_pause_ns = -1;
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_mutex_init(&s->policy_lock, NULL);
+    cond_init(&s->changed);
+    rate_limit_init(&s->limit, params->max_bandwidth);
+    policy_init(&s->policy, &(struct policy_config){.compress = params->compress,
+                                                    .workers = params->channels,
+                                                    .cores = params->cores});
+    s->cancel = io_latch_new(err);
+    s->chunks = s->cancel < 0 ? NULL : queue_create(QUEUE_CHUNKS, free, err);
+    if (!s->chunks)
+        return NULL;
+    for (unsigned i = 0; i < params->channels; i++) {
+        struct page_worker *w = &s->workers[i];
+        struct page_encoder_config config = {.regions = params->regions,
+                                             .n_regions = params->n_regions,
+                                             .channel = i,
+                                             .n_channels = params->channels,
+                                             .destination_zero = true};
+        *w = (struct page_worker){.s = s, .number = i + 1};
+        w->batches = queue_create(QUEUE_BATCHES, dispose_batch, err);
+        w->encoder = w->batches ? page_encoder_create(&config, err) : NULL;
+        if (!w->encoder)
+            return NULL;
+    }
+    return steal_ptr(&s);
+}
+
+static int open_channels(struct sender *s, struct vm_error **err)
+{
+    const struct sender_params *p = &s->params;
+    for (unsigned i = 0; i <= p->channels; i++) {
+        struct channel_sender_params params = {
+            .id = {.attempt = p->attempt, .token = p->token, .number = (uint16_t)i},
+            .connect = p->connect,
+            .connect_arg = p->connect_arg,
+            .limit = p->max_bandwidth ? &s->limit : NULL,
+            .outage_limit_ns = p->outage_limit_ns,
+            .cancel_fd = s->cancel};
+        s->channels[i] = channel_sender_create(&params, err);
+        if (!s->channels[i])
+            return -1;
+        channel_sender_set_window_time(s->channels[i], SENDER_IN_FLIGHT_MS, SENDER_WINDOW_MIN,
+                                       SENDER_WINDOW_MAX);
+    }
+    int64_t deadline = clock_mono_ns() + OPEN_TIMEOUT_MS * NSEC_PER_MSEC;
+    for (unsigned i = 0; i <= p->channels; i++)
+        if (channel_sender_wait_open(s->channels[i], deadline, err) < 0)
+            return error_wrap(err, "data channel %u", i);
+    return 0;
+}
+
+static int start_workers(struct sender *s, struct vm_error **err)
+{
+    int failed = pthread_create(&s->byte_thread, NULL, byte_worker_main, s);
+    s->byte_thread_started = !failed;
+    for (unsigned i = 0; i < s->params.channels && !failed; i++) {
+        struct page_worker *w = &s->workers[i];
+        failed = pthread_create(&w->thread, NULL, page_worker_main, w);
+        w->started = !failed;
+    }
+    return failed ? error_errno(err, failed, "cannot start a thread") : 0;
+}
+
+/* No more items come: the workers finish what there is (or stop, if the sender failed). */
+static void join_workers(struct sender *s)
+{
+    queue_close(s->chunks);
+    for (unsigned i = 0; i < s->params.channels; i++)
+        queue_close(s->workers[i].batches);
+    for (unsigned i = 0; i < s->params.channels; i++) {
+        struct page_worker *w = &s->workers[i];
+        if (w->started)
+            pthread_join(w->thread, NULL);
+        w->started = false;
+    }
+    if (s->byte_thread_started)
+        pthread_join(s->byte_thread, NULL);
+    s->byte_thread_started = false;
+}
+
+/* Copy until the VMM gave everything away and the workers put all of it into the channels. */
+static int copy(struct sender *s, struct vm_error **err)
+{
+    const struct sender_params *p = &s->params;
+    struct guest_source_params source = {.channels = p->channels,
+                                         .max_bandwidth = 0,
+                                         .regions = p->regions,
+                                         .n_regions = p->n_regions};
+    if (start_workers(s, err) < 0 ||
+        guest_source_start(p->guest, &source, &source_events, s, err) < 0)
+        return -1;
+    struct vm_error *failure = NULL;
+    if (pilot_run(s, &failure) < 0)
+        sender_fail(s, failure);
+    if (!sender_failed(s))
+        join_workers(s);
+    struct vm_error *stop_error = NULL;
+    if (guest_source_stop(p->guest, &stop_error) < 0)
+        sender_fail(s, stop_error);
+    return 0;
+}
+
+static int end_channels(struct sender *s, struct vm_error **err)
+{
+    for (unsigned i = s->params.channels + 1; i-- > 0;)
+        if (channel_sender_end(s->channels[i], INT64_MAX, err) < 0)
+            return -1;
+    return 0;
+}
+
+int sender_run(struct sender *s, struct vm_error **err)
+{
+    struct vm_error *failure = NULL;
+    if (open_channels(s, &failure) < 0 || copy(s, &failure) < 0)
+        sender_fail(s, failure);
+    join_workers(s);
+    if (!sender_failed(s) && end_channels(s, &failure) < 0)
+        sender_fail(s, failure);
+    struct link_totals link;
+    struct sender_progress last;
+    SCOPE_LOCK(&s->lock);
+    if (s->channels[s->params.channels]) {
+        read_channels(s, &link, &last);
+        s->progress.wire_bytes = last.wire_bytes;
+        s->progress.stream_bytes = last.stream_bytes;
+    }
+    return s->failed ? error_propagate(err, steal_ptr(&s->error)) : 0;
+}
+
+void sender_progress(struct sender *s, struct sender_progress *ret_progress)
+{
+    pthread_mutex_lock(&s->lock);
+    *ret_progress = s->progress;
+    pthread_mutex_unlock(&s->lock);
+    SCOPE_LOCK(&s->policy_lock);
+    for (unsigned i = 0; i < s->params.channels; i++) {
+        const struct page_encoder_stats *st = &s->workers[i].stats;
+        for (int k = 0; k < PAGE_KIND_COUNT; k++) {
+            ret_progress->pages.kinds[k].pages += st->kinds[k].pages;
+            ret_progress->pages.kinds[k].bytes_out += st->kinds[k].bytes_out;
+            ret_progress->pages.kinds[k].cpu_ns += st->kinds[k].cpu_ns;
+        }
+        ret_progress->pages.meta_bytes += st->meta_bytes;
+    }
+}
+
+void sender_destroy(struct sender *s)
+{
+    if (!s)
+        return;
+    for (unsigned i = 0; i <= SENDER_CHANNELS_MAX; i++)
+        channel_sender_destroy(s->channels[i]);
+    for (unsigned i = 0; i < SENDER_CHANNELS_MAX; i++) {
+        queue_destroy(s->workers[i].batches);
+        page_encoder_destroy(s->workers[i].encoder);
+    }
+    queue_destroy(s->chunks);
+    close_fd(&s->cancel);
+    rate_limit_finish(&s->limit);
+    error_free(s->error);
+    pthread_cond_destroy(&s->changed);
+    pthread_mutex_destroy(&s->policy_lock);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}

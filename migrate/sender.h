@@ -1,0 +1,84 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * sender: the source's end of one copy. It takes a running guest's memory and state out of its VMM and
+ * puts them into the channels, pauses the guest when that is due, and returns when the destination has
+ * applied every byte. Who runs the guest afterwards is not its business (migrate/handover.h).
+ *
+ *     struct sender *s = sender_create(&params, &err);
+ *     sender_run(s, &err);            blocks; the guest is paused when it returned 0
+ *     sender_progress(s, &p);         meanwhile, from any thread
+ *     sender_destroy(s);
+ *
+ * Threads: sender_run makes one worker per page channel (encodes), one for channel 0 (the bytes of the
+ * VMM's loader), beside the driver's and the channels' own. All are gone when it returns.
+ *
+ *     VMM -> driver -> queue per channel -> encoder -> channel -> peer
+ *
+ * Every arrow is bounded and pushes back, so the VMM waits for the link. What lies between the VMM
+ * and the peer adds to the pause, so channels are kept to SENDER_IN_FLIGHT_MS of the link's rate.
+ *
+ * Channel 0 carries, besides bytes, a barrier: "all pages up to these numbers of the other channels
+ * must be in place before the bytes behind me are loaded" (migrate/stream_frames.h).
+ *
+ * Failure: sender_run returns -1 and the reason. If it had paused the guest, *paused_by_us of the
+ * progress says so; resuming is the caller's.
+ */
+#ifndef VMMIG_MIGRATE_SENDER_H
+#define VMMIG_MIGRATE_SENDER_H
+
+#include "base/cleanup.h"
+#include "base/error.h"
+#include "migrate/channel.h"
+#include "migrate/page_encoder.h"
+#include "migrate/policy.h"
+#include "vmm/guest.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define SENDER_IN_FLIGHT_MS 20
+#define SENDER_WINDOW_MIN (256u << 10)
+#define SENDER_WINDOW_MAX (4u << 20)
+#define SENDER_CHANNELS_MAX 8
+
+struct sender_params {
+    struct guest *guest;
+    struct uuid attempt;
+    struct channel_token token;
+    unsigned channels;                  /* page channels, 1..SENDER_CHANNELS_MAX */
+    const struct guest_region *regions; /* those that the destination has mapped, in their order */
+    unsigned n_regions;
+    bool was_running;                   /* false: the guest is paused already and stays so */
+    enum policy_compress compress;
+    int64_t downtime_limit_ns;
+    double cores;                       /* that encoding may use */
+    uint64_t max_bandwidth;             /* bytes a second on the wire; 0: no limit */
+    int64_t outage_limit_ns;            /* how long a lost link is waited for; 0: the channels' default */
+    int (*connect)(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret_conn,
+                   struct vm_error **err);
+    void *connect_arg;
+    int cancel_fd;
+};
+
+struct sender_progress {
+    struct guest_source_progress source;
+    uint64_t link_rate;          /* wire bytes a second, all channels */
+    uint64_t wire_bytes, resent_bytes, acked_resent_bytes, stream_bytes;
+    unsigned connected, reconnects;
+    unsigned throttle_max_percent;
+    int64_t predicted_pause_ns;  /* -1: unknown */
+    int64_t paused_at_ns;        /* monotonic; 0: not paused by us yet */
+    bool limit_missed;           /* paused at the best minimum, above the limit */
+    enum page_mode mode;         /* how pages are compressed at the moment */
+    struct page_encoder_stats pages; /* sums over the channels */
+};
+
+struct sender;
+
+struct sender *sender_create(const struct sender_params *params, struct vm_error **err);
+int sender_run(struct sender *s, struct vm_error **err);
+void sender_progress(struct sender *s, struct sender_progress *ret_progress);
+void sender_destroy(struct sender *s);
+DEFINE_CLEANUP(sender, struct sender *, sender_destroy)
+
+#endif
