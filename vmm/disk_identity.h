@@ -1,0 +1,77 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * disk_identity: proof that a writable disk of the definition is the same one on both hosts. Without it
+ * a destination that has another file under the same name would run on the wrong disk, without an error.
+ *
+ *     source        disk_identity_offer(disk, cwd, root, &offer)   a question; for a file, also a fresh
+ *                                                                  file beside it
+ *     destination   disk_identity_answer(disk, cwd, &offer, &answer)
+ *     source        disk_identity_check(disk, &offer, &answer)     REFUSED unless it is proved
+ *     source        disk_identity_withdraw(&offer)                 always; removes that file
+ *
+ * How, by the driver that has the disk open:
+ *     file          the destination reads a random secret back that the source put into a file beside
+ *                   the image, and both see the same inode number and size. Works on NFS.
+ *     host_device   the same boot of the same kernel and the same device number; or else the same
+ *                   world-wide or LVM identifier, and size
+ *     rbd           cluster id (fsid of the configuration that QEMU was given), pool, namespace and image
+ *     others        cannot be proved: REFUSED without --assume-shared, which the caller handles
+ *                   by not asking
+ *
+ * A crash of the source's agent can leave the file `.vmmig-proof-UUID` behind (32 bytes); the next offer
+ * beside the same image removes those that are older than a day.
+ * Both structs are plain data for the wire; text fields end with NUL. Threads: any.
+ */
+#ifndef VMMIG_VMM_DISK_IDENTITY_H
+#define VMMIG_VMM_DISK_IDENTITY_H
+
+#include "base/error.h"
+#include "base/uuid.h"
+#include "vmm/qemu_definition.h"
+
+#include <stdint.h>
+
+#define DISK_IDENTITY_TEXT_MAX 512
+
+/* X(id, number on the wire, name) */
+#define DISK_PROOFS(X)                                                                             \
+    X(NONCE, 1, "nonce file")                                                                      \
+    X(DEVICE, 2, "block device")                                                                   \
+    X(RBD, 3, "rbd image")
+#define X(id, number, name) DISK_PROOF_##id = number,
+enum disk_proof { DISK_PROOFS(X) };
+#undef X
+
+struct disk_offer {
+    enum disk_proof proof;
+    struct uuid nonce;  /* names the file beside the image: ".vmmig-proof-UUID" */
+    /* The source's alone, not for the wire: */
+    struct uuid secret; /* what is in the file */
+    char path[QEMU_STRING_MAX]; /* of the file; "" if there is none */
+};
+
+struct disk_answer {
+    struct uuid secret;
+    uint64_t inode, size;
+    struct uuid boot;
+    uint64_t device;    /* major and minor, as stat(2) has them */
+    char text[DISK_IDENTITY_TEXT_MAX]; /* identifier of a block device; fsid/pool/namespace/image */
+};
+
+/*
+ * `cwd` is what a relative name refers to. `root` is put before every path: "" for this process's own view,
+ * "/proc/PID/root" for that of a QEMU in another mount namespace.
+ */
+int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
+                        struct disk_offer *ret_offer, struct vm_error **err);
+int disk_identity_answer(const struct qemu_disk *disk, const char *cwd,
+                         const struct disk_offer *offer, struct disk_answer *ret_answer,
+                         struct vm_error **err);
+int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,
+                        const struct disk_offer *offer, const struct disk_answer *answer,
+                        struct vm_error **err);
+void disk_identity_withdraw(struct disk_offer *offer);
+
+const char *disk_proof_name(enum disk_proof proof);
+
+#endif

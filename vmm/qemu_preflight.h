@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qemu_preflight: may this guest move, and what exactly is it? Asked before a page moves, on both sides.
+ *
+ *     source:       qemu_preflight(q, &definition, &err)
+ *     destination:  qemu_definition_validate(&definition, &err)
+ *                   qemu_dest_check(&definition, &host, &err)
+ *                   qemu_sink_spawn(...), which ends with qemu_verify
+ *
+ * A command line grows stale: disks are snapshotted and devices are plugged while the VM runs. So the source
+ * compares it with the running VM over QMP. Memory that was plugged is put into the destination's command line;
+ * every other difference is REFUSED by name, as is what cannot move at all: VFIO, ivshmem, nvdimm, SEV
+ * and TDX, inherited descriptors (except vmmig's own), options read from files, -snapshot, chroot,
+ * and whatever QEMU itself reports as a reason that blocks migration.
+ *
+ * qemu_verify then compares the destination's QEMU, once it waits, with the definition: machine, devices with
+ * their types and order, RAM, CPUs with their features, accelerator. It finds whatever a command line does
+ * not show.
+ */
+#ifndef VMMIG_VMM_QEMU_PREFLIGHT_H
+#define VMMIG_VMM_QEMU_PREFLIGHT_H
+
+#include "base/error.h"
+#include "vmm/qemu.h"
+#include "vmm/qemu_definition.h"
+
+/* The source's part. The guest runs on. On success fill *ret (qemu_definition_finish it). */
+int qemu_preflight(struct qemu *q, struct qemu_definition *ret_definition, struct vm_error **err);
+
+/* What the destination's agent says of its host. */
+struct qemu_host {
+    const char *binary;  /* the QEMU that the configuration allows for definition->binary */
+    const char *user;    /* as in struct qemu_launch */
+    bool assume_shared;  /* the user takes the disks on himself: host-cached disks are let pass */
+    const char *scratch_dir; /* for the socket and log of a short-lived probe */
+};
+
+/*
+ * Can this host take it? The binary runs and knows the machine type (asked of a short-lived QEMU of that
+ * binary), the accelerator is usable, memory (or huge pages) is free, every disk file exists, a disk that goes
+ * through the page cache does not come from another host (REFUSED without assume_shared: what one host
+ * has cached the other does not see).
+ */
+int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *host,
+                    struct vm_error **err);
+
+/* Is the QEMU that waits the one of the definition? REFUSED with the first difference. */
+int qemu_verify(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
+
+#endif

@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qemu_spawn: start a QEMU that outlives the agent.
+ *
+ * The new process is nobody's child but init's, in a session of its own, with nothing inherited but
+ * the descriptors of `fds` (under the numbers that they have here, so that an argv may name them as
+ * /proc/self/fd/N), /dev/null for standard input, and the log for output. Signals are at their
+ * defaults, the environment holds PATH, HOME and LANG only. Its death is seen through its identity
+ * and its QMP connection, as for a QEMU that was adopted.
+ *
+ * QMP: a listening socket is bound at qmp_path here and given to QEMU as one more monitor, so that it is
+ * there before QEMU runs, and a restarted agent finds the VM by that path. Monitors of the user's argv stay
+ * theirs. A file that a dead QEMU left at that path is replaced; a living listener is CONFLICT.
+ *
+ * A QEMU that ends before it answers becomes VMM_DIED with the last line that it wrote to its log. A failed
+ * spawn leaves no process and no socket. Threads: any; nothing but async-signal-safe calls happens
+ * between fork and exec.
+ */
+#ifndef VMMIG_VMM_QEMU_SPAWN_H
+#define VMMIG_VMM_QEMU_SPAWN_H
+
+#include "base/error.h"
+#include "base/process.h"
+
+#include <stddef.h>
+
+#define QEMU_SPAWN_FDS_MAX 320
+/* What vmmig adds to a command line for its own monitor is named by this id. */
+#define QEMU_SPAWN_MONITOR_ID "vmmig-qmp"
+#define QEMU_SPAWN_MESSAGE_MAX 512
+
+struct qemu_launch {
+    const char *binary;   /* path to execute */
+    char *const *argv;    /* argv[0] included; -daemonize, -S and monitors as they are to be */
+    const char *cwd;      /* NULL: "/" */
+    const char *qmp_path; /* at most 107 bytes */
+    const char *log_path; /* standard output and error, appended; 0600 */
+    const int *fds;       /* to inherit; they stay the caller's */
+    unsigned n_fds;
+    const char *user;     /* name of whom it runs as, with that user's groups; NULL or "": the agent's */
+    /*
+     * Folder of a cgroup to put it in (made if it is missing): its scope, so that the end of the agent's
+     * service does not take it along, and where guest memory is charged. NULL: the agent's own.
+     */
+    const char *cgroup;
+    int timeout_ms; /* until QMP answers; 0: 30 s */
+};
+
+/* The last line of the log from offset on, control characters replaced; "" if there is none. */
+void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN_MESSAGE_MAX]);
+/* Bytes in the log now, 0 if there is none. */
+size_t qemu_log_size(const char *log_path);
+
+/*
+ * Start the process. *ret_fd is a connection to its QMP socket on which nothing was said yet (the greeting
+ * comes once QEMU is ready, the end of file if it dies before).
+ */
+int qemu_spawn_process(const struct qemu_launch *launch, struct process_identity *ret_process,
+                       int *ret_fd, struct vm_error **err);
+
+#endif
