@@ -46,13 +46,14 @@ static int check_hello_ok(const Vmmig__Peer__HelloOk *h, struct vm_error **err)
     return 0;
 }
 
-static int check_regions(const Vmmig__Peer__Definition *d, struct vm_error **err)
+static int check_ram(const Vmmig__Peer__Definition *d, struct vm_error **err)
 {
-    if (!d->n_regions || d->n_regions > PEER_REGIONS_MAX)
+    if (!d->n_ram || d->n_ram > PEER_REGIONS_MAX)
         return bad("number of memory regions", err);
-    for (size_t i = 0; i < d->n_regions; i++) {
-        const Vmmig__Peer__Region *r = d->regions[i];
-        if (!*r->name || !text_ok(r->name, PEER_NAME_MAX))
+    for (size_t i = 0; i < d->n_ram; i++) {
+        const Vmmig__Peer__Ram *r = d->ram[i];
+        if (!*r->block || !text_ok(r->block, PEER_NAME_MAX) ||
+            !text_ok(r->backend, PEER_NAME_MAX))
             return bad("memory region's name", err);
         if (!r->size || r->size % 4096 || r->size > PEER_REGION_BYTES_MAX)
             return bad("memory region's size", err);
@@ -68,11 +69,26 @@ static int check_disks(const Vmmig__Peer__Definition *d, struct vm_error **err)
         return bad("number of disks", err);
     for (size_t i = 0; i < d->n_disks; i++) {
         const Vmmig__Peer__Disk *k = d->disks[i];
-        if (!text_ok(k->name, PEER_NAME_MAX) || !text_ok(k->path, PEER_TEXT_MAX) ||
-            !text_ok(k->format, PEER_NAME_MAX) || !text_ok(k->identity, PEER_TEXT_MAX) ||
-            !text_ok(k->nonce_path, PEER_TEXT_MAX) || k->nonce.len > PEER_NONCE_MAX)
+        if (!text_ok(k->name, PEER_NAME_MAX) || !text_ok(k->node, PEER_NAME_MAX) ||
+            !text_ok(k->file, PEER_TEXT_MAX) || !text_ok(k->driver, PEER_NAME_MAX) ||
+            !text_ok(k->format, PEER_NAME_MAX))
             return bad("disk", err);
     }
+    return 0;
+}
+
+static int check_devices(const Vmmig__Peer__Definition *d, struct vm_error **err)
+{
+    if (d->n_nics > PEER_NICS_MAX || d->n_devices > PEER_DEVICES_MAX)
+        return bad("number of devices", err);
+    for (size_t i = 0; i < d->n_nics; i++)
+        if (!text_ok(d->nics[i]->id, PEER_NAME_MAX) || !text_ok(d->nics[i]->kind, PEER_NAME_MAX) ||
+            !text_ok(d->nics[i]->name, PEER_NAME_MAX))
+            return bad("network interface", err);
+    for (size_t i = 0; i < d->n_devices; i++)
+        if (!text_ok(d->devices[i]->path, PEER_TEXT_MAX) ||
+            !text_ok(d->devices[i]->type, PEER_NAME_MAX))
+            return bad("device", err);
     return 0;
 }
 
@@ -83,24 +99,45 @@ static int check_definition(const Vmmig__Peer__Definition *d, struct vm_error **
     for (size_t i = 0; i < d->n_argv; i++)
         if (strnlen(d->argv[i], PEER_ARG_MAX + 1) > PEER_ARG_MAX)
             return bad("argument", err);
-    if (!text_ok(d->machine, PEER_NAME_MAX) || !text_ok(d->vmm_version, PEER_NAME_MAX) ||
-        !text_ok(d->cpu_model, PEER_TEXT_MAX) || !text_ok(d->accelerator, PEER_NAME_MAX) ||
-        !text_ok(d->driver, PEER_NAME_MAX) || d->extra.len > PEER_EXTRA_MAX)
+    if (d->boot.len != 16 || d->n_version != 3 || !d->n_cpus ||
+        !text_ok(d->binary, PEER_NAME_MAX) || !text_ok(d->cwd, PEER_TEXT_MAX) ||
+        !text_ok(d->machine, PEER_NAME_MAX) || !text_ok(d->accel, PEER_NAME_MAX) ||
+        !text_ok(d->cpu_model, PEER_NAME_MAX) || !text_ok(d->cpu_features, 4 * PEER_TEXT_MAX))
         return bad("definition", err);
-    return check_regions(d, err) < 0 ? -1 : check_disks(d, err);
+    return check_ram(d, err) < 0 || check_disks(d, err) < 0 ? -1 : check_devices(d, err);
 }
 
 static int check_prepare(const Vmmig__Peer__Prepare *p, struct vm_error **err)
 {
     if (!p->definition)
         return bad("no definition", err);
+    if (check_definition(p->definition, err) < 0)
+        return -1;
     if (!p->channels || p->channels > PEER_CHANNELS_MAX)
         return bad("number of channels", err);
     if (p->token.len != 16)
         return bad("token", err);
     if (!text_ok(p->dest_qmp, PEER_TEXT_MAX))
         return bad("path of the prepared VMM", err);
-    return check_definition(p->definition, err);
+    if (p->n_offers > PEER_DISKS_MAX)
+        return bad("number of questions about disks", err);
+    for (size_t i = 0; i < p->n_offers; i++)
+        if (p->offers[i]->disk >= p->definition->n_disks || p->offers[i]->nonce.len != 16)
+            return bad("question about a disk", err);
+    return 0;
+}
+
+static int check_prepared(const Vmmig__Peer__Prepared *p, struct vm_error **err)
+{
+    if (p->n_mapped > PEER_REGIONS_MAX)
+        return bad("number of mapped regions", err);
+    if (p->n_answers > PEER_DISKS_MAX)
+        return bad("number of answers about disks", err);
+    for (size_t i = 0; i < p->n_answers; i++)
+        if (p->answers[i]->secret.len != 16 || p->answers[i]->boot.len != 16 ||
+            !text_ok(p->answers[i]->text, PEER_TEXT_MAX))
+            return bad("answer about a disk", err);
+    return 0;
 }
 
 static int check_handover(const Vmmig__Peer__Handover *h, struct vm_error **err)
@@ -113,8 +150,8 @@ static int check_handover(const Vmmig__Peer__Handover *h, struct vm_error **err)
         return bad("name of the VM", err);
     if (h->reason && check_error(h->reason, err) < 0)
         return -1;
-    if (h->prepared && h->prepared->n_mapped > PEER_REGIONS_MAX)
-        return bad("number of mapped regions", err);
+    if (h->prepared && check_prepared(h->prepared, err) < 0)
+        return -1;
     return h->prepare ? check_prepare(h->prepare, err) : 0;
 }
 

@@ -29,8 +29,8 @@
 #define PEER_REGION_BYTES_MAX (1ULL << 46)
 #define PEER_DISKS_MAX 256
 #define PEER_CHANNELS_MAX 16
-#define PEER_NONCE_MAX 64
-#define PEER_EXTRA_MAX 65536
+#define PEER_NICS_MAX 64
+#define PEER_DEVICES_MAX 1024
 
 struct peer_message {
     Vmmig__Peer__Type type;
