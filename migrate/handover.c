@@ -42,6 +42,7 @@ static const struct handover_row table[] = {
     ON(SRC_PREPARING, MSG_PREPARED, GO(SRC_SENDING, DO(START_TRANSFER))),
     UNDO(SRC_PREPARING, FAILED),
     UNDO(SRC_PREPARING, CANCEL),
+    UNDO(SRC_PREPARING, MSG_REFUSED),
     UNDO_AGREED(SRC_PREPARING, MSG_NEVER),
     UNDO_AGREED(SRC_PREPARING, MSG_UNKNOWN),
     SETTLE(SRC_PREPARING, VM_GONE, LOST),
@@ -84,7 +85,8 @@ static const struct handover_row table[] = {
     WRITE(SRC_ABORTED, MSG_NEVER, SRC_CLOSED, GO(SRC_CLOSED, SEND(FINISHED)), STAY(SRC_ABORTED)),
     WRITE(SRC_ABORTED, MSG_UNKNOWN, SRC_CLOSED, GO(SRC_CLOSED, SEND(FINISHED)), STAY(SRC_ABORTED)),
     WRITE(SRC_ABORTED, MSG_ENDED, SRC_CLOSED, GO(SRC_CLOSED, SEND(FINISHED)), STAY(SRC_ABORTED)),
-    ON(SRC_ABORTED, MSG_RUNNING, GO(SRC_ABORTED, REPORT(CONFLICT))),
+    WRITE(SRC_ABORTED, MSG_RUNNING, SRC_CLOSED, GO(SRC_CLOSED, SEND(FINISHED), REPORT(CONFLICT)),
+          STAY(SRC_ABORTED)),
 
     /* Source: its VMM died before COMMIT was recorded. */
     ON(SRC_ORPHANED, TIMER, GO(SRC_ORPHANED, SEND(ASK))),
@@ -146,7 +148,7 @@ static const struct handover_row table[] = {
 
     /* Destination: preparing and receiving. */
     WRITE(DST_NONE, MSG_PREPARE, PREPARING, GO(DST_PREPARING, DO(START_VM)),
-          GO(DST_NONE, SEND(UNKNOWN), REPORT(JOURNAL_FAILED))),
+          GO(DST_NONE, SEND(REFUSED), REPORT(JOURNAL_FAILED))),
     REPLY(DST_NONE, ASK, UNKNOWN),
     REPLY(DST_NONE, COMMIT, UNKNOWN),
     REPLY(DST_NONE, COMMIT_SOLE, UNKNOWN),
@@ -195,6 +197,7 @@ static const struct handover_row table[] = {
           GO(DST_STALLED, REPORT(START_FAILED))),
     WRITE(DST_STARTING, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
+    ON(DST_STARTING, MSG_COMMIT_SOLE, GO(DST_RESTARTING)),
     ON(DST_STARTING, CANCEL, GO(DST_STARTING, REPORT(TOO_LATE))),
     WRITE(DST_RESTARTING, RESUMED, RUNNING, GO(DST_RUNNING, SEND(RUNNING)),
           GO(DST_STARTED, SEND(RUNNING), REPORT(JOURNAL_FAILED))),
@@ -229,7 +232,7 @@ static const struct handover_row table[] = {
 
     /*
      * Destination: it does not, and never will. NEVER need not be on disk for that: a record before RUN,
-     * or REVOKED, together with a VMM that is dead for good yields NEVER again after a restart.
+     * or REVOKED, with a VMM that is dead for good is recovered as a state that knows only NEVER.
      */
     ON(DST_KILLING, TIMER, GO(DST_KILLING, DO(KILL_VM))),
     WRITE(DST_KILLING, VM_GONE, NEVER, GO(DST_NEVER, SEND(NEVER)), GO(DST_NEVER, SEND(NEVER))),
@@ -267,11 +270,11 @@ static const struct {
 static const struct {
     const char *name;
     enum handover_role role;
-    enum handover_state recovered;
+    enum handover_state if_alive, if_dead;
     bool settled;
 } records[HANDOVER_REC_COUNT] = {
-#define X(id, number, role, recovered, settled)                                                    \
-    [number] = {#id, HANDOVER_##role, HANDOVER_##recovered, settled},
+#define X(id, number, role, if_alive, if_dead, settled)                                            \
+    [number] = {#id, HANDOVER_##role, HANDOVER_##if_alive, HANDOVER_##if_dead, settled},
     HANDOVER_RECORDS(X)
 #undef X
 };
@@ -282,9 +285,10 @@ void handover_init(struct handover *h, enum handover_role role)
         .role = role, .state = role == HANDOVER_SOURCE ? HANDOVER_SRC_NONE : HANDOVER_DST_NONE};
 }
 
-void handover_recover(struct handover *h, enum handover_record record)
+void handover_recover(struct handover *h, enum handover_record record, bool vm_alive)
 {
-    *h = (struct handover){.role = records[record].role, .state = records[record].recovered};
+    *h = (struct handover){.role = records[record].role,
+                           .state = vm_alive ? records[record].if_alive : records[record].if_dead};
 }
 
 static const struct handover_row *find_row(enum handover_state state, enum handover_event event)

@@ -26,6 +26,8 @@
  *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED or
  *     VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone for
  *     good (its boot id, pid and start time do not run), and again after each KILL_VM.
+ *   - VM_GONE outranks messages and orders: before feeding one, look whether the VMM lives
+ *     (process_alive), and feed VM_GONE first if it does not.
  *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run state is
  *     paused, no RESUME event was seen). When the answer was lost, ask the VMM again.
  *   - SEND never waits and may lose the message: whoever needs an answer repeats itself on TIMER. Feed
@@ -38,8 +40,8 @@
  *   - One VMM takes part in a new attempt, in a snapshot or in `detach` only while handover_is_settled()
  *     of all its attempts: a settled machine never pauses, resumes or kills it.
  *
- * After a restart: handover_recover() from the record, then VM_GONE if the recorded VMM is dead,
- * then TIMER.
+ * After a restart: handover_recover() from the record and from whether the recorded VMM lives; then
+ * feed TIMER. A record without a VMM (pid 0) counts as dead.
  *
  * Threads: one at a time per machine.
  */
@@ -53,10 +55,10 @@
 enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
 
 /*
- * States. X(id, record that it is recovered from, settled, in doubt, what status tells the user).
- * The record is what the journal holds while the state lasts; ANY where several are possible, NONE
- * where there is none. Settled: no row from here touches the VM any more. In doubt: it waits
- * for the peer, and `resolve` is possible.
+ * States. X(id, record, settled, in doubt, what status tells the user). The record is what the
+ * journal holds while the state lasts; ANY where several are possible, NONE where there is none.
+ * Settled: no row from here on touches the VM. In doubt: it waits for the peer, and an operator
+ * may have to `resolve`.
  */
 #define HANDOVER_STATES(X)                                                                         \
     X(SRC_NONE, NONE, true, false, "no such attempt")                                              \
@@ -90,24 +92,25 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(DST_CLOSED, DST_CLOSED, true, false, "finished; the source knows")
 
 /*
- * Records of the journal. X(id, role, state after a restart, settled). Never renumber: the
- * numbers are on disk. A settled record needs only its identity, no blob.
+ * Records of the journal. X(id, number, role, state after a restart with the recorded VMM alive, and with
+ * it dead, settled). Never renumber: the numbers are on disk. A settled record needs only its
+ * identity, no blob.
  */
 #define HANDOVER_RECORDS(X)                                                                        \
-    X(SENDING, 1, SOURCE, SRC_REVERTING, false)                                                    \
-    X(ABORTING, 2, SOURCE, SRC_STALLED, false)                                                     \
-    X(ABORTED, 3, SOURCE, SRC_ABORTED, true)                                                       \
-    X(COMMIT, 4, SOURCE, SRC_COMMITTED, false)                                                     \
-    X(DONE, 5, SOURCE, SRC_DONE, true)                                                             \
-    X(SRC_CLOSED, 6, SOURCE, SRC_CLOSED, true)                                                     \
-    X(PREPARING, 7, DESTINATION, DST_KILLING, false)                                               \
-    X(LOADED, 8, DESTINATION, DST_LOADED, false)                                                   \
-    X(RUN, 9, DESTINATION, DST_STALLED, false)                                                     \
-    X(RUNNING, 10, DESTINATION, DST_RUNNING, true)                                                 \
-    X(ENDED, 11, DESTINATION, DST_ENDED, true)                                                     \
-    X(REVOKED, 12, DESTINATION, DST_REVOKING, false)                                               \
-    X(NEVER, 13, DESTINATION, DST_NEVER, true)                                                     \
-    X(DST_CLOSED, 14, DESTINATION, DST_CLOSED, true)
+    X(SENDING, 1, SOURCE, SRC_REVERTING, SRC_ORPHANED, false)                                      \
+    X(ABORTING, 2, SOURCE, SRC_STALLED, SRC_SETTLING, false)                                       \
+    X(ABORTED, 3, SOURCE, SRC_ABORTED, SRC_ABORTED, true)                                          \
+    X(COMMIT, 4, SOURCE, SRC_COMMITTED, SRC_COMMITTED_SOLE, false)                                 \
+    X(DONE, 5, SOURCE, SRC_DONE, SRC_DONE, true)                                                   \
+    X(SRC_CLOSED, 6, SOURCE, SRC_CLOSED, SRC_CLOSED, true)                                         \
+    X(PREPARING, 7, DESTINATION, DST_KILLING, DST_KILLING, false)                                  \
+    X(LOADED, 8, DESTINATION, DST_LOADED, DST_KILLING, false)                                      \
+    X(RUN, 9, DESTINATION, DST_STALLED, DST_ENDED, false)                                          \
+    X(RUNNING, 10, DESTINATION, DST_RUNNING, DST_ENDED, true)                                      \
+    X(ENDED, 11, DESTINATION, DST_ENDED, DST_ENDED, true)                                          \
+    X(REVOKED, 12, DESTINATION, DST_REVOKING, DST_REVOKING, false)                                 \
+    X(NEVER, 13, DESTINATION, DST_NEVER, DST_NEVER, true)                                          \
+    X(DST_CLOSED, 14, DESTINATION, DST_CLOSED, DST_CLOSED, true)
 
 /* Messages. X(id, sent by, meaning). */
 #define HANDOVER_MESSAGES(X)                                                                       \
@@ -117,6 +120,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(COMMIT_SOLE, SOURCE, "run it; my copy is gone")                                              \
     X(ABORT, SOURCE, "discard it")                                                                 \
     X(FINISHED, SOURCE, "I know how it ended and need no further answer")                          \
+    X(REFUSED, DESTINATION, "I cannot prepare it now")                                             \
     X(PREPARED, DESTINATION, "a VMM waits; send")                                                  \
     X(LOADED, DESTINATION, "all of it is here, verified; commit or abort?")                        \
     X(RUNNING, DESTINATION, "it runs here; discard yours")                                         \
@@ -163,7 +167,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(START_FAILED, "the VM could not be started")                                                 \
     X(JOURNAL_FAILED, "the journal cannot be written")                                             \
     X(PEER_FORGOT, "the peer has no record of this attempt: an operator must resolve it")          \
-    X(CONFLICT, "the peer says that the VM runs there too: was its host really fenced?")
+    X(CONFLICT, "an operator started the VM at the peer as well: check that only one runs")
 
 #define X(id, ...) HANDOVER_##id,
 enum handover_state { HANDOVER_STATES(X) HANDOVER_STATE_COUNT };
@@ -235,8 +239,8 @@ struct handover {
 
 /* A machine without a record: for a new attempt, and to answer messages of unknown ones. */
 void handover_init(struct handover *h, enum handover_role role);
-/* The machine of a record that the journal held when the agent started. */
-void handover_recover(struct handover *h, enum handover_record record);
+/* The machine of a record that the journal held when the agent started; is its VMM alive? */
+void handover_recover(struct handover *h, enum handover_record record, bool vm_alive);
 /*
  * Feed one event; the actions to execute go to *ret_actions (count 0 if none). False: the event
  * means nothing in this state and nothing changed. While a record is pending only JOURNALED and

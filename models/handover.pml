@@ -1,0 +1,511 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The hand-over of one VM: both agents, both VMMs, both journals and the network between them.
+ * The agents' steps are not written here: handover_table prints them from the table that the
+ * agents execute (migrate/handover.c), and this file includes them. It adds the world around them.
+ *
+ * Every move of the do-loop at the end is one atomic step, so all interleavings are explored. The
+ * world is as hostile as it can be, without counting, until it "calms":
+ *
+ *   network   A message once sent may arrive at any time from then on, in any order, any number of
+ *             times, or never.
+ *   agents    Crash between any two actions, any number of times; a record being written at the crash
+ *             is on disk or not; a `cont` that was sent before may take effect after.
+ *   journals  Any write may fail, with nothing written.
+ *   VMMs      Die at any moment; `cont` fails at will, and (-DLOCKS=1) when the other holds the image locks.
+ *             Without LOCKS they fence nothing, as on RBD: the journal alone must keep the promise.
+ *   hosts     A host that dies is a VMM that dies and an agent that crashes; it may never come back.
+ *   users     Cancel at either end at any time. An operator resolves only when the other host is fenced.
+ *   disks     (-DWIPE) A host may come back with an empty journal, its VMM dead.
+ *
+ * Once calm, what is up answers, nothing is lost, and TIMER comes only when nothing else can happen.
+ *
+ * Properties:
+ *   P1  No two copies run, at no instant.
+ *   P2  No stale copy starts: not the source's once the destination's ran, not the destination's once
+ *       the source's ran on. (An operator's word overrides P2, never P1.)
+ *   P3  A copy starts only with all its memory and state.
+ *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held the
+ *       sole complete copy or had RUN, to a start that failed at the one while the other was dead, or
+ *       to an operator's word.
+ *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy running
+ *       (unless P4 lost it); by an operator only if a host or a journal never came back.
+ *   P6  What a state says about the journal is true, and a settled machine leaves the VM alone.
+ *
+ * -DMISTAKE_... seeds a mistake, which must be caught.
+ */
+#ifndef LOCKS
+#define LOCKS 0
+#endif
+
+#define DEAD 0
+#define PAUSED 1 /* source: stopped or postmigrate; destination: incoming, not loaded */
+#define RUNS 2
+#define LOADED 3 /* destination: complete, verified, paused */
+#define ABSENT 4 /* destination: none was started */
+
+/* ---- Seeded mistakes: rows that a careless programmer might have written. ---- */
+
+#ifdef MISTAKE_RESUME_WITHOUT_NEVER
+#define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_TIMER -> \
+    s_state = SRC_RESUMING; s_act[0] = ACT_RESUME_VM;
+#endif
+#ifdef MISTAKE_RUN_ON_LOADED
+#define d_MISTAKES :: d_state == DST_LOADED && event == EV_TIMER -> \
+    d_write(REC_RUN); d_state = DST_STARTING; d_act[0] = ACT_RESUME_VM;
+#endif
+#ifdef MISTAKE_RUNNING_BEFORE_RUN
+#define d_MISTAKES :: d_state == DST_LOADED && event == EV_MSG_COMMIT -> \
+    d_state = DST_STARTING; d_act[0] = ACT_SEND + MSG_RUNNING; d_act[1] = ACT_JOURNAL; \
+    d_act[2] = ACT_RESUME_VM;
+#endif
+#ifdef MISTAKE_RESUME_BEFORE_ABORTING
+#define s_MISTAKES :: s_state == SRC_SENT && event == EV_CANCEL -> \
+    s_state = SRC_RESUMING; s_act[0] = ACT_RESUME_VM;
+#endif
+#ifdef MISTAKE_NEVER_WITHOUT_REVOKED
+#define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_FAILED -> \
+    d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
+#endif
+#ifdef MISTAKE_RESUME_ON_UNKNOWN
+#define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_UNKNOWN -> \
+    s_state = SRC_RESUMING; s_act[0] = ACT_RESUME_VM;
+#endif
+#ifdef MISTAKE_NEVER_BEFORE_KILL
+#define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_FAILED -> \
+    d_write(REC_NEVER); d_state = DST_NEVER; d_act[0] = ACT_SEND + MSG_NEVER;
+#endif
+#ifdef MISTAKE_GIVE_UP_SOLE_COPY
+#define d_MISTAKES :: d_state == DST_RESTARTING && event == EV_RESUME_FAILED -> \
+    d_write(REC_REVOKED); d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
+#endif
+#ifdef MISTAKE_ASK_NO_MORE
+#define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_LOADED -> s_state = SRC_DISCARDING;
+#endif
+#ifndef s_MISTAKES
+#define s_MISTAKES :: false -> skip
+#endif
+#ifndef d_MISTAKES
+#define d_MISTAKES :: false -> skip
+#endif
+
+/* A record can fail to be written as long as faults happen. */
+#define can_fail (!calm)
+#define s_alive (s_vm != DEAD)
+#define d_alive (d_vm != DEAD && d_vm != ABSENT)
+#include "handover_table.pml"
+
+mtype = {COPY_NONE, COPY_RUNNING, COPY_PAUSED, COPY_SENT, COPY_BROKEN};
+
+/* The agents: up, state, record on disk, actions still to execute. */
+bool s_up = true, d_up = true;
+byte s_state = SRC_NONE, d_state = DST_NONE;
+byte s_journal = REC_NONE, d_journal = REC_NONE;
+byte s_act[3], d_act[3];
+/* What the world has for them: an answer to RESUME_VM (an event, or 0), a death, a tick. */
+byte s_answer, d_answer;
+bool s_gone, d_gone, s_tick, d_tick;
+
+/* The VMMs, and a `cont` that lies in their socket. */
+byte s_vm = RUNS, d_vm = ABSENT;
+bool s_cont, d_cont;
+mtype copy = COPY_NONE;
+byte lock_of = 1; /* image locks: 0 nobody, 1 source, 2 destination */
+
+/* Messages that may still arrive, one bit each. */
+short net;
+#define BIT(m) (1 << (m))
+#define FROM_SOURCE_UNKNOWN 13 /* UNKNOWN is the one message of both sides */
+#define FOR_SOURCE (BIT(MSG_PREPARED) | BIT(MSG_LOADED) | BIT(MSG_RUNNING) | BIT(MSG_NEVER) \
+    | BIT(MSG_ENDED) | BIT(MSG_UNKNOWN) | BIT(MSG_REFUSED))
+#define FOR_DESTINATION (BIT(MSG_PREPARE) | BIT(MSG_ASK) | BIT(MSG_COMMIT) | BIT(MSG_COMMIT_SOLE) \
+    | BIT(MSG_ABORT) | BIT(MSG_FINISHED) | BIT(FROM_SOURCE_UNKNOWN))
+
+bool calm, s_lost, d_lost, wiped;
+
+/* What really happened, for the properties. */
+bool d_ran, d_had_run, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
+
+/* Registers of one step; zero between steps. */
+byte event, who, action;
+
+/* The death of its VMM outranks a message: the agent looks before it listens. */
+#define s_hears (s_idle && !s_gone)
+#define d_hears (d_idle && !d_gone)
+#define s_idle (s_up && s_act[0] == 0)
+#define d_idle (d_up && d_act[0] == 0)
+
+/* The source has given up: its own copy is the only one that counts, if it lives. */
+#define s_gave_up (s_journal == REC_ABORTING || s_journal == REC_ABORTED \
+    || s_state == SRC_REVERTING || s_said_abort || s_ran_on)
+
+#ifdef MISTAKE_JOURNAL_NOT_SYNCED
+/* The record on disk lags behind by one write until it happens to be flushed. */
+byte s_disk = REC_NONE, d_disk = REC_NONE;
+inline s_write(rec) { s_disk = s_journal; s_journal = rec }
+inline d_write(rec) { d_disk = d_journal; d_journal = rec }
+#else
+inline s_write(rec) { s_journal = rec }
+inline d_write(rec) { d_journal = rec }
+#endif
+inline s_write_failed() { skip }
+inline d_write_failed() { d_failed = true }
+
+/* ---- The VMMs. ---- */
+
+inline s_vmm_runs()
+{
+    assert(d_vm != RUNS);                    /* P1 */
+    assert(!d_ran || operator_spoke);        /* P2 */
+    if
+    :: s_vm != RUNS && copy == COPY_SENT -> s_ran_on = true
+    :: else
+    fi;
+    s_vm = RUNS;
+    lock_of = 1
+}
+
+inline d_vmm_runs()
+{
+    assert(s_vm != RUNS);                    /* P1 */
+    assert(!s_ran_on || operator_spoke);     /* P2 */
+    assert(d_vm == LOADED || d_vm == RUNS);  /* P3 */
+    d_vm = RUNS;
+    d_ran = true;
+    lock_of = 2
+}
+
+inline s_vmm_dies()
+{
+    may_be_lost = may_be_lost || !((d_vm == LOADED && !s_gave_up && d_state != DST_KILLING
+                                    && d_state != DST_REVOKING) || d_vm == RUNS);
+    s_vm = DEAD;
+    s_cont = false;
+    s_answer = 0;
+    s_gone = s_up;
+    if
+    :: lock_of == 1 -> lock_of = 0
+    :: else
+    fi
+}
+
+inline d_vmm_dies()
+{
+    may_be_lost = may_be_lost || d_journal == REC_RUN || d_journal == REC_RUNNING || s_vm == DEAD;
+    d_vm = DEAD;
+    d_cont = false;
+    d_answer = 0;
+    d_gone = d_up;
+    if
+    :: lock_of == 2 -> lock_of = 0
+    :: else
+    fi;
+    if
+    :: copy != COPY_NONE -> copy = COPY_BROKEN
+    :: else
+    fi
+}
+
+/* ---- Actions. ---- */
+
+inline s_execute()
+{
+    action = s_act[0];
+    s_act[0] = s_act[1];
+    s_act[1] = s_act[2];
+    s_act[2] = 0;
+    if
+    :: action == ACT_SEND + MSG_UNKNOWN -> net = net | BIT(FROM_SOURCE_UNKNOWN)
+    :: action >= ACT_SEND && action != ACT_SEND + MSG_UNKNOWN -> 
+       net = net | BIT(action - ACT_SEND);
+       s_said_abort = s_said_abort || action == ACT_SEND + MSG_ABORT
+    :: action == ACT_START_TRANSFER -> copy = (copy == COPY_NONE -> COPY_RUNNING : copy)
+    :: action == ACT_STOP_TRANSFER ->
+       copy = ((copy == COPY_RUNNING || copy == COPY_PAUSED) -> COPY_BROKEN : copy)
+    :: action == ACT_RESUME_VM -> s_cont = s_alive; s_gone = s_gone || !s_alive
+    :: action == ACT_KILL_VM ->
+       assert(d_ran || (d_had_run && d_vm == DEAD) || operator_spoke); /* P4 */
+       if
+       :: s_vm != DEAD -> s_vmm_dies()
+       :: else
+       fi;
+       s_gone = true
+    fi;
+    action = 0
+}
+
+inline d_execute()
+{
+    action = d_act[0];
+    d_act[0] = d_act[1];
+    d_act[1] = d_act[2];
+    d_act[2] = 0;
+    if
+    :: action >= ACT_SEND -> net = net | BIT(action - ACT_SEND)
+    :: action == ACT_START_VM -> d_vm = PAUSED
+    :: action == ACT_RESUME_VM -> d_cont = d_alive; d_gone = d_gone || !d_alive
+#ifdef MISTAKE_RUNNING_BEFORE_RUN
+    :: action == ACT_JOURNAL -> d_write(REC_RUN)
+#endif
+    :: action == ACT_KILL_VM ->
+       /* P4: a complete copy is killed only if the source gave it up, or has its own, or both failed. */
+       assert(d_vm != LOADED || s_gave_up || s_vm != DEAD || operator_spoke ||
+              (d_failed && !d_knows_sole));
+       assert(d_vm != RUNS || operator_spoke);
+       if
+       :: d_alive -> d_vmm_dies()
+       :: else
+       fi;
+       d_gone = true
+    fi;
+    action = 0
+}
+
+/* ---- Crashes and restarts. ---- */
+
+inline s_crash()
+{
+    s_up = false;
+    s_state = SRC_NONE;
+    s_act[0] = 0; s_act[1] = 0; s_act[2] = 0;
+    s_answer = 0;
+    s_gone = false;
+    copy = ((copy == COPY_RUNNING || copy == COPY_PAUSED) -> COPY_BROKEN : copy)
+}
+
+inline d_crash()
+{
+    d_up = false;
+    d_state = DST_NONE;
+    d_act[0] = 0; d_act[1] = 0; d_act[2] = 0;
+    d_answer = 0;
+    d_gone = false;
+    /* What was on its way to this agent is lost; what was loaded is in the VMM. */
+    copy = (copy != COPY_NONE && d_vm != LOADED && d_vm != RUNS -> COPY_BROKEN : copy)
+}
+
+inline s_restart()
+{
+    s_up = true;
+    source_recover()
+}
+
+inline d_restart()
+{
+    d_up = true;
+    destination_recover()
+}
+
+/* ---- The end. ---- */
+
+/* Something will happen without anybody repeating himself. */
+#define s_times_out (s_up && (d_lost || copy == COPY_BROKEN) \
+    && (s_state == SRC_PREPARING || s_state == SRC_SENDING || s_state == SRC_SENT))
+#define d_times_out (d_up && (s_lost || copy == COPY_BROKEN || (copy == COPY_NONE \
+    && s_state != SRC_PREPARING && s_state != SRC_SENDING)) \
+    && (d_state == DST_PREPARING || d_state == DST_PREPARED))
+#define work_left (net != 0 || s_times_out || d_times_out || s_cont || d_cont \
+    || (s_up && (s_act[0] != 0 || s_answer != 0 || s_gone || s_tick || s_state == SRC_SENDING)) \
+    || (d_up && (d_act[0] != 0 || d_answer != 0 || d_gone || d_tick || d_state == DST_PREPARING \
+                 || (d_state == DST_PREPARED && copy == COPY_SENT))))
+
+/* With the other host gone for good nobody confirms: then a settled state is an end, too. */
+#define s_ended (s_lost || s_state == SRC_NONE || s_state == SRC_DONE || s_state == SRC_CLOSED \
+    || (d_lost && s_state == SRC_ABORTED))
+#define d_ended (d_lost || d_state == DST_NONE || d_state == DST_CLOSED \
+    || (s_lost && (d_state == DST_RUNNING || d_state == DST_NEVER || d_state == DST_ENDED)))
+#define ended (calm && !work_left && s_ended && d_ended)
+#define stuck (calm && !work_left && !(s_ended && d_ended))
+
+/* Only an operator can go on: he who would answer is gone for good, or has forgotten. */
+#define s_needs_operator (s_up && !d_alive && (d_lost || wiped) && (s_state == SRC_COMMITTED \
+    || s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED))
+#define d_needs_operator (d_up && s_vm == DEAD && (s_lost || wiped) && d_state == DST_LOADED)
+
+/* P6 */
+inline check_records()
+{
+    assert(s_state != SRC_COMMITTED || s_journal == REC_COMMIT);
+    assert(s_state != SRC_COMMITTED_SOLE || s_journal == REC_COMMIT);
+    assert(s_state != SRC_ABORTED || s_journal == REC_ABORTED);
+    assert(s_state != SRC_DONE || s_journal == REC_DONE);
+    assert(d_state != DST_LOADED || d_journal == REC_LOADED);
+    assert(d_state != DST_STARTING || d_journal == REC_RUN);
+    assert(d_state != DST_RESTARTING || d_journal == REC_RUN);
+    assert(d_state != DST_RUNNING || d_journal == REC_RUNNING)
+}
+
+#define S 1
+#define D 2
+
+/* A message arrives; once calm, it does so once. */
+inline s_receives(m)
+{
+    event = m;
+    who = S;
+    net = (calm -> net & ~BIT(m) : net)
+}
+
+inline d_receives(m)
+{
+    event = m;
+    who = D;
+    net = (calm -> net & ~BIT(m) : net)
+}
+
+/* `cont` comes to its end in the source's QEMU; the answer goes to the agent if it lives. */
+inline s_cont_ends()
+{
+    s_cont = false;
+    if
+    :: s_vm == RUNS || !LOCKS || lock_of != 2 ->
+       s_vmm_runs();
+       s_answer = (s_up -> EV_RESUMED : 0)
+    :: s_vm != RUNS && (!calm || (LOCKS && lock_of == 2)) ->
+       s_answer = (s_up -> EV_RESUME_FAILED : 0)
+    fi
+}
+
+inline d_cont_ends()
+{
+    d_cont = false;
+    if
+    :: d_vm == RUNS || !LOCKS || lock_of != 1 ->
+       d_vmm_runs();
+       d_answer = (d_up -> EV_RESUMED : 0)
+    :: d_vm != RUNS && (!calm || (LOCKS && lock_of == 1)) ->
+       d_failed = true;
+       d_answer = (d_up -> EV_RESUME_FAILED : 0)
+    fi
+}
+
+/* Faults end, all hosts that will ever come back are up. */
+active proctype calms_down()
+{
+    atomic {
+        !calm;
+        calm = true;
+        net = 0;
+        if
+        :: s_up
+        :: !s_up -> s_restart()
+        :: !s_up && s_vm == DEAD -> s_lost = true
+        fi;
+        if
+        :: d_up
+        :: !d_up -> d_restart()
+        :: !d_up && !d_alive && !s_lost -> d_lost = true
+        fi
+    }
+accept_calm: /* P5: staying here for ever is an acceptance cycle, blocking here an invalid end state */
+    ended;
+    assert(s_vm == RUNS || d_vm == RUNS || may_be_lost || operator_spoke)
+}
+
+active proctype world()
+{
+end:
+    do
+    :: atomic {
+        if
+        /* The agents. */
+        :: s_up && s_act[0] != 0 -> s_execute()
+        :: d_up && d_act[0] != 0 -> d_execute()
+        :: s_idle && s_state == SRC_NONE && s_vm == RUNS && !calm && !wiped ->
+           event = EV_START; who = S
+        :: s_idle && s_gone -> s_gone = false; event = EV_VM_GONE; who = S
+        :: d_idle && d_gone -> d_gone = false; event = EV_VM_GONE; who = D
+        :: s_idle && s_answer != 0 -> event = s_answer; s_answer = 0; who = S
+        :: d_idle && d_answer != 0 -> event = d_answer; d_answer = 0; who = D
+        :: s_idle && (s_tick || !calm) -> s_tick = false; event = EV_TIMER; who = S
+        :: d_idle && (d_tick || !calm) -> d_tick = false; event = EV_TIMER; who = D
+        :: stuck && !s_needs_operator && !d_needs_operator -> s_tick = s_up; d_tick = d_up
+
+        /* The network. */
+        :: s_hears && (net & BIT(MSG_REFUSED)) -> s_receives(MSG_REFUSED)
+        :: s_hears && (net & BIT(MSG_PREPARED)) -> s_receives(MSG_PREPARED)
+        :: s_hears && (net & BIT(MSG_LOADED)) -> s_receives(MSG_LOADED)
+        :: s_hears && (net & BIT(MSG_RUNNING)) -> s_receives(MSG_RUNNING)
+        :: s_hears && (net & BIT(MSG_NEVER)) -> s_receives(MSG_NEVER)
+        :: s_hears && (net & BIT(MSG_ENDED)) -> s_receives(MSG_ENDED)
+        :: s_hears && (net & BIT(MSG_UNKNOWN)) -> s_receives(MSG_UNKNOWN)
+        :: d_hears && (net & BIT(MSG_PREPARE)) -> d_receives(MSG_PREPARE)
+        :: d_hears && (net & BIT(MSG_ASK)) -> d_receives(MSG_ASK)
+        :: d_hears && (net & BIT(MSG_COMMIT)) -> d_receives(MSG_COMMIT)
+        :: d_hears && (net & BIT(MSG_COMMIT_SOLE)) -> d_receives(MSG_COMMIT_SOLE)
+        :: d_hears && (net & BIT(MSG_ABORT)) -> d_receives(MSG_ABORT)
+        :: d_hears && (net & BIT(MSG_FINISHED)) -> d_receives(MSG_FINISHED)
+        :: d_hears && (net & BIT(FROM_SOURCE_UNKNOWN)) ->
+           d_receives(FROM_SOURCE_UNKNOWN);
+           event = EV_MSG_UNKNOWN
+        :: calm && s_lost && (net & FOR_SOURCE) -> net = net & ~FOR_SOURCE
+        :: calm && d_lost && (net & FOR_DESTINATION) -> net = net & ~FOR_DESTINATION
+
+        /* Copying. */
+        :: s_idle && s_state == SRC_SENDING && copy == COPY_RUNNING && s_vm == RUNS ->
+           s_vm = PAUSED;
+           copy = COPY_PAUSED
+        :: s_idle && s_state == SRC_SENDING && copy == COPY_PAUSED && s_vm == PAUSED ->
+           copy = COPY_SENT;
+           lock_of = 0;
+           event = EV_TRANSFERRED; who = S
+        :: s_idle && (!calm || s_times_out) -> event = EV_FAILED; who = S
+        :: d_idle && d_state == DST_PREPARING && d_vm == PAUSED -> event = EV_READY; who = D
+        :: d_idle && d_state == DST_PREPARED && d_vm == PAUSED && copy == COPY_SENT ->
+           d_vm = LOADED;
+           event = EV_LOAD_DONE; who = D
+        :: d_idle && (!calm || d_times_out) -> event = EV_FAILED; who = D
+
+        /* The VMMs. */
+        :: s_cont -> s_cont_ends()
+        :: d_cont -> d_cont_ends()
+        :: !calm && s_vm != DEAD -> s_vmm_dies()
+        :: !calm && d_alive -> d_vmm_dies()
+
+        /* Crashes. */
+        :: !calm && s_up -> s_crash()
+        :: !calm && d_up -> d_crash()
+        :: !calm && !s_up -> s_restart()
+        :: !calm && !d_up -> d_restart()
+#ifdef MISTAKE_JOURNAL_NOT_SYNCED
+        :: !calm && !s_up && s_vm == DEAD && s_journal != s_disk -> s_journal = s_disk
+        :: !calm && !d_up && d_vm == DEAD && d_journal != d_disk -> d_journal = d_disk
+#endif
+#ifdef WIPE
+        :: !calm && !wiped && !s_up && s_vm == DEAD -> wiped = true; s_journal = REC_NONE
+        :: !calm && !wiped && !d_up && d_vm == DEAD -> wiped = true; d_journal = REC_NONE
+#endif
+
+        /* Users, and an operator who has fenced the other host. */
+        :: s_idle && !calm -> event = EV_CANCEL; who = S
+        :: d_idle && !calm -> event = EV_CANCEL; who = D
+        :: s_hears && !d_alive && (s_state == SRC_COMMITTED || s_state == SRC_REVERTING ||
+                                   s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED) &&
+           (calm -> stuck && s_needs_operator : !d_up) ->
+           event = (s_state == SRC_COMMITTED || s_state == SRC_REVERTING -> EV_RESOLVE_HERE
+                    : EV_RESOLVE_GONE);
+           who = S; operator_spoke = true
+        :: s_hears && s_state == SRC_COMMITTED && (calm -> stuck && s_needs_operator : !d_up) ->
+           event = EV_RESOLVE_GONE; who = S; operator_spoke = true
+        :: d_hears && d_state == DST_LOADED && s_vm == DEAD &&
+           (calm -> stuck && d_needs_operator : !s_up) ->
+           event = EV_RESOLVE_HERE; who = D; operator_spoke = true
+        :: d_hears && (d_state == DST_LOADED || d_state == DST_STALLED) &&
+           (calm -> stuck && d_needs_operator : !s_up) ->
+           event = EV_RESOLVE_GONE; who = D; operator_spoke = true
+        fi;
+        if
+        :: who == S -> source_step()
+        :: who == D -> destination_step()
+        :: else
+        fi;
+        printf("who %d event %d | source %d journal %d vm %d | destination %d journal %d vm %d | copy %e net %d calm %d up %d %d act %d %d cont %d %d\n",
+               who, event, s_state, s_journal, s_vm, d_state, d_journal, d_vm, copy, net, calm, s_up, d_up, s_act[0], d_act[0], s_cont, d_cont);
+        d_had_run = d_had_run || d_journal == REC_RUN;
+        d_knows_sole = d_knows_sole || d_state == DST_RESTARTING;
+        event = 0;
+        who = 0;
+        check_records()
+       }
+    od
+}
