@@ -2,7 +2,8 @@
 /*
  * qemu_source: reads QEMU's outgoing migration stream from a socket and turns it into the `pages`,
  * `bytes` and `memory_done` of guest_source_events, without copying page data. QMP is not its
- * business: the driver (vmm/qemu.h) tells QEMU to migrate into the socket and asks it about the end.
+ * business: the driver (vmm/qemu.h) tells QEMU to migrate into the socket and asks it about the
+ * end.
  *
  *     qemu_source_socketpair(&ours, &qemus, err)    sized so that QEMU and we rarely wait
  *     ... QMP getfd with `qemus`, then close it here: otherwise the end of file never comes
@@ -11,30 +12,30 @@
  *     ... QMP migrate
  *     qemu_source_destroy(s)                        stops it wherever it is, and joins the thread
  *
- * Ownership and memory. Page data lies where it was read, in slabs of QEMU_SOURCE_SLAB bytes out of a
- * pool of `pool_bytes`; a slab is free again when the last batch that points into it is released.
- * Batches number at most QEMU_SOURCE_BATCHES. So a source holds at most pool_bytes, plus 600 KiB for
- * batches, plus 200 KiB for parser and buffer. Batches may outlive the source: the pool goes with the
- * last of them. When slabs or batches run out the thread hands over every batch that it had begun,
- * and waits: whoever holds batches must not wait for further ones before it releases.
+ * Ownership and memory. Page data lies where it was read, in slabs of QEMU_SOURCE_SLAB bytes out of
+ * a pool of `pool_bytes`; a slab is free again when the last batch that points into it is released.
+ * Batches number at most QEMU_SOURCE_BATCHES. So a source holds at most pool_bytes, plus 600 KiB
+ * for batches, plus 200 KiB for parser and buffer. Batches may outlive the source: the pool goes
+ * with the last of them. When slabs or batches run out the thread hands over every batch that it
+ * had begun, and waits: whoever holds batches must not wait for further ones before it releases.
  *
- * Batches. Pages of a batch ascend strictly, so each is there once; a smaller or equal address begins
- * the next batch. A batch is handed over when it is full; at the end of a stripe, once it holds
- * QEMU_SOURCE_BATCH_GOOD pages; before memory_done; when the socket gave nothing for
+ * Batches. Pages of a batch ascend strictly, so each is there once; a smaller or equal address
+ * begins the next batch. A batch is handed over when it is full; at the end of a stripe, once it
+ * holds QEMU_SOURCE_BATCH_GOOD pages; before memory_done; when the socket gave nothing for
  * QEMU_SOURCE_IDLE_MS; and before any wait for memory. Bytes are gathered up to
  * QEMU_SOURCE_BYTES_MAX and handed over at the same moments.
  *
  * Order. Batches of a channel come in the order of the stream, `bytes` too. Nothing is said about a
- * batch and bytes relative to one another, except: memory_done comes after all batches and after the
- * bytes up to the end of the memory section, and all further bytes come after it. A stream whose
- * memory cannot be told apart (qemu_stream.h, "opaque"; or params.opaque) comes as bytes altogether;
- * its memory_done comes at the end of the file, just before `ended`.
+ * batch and bytes relative to one another, except: memory_done comes after all batches and after
+ * the bytes up to the end of the memory section, and all further bytes come after it. A stream
+ * whose memory cannot be told apart (qemu_stream.h, "opaque"; or params.opaque) comes as bytes
+ * altogether; its memory_done comes at the end of the file, just before `ended`.
  *
- * Errors of `ended`: NULL at an end of file after the memory section (whether QEMU gave everything away
- * only QMP can tell); CANCELLED after qemu_source_destroy; FAILED when QEMU closed the stream before the
- * memory was complete; PROTOCOL and REFUSED for what the parser or the comparison of regions found;
- * whatever a callback returned. After a crash of the agent nothing is left: QEMU sees its socket
- * close and gives the migration up.
+ * Errors of `ended`: NULL at an end of file after the memory section (whether QEMU gave everything
+ * away only QMP can tell); CANCELLED after qemu_source_destroy; FAILED when QEMU closed the stream
+ * before the memory was complete; PROTOCOL and REFUSED for what the parser or the comparison of
+ * regions found; whatever a callback returned. After a crash of the agent nothing is left: QEMU
+ * sees its socket close and gives the migration up.
  */
 #ifndef VMMIG_VMM_QEMU_SOURCE_H
 #define VMMIG_VMM_QEMU_SOURCE_H
@@ -82,7 +83,7 @@ struct qemu_source_counters {
     uint64_t pages;      /* given to `pages`, zero pages included */
     uint64_t zero_pages; /* of these, those that QEMU marked as zero */
     uint64_t rest_bytes; /* given to `bytes` */
-    bool opaque;         /* everything comes as bytes: asked for, or for the reason that was logged */
+    bool opaque; /* everything comes as bytes: asked for, or for the reason that was logged */
 };
 
 /* A stream's two ends, close-on-exec: ours to read, QEMU's to write. */
