@@ -25,11 +25,24 @@
 
 #define CONFIG_LIST_MAX 64
 #define CONFIG_FILE_MAX (64 << 10)
+#define CONFIG_VMS_MAX 512
+#define CONFIG_JOBS_MAX 64
+#define CONFIG_CLIENTS_MAX 256
 #define CONFIG_DEFAULT_PATH "/etc/vmmig/vmmigd.conf"
 
 struct config_map {
     char *from; /* what the peer's command line says */
     char *to;   /* what it is called on this host */
+};
+
+struct config_maps {
+    struct config_map list[CONFIG_LIST_MAX];
+    unsigned n;
+};
+
+struct config_vmms {
+    char *list[CONFIG_LIST_MAX];
+    unsigned n;
 };
 
 struct config {
@@ -38,15 +51,12 @@ struct config {
     char *runtime_dir;     /* sockets; may be lost in a reboot */
     char *control_socket;
     char *control_group;   /* its members may drive the agent; "" for root and the agent's user only */
-    struct endpoint listen;
-    bool listen_disabled;  /* `listen = none` */
+    struct endpoint listen; /* host "": none, this agent takes no VMs */
     char *ca_file, *cert_file, *key_file;
     bool insecure_loopback; /* plain TCP with peers on loopback addresses */
-    char *vmms[CONFIG_LIST_MAX]; /* binaries that may be run as a VM */
-    unsigned n_vmms;
+    struct config_vmms vmms; /* binaries that may be run as a VM */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
-    struct config_map maps[CONFIG_LIST_MAX];
-    unsigned n_maps;
+    struct config_maps maps;
     uint64_t max_vms, max_jobs, max_clients;
     uint64_t max_bandwidth;      /* bytes a second of one migration, 0: no limit */
     uint64_t connect_timeout_ms; /* how long dialling a peer may take */

@@ -14,20 +14,20 @@
  *     UNREACHABLE  the process runs, but the VMM did not answer yet: tried again every few seconds
  *     ENDED        the process is gone; the record stays until `detach`, or until the name is used again
  *
- * Records: STATE_DIR/vms/NAME, replaced durably (base/io.h), with a checksum. One that is damaged, or
+ * Records: STATE_DIR/vms/NAME.vm, replaced durably (base/io.h), with a checksum. One that is damaged, or
  * whose name does not fit, is reported in the log, kept aside (".damaged" is appended), and does not
  * keep the agent from starting. After a crash at any instant a VM is in the records or not, as the
  * last call that returned says.
  *
  * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
- * goes, also after vms_remove. Deaths are noticed in the loop's thread. Bound: params.max VMs.
+ * goes, also after vms_remove. A thread of the registry adopts VMs and notices their deaths. Bound:
+ * params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
 #define VMMIG_AGENT_VMS_H
 
 #include "base/cleanup.h"
 #include "base/error.h"
-#include "base/loop.h"
 #include "base/process.h"
 #include "proto/fields.h"
 #include "vmm/guest.h"
@@ -44,6 +44,8 @@
 #define X(id, number, name) VM_ORIGIN_##id = number,
 enum vm_origin { VM_ORIGINS(X) };
 #undef X
+
+#define VM_DETAIL_MAX 256 /* with the NUL */
 
 enum vm_presence { VM_PRESENT, VM_UNREACHABLE, VM_ENDED };
 
@@ -72,12 +74,12 @@ typedef struct guest *vm_connect_fn(const struct vm_definition *d, void *arg,
 struct vms_params {
     const char *state_dir;
     unsigned max;
-    struct loop *loop;
     vm_connect_fn *connect;
-    void *connect_arg;
-    /* Called in the loop's thread when a VM's process is found dead. May be NULL. */
+    /* Say in `out` how the VMM of that definition ended ("" if nothing is known). May be NULL. */
+    void (*describe_end)(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg);
+    /* Called from the registry's own thread when a VM's process is found dead. May be NULL. */
     void (*died)(const char *name, const struct process_identity *process, void *arg);
-    void *died_arg;
+    void *arg; /* of all three */
 };
 
 struct vms;
@@ -85,7 +87,7 @@ struct vm;
 
 /* Read the records. Adoption goes on in a thread of its own; vms_settle waits for its first pass. */
 struct vms *vms_open(const struct vms_params *params, struct vm_error **err);
-/* Not in a callback. References that are still held stay valid. */
+/* Not in a callback; ends the thread. References that are still held stay valid. */
 void vms_close(struct vms *vms);
 DEFINE_CLEANUP(vms, struct vms *, vms_close)
 /* Every VM of the records was tried once. */
@@ -116,7 +118,6 @@ enum vm_presence vm_presence(const struct vm *vm);
 /* NULL unless the VM was adopted. Any thread; see vmm/guest.h. */
 struct guest *vm_guest(const struct vm *vm);
 /* Why it is not PRESENT ("exited with status 1"), in `out`. */
-#define VM_DETAIL_MAX 256
 const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX]);
 
 const char *vm_origin_name(enum vm_origin origin);

@@ -1,0 +1,535 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/attempt.h"
+
+#include "agent/transfer.h"
+#include "base/cond.h"
+#include "base/io.h"
+#include "base/log.h"
+
+#include <string.h>
+
+#define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+
+/* ---- Events ---- */
+
+static bool is_message(enum handover_event event)
+{
+    return event < (enum handover_event)HANDOVER_MSG_COUNT;
+}
+
+void attempt_post(struct attempt *a, enum handover_event event)
+{
+    SCOPE_LOCK(&a->lock);
+    /* Local events are few and must not be lost: messages leave them room. */
+    unsigned room = is_message(event) ? ATTEMPT_EVENTS_MAX / 2 : ATTEMPT_EVENTS_MAX;
+    if (a->n_events >= room)
+        return;
+    a->events[(a->first_event + a->n_events++) % ATTEMPT_EVENTS_MAX] = event;
+    pthread_cond_broadcast(&a->changed);
+}
+
+void attempt_fail(struct attempt *a, struct vm_error *reason)
+{
+    log_warn("attempt failed", "attempt=%s error=%s", uuid_text(&a->id),
+             log_q(error_message(reason)));
+    pthread_mutex_lock(&a->lock);
+    if (a->reason)
+        error_free(reason);
+    else
+        a->reason = reason;
+    pthread_mutex_unlock(&a->lock);
+    attempt_post(a, HANDOVER_EV_FAILED);
+}
+
+/* The next event, or TIMER when none came for a while. False: the agent stops. */
+static bool next_event(struct attempt *a, int64_t timer_ns, enum handover_event *ret_event)
+{
+    SCOPE_LOCK(&a->lock);
+    while (!a->n_events && !a->stop && cond_wait_until(&a->changed, &a->lock, timer_ns))
+        ;
+    if (a->stop)
+        return false;
+    if (!a->n_events) {
+        *ret_event = HANDOVER_EV_TIMER;
+        return true;
+    }
+    *ret_event = a->events[a->first_event];
+    a->first_event = (a->first_event + 1) % ATTEMPT_EVENTS_MAX;
+    a->n_events--;
+    return true;
+}
+
+/* ---- Sessions and messages ---- */
+
+void attempt_set_session(struct attempt *a, struct peer_session *session)
+{
+    struct peer_session *old;
+    pthread_mutex_lock(&a->lock);
+    old = a->session;
+    a->session = session ? peer_session_ref(session) : NULL;
+    pthread_mutex_unlock(&a->lock);
+    peer_session_unref(old);
+}
+
+static struct peer_session *current_session(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    return a->session ? peer_session_ref(a->session) : NULL;
+}
+
+static void send_message(struct attempt *a, enum handover_message message)
+{
+    CLEANUP(peer_session) struct peer_session *session = current_session(a);
+    if (!session)
+        return;
+    Vmmig__Peer__Handover m = VMMIG__PEER__HANDOVER__INIT;
+    m.attempt = (ProtobufCBinaryData){sizeof(a->id.bytes), a->id.bytes};
+    m.message = message;
+    m.vm = a->vm_name;
+    Vmmig__Peer__Error reason = VMMIG__PEER__ERROR__INIT;
+    if (message == HANDOVER_MSG_NEVER || message == HANDOVER_MSG_ABORT) {
+        SCOPE_LOCK(&a->lock);
+        if (a->reason) {
+            /* Set once and then left alone: safe to borrow. */
+            reason.kind = (char *)(uintptr_t)error_kind_name(a->reason->kind);
+            reason.message = a->reason->message;
+            m.reason = &reason;
+        }
+    }
+    a->role->fill(a, message, &m);
+    log_debug("sending", "attempt=%s message=%s", uuid_text(&a->id),
+              handover_message_name(message));
+    if (!peer_session_send(session, &m))
+        log_info("message lost", "message=%s", handover_message_name(message));
+}
+
+void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
+{
+    if (message->message >= HANDOVER_MSG_COUNT)
+        return;
+    enum handover_message m = (enum handover_message)message->message;
+    log_debug("received", "attempt=%s message=%s", uuid_text(&a->id), handover_message_name(m));
+    pthread_mutex_lock(&a->lock);
+    if (message->reason && !a->reason)
+        error_set(&a->reason, error_kind_parse(message->reason->kind), "the peer: %s",
+                  message->reason->message);
+    if (m == HANDOVER_MSG_RUNNING && message->duration_ns)
+        a->resume_took_ns = (int64_t)message->duration_ns;
+    pthread_mutex_unlock(&a->lock);
+    attempt_post(a, (enum handover_event)m);
+}
+
+/* ---- The journal ---- */
+
+int attempt_remember(struct attempt *a, const char *qmp_path, char *const *argv,
+                     const char *peer_address, struct vm_error **err)
+{
+    Vmmig__Peer__Memory memory = VMMIG__PEER__MEMORY__INIT;
+    memory.was_running = a->was_running;
+    memory.qmp_path = (char *)(uintptr_t)(qmp_path ? qmp_path : "");
+    memory.peer_address = (char *)(uintptr_t)(peer_address ? peer_address : "");
+    memory.argv = (char **)(uintptr_t)argv;
+    while (argv && argv[memory.n_argv])
+        memory.n_argv++;
+    cleanup_buffer struct buffer out = {.limit = JOURNAL_BLOB_MAX};
+    peer_pack(&memory.base, &out);
+    if (out.failed)
+        return error_set(err, VM_ERROR_REFUSED, "the VM's command line is too long to remember");
+    free(a->record.blob);
+    a->record.blob = steal_ptr(&out.data);
+    a->record.blob_len = out.len;
+    return 0;
+}
+
+Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record)
+{
+    return vmmig__peer__memory__unpack(NULL, record->blob_len, record->blob);
+}
+
+static int write_record(struct attempt *a, enum handover_record record, struct vm_error **err)
+{
+    struct journal *journal = a->transfer->journal;
+    /* A record that may still be needed to recover carries the blob; a settled one need not. */
+    if (a->recorded && (handover_record_is_settled(record) || !a->record.blob))
+        return journal_advance(journal, &a->id, record, &a->record.vmm, err);
+    a->record.record = record;
+    if (journal_put(journal, &a->record, err) < 0)
+        return -1;
+    a->recorded = true;
+    return 0;
+}
+
+static enum handover_event act_journal(struct attempt *a, enum handover_record record)
+{
+    struct vm_error *err = NULL;
+    if (write_record(a, record, &err) == 0) {
+        log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
+                 handover_record_name(record));
+        return HANDOVER_EV_JOURNALED;
+    }
+    log_error("journal", "attempt=%s record=%s error=%s", uuid_text(&a->id),
+              handover_record_name(record), log_q(error_message(err)));
+    if (err->kind == VM_ERROR_IN_DOUBT)
+        _exit(error_kind_status(VM_ERROR_IN_DOUBT));
+    pthread_mutex_lock(&a->lock);
+    if (a->reason)
+        error_free(err);
+    else
+        a->reason = err;
+    pthread_mutex_unlock(&a->lock);
+    return HANDOVER_EV_JOURNAL_FAILED;
+}
+
+/* ---- The VM ---- */
+
+enum { RESUME_RETRY_MS = 200 };
+
+/* One try: an event, or TIMER while nobody can tell. */
+static enum handover_event try_resume(struct attempt *a)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct guest_status status;
+    if (!process_alive(&a->record.vmm))
+        return HANDOVER_EV_VM_GONE;
+    if (!a->guest)
+        return HANDOVER_EV_RESUME_FAILED; /* not connected to it: surely nothing was started */
+    if (!a->was_running)
+        return HANDOVER_EV_RESUMED;
+    if (guest_status(a->guest, &status, &err) < 0)
+        return HANDOVER_EV_TIMER;
+    if (status.state == GUEST_RUNNING)
+        return HANDOVER_EV_RESUMED;
+    if (guest_resume(a->guest, &err) == 0) {
+        cleanup_error struct vm_error *quiet = NULL;
+        if (guest_announce(a->guest, &quiet) < 0)
+            log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
+        return HANDOVER_EV_RESUMED;
+    }
+    log_error("cannot start the guest", "error=%s", log_q(error_message(err)));
+    return err->kind == VM_ERROR_REFUSED ? HANDOVER_EV_RESUME_FAILED : HANDOVER_EV_TIMER;
+}
+
+/* Until it is known whether the guest runs. */
+static void act_resume(struct attempt *a)
+{
+    for (;;) {
+        enum handover_event event = try_resume(a);
+        if (event != HANDOVER_EV_TIMER) {
+            if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
+                a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
+            attempt_post(a, event);
+            return;
+        }
+        pthread_mutex_lock(&a->lock);
+        int64_t due = clock_mono_ns() + NSEC(RESUME_RETRY_MS);
+        while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
+            ;
+        bool stop = a->stop;
+        pthread_mutex_unlock(&a->lock);
+        if (stop)
+            return;
+    }
+}
+
+/* If it is still there after the time, the machine's TIMER asks for it again. */
+static void act_kill(struct attempt *a)
+{
+    cleanup_error struct vm_error *err = NULL;
+    a->role->stop_transfer(a);
+    if (a->record.vmm.pid && process_kill(&a->record.vmm, ATTEMPT_KILL_TIMEOUT_MS, &err) < 0) {
+        log_error("cannot end the VMM", "pid=%d error=%s", a->record.vmm.pid,
+                  log_q(error_message(err)));
+        return;
+    }
+    attempt_post(a, HANDOVER_EV_VM_GONE);
+}
+
+static void act_report(struct attempt *a, enum handover_notice notice)
+{
+    log_info("notice", "attempt=%s notice=%s text=%s", uuid_text(&a->id),
+             handover_notice_name(notice), log_q(handover_notice_text(notice)));
+    SCOPE_LOCK(&a->lock);
+    a->notice = notice;
+    a->has_notice = true;
+    /* How long the guest stood: until the destination says that it ran. */
+    if (notice == HANDOVER_NOTE_MOVED && a->paused_at_ns && a->commit_at_ns)
+        a->pause_ns = a->resume_took_ns ? a->commit_at_ns + a->resume_took_ns - a->paused_at_ns
+                                        : clock_mono_ns() - a->paused_at_ns;
+}
+
+/* ---- The machine ---- */
+
+static void feed(struct attempt *a, enum handover_event event);
+
+static void execute(struct attempt *a, struct handover_action action)
+{
+    switch ((enum handover_action_kind)action.kind) {
+    case HANDOVER_ACT_JOURNAL:
+        feed(a, act_journal(a, action.arg));
+        break;
+    case HANDOVER_ACT_SEND:
+        if (action.arg == HANDOVER_MSG_COMMIT && !a->commit_at_ns)
+            a->commit_at_ns = clock_mono_ns();
+        send_message(a, action.arg);
+        break;
+    case HANDOVER_ACT_REPORT:
+        act_report(a, action.arg);
+        break;
+    case HANDOVER_ACT_START_VM:
+        a->role->start_vm(a);
+        break;
+    case HANDOVER_ACT_START_TRANSFER:
+        a->role->start_transfer(a);
+        break;
+    case HANDOVER_ACT_STOP_TRANSFER:
+        a->role->stop_transfer(a);
+        break;
+    case HANDOVER_ACT_RESUME_VM:
+        act_resume(a);
+        break;
+    case HANDOVER_ACT_KILL_VM:
+        act_kill(a);
+        break;
+    case HANDOVER_ACT_NONE:
+    case HANDOVER_ACT_COUNT:
+        break;
+    }
+}
+
+/* Tell those who wait, and let the role take stock once it is settled. */
+static void publish(struct attempt *a)
+{
+    bool settled = handover_is_settled(&a->machine);
+    cleanup_error struct vm_error *err = NULL;
+    bool done = settled && (a->settled_done || a->role->settled(a, &err) == 0);
+    if (err)
+        log_error("cannot take note of the outcome", "error=%s", log_q(error_message(err)));
+    SCOPE_LOCK(&a->lock);
+    a->state = a->machine.state;
+    a->settled_done = done;
+    a->is_settled = settled;
+    pthread_cond_broadcast(&a->changed);
+}
+
+/*
+ * The user's cancel and the peer's LOADED race for the decision: whichever is first closes the
+ * door for the other.
+ */
+static enum handover_event arbitrate(struct attempt *a, enum handover_event event)
+{
+    if (event != HANDOVER_EV_MSG_LOADED || a->machine.state != HANDOVER_SRC_SENT)
+        return event;
+    SCOPE_LOCK(&a->lock);
+    if (a->job && job_close_cancel(a->job, handover_notice_text(HANDOVER_NOTE_TOO_LATE), NULL) < 0)
+        return HANDOVER_EV_CANCEL;
+    return event;
+}
+
+static void feed(struct attempt *a, enum handover_event event)
+{
+    struct handover_actions actions;
+    enum handover_state before = a->machine.state;
+    event = arbitrate(a, event);
+    if (a->machine.role == HANDOVER_DESTINATION && before == HANDOVER_DST_LOADED &&
+        event == HANDOVER_EV_MSG_COMMIT)
+        a->commit_at_ns = clock_mono_ns();
+    if (!handover_step(&a->machine, event, &actions))
+        return;
+    if (a->machine.state != before)
+        log_info("hand-over", "attempt=%s from=%s event=%s to=%s", uuid_text(&a->id),
+                 handover_state_name(before), handover_event_name(event),
+                 handover_state_name(a->machine.state));
+    for (int i = 0; i < actions.count; i++)
+        execute(a, actions.list[i]);
+    if (!a->machine.pending)
+        publish(a);
+}
+
+static void remove_from_table(struct attempt *a)
+{
+    struct transfer *t = a->transfer;
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt **p = &t->attempts; *p; p = &(*p)->next) {
+        if (*p == a) {
+            *p = a->next;
+            break;
+        }
+    }
+    pthread_cond_broadcast(&t->changed);
+}
+
+static void *attempt_main(void *arg)
+{
+    struct attempt *a = arg;
+    enum handover_event event;
+    char id[UUID_TEXT_SIZE];
+    log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    int64_t timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
+    while (next_event(a, timer, &event)) {
+        if (event == HANDOVER_EV_TIMER) {
+            timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
+            if (a->record.vmm.pid && !process_alive(&a->record.vmm))
+                feed(a, HANDOVER_EV_VM_GONE);
+        }
+        feed(a, event);
+        if (handover_is_finished(&a->machine) && a->settled_done)
+            break;
+    }
+    io_latch_set(a->cancel);
+    a->role->stop_transfer(a);
+    attempt_set_session(a, NULL);
+    pthread_mutex_lock(&a->lock);
+    a->is_settled = a->is_settled || a->stop;
+    pthread_cond_broadcast(&a->changed);
+    pthread_mutex_unlock(&a->lock);
+    remove_from_table(a);
+    attempt_unref(a);
+    return NULL;
+}
+
+/* ---- Life ---- */
+
+struct attempt *attempt_create(struct transfer *t, const struct attempt_role *role,
+                               const struct uuid *id, const char *vm_name, struct vm_error **err)
+{
+    CLEANUP(attempt) struct attempt *a = calloc(1, sizeof(*a));
+    if (!a) {
+        error_nomem(err);
+        return NULL;
+    }
+    atomic_init(&a->refs, 1);
+    a->transfer = t;
+    a->role = role;
+    a->id = *id;
+    a->pause_ns = -1;
+    snprintf(a->vm_name, sizeof(a->vm_name), "%s", vm_name);
+    a->record.attempt = *id;
+    snprintf(a->record.vm, sizeof(a->record.vm), "%s", vm_name);
+    pthread_mutex_init(&a->lock, NULL);
+    cond_init(&a->changed);
+    handover_init(&a->machine,
+                  role == &attempt_source_role ? HANDOVER_SOURCE : HANDOVER_DESTINATION);
+    a->state = a->machine.state;
+    a->cancel = io_latch_new(err);
+    return a->cancel < 0 ? NULL : steal_ptr(&a);
+}
+
+int attempt_start(struct attempt *a, struct vm_error **err)
+{
+    struct transfer *t = a->transfer;
+    SCOPE_LOCK(&t->lock);
+    a->next = t->attempts;
+    attempt_ref(a);
+    int failed = pthread_create(&a->thread, NULL, attempt_main, a);
+    if (failed) {
+        attempt_unref(a);
+        return error_errno(err, failed, "cannot start a thread");
+    }
+    t->attempts = a;
+    pthread_detach(a->thread);
+    return 0;
+}
+
+struct attempt *attempt_ref(struct attempt *a)
+{
+    atomic_fetch_add(&a->refs, 1);
+    return a;
+}
+
+void attempt_unref(struct attempt *a)
+{
+    if (!a || atomic_fetch_sub(&a->refs, 1) != 1)
+        return;
+    a->role->finish(a);
+    if (a->owns_guest)
+        guest_destroy(a->guest);
+    peer_session_unref(a->session);
+    error_free(a->reason);
+    free(a->record.blob);
+    close_fd(&a->cancel);
+    pthread_cond_destroy(&a->changed);
+    pthread_mutex_destroy(&a->lock);
+    free(a);
+}
+
+struct attempt *attempt_find(struct transfer *t, const struct uuid *id)
+{
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt *a = t->attempts; a; a = a->next)
+        if (uuid_equal(&a->id, id))
+            return attempt_ref(a);
+    return NULL;
+}
+
+struct attempt *attempt_find_of_vm(struct transfer *t, const char *vm_name)
+{
+    SCOPE_LOCK(&t->lock);
+    struct attempt *found = NULL;
+    for (struct attempt *a = t->attempts; a; a = a->next) {
+        if (strcmp(a->vm_name, vm_name))
+            continue;
+        pthread_mutex_lock(&a->lock);
+        bool settled = a->is_settled;
+        pthread_mutex_unlock(&a->lock);
+        if (!found || !settled)
+            found = a;
+        if (!settled)
+            break;
+    }
+    return found ? attempt_ref(found) : NULL;
+}
+
+int attempt_wait_settled(struct attempt *a, int64_t deadline_ns, struct vm_error **err)
+{
+    SCOPE_LOCK(&a->lock);
+    while (!a->is_settled)
+        if (!cond_wait_until(&a->changed, &a->lock, deadline_ns))
+            return error_set(err, VM_ERROR_TIMEOUT, "the hand-over is not settled yet");
+    return 0;
+}
+
+int attempt_result(struct attempt *a, struct vm_error **err)
+{
+    SCOPE_LOCK(&a->lock);
+    if (a->stop && !handover_is_finished(&a->machine))
+        return error_set(err, VM_ERROR_CANCELLED,
+                         "the agent stopped; its next start finishes or undoes the hand-over");
+    switch (a->state) {
+    case HANDOVER_SRC_DONE:
+    case HANDOVER_DST_RUNNING:
+    case HANDOVER_DST_CLOSED:
+        if (!a->has_notice || a->notice != HANDOVER_NOTE_ENDED)
+            return 0;
+        return error_set(err, VM_ERROR_VMM_DIED, "%s", handover_notice_text(a->notice));
+    default:
+        if (a->reason)
+            return error_propagate(err, error_copy(a->reason));
+        if (a->has_notice && a->notice == HANDOVER_NOTE_LOST)
+            return error_set(err, VM_ERROR_VMM_DIED, "%s", handover_notice_text(a->notice));
+        return error_set(err, VM_ERROR_CANCELLED, "cancelled; the VM stays at the source");
+    }
+}
+
+struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *role,
+                                const struct journal_record *record, struct vm_error **err)
+{
+    CLEANUP(attempt) struct attempt *a = attempt_create(t, role, &record->attempt, record->vm, err);
+    if (!a)
+        return NULL;
+    a->record.vmm = record->vmm;
+    memcpy(a->record.peer, record->peer, sizeof(a->record.peer));
+    a->record.started_ns = record->started_ns;
+    a->recorded = true;
+    snprintf(a->peer_name, sizeof(a->peer_name), "%s", record->peer);
+    bool alive = record->vmm.pid && process_alive(&record->vmm);
+    handover_recover(&a->machine, record->record, alive);
+    a->state = a->machine.state;
+    a->is_settled = handover_is_settled(&a->machine);
+    if ((role == &attempt_source_role ? attempt_source_recover : attempt_destination_recover)(
+            a, record, err) < 0)
+        return NULL;
+    log_info("recovered", "attempt=%s record=%s state=%s vmm_alive=%d", uuid_text(&a->id),
+             handover_record_name(record->record), handover_state_name(a->state), alive);
+    attempt_post(a, HANDOVER_EV_TIMER);
+    return steal_ptr(&a);
+}

@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attempt: one attempt to move one VM, at either end: the hand-over machine (migrate/handover.h) with
+ * a thread that executes its actions, and the table of all attempts of the agent. Internal to
+ * the agent's transfer; the rest of the agent uses agent/transfer.h.
+ *
+ *     attempt_source.c        the source: preflight, the control connection, the copy
+ *     attempt_destination.c   the destination: start a VMM, receive, load
+ *     attempt.c               what both share: events, journal, resume, kill, table
+ *
+ * Life. attempt_create puts it into the table; attempt_start begins its thread, which runs until
+ * the hand-over is finished on both sides (long after it is settled, if the peer is away). Everybody
+ * who holds a pointer holds a reference.
+ *
+ * Locks: `lock` of an attempt guards what is marked; the table's lock is taken before it, never after.
+ */
+#ifndef VMMIG_AGENT_ATTEMPT_H
+#define VMMIG_AGENT_ATTEMPT_H
+
+#include "agent/agent.h"
+#include "migrate/conn.h"
+#include "migrate/handover.h"
+#include "migrate/journal.h"
+#include "migrate/peer_session.h"
+#include "migrate/receiver.h"
+#include "migrate/sender.h"
+#include "vmm/qemu.h"
+
+#include <stdatomic.h>
+
+#define ATTEMPT_EVENTS_MAX 64
+#define ATTEMPT_TIMER_MS 1000
+#define ATTEMPT_KILL_TIMEOUT_MS 10000
+
+struct attempt;
+struct transfer;
+
+/* What a role does about the actions that only it has. Called in the attempt's thread. */
+struct attempt_role {
+    void (*start_vm)(struct attempt *a);
+    void (*start_transfer)(struct attempt *a);
+    /* The copy ends, whatever its state; returns when its threads are gone. */
+    void (*stop_transfer)(struct attempt *a);
+    /* Put what the message needs beyond its name into it. Borrows from the attempt. */
+    void (*fill)(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out);
+    /* Once, when the machine has settled; again every second while it returns -1. */
+    int (*settled)(struct attempt *a, struct vm_error **err);
+    /* Free the role's part. */
+    void (*finish)(struct attempt *a);
+};
+
+struct source_part {
+    char peer[ENDPOINT_TEXT_MAX + 1]; /* whom to dial */
+    struct vm *vm;                    /* reference; NULL after recovery of a VM that is gone */
+    struct qemu_definition definition;
+    struct disk_offer *offers;
+    uint32_t *offer_disks; /* index in definition.disks of each */
+    unsigned n_offers;
+    struct sender_params params; /* of the copy; regions are filled when the peer answered */
+    bool assume_shared;
+    char *dest_qmp;
+    struct guest_region *regions;
+    pthread_t link_thread, copy_thread;
+    bool link_started, copy_started;
+    struct sender *sender; /* under lock */
+    Vmmig__Peer__Handover *prepared; /* the peer's answer; under lock */
+    Vmmig__Peer__Prepare prepare_message;
+    struct channel_token token;
+};
+
+struct destination_part {
+    Vmmig__Peer__Handover *prepare; /* the source's request */
+    struct qemu_definition definition;
+    bool *mapped;
+    unsigned n_mapped;
+    struct disk_answer *answers;
+    unsigned n_answers;
+    char *qmp_path, *log_path;
+    char **argv; /* how the VMM was started; points into the definition */
+    bool prepared_by_user; /* --dest-qmp: the VMM was not started by us */
+    bool registered;
+    struct receiver *receiver; /* under lock */
+    unsigned serving;          /* connections inside it; under lock */
+    struct vm *vm;             /* once registered */
+    pthread_t work_thread;
+    bool work_started;
+    Vmmig__Peer__Prepared prepared_message;
+    int64_t load_ns;
+};
+
+struct attempt {
+    struct transfer *transfer;
+    const struct attempt_role *role;
+    atomic_uint refs;
+    struct uuid id;
+    char vm_name[VM_NAME_MAX + 1];
+    char peer_name[JOURNAL_PEER_MAX + 1]; /* destination: of the source's certificate */
+    struct handover machine; /* the attempt's thread; state is copied below for others */
+    struct journal_record record;
+    bool recorded;           /* the journal has it */
+    bool was_running;
+    struct guest *guest;     /* source: of the VM; destination: owned until registered */
+    bool owns_guest;
+    int64_t paused_at_ns, commit_at_ns, loaded_ns;
+    int64_t resume_took_ns;
+    int cancel;              /* latch: everything of this attempt ends */
+    pthread_t thread;
+
+    pthread_mutex_t lock;    /* guards what follows */
+    pthread_cond_t changed;
+    enum handover_event events[ATTEMPT_EVENTS_MAX];
+    unsigned first_event, n_events;
+    enum handover_state state;
+    bool is_settled, settled_done, stop;
+    enum handover_notice notice;
+    bool has_notice;
+    struct vm_error *reason; /* the first cause of a failure, for the user */
+    int64_t pause_ns;        /* how long the guest stood; -1: it did not, or is not known */
+    struct peer_session *session; /* to the peer, NULL while there is none */
+    struct job *job;         /* that shows it, NULL while there is none */
+
+    union {
+        struct source_part source;
+        struct destination_part destination;
+    };
+    struct attempt *next; /* in the table */
+};
+
+struct transfer {
+    struct agent *agent;
+    struct conn_context *context;
+    struct journal *journal;
+    struct loop_watch *listener;
+    int listen_fd;
+    int stop; /* latch */
+    pthread_mutex_t lock; /* guards what follows */
+    pthread_cond_t changed;
+    struct attempt *attempts;
+    unsigned n_connections;
+};
+
+struct attempt *attempt_create(struct transfer *t, const struct attempt_role *role,
+                               const struct uuid *id, const char *vm_name, struct vm_error **err);
+/* Take part in the table and begin. The caller keeps its reference. */
+int attempt_start(struct attempt *a, struct vm_error **err);
+struct attempt *attempt_ref(struct attempt *a);
+void attempt_unref(struct attempt *a);
+DEFINE_CLEANUP(attempt, struct attempt *, attempt_unref)
+/* A reference to the attempt of that id, NULL if there is none in the table. */
+struct attempt *attempt_find(struct transfer *t, const struct uuid *id);
+/* The unsettled attempt of a VM, or one that is in doubt; NULL. */
+struct attempt *attempt_find_of_vm(struct transfer *t, const char *vm_name);
+
+/* Any thread. Messages may be dropped when too much is waiting, as a network would. */
+void attempt_post(struct attempt *a, enum handover_event event);
+/* FAILED with its reason (owned by the call); the first reason stays. */
+void attempt_fail(struct attempt *a, struct vm_error *reason);
+void attempt_set_session(struct attempt *a, struct peer_session *session);
+/* A message of the peer: keep what belongs to it, post its event. Takes what it keeps. */
+void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message);
+/* Wait until it is settled: 0, or TIMEOUT. */
+int attempt_wait_settled(struct attempt *a, int64_t deadline_ns, struct vm_error **err);
+/* What the user is told when it is settled: 0, or the error. */
+int attempt_result(struct attempt *a, struct vm_error **err);
+/* An attempt of the journal, at start. */
+struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *role,
+                                const struct journal_record *record, struct vm_error **err);
+/* Write what recovery needs into the record. */
+int attempt_remember(struct attempt *a, const char *qmp_path, char *const *argv,
+                     const char *peer_address, struct vm_error **err);
+Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
+
+extern const struct attempt_role attempt_source_role, attempt_destination_role;
+
+/* attempt_source.c */
+int attempt_source_recover(struct attempt *a, const struct journal_record *record,
+                           struct vm_error **err);
+/* attempt_destination.c: a control connection whose greeting is done, and a data connection. */
+void destination_serve_control(struct transfer *t, struct peer_session *session);
+void destination_serve_channel(struct transfer *t, struct conn *conn);
+int attempt_destination_recover(struct attempt *a, const struct journal_record *record,
+                                struct vm_error **err);
+
+#endif

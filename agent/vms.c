@@ -1,0 +1,527 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/vms.h"
+
+#include "agent/vm_record.h"
+#include "base/clock.h"
+#include "base/io.h"
+#include "base/log.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+
+#define RETRY_NS (3 * NSEC_PER_SEC)
+
+struct vm {
+    atomic_uint refs;
+    struct vm_definition definition;
+    int pidfd; /* -1: the process was gone already */
+    pthread_mutex_t lock; /* guards what follows */
+    enum vm_presence presence;
+    struct guest *guest; /* once set, it stays */
+    char detail[VM_DETAIL_MAX];
+};
+
+struct vms {
+    struct vms_params params;
+    char *folder;
+    pthread_t keeper;
+    bool keeper_runs;
+    int wake_fd; /* the list changed, or closing */
+    pthread_mutex_t lock; /* guards what follows; taken before a vm's lock */
+    pthread_cond_t settled_cond;
+    struct vm **list; /* sorted by name, params.max long */
+    unsigned n;
+    bool settled, closing;
+};
+
+const char *vm_origin_name(enum vm_origin origin)
+{
+    switch (origin) {
+#define X(id, number, name)                                                                        \
+    case VM_ORIGIN_##id:                                                                           \
+        return name;
+        VM_ORIGINS(X)
+#undef X
+    }
+    return "?";
+}
+
+void vm_definition_finish(struct vm_definition *d)
+{
+    free(d->argv);
+    free(d->qmp_path);
+    *d = (struct vm_definition){0};
+}
+
+/* A copy of argv in one allocation. */
+static char **copy_argv(char *const *argv)
+{
+    size_t n = 0, bytes = 0;
+    for (; argv[n]; n++)
+        bytes += strlen(argv[n]) + 1;
+    char **copy = malloc((n + 1) * sizeof(*copy) + bytes);
+    if (!copy)
+        return NULL;
+    char *at = (char *)(copy + n + 1);
+    for (size_t i = 0; i < n; i++) {
+        copy[i] = at;
+        at = stpcpy(at, argv[i]) + 1;
+    }
+    copy[n] = NULL;
+    return copy;
+}
+
+int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_copy,
+                       struct vm_error **err)
+{
+    struct vm_definition copy = *d;
+    copy.argv = copy_argv(d->argv);
+    copy.qmp_path = strdup(d->qmp_path);
+    if (!copy.argv || !copy.qmp_path) {
+        vm_definition_finish(&copy);
+        return error_nomem(err);
+    }
+    *ret_copy = copy;
+    return 0;
+}
+
+static struct vm *vm_ref(struct vm *vm)
+{
+    atomic_fetch_add(&vm->refs, 1);
+    return vm;
+}
+
+void vm_put(struct vm *vm)
+{
+    if (!vm || atomic_fetch_sub(&vm->refs, 1) != 1)
+        return;
+    guest_destroy(vm->guest);
+    vm_definition_finish(&vm->definition);
+    close_fd(&vm->pidfd);
+    pthread_mutex_destroy(&vm->lock);
+    free(vm);
+}
+
+const struct vm_definition *vm_definition(const struct vm *vm)
+{
+    return &vm->definition;
+}
+
+/* Reading takes the lock, which const callers cannot see. */
+static pthread_mutex_t *lock_of(const struct vm *vm)
+{
+    return (pthread_mutex_t *)(uintptr_t)&vm->lock;
+}
+
+enum vm_presence vm_presence(const struct vm *vm)
+{
+    SCOPE_LOCK(lock_of(vm));
+    return vm->presence;
+}
+
+struct guest *vm_guest(const struct vm *vm)
+{
+    SCOPE_LOCK(lock_of(vm));
+    return vm->guest;
+}
+
+const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX])
+{
+    SCOPE_LOCK(lock_of(vm));
+    return strcpy(out, vm->detail);
+}
+
+static void set_presence(struct vm *vm, enum vm_presence presence, const char *detail)
+{
+    SCOPE_LOCK(&vm->lock);
+    vm->presence = presence;
+    snprintf(vm->detail, sizeof(vm->detail), "%s", detail);
+}
+
+/* A VM of that definition, with one reference; its presence is UNREACHABLE or ENDED. */
+static struct vm *make_vm(const struct vm_definition *d, struct vm_error **err)
+{
+    CLEANUP(vm) struct vm *vm = calloc(1, sizeof(*vm));
+    if (!vm) {
+        error_nomem(err);
+        return NULL;
+    }
+    atomic_init(&vm->refs, 1);
+    pthread_mutex_init(&vm->lock, NULL);
+    vm->pidfd = -1;
+    if (vm_definition_copy(d, &vm->definition, err) < 0)
+        return NULL;
+    vm->pidfd = (int)syscall(SYS_pidfd_open, d->process.pid, 0);
+    if (vm->pidfd < 0 && errno != ESRCH) {
+        error_errno(err, errno, "cannot watch process %d", d->process.pid);
+        return NULL;
+    }
+    /* The pidfd is of whoever has the pid now: only then compare. */
+    if (vm->pidfd < 0 || !process_alive(&d->process)) {
+        close_fd(&vm->pidfd);
+        vm->presence = VM_ENDED;
+    } else {
+        vm->presence = VM_UNREACHABLE;
+    }
+    return steal_ptr(&vm);
+}
+
+/* Where name is in the list, or where it would be. */
+static unsigned place_of(const struct vms *vms, const char *name, bool *ret_found)
+{
+    unsigned low = 0, high = vms->n;
+    *ret_found = false;
+    while (low < high) {
+        unsigned middle = (low + high) / 2;
+        int order = strcmp(vms->list[middle]->definition.name, name);
+        if (order == 0) {
+            *ret_found = true;
+            return middle;
+        }
+        if (order < 0)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+static void insert_at(struct vms *vms, unsigned place, struct vm *vm)
+{
+    memmove(vms->list + place + 1, vms->list + place, (vms->n - place) * sizeof(*vms->list));
+    vms->list[place] = vm;
+    vms->n++;
+}
+
+static void remove_at(struct vms *vms, unsigned place)
+{
+    struct vm *vm = vms->list[place];
+    memmove(vms->list + place, vms->list + place + 1,
+            (vms->n - place - 1) * sizeof(*vms->list));
+    vms->n--;
+    vm_put(vm);
+}
+
+/* The keeper: adopts, retries, notices deaths. */
+
+static void adopt(struct vms *vms, struct vm *vm)
+{
+    const struct vm_definition *d = &vm->definition;
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(guest) struct guest *guest = vms->params.connect(d, vms->params.arg, &err);
+    if (guest && !process_identity_equal(&guest->process, &d->process))
+        error_set(&err, VM_ERROR_REFUSED, "another process answers at %s", d->qmp_path);
+    if (err) {
+        log_warn("a VM does not answer", "vm=%s reason=%s", d->name, log_q(error_message(err)));
+        set_presence(vm, VM_UNREACHABLE, error_message(err));
+        return;
+    }
+    log_info("adopted a VM", "vm=%s pid=%d", d->name, d->process.pid);
+    pthread_mutex_lock(&vm->lock);
+    vm->guest = steal_ptr(&guest);
+    vm->presence = VM_PRESENT;
+    vm->detail[0] = 0;
+    pthread_mutex_unlock(&vm->lock);
+}
+
+static void set_ended(struct vms *vms, struct vm *vm)
+{
+    const struct vm_definition *d = &vm->definition;
+    char detail[VM_DETAIL_MAX] = "";
+    if (vms->params.describe_end)
+        vms->params.describe_end(d, detail, vms->params.arg);
+    set_presence(vm, VM_ENDED, *detail ? detail : "its process ended");
+    log_info("a VM ended", "vm=%s pid=%d detail=%s", d->name, d->process.pid, log_q(detail));
+}
+
+static bool is_listed(struct vms *vms, const struct vm *vm)
+{
+    bool found;
+    SCOPE_LOCK(&vms->lock);
+    unsigned place = place_of(vms, vm->definition.name, &found);
+    return found && vms->list[place] == vm;
+}
+
+/* Its process is gone. One that was removed meanwhile is nobody's concern. */
+static void bury(struct vms *vms, struct vm *vm)
+{
+    if (!is_listed(vms, vm))
+        return;
+    set_ended(vms, vm);
+    if (vms->params.died)
+        vms->params.died(vm->definition.name, &vm->definition.process, vms->params.arg);
+}
+
+/* References to all VMs now; NULL without memory. */
+static struct vm **list_refs(struct vms *vms, unsigned *ret_n)
+{
+    SCOPE_LOCK(&vms->lock);
+    struct vm **copy = malloc((vms->n + 1) * sizeof(*copy));
+    for (unsigned i = 0; copy && i < vms->n; i++)
+        copy[i] = vm_ref(vms->list[i]);
+    *ret_n = copy ? vms->n : 0;
+    return copy;
+}
+
+static bool is_closing(struct vms *vms)
+{
+    SCOPE_LOCK(&vms->lock);
+    return vms->closing;
+}
+
+static void announce_settled(struct vms *vms)
+{
+    SCOPE_LOCK(&vms->lock);
+    vms->settled = true;
+    pthread_cond_broadcast(&vms->settled_cond);
+}
+
+/* Adopt those that do not answer yet, if it is time; true if some still do not. */
+static bool adopt_all(struct vms *vms, struct vm **list, unsigned n, bool due)
+{
+    bool some = false;
+    for (unsigned i = 0; i < n && !is_closing(vms); i++) {
+        if (due && vm_presence(list[i]) == VM_UNREACHABLE)
+            adopt(vms, list[i]);
+        some |= vm_presence(list[i]) == VM_UNREACHABLE;
+    }
+    return some;
+}
+
+/* Wait for a death, a change of the list, or the time to try again. */
+static void watch(struct vms *vms, struct vm **list, unsigned n, int64_t until_ns)
+{
+    struct pollfd *p = calloc(n + 1, sizeof(*p));
+    if (!p)
+        return;
+    p[0] = (struct pollfd){.fd = vms->wake_fd, .events = POLLIN};
+    for (unsigned i = 0; i < n; i++)
+        p[i + 1] = (struct pollfd){
+            .fd = vm_presence(list[i]) == VM_ENDED ? -1 : list[i]->pidfd, .events = POLLIN};
+    poll(p, n + 1, clock_ms_until(until_ns));
+    eventfd_t ignored;
+    if (p[0].revents)
+        eventfd_read(vms->wake_fd, &ignored);
+    for (unsigned i = 0; i < n; i++)
+        if (p[i + 1].revents)
+            bury(vms, list[i]);
+    free(p);
+}
+
+static void *keeper_thread(void *arg)
+{
+    struct vms *vms = arg;
+    int64_t retry_ns = 0; /* when those that do not answer are tried again */
+    while (!is_closing(vms)) {
+        unsigned n;
+        struct vm **list = list_refs(vms, &n);
+        bool due = clock_mono_ns() >= retry_ns;
+        bool some = adopt_all(vms, list, n, due) || !list;
+        if (due)
+            retry_ns = clock_mono_ns() + RETRY_NS;
+        announce_settled(vms);
+        watch(vms, list, n, some ? retry_ns : INT64_MAX);
+        for (unsigned i = 0; i < n; i++)
+            vm_put(list[i]);
+        free(list);
+    }
+    return NULL;
+}
+
+static void wake_keeper(struct vms *vms)
+{
+    eventfd_write(vms->wake_fd, 1);
+}
+
+/* Records to VMs. One whose process is gone is known as ENDED at once. */
+static int load(struct vms *vms, struct vm_error **err)
+{
+    struct vm_definition *list = NULL;
+    unsigned n = 0;
+    int r = vm_record_read_all(vms->folder, vms->params.max, &list, &n, err);
+    for (unsigned i = 0; i < n; i++) {
+        bool found;
+        struct vm *vm = r < 0 ? NULL : make_vm(&list[i], err);
+        if (!vm)
+            r = -1;
+        else
+            insert_at(vms, place_of(vms, list[i].name, &found), vm);
+        if (vm && vm->presence == VM_ENDED)
+            set_ended(vms, vm);
+        vm_definition_finish(&list[i]);
+    }
+    free(list);
+    return r;
+}
+
+struct vms *vms_open(const struct vms_params *params, struct vm_error **err)
+{
+    CLEANUP(vms) struct vms *vms = calloc(1, sizeof(*vms));
+    if (!vms) {
+        error_nomem(err);
+        return NULL;
+    }
+    vms->params = *params;
+    vms->wake_fd = -1;
+    pthread_mutex_init(&vms->lock, NULL);
+    pthread_cond_init(&vms->settled_cond, NULL);
+    vms->list = calloc(params->max, sizeof(*vms->list));
+    if (!vms->list || asprintf(&vms->folder, "%s/vms", params->state_dir) < 0) {
+        error_nomem(err);
+        return NULL;
+    }
+    vms->wake_fd = io_latch_new(err);
+    if (vms->wake_fd < 0 || io_make_folders(vms->folder, 0700, err) < 0 || load(vms, err) < 0)
+        return NULL;
+    int failed = pthread_create(&vms->keeper, NULL, keeper_thread, vms);
+    if (failed) {
+        error_errno(err, failed, "cannot start a thread");
+        return NULL;
+    }
+    vms->keeper_runs = true;
+    return steal_ptr(&vms);
+}
+
+void vms_close(struct vms *vms)
+{
+    if (!vms)
+        return;
+    if (vms->keeper_runs) {
+        pthread_mutex_lock(&vms->lock);
+        vms->closing = true;
+        pthread_mutex_unlock(&vms->lock);
+        wake_keeper(vms);
+        pthread_join(vms->keeper, NULL);
+    }
+    while (vms->n)
+        remove_at(vms, vms->n - 1);
+    free(vms->list);
+    free(vms->folder);
+    close_fd(&vms->wake_fd);
+    pthread_cond_destroy(&vms->settled_cond);
+    pthread_mutex_destroy(&vms->lock);
+    free(vms);
+}
+
+void vms_settle(struct vms *vms)
+{
+    SCOPE_LOCK(&vms->lock);
+    while (!vms->settled)
+        pthread_cond_wait(&vms->settled_cond, &vms->lock);
+}
+
+/* With the lock held. */
+static int check_free(struct vms *vms, const char *name, struct vm_error **err)
+{
+    bool found;
+    unsigned place = place_of(vms, name, &found);
+    if (found && vm_presence(vms->list[place]) != VM_ENDED)
+        return error_set(err, VM_ERROR_CONFLICT, "a VM named %s is here already", name);
+    if (!found && vms->n == vms->params.max)
+        return error_set(err, VM_ERROR_NO_SPACE,
+                         "there are %u VMs here already (max-vms); detach those that have ended",
+                         vms->n);
+    return 0;
+}
+
+int vms_check_free(struct vms *vms, const char *name, struct vm_error **err)
+{
+    SCOPE_LOCK(&vms->lock);
+    return check_free(vms, name, err);
+}
+
+static int check_process_unknown(struct vms *vms, const struct vm_definition *d,
+                                 struct vm_error **err)
+{
+    for (unsigned i = 0; i < vms->n; i++)
+        if (process_identity_equal(&vms->list[i]->definition.process, &d->process))
+            return error_set(err, VM_ERROR_CONFLICT, "process %d is here already, as VM %s",
+                             d->process.pid, vms->list[i]->definition.name);
+    return 0;
+}
+
+int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
+            struct vm_error **err)
+{
+    if (vm_name_check(d->name, err) < 0)
+        return -1;
+    CLEANUP(vm) struct vm *vm = make_vm(d, err);
+    if (!vm)
+        return -1;
+    if (vm->presence == VM_ENDED)
+        return error_set(err, VM_ERROR_VMM_DIED, "VM %s: its process %d ended", d->name,
+                         d->process.pid);
+    SCOPE_LOCK(&vms->lock);
+    if (check_free(vms, d->name, err) < 0 || check_process_unknown(vms, d, err) < 0)
+        return -1;
+    if (vm_record_write(vms->folder, d, err) < 0)
+        return error_wrap(err, "VM %s", d->name);
+    bool found;
+    unsigned place = place_of(vms, d->name, &found);
+    if (found)
+        remove_at(vms, place);
+    vm->guest = steal_ptr(guest);
+    vm->presence = VM_PRESENT;
+    insert_at(vms, place, steal_ptr(&vm));
+    wake_keeper(vms);
+    return 0;
+}
+
+int vms_remove(struct vms *vms, const char *name, struct vm_error **err)
+{
+    bool found;
+    SCOPE_LOCK(&vms->lock);
+    unsigned place = place_of(vms, name, &found);
+    if (!found)
+        return error_set(err, VM_ERROR_NOT_FOUND, "there is no VM named %s here", name);
+    if (vm_record_remove(vms->folder, name, err) < 0)
+        return error_wrap(err, "VM %s", name);
+    remove_at(vms, place);
+    wake_keeper(vms);
+    return 0;
+}
+
+struct vm *vms_get(struct vms *vms, const char *name, struct vm_error **err)
+{
+    bool found;
+    SCOPE_LOCK(&vms->lock);
+    unsigned place = place_of(vms, name, &found);
+    if (found)
+        return vm_ref(vms->list[place]);
+    error_set(err, VM_ERROR_NOT_FOUND, "there is no VM named %s here", name);
+    return NULL;
+}
+
+struct vm *vms_get_present(struct vms *vms, const char *name, struct vm_error **err)
+{
+    char detail[VM_DETAIL_MAX];
+    CLEANUP(vm) struct vm *vm = vms_get(vms, name, err);
+    if (!vm)
+        return NULL;
+    switch (vm_presence(vm)) {
+    case VM_PRESENT:
+        return steal_ptr(&vm);
+    case VM_UNREACHABLE:
+        error_set(err, VM_ERROR_UNREACHABLE, "VM %s does not answer: %s", name,
+                  vm_detail(vm, detail));
+        return NULL;
+    case VM_ENDED:
+        error_set(err, VM_ERROR_VMM_DIED, "VM %s has ended: %s", name, vm_detail(vm, detail));
+        return NULL;
+    }
+    return NULL;
+}
+
+int vms_list(struct vms *vms, struct vm ***ret_vms, unsigned *ret_n, struct vm_error **err)
+{
+    struct vm **list = list_refs(vms, ret_n);
+    if (!list)
+        return error_nomem(err);
+    *ret_vms = list;
+    return 0;
+}
