@@ -8,7 +8,14 @@
 #include "pages.h"
 #include "text.h"
 
-enum { BATCH = 64, MAX_BAD_LINES = 16, CATCH_UP_MS = 100, FIRST_SEQUENCE = 1 };
+enum {
+    BATCH = 64,
+    MAX_BAD_LINES = 16,
+    CATCH_UP_MS = 100,
+    FIRST_SEQUENCE = 1,
+    GAP_MS = 5,
+    COUNTERS_EVERY = 10,
+};
 
 /* A rate as a budget: time flows in, and each page costs some. */
 struct budget {
@@ -191,10 +198,8 @@ static bool spend(struct budget *budget)
 
 /* ---- vCPU 0: heartbeat and commands ---- */
 
-static void heartbeat(uint64_t now)
+static void counters(struct text *line)
 {
-    static uint64_t number;
-    struct text line = {.length = 0};
     uint64_t cycles = vcpus[0].cycles, checked = 0, errors = 0;
 
     for (unsigned i = 0; i < options.vcpus; i++) {
@@ -202,13 +207,26 @@ static void heartbeat(uint64_t now)
         checked += vcpus[i].checked;
         errors += vcpus[i].errors;
     }
-    field(&line, "hb ", number++);
+    field(line, " cycles=", cycles);
+    field(line, " checked=", checked);
+    field(line, " errors=", errors);
+}
+
+/* Each byte costs the guest an exit: the line is short. */
+static void heartbeat(uint64_t now, uint64_t gap)
+{
+    static uint64_t number;
+    struct text line = {.length = 0};
+
+    field(&line, "hb ", number);
     text_string(&line, " ");
     text_hex(&line, now);
-    field(&line, " cycles=", cycles);
-    field(&line, " checked=", checked);
-    field(&line, " errors=", errors);
+    if (number % COUNTERS_EVERY == 0)
+        counters(&line);
+    if (gap >= GAP_MS * options.tsc_khz)
+        field(&line, " gap=", gap * 1000 / options.tsc_khz);
     text_string(&line, "\n");
+    number++;
     print(&line);
 }
 
@@ -292,16 +310,22 @@ static void poll_console(void)
     }
 }
 
+/* Called in every turn of vCPU 0. Anything but a small time left is due: long past, or the clock
+ * was set back. The longest time between two turns is what the guest itself can tell of a pause. */
 static void lead(uint64_t now)
 {
-    static uint64_t due;
+    static uint64_t due, former, gap;
     uint64_t interval = options.heartbeat_ms * options.tsc_khz;
-    uint64_t left = due - now;
+    uint64_t left = due - now, turn = former ? now - former : 0;
 
+    if ((int64_t)turn > (int64_t)gap)
+        gap = turn;
+    former = now;
     if (left != 0 && left <= interval)
-        return; /* anything else is due, long past, or the clock was set back */
+        return;
     due = now + interval;
-    heartbeat(now);
+    heartbeat(now, gap);
+    gap = 0;
     poll_console();
     finish_verify();
 }
