@@ -48,6 +48,12 @@ static int parse_path(const struct option *o, const char *value, void *member,
     return copy_text(value, member, err);
 }
 
+static int parse_path_or_none(const struct option *o, const char *value, void *member,
+                              struct vm_error **err)
+{
+    return !strcmp(value, "none") ? copy_text("", member, err) : parse_path(o, value, member, err);
+}
+
 /* bind(2) takes 107 bytes; say so here, where the line is known. */
 static int parse_socket(const struct option *o, const char *value, void *member,
                         struct vm_error **err)
@@ -155,6 +161,11 @@ static const struct option config_options[] = {
      .repeatable = true,
      .text = "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
              "default"},
+    {"log-dir", "DIR", parse_path, MEMBER(log_dir), .def = "/var/log/vmmig",
+     .text = "Where each VM's output goes, NAME.log"},
+    {"vm-cgroup", "DIR", parse_path_or_none, MEMBER(vm_cgroup), .def = "none",
+     .text = "A cgroup, as /sys/fs/cgroup/machine.slice, below which each VM gets a cgroup of its own, "
+             "to which its memory is charged; none: VMs share the agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
     {"map", "NAME = NAME", parse_map, MEMBER(maps), .repeatable = true,
@@ -303,7 +314,8 @@ void config_destroy(struct config *c)
     if (!c)
         return;
     char *texts[] = {c->host,    c->state_dir, c->runtime_dir, c->control_socket, c->control_group,
-                     c->ca_file, c->cert_file, c->key_file,    c->vm_user};
+                     c->ca_file, c->cert_file, c->key_file,    c->vm_user,    c->log_dir,
+                     c->vm_cgroup};
     for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++)
         free(texts[i]);
     for (unsigned i = 0; i < c->vmms.n; i++)

@@ -55,6 +55,8 @@ struct config {
     char *ca_file, *cert_file, *key_file;
     bool insecure_loopback; /* plain TCP with peers on loopback addresses */
     struct config_vmms vmms; /* binaries that may be run as a VM */
+    char *log_dir;         /* what VMMs print */
+    char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "" for the agent's own */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
     struct config_maps maps;
     uint64_t max_vms, max_jobs, max_clients;

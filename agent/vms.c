@@ -408,11 +408,15 @@ void vms_close(struct vms *vms)
     free(vms);
 }
 
-void vms_settle(struct vms *vms)
+bool vms_settle(struct vms *vms, int timeout_ms)
 {
+    int64_t deadline = clock_wall_ns() + timeout_ms * NSEC_PER_MSEC;
+    struct timespec until = {deadline / NSEC_PER_SEC, deadline % NSEC_PER_SEC};
     SCOPE_LOCK(&vms->lock);
     while (!vms->settled)
-        pthread_cond_wait(&vms->settled_cond, &vms->lock);
+        if (pthread_cond_timedwait(&vms->settled_cond, &vms->lock, &until))
+            break;
+    return vms->settled;
 }
 
 /* With the lock held. */

@@ -90,8 +90,8 @@ struct vms *vms_open(const struct vms_params *params, struct vm_error **err);
 /* Not in a callback; ends the thread. References that are still held stay valid. */
 void vms_close(struct vms *vms);
 DEFINE_CLEANUP(vms, struct vms *, vms_close)
-/* Every VM of the records was tried once. */
-void vms_settle(struct vms *vms);
+/* Wait until every VM of the records was tried once; false if that takes longer. */
+bool vms_settle(struct vms *vms, int timeout_ms);
 
 /*
  * Add a VM that runs; takes *guest over (sets it to NULL) on success. CONFLICT if the name is taken by a

@@ -47,7 +47,8 @@ static int check_error(const Vmmig__Control__Error *m, struct vm_error **err)
 
 static int check_run(const Vmmig__Control__Run *m, struct vm_error **err)
 {
-    if (check_name(m->vm, err) < 0)
+    if (check_name(m->vm, err) < 0 ||
+        (*m->cwd && field_check_path("the working directory", m->cwd, err) < 0))
         return -1;
     return field_check_argv("the VM's command line", m->argv, m->n_argv, err);
 }

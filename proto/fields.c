@@ -133,6 +133,20 @@ int field_check_text(const char *what, const char *text, size_t min, size_t max,
     return 0;
 }
 
+void field_make_text(char *text, size_t max)
+{
+    size_t i = 0;
+    while (text[i]) {
+        size_t n = utf8_length((const unsigned char *)text + i);
+        if (i + (n ? n : 1) > max)
+            break;
+        if (!n)
+            text[i] = '?';
+        i += n ? n : 1;
+    }
+    text[i] = 0;
+}
+
 int field_check_path(const char *what, const char *path, struct vm_error **err)
 {
     if (*path != '/')

@@ -43,6 +43,8 @@ const char *endpoint_format(const struct endpoint *e, char out[ENDPOINT_TEXT_MAX
  */
 int field_check_text(const char *what, const char *text, size_t min, size_t max,
                      struct vm_error **err);
+/* Make `text` pass field_check_text: what is not printable becomes '?', what is beyond max is cut off. */
+void field_make_text(char *text, size_t max);
 /* An absolute path of at most FIELD_PATH_MAX bytes; any bytes but NUL and newline. */
 int field_check_path(const char *what, const char *path, struct vm_error **err);
 /* 1 to FIELD_ARGV_MAX arguments, FIELD_ARGV_BYTES together, the first an absolute path or a name. */

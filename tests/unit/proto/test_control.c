@@ -110,6 +110,10 @@ static void runs_and_attaches(void **state)
     run.argv = argv;
     run.n_argv = 2;
     assert_int_equal(JUDGE(RUN, run), FINE);
+    run.cwd = TEXT("here");
+    assert_int_equal(JUDGE(RUN, run), VM_ERROR_PROTOCOL);
+    run.cwd = TEXT("/here");
+    assert_int_equal(JUDGE(RUN, run), FINE);
     Vmmig__Control__Attach attach = VMMIG__CONTROL__ATTACH__INIT;
     attach.vm = TEXT("web1");
     assert_int_equal(JUDGE(ATTACH, attach), VM_ERROR_PROTOCOL);

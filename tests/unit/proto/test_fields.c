@@ -95,6 +95,20 @@ static void text_that_is_shown(void **state)
     assert_int_equal(field_check_text("it", "12345678901", 1, 10, NULL), -1);
 }
 
+static void text_is_made_showable(void **state)
+{
+    (void)state;
+    char bad[] = "a\x1b[1m\xc3\xbc\xff\n";
+    field_make_text(bad, 20);
+    assert_string_equal(bad, "a?[1m\xc3\xbc??");
+    char cut[] = "abc\xc3\xbc";
+    field_make_text(cut, 4);
+    assert_string_equal(cut, "abc"); /* never half a character */
+    char fits[] = "abc\xc3\xbc";
+    field_make_text(fits, 5);
+    assert_string_equal(fits, "abc\xc3\xbc");
+}
+
 static void command_lines_are_bounded(void **state)
 {
     (void)state;
@@ -134,6 +148,7 @@ int main(void)
         cmocka_unit_test(addresses_of_hosts),
         cmocka_unit_test(the_longest_address_fits_its_text),
         cmocka_unit_test(text_that_is_shown),
+        cmocka_unit_test(text_is_made_showable),
         cmocka_unit_test(command_lines_are_bounded),
         cmocka_unit_test(paths_are_absolute),
     };

@@ -1,0 +1,161 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/answers.h"
+
+#include <string.h>
+
+/* protobuf-c's strings are not const, though packing does not change them. */
+static char *word(const char *text)
+{
+    return (char *)(uintptr_t)text;
+}
+
+static void set_error(struct job_answer *a)
+{
+    const struct vm_error *e = a->status.error;
+    if (!e)
+        return;
+    vmmig__control__error__init(&a->error);
+    snprintf(a->error_text, sizeof(a->error_text), "%s", error_message(e));
+    field_make_text(a->error_text, CONTROL_TEXT_MAX);
+    a->error.kind = word(error_kind_name(e->kind));
+    a->error.message = a->error_text;
+    a->message.error = &a->error;
+}
+
+static void set_progress(struct job_answer *a)
+{
+    struct job_progress *p = &a->status.progress;
+    Vmmig__Control__Job *m = &a->message;
+    m->phase = word(job_phase_name(p->phase));
+    m->phase_text = word(job_phase_text(p->phase));
+    m->round = p->round;
+    m->total = p->total;
+    m->remaining = p->remaining;
+    m->dirty_rate = p->dirty_rate;
+    m->link_rate = p->link_rate;
+    m->wire_bytes = p->wire_bytes;
+    m->resent_bytes = p->resent_bytes;
+    m->opaque_bytes = p->opaque_bytes;
+    m->throttle_percent = p->throttle_percent;
+    m->throttle_max_percent = p->throttle_max_percent;
+    m->connections = p->connections;
+    m->reconnects = p->reconnects;
+    m->predicted_pause_ns = p->predicted_pause_ns;
+    m->pause_ns = p->pause_ns;
+    p->note[JOB_NOTE_MAX - 1] = 0;
+    field_make_text(p->note, CONTROL_WORD_MAX);
+    m->note = p->note;
+    for (unsigned i = 0; i < JOB_ENC_COUNT; i++) {
+        vmmig__control__pages__init(&a->pages[i]);
+        a->pages[i].encoding = word(job_encoding_name(i));
+        a->pages[i].pages = p->pages[i].pages;
+        a->pages[i].wire_bytes = p->pages[i].wire_bytes;
+        a->page_list[i] = &a->pages[i];
+    }
+    m->pages = a->page_list;
+    m->n_pages = JOB_ENC_COUNT;
+}
+
+void job_answer_init(struct job_answer *a, const struct job_status *status)
+{
+    Vmmig__Control__Job *m = &a->message;
+    a->status = *status;
+    vmmig__control__job__init(m);
+    m->id = (ProtobufCBinaryData){sizeof(a->status.id.bytes), a->status.id.bytes};
+    m->kind = word(job_kind_name(status->kind));
+    m->vm = a->status.vm;
+    m->peer = a->status.peer;
+    field_make_text(m->peer, ENDPOINT_TEXT_MAX);
+    m->state = (Vmmig__Control__JobState)status->state;
+    m->cancelling = status->cancelling;
+    m->started_ns = status->started_ns;
+    m->elapsed_ns = status->elapsed_ns;
+    set_error(a);
+    set_progress(a);
+}
+
+void job_answer_finish(struct job_answer *a)
+{
+    job_status_finish(&a->status);
+}
+
+static const char *run_state_name(enum guest_run_state state)
+{
+    switch (state) {
+    case GUEST_RUNNING:
+        return "running";
+    case GUEST_PAUSED:
+        return "paused";
+    case GUEST_INCOMING:
+        return "incoming";
+    case GUEST_POSTMIGRATE:
+        return "postmigrate";
+    case GUEST_BROKEN:
+        return "broken";
+    }
+    return "unknown";
+}
+
+/* What it does now: its VMM's answer, or why there is none. */
+static void set_state(struct vm_answer *a)
+{
+    Vmmig__Control__Vm *m = &a->message;
+    struct guest_status status;
+    cleanup_error struct vm_error *err = NULL;
+    enum vm_presence presence = vm_presence(a->vm);
+    m->presence = (Vmmig__Control__Presence)presence;
+    m->detail = a->detail;
+    vm_detail(a->vm, a->detail);
+    if (presence != VM_PRESENT) {
+        m->state = word(presence == VM_ENDED ? "ended" : "unreachable");
+    } else if (guest_status(vm_guest(a->vm), &status, &err) < 0) {
+        m->presence = VMMIG__CONTROL__PRESENCE__UNREACHABLE;
+        m->state = word("unreachable");
+        snprintf(a->detail, sizeof(a->detail), "%s", error_message(err));
+    } else {
+        m->state = word(run_state_name(status.state));
+        snprintf(a->detail, sizeof(a->detail), "%s", status.detail);
+    }
+    field_make_text(a->detail, sizeof(a->detail) - 1);
+}
+
+static void set_job(struct vm_answer *a, struct job_table *jobs, bool whole)
+{
+    struct job_status status;
+    if (job_get_of_vm(jobs, a->message.vm, &status, NULL) < 0)
+        return;
+    if (!whole && status.state != JOB_STATE_RUNNING) {
+        job_status_finish(&status);
+        return;
+    }
+    job_answer_init(&a->job, &status);
+    a->message.job = &a->job.message;
+}
+
+void vm_answer_init(struct vm_answer *a, struct job_table *jobs, struct vm *vm, bool whole)
+{
+    const struct vm_definition *d = vm_definition(vm);
+    Vmmig__Control__Vm *m = &a->message;
+    a->vm = vm;
+    vmmig__control__vm__init(m);
+    m->vm = word(d->name);
+    m->origin = word(vm_origin_name(d->origin));
+    m->pid = d->process.pid;
+    m->since_ns = d->since_ns;
+    if (whole) {
+        m->qmp_path = d->qmp_path;
+        m->argv = d->argv;
+        while (d->argv[m->n_argv])
+            m->n_argv++;
+    }
+    set_state(a);
+    set_job(a, jobs, whole);
+}
+
+void vm_answer_finish(struct vm_answer *a)
+{
+    if (a->message.job)
+        job_answer_finish(&a->job);
+    vm_put(a->vm);
+    a->vm = NULL;
+}

@@ -1,0 +1,50 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * answers: jobs and VMs as messages of the control protocol. An answer holds what its message points
+ * to: keep it where it is until the message was sent, then finish it. Threads: any.
+ */
+#ifndef VMMIG_AGENT_ANSWERS_H
+#define VMMIG_AGENT_ANSWERS_H
+
+#include "agent/jobs.h"
+#include "agent/vms.h"
+#include "proto/control.h"
+
+struct job_answer {
+    Vmmig__Control__Job message;
+    struct job_status status;
+    Vmmig__Control__Error error;
+    Vmmig__Control__Pages pages[JOB_ENC_COUNT], *page_list[JOB_ENC_COUNT];
+    char error_text[CONTROL_TEXT_MAX + 1];
+};
+
+/* Takes the status over. */
+void job_answer_init(struct job_answer *a, const struct job_status *status);
+void job_answer_finish(struct job_answer *a);
+
+struct vm_answer {
+    Vmmig__Control__Vm message;
+    struct vm *vm;
+    char detail[VM_DETAIL_MAX];
+    struct job_answer job;
+};
+
+/*
+ * Takes the reference over. Asks the VMM for its state, which may take seconds if it hangs. `whole`: with
+ * command line, socket and the last job, as the answer to STATUS; else with a running job only.
+ */
+void vm_answer_init(struct vm_answer *a, struct job_table *jobs, struct vm *vm, bool whole);
+void vm_answer_finish(struct vm_answer *a);
+
+static inline void job_answer_cleanup(struct job_answer *a)
+{
+    job_answer_finish(a);
+}
+static inline void vm_answer_cleanup(struct vm_answer *a)
+{
+    vm_answer_finish(a);
+}
+#define cleanup_job_answer __attribute__((cleanup(job_answer_cleanup)))
+#define cleanup_vm_answer __attribute__((cleanup(vm_answer_cleanup)))
+
+#endif

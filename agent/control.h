@@ -1,0 +1,40 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * control: the socket at which the agent is driven (proto/control.proto).
+ *
+ *     CLEANUP(control) struct control *c = control_start(agent, &err);   accepts in agent's loop
+ *     ... loop_run ...
+ *     if (!control_stop(c, 5000)) _exit(...);
+ *
+ * Each connection has a thread of its own, in which requests are handled one after the other
+ * (agent/requests.h). Who may connect: root, the agent's own user, and members of control-group; by
+ * the file's mode and, independently, by the credentials that the kernel gives for the peer.
+ * A socket file left by a dead agent is replaced; that of a living one is CONFLICT.
+ * Bound: max-clients connections; one more is told so and closed.
+ * A client that says nothing for 10 s at the start, or that breaks the protocol, is closed.
+ */
+#ifndef VMMIG_AGENT_CONTROL_H
+#define VMMIG_AGENT_CONTROL_H
+
+#include "agent/agent.h"
+#include "proto/control.h"
+
+struct control;
+struct control_session;
+
+struct control *control_start(struct agent *agent, struct vm_error **err);
+/* No more connections; end those that are there. True when all threads ended within the time. */
+bool control_stop(struct control *c, int timeout_ms);
+/* After control_stop said true. Removes the socket file. */
+void control_destroy(struct control *c);
+DEFINE_CLEANUP(control, struct control *, control_destroy)
+
+/* For the handlers of requests, in the session's thread. */
+struct agent *control_agent(struct control_session *s);
+/* Send one answer. -1: the client is gone; the handler gives up. */
+int control_reply(struct control_session *s, unsigned type, const ProtobufCMessage *message,
+                  struct vm_error **err);
+/* A latch: the agent stops. */
+int control_stop_fd(const struct control_session *s);
+
+#endif
