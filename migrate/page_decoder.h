@@ -16,7 +16,7 @@
  * A connection that is cut. Between begin and commit the payload may stop at any byte. The next begin
  * forgets the batch under way. If it is then received again, completely and with the same bytes, the
  * result is as if nothing had happened: the raw pages are written again from the beginning; no page is
- * named twice, so no delta of this batch depends on them; and deltas, zstd and zeros take effect in
+ * named twice, so no delta of this batch depends on them; and deltas, blocks and zeros take effect in
  * commit only. What is not allowed is to commit a batch twice (a delta applies to the page as it was
  * before), or to let a cut batch go and continue with another: the channel numbers batches, applies
  * them in order, and drops those below the number that it has committed. A commit that fails leaves
@@ -50,7 +50,7 @@
 
 #define PAGE_DECODER_IOV_MAX PAGE_BATCH_MAX
 #define PAGE_DECODER_PUNCH_MIN 16u
-#define PAGE_DECODER_MEMORY_MAX (5ul << 20)
+#define PAGE_DECODER_MEMORY_MAX (3ul << 20)
 
 struct page_decoder;
 

@@ -62,20 +62,23 @@ struct page_encoder;
 enum page_mode {
     PAGE_MODE_RAW,
     PAGE_MODE_LZ4,
-    PAGE_MODE_ZSTD_1, /* zstd, level 1 */
-    PAGE_MODE_ZSTD_3, /* zstd, level 3 */
+    PAGE_MODE_ZSTD_1, /* the levels of zstd */
+    PAGE_MODE_ZSTD_2,
+    PAGE_MODE_ZSTD_3,
     PAGE_MODE_COUNT
 };
 
 #define PAGE_ENCODER_CHANNELS_MAX 16u
 #define PAGE_ENCODER_MEMORY_DEFAULT (64ul << 20)
-#define PAGE_ENCODER_MEMORY_MIN (3ul << 20) /* for each channel */
+#define PAGE_ENCODER_MEMORY_MIN (6ul << 20) /* for each channel */
 
 struct page_encoder_config {
     const struct guest_region *regions; /* only sizes are used; not kept */
     unsigned n_regions;
     unsigned channel, n_channels; /* of page_stripe_channel() */
-    size_t memory;                /* of all encoders of the migration together; 0: the default */
+    /* Bytes for all encoders of the migration together; 0: the default. At least
+     * PAGE_ENCODER_MEMORY_MIN per channel are taken. */
+    size_t memory;
     bool destination_zero;        /* the destination's memory begins as all zero */
     bool mapped_source;           /* the bytes behind a batch may change while they are encoded */
 };
@@ -107,7 +110,7 @@ struct page_encoder_stats {
     struct {
         uint64_t pages;
         uint64_t bytes_out; /* payload; what comes in is pages * GUEST_PAGE_SIZE */
-        int64_t cpu_ns;     /* fresh zero, same and zero are found in one pass: its time is at SAME */
+        int64_t cpu_ns;     /* what need not be sent is found in one pass: its time is at SAME */
     } kinds[PAGE_KIND_COUNT];
     uint64_t meta_bytes;
 };
@@ -127,7 +130,7 @@ const struct page_encoder_stats *page_encoder_stats(const struct page_encoder *e
 /* Bytes that the encoder holds (not: those it gave out). */
 size_t page_encoder_memory(const struct page_encoder *enc);
 
-/* "raw", "lz4", "zstd-1", "zstd-3". */
+/* "raw", "lz4", "zstd-1" ... */
 const char *page_mode_name(enum page_mode mode);
 
 #endif

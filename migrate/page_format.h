@@ -25,15 +25,12 @@
  *     raw    1..256   4096 * pages      the pages
  *     lz4    1..16    < 4096 * pages    one LZ4 block
  *     delta  1        < 4096            u32 check, then one LZ4 block whose dictionary is the page as the
- *                                       receiver has it; check: the low 32 bits of XXH3-64 of the result
- *     zstd   1..256   <= bound          the next piece of the channel's one zstd stream, ended by a flush
+ *                                       receiver has it; check: the low 32 bits of XXH3-128 of the result
+ *     zstd   1..256   < 4096 * pages    one zstd frame
  *
- * The zstd pieces of a channel, in the order of their batches, are one endless stream whose window
- * (at most 2^PAGE_ZSTD_WINDOW_LOG bytes) goes back over earlier pieces. A piece may begin a new frame.
- *
- * Order. Deltas and zstd pieces depend on what was applied before. So batches of a channel are applied
- * in the order in which they were encoded, each exactly once; migrate/page_decoder.h says what
- * becomes of a batch that was cut on its way.
+ * Every compressed unit stands for itself, except that a delta depends on what was applied before. So
+ * batches of a channel are applied in the order in which they were encoded, each exactly once;
+ * migrate/page_decoder.h says what becomes of a batch that was cut on its way.
  *
  * Threads: functions without state.
  */
@@ -53,11 +50,8 @@
 
 #define PAGE_LZ4_PAGES_MAX 16u
 #define PAGE_DELTA_CHECK_SIZE 4
-#define PAGE_ZSTD_WINDOW_LOG 20
-/* What a zstd piece may have more than its pages: frame header, block headers, end of a frame. */
-#define PAGE_ZSTD_SLACK 256u
-/* No payload is longer: at worst each page is a unit of its own. */
-#define PAGE_PAYLOAD_MAX (PAGE_BATCH_MAX * (GUEST_PAGE_SIZE + PAGE_ZSTD_SLACK))
+/* No payload is longer: what does not shrink goes raw. */
+#define PAGE_PAYLOAD_MAX (PAGE_BATCH_MAX * GUEST_PAGE_SIZE)
 
 /* What may become of a page. X(id, name, number in a unit or 0 if it is not sent at all). */
 #define PAGE_KINDS(X)                                                                              \
@@ -97,6 +91,9 @@ struct page_meta {
 
 /* Name of a kind ("lz4"), for logs, statistics and tables. */
 const char *page_kind_name(enum page_kind kind);
+
+/* Are all GUEST_PAGE_SIZE bytes zero? Page aligned or not; returns early if not. */
+bool page_is_zero(const uint8_t *page);
 
 /* Bytes that page_meta_write needs. */
 static inline size_t page_meta_size(const struct page_meta *meta)

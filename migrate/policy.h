@@ -8,23 +8,29 @@
  *     for each batch:
  *         page_encoder_encode(enc, batch, policy_choose(&policy), &out, &err);
  *         policy_note_batch(&policy, &out.sample);
+ *         ... send it ...
+ *         policy_note_send(&policy, bytes, cpu_ns);
  *     and now and then (each acknowledgement, or a timer):
- *         policy_note_link(&policy, acked_bytes, interval_ns, blocked_ns);
+ *         policy_note_link(&policy, &(struct policy_link_sample){...});
  *
- * For each mode it predicts pages a second: what the link takes (link rate / bytes per page) or what
- * the cores yield (cores / CPU time per page, workers / wall time per page), whichever is less. It
- * changes to a mode that promises POLICY_GAIN more, and to raw as soon as raw is as good: compression
- * that would make the migration slower turns itself off, on a fast link as well as for pages that do not
- * compress.
+ * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
+ * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page are
+ * moving averages of what the encoders measured. It changes to a mode that promises POLICY_GAIN times
+ * more, and to raw as soon as raw is as good: compression that would make the migration slower turns
+ * itself off, on a fast link as well as for pages that do not compress.
  *
- * Bytes and times per page are moving averages of what the encoders measured. Modes not in use are
- * sampled, one batch at a time; the time that this costs is paid from a credit of
- * POLICY_SAMPLE_SHARE of the time predicted for all batches.
+ * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then fewer
+ * pages a second are acknowledged than before, it is taken back, and that mode and those that cost
+ * more are barred for POLICY_BAR.
  *
- * The link's rate is known only while the link is what limits, that is while workers wait for it
- * (blocked). While nobody waits and the encoders are busy, the link is faster than believed, and the
- * estimate grows step by step until somebody waits or the mode changes. While pages are lacking
- * nothing is learnt. It begins with POLICY_LINK_INITIAL.
+ * Samples. Modes not in use are tried on one batch now and then, so that what is known of them stays
+ * fresh. The time that this costs is paid from a credit of POLICY_SAMPLE_SHARE of the time
+ * predicted for all batches. Raw needs no samples.
+ *
+ * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
+ * While nobody waits and the encoders are busy, the link is faster than believed, and the estimate
+ * grows step by step until somebody waits or the mode changes. While pages are lacking nothing is
+ * learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
  *
  * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share one
  * policy under a lock of the caller's.
@@ -37,51 +43,73 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define POLICY_LINK_INITIAL 125e6      /* bytes a second: 1 Gbit/s */
-#define POLICY_LINK_INTERVAL 20000000  /* ns of observations before the link is judged */
-#define POLICY_GAIN 1.08               /* a change of mode must promise this */
-#define POLICY_SAMPLE_SHARE 0.03       /* of the time, for sampling other modes */
-#define POLICY_SAMPLE_GAP 32           /* batches between two samples, at least */
+#define POLICY_LINK_INITIAL 125e6     /* bytes a second: 1 Gbit/s */
+#define POLICY_LINK_INTERVAL 20000000 /* ns of observations after which the link is judged */
+#define POLICY_GAIN 1.05              /* a change of mode must promise this */
+#define POLICY_SAMPLE_SHARE 0.03      /* of the time, for sampling other modes */
+#define POLICY_SAMPLE_GAP 16          /* batches between two samples, at least */
+#define POLICY_TRIAL_SETTLE 2         /* intervals after a change that are not judged, */
+#define POLICY_TRIAL_LENGTH 6         /* and after which the trial ends */
+#define POLICY_BAR 3000000000         /* ns */
 
 enum policy_compress { POLICY_AUTO, POLICY_LZ4, POLICY_ZSTD, POLICY_NONE };
 
 struct policy_config {
     enum policy_compress compress; /* POLICY_ZSTD chooses among the levels */
-    unsigned workers;              /* threads that encode */
+    unsigned workers;              /* threads that encode and send */
     double cores;                  /* that they may use together */
+};
+
+/* What happened on the link in an interval. */
+struct policy_link_sample {
+    int64_t interval_ns;
+    uint64_t bytes;     /* acknowledged, meta and payload */
+    uint64_t pages;     /* acknowledged: the sum of page_sample.pages */
+    int64_t blocked_ns; /* that all workers together waited: socket full, or too much unacknowledged */
 };
 
 /* What is known about a mode. */
 struct policy_mode {
     double bytes_per_page;
-    double cpu_ns_per_page, wall_ns_per_page;
-    bool measured;         /* else these are defaults */
-    uint64_t last_batch;   /* number of the batch that was last encoded in this mode */
+    double ns_per_page;  /* CPU time beyond the scan, which is the same in every mode */
+    bool measured;       /* else these are defaults */
+    uint64_t last_batch; /* number of the batch that was last encoded in this mode */
+    int64_t barred_until_ns;
 };
 
 struct policy {
     struct policy_config config;
     enum page_mode mode; /* the choice, apart from samples */
     struct policy_mode modes[PAGE_MODE_COUNT];
+    double scan_ns_per_page, send_ns_per_byte;
+    double stretch;   /* wall time / CPU time of encoding */
     double link_rate; /* bytes a second */
     uint64_t batches;
     uint64_t next_sample; /* not before this batch */
     double sample_credit; /* ns */
-    /* Observations of the link that are not judged yet. */
-    uint64_t seen_bytes;
-    int64_t seen_ns, seen_blocked_ns, seen_encode_ns;
+
+    /* The interval that is not judged yet. */
+    struct policy_link_sample seen;
+    int64_t seen_encode_ns;
+    int64_t now_ns; /* sum of all intervals */
+
+    double page_rate; /* acknowledged a second while the pages were not lacking; 0: unknown */
+    struct {
+        bool active;
+        enum page_mode from;
+        double rate_before;
+        unsigned intervals; /* since the change */
+        double rate_sum;
+    } trial;
 };
 
 void policy_init(struct policy *p, const struct policy_config *config);
 /* The mode for the next batch. */
 enum page_mode policy_choose(struct policy *p);
 void policy_note_batch(struct policy *p, const struct page_sample *sample);
-/*
- * In an interval, `acked_bytes` of batches (meta and payload) were acknowledged, and the workers
- * together waited `blocked_ns` for the link: socket full, or too much unacknowledged.
- */
-void policy_note_link(struct policy *p, uint64_t acked_bytes, int64_t interval_ns,
-                      int64_t blocked_ns);
+/* CPU time that it took to encrypt and send so many bytes. Optional. */
+void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns);
+void policy_note_link(struct policy *p, const struct policy_link_sample *sample);
 /* Pages a second that a mode promises, for logs and tests. */
 double policy_predict(const struct policy *p, enum page_mode mode);
 

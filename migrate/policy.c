@@ -1,0 +1,260 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "migrate/policy.h"
+
+#include "base/clock.h"
+
+#include <string.h>
+
+#define LINK_MAX 1e11
+/* Judging an interval: share of the workers' time that waiting, or encoding, must have taken. */
+#define BLOCKED_SHARE 0.1
+#define BUSY_SHARE 0.5
+#define LINK_GROWTH 1.5
+#define LINK_WEIGHT 0.5
+/* A change of mode is taken back below this share of the former page rate. */
+#define TRIAL_SHARE 0.9
+/* Weight of a full batch in the averages; batches below the minimum say too little. */
+#define BATCH_WEIGHT 0.25
+#define BATCH_PAGES_MIN 8
+#define CREDIT_MAX_NS 1e9
+
+/* Until they are measured: pages of a Linux guest. */
+static const struct policy_mode mode_defaults[PAGE_MODE_COUNT] = {
+    [PAGE_MODE_RAW] = {.bytes_per_page = GUEST_PAGE_SIZE, .ns_per_page = 100},
+    [PAGE_MODE_LZ4] = {.bytes_per_page = 1500, .ns_per_page = 4000},
+    [PAGE_MODE_ZSTD_1] = {.bytes_per_page = 1060, .ns_per_page = 5000},
+    [PAGE_MODE_ZSTD_2] = {.bytes_per_page = 1010, .ns_per_page = 6000},
+    [PAGE_MODE_ZSTD_3] = {.bytes_per_page = 970, .ns_per_page = 8500},
+};
+#define SCAN_NS_DEFAULT 300
+
+static bool is_allowed(const struct policy *p, enum page_mode mode)
+{
+    switch (p->config.compress) {
+    case POLICY_NONE:
+        return mode == PAGE_MODE_RAW;
+    case POLICY_LZ4:
+        return mode == PAGE_MODE_LZ4;
+    case POLICY_ZSTD:
+        return mode >= PAGE_MODE_ZSTD_1;
+    case POLICY_AUTO:
+        break;
+    }
+    return true;
+}
+
+static double min_double(double a, double b)
+{
+    return a < b ? a : b;
+}
+
+double policy_predict(const struct policy *p, enum page_mode mode)
+{
+    const struct policy_mode *m = &p->modes[mode];
+    double ns = p->scan_ns_per_page + m->ns_per_page + m->bytes_per_page * p->send_ns_per_byte;
+    double cores = min_double(p->config.cores, p->config.workers / p->stretch);
+    return min_double(p->link_rate / m->bytes_per_page, cores * NSEC_PER_SEC / ns);
+}
+
+/* The mode that promises most; of those that promise the same, the one that costs least. */
+static enum page_mode best_mode(const struct policy *p)
+{
+    enum page_mode best = p->mode;
+    double best_rate = -1;
+    for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
+        enum page_mode mode = (enum page_mode)i;
+        if (!is_allowed(p, mode) || p->modes[i].barred_until_ns > p->now_ns)
+            continue;
+        double rate = policy_predict(p, mode);
+        if (rate > best_rate * 1.001) {
+            best = mode;
+            best_rate = rate;
+        }
+    }
+    return best;
+}
+
+void policy_init(struct policy *p, const struct policy_config *config)
+{
+    *p = (struct policy){
+        .config = *config,
+        .scan_ns_per_page = SCAN_NS_DEFAULT,
+        .stretch = 1,
+        .link_rate = POLICY_LINK_INITIAL,
+        .next_sample = POLICY_SAMPLE_GAP,
+    };
+    memcpy(p->modes, mode_defaults, sizeof(p->modes));
+    p->mode = best_mode(p);
+}
+
+static void change_mode(struct policy *p, enum page_mode mode)
+{
+    p->trial.active = p->page_rate > 0;
+    p->trial.from = p->mode;
+    p->trial.rate_before = p->page_rate;
+    p->trial.intervals = 0;
+    p->trial.rate_sum = 0;
+    p->page_rate = 0;
+    p->mode = mode;
+}
+
+static void reconsider(struct policy *p)
+{
+    enum page_mode best = best_mode(p);
+    if (best == p->mode)
+        return;
+    double now = policy_predict(p, p->mode), then = policy_predict(p, best);
+    if (then > now * POLICY_GAIN || (best == PAGE_MODE_RAW && then >= now))
+        change_mode(p, best);
+}
+
+/* The mode whose figures are oldest, if its turn has come and the credit pays for it. */
+static bool choose_sample(struct policy *p, enum page_mode *ret_mode)
+{
+    int oldest = -1;
+    if (p->batches < p->next_sample)
+        return false;
+    for (int i = PAGE_MODE_RAW + 1; i < PAGE_MODE_COUNT; i++) {
+        if (i != (int)p->mode && is_allowed(p, (enum page_mode)i) &&
+            (oldest < 0 || p->modes[i].last_batch < p->modes[oldest].last_batch))
+            oldest = i;
+    }
+    if (oldest < 0)
+        return false;
+    double ns = PAGE_BATCH_MAX * NSEC_PER_SEC *
+                (1 / policy_predict(p, (enum page_mode)oldest) - 1 / policy_predict(p, p->mode));
+    if (ns > p->sample_credit)
+        return false;
+    if (ns > 0)
+        p->sample_credit -= ns;
+    p->next_sample = p->batches + POLICY_SAMPLE_GAP;
+    *ret_mode = (enum page_mode)oldest;
+    return true;
+}
+
+enum page_mode policy_choose(struct policy *p)
+{
+    enum page_mode mode = p->mode;
+    p->batches++;
+    if (choose_sample(p, &mode))
+        p->modes[mode].last_batch = p->batches;
+    return mode;
+}
+
+static void average(double *value, double seen, double weight)
+{
+    *value += (seen - *value) * weight;
+}
+
+void policy_note_batch(struct policy *p, const struct page_sample *sample)
+{
+    struct policy_mode *m = &p->modes[sample->mode];
+    double pages = sample->pages, weight = BATCH_WEIGHT * pages / PAGE_BATCH_MAX;
+
+    p->seen_encode_ns += sample->wall_ns;
+    if (sample->pages < BATCH_PAGES_MIN)
+        return;
+    p->sample_credit = min_double(CREDIT_MAX_NS, p->sample_credit +
+                                                     POLICY_SAMPLE_SHARE * pages * NSEC_PER_SEC /
+                                                         policy_predict(p, p->mode));
+    average(&p->scan_ns_per_page, (double)sample->scan_ns / pages, weight);
+    if (sample->cpu_ns > 0) {
+        double stretch = (double)sample->wall_ns / (double)sample->cpu_ns;
+        average(&p->stretch, stretch < 1 ? 1 : stretch, weight);
+    }
+    average(&m->bytes_per_page, (double)sample->bytes / pages, m->measured ? weight : 1);
+    average(&m->ns_per_page, (double)(sample->cpu_ns - sample->scan_ns) / pages,
+            m->measured ? weight : 1);
+    m->measured = true;
+    m->last_batch = p->batches;
+    reconsider(p);
+}
+
+void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns)
+{
+    if (bytes >= BATCH_PAGES_MIN * GUEST_PAGE_SIZE)
+        average(&p->send_ns_per_byte, (double)cpu_ns / (double)bytes, BATCH_WEIGHT / 4);
+}
+
+/* ---- the link ---- */
+
+static void learn_link_rate(struct policy *p, bool blocked, bool busy, double rate)
+{
+    if (blocked) {
+        if (p->link_rate > 2 * rate)
+            p->link_rate = 2 * rate;
+        average(&p->link_rate, rate, LINK_WEIGHT);
+    } else if (busy) {
+        p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
+    }
+    if (p->link_rate < rate)
+        p->link_rate = rate;
+}
+
+/* A mode that brought less than the one before: back, and let it be for a while. */
+static void end_trial(struct policy *p, double rate)
+{
+    p->trial.active = false;
+    if (rate >= p->trial.rate_before * TRIAL_SHARE)
+        return;
+    enum page_mode failed = p->mode, from = p->trial.from;
+    if (failed > from) {
+        for (unsigned i = failed; i < PAGE_MODE_COUNT; i++)
+            p->modes[i].barred_until_ns = p->now_ns + POLICY_BAR;
+    } else {
+        p->modes[failed].barred_until_ns = p->now_ns + POLICY_BAR;
+    }
+    change_mode(p, from);
+    p->trial.active = false;
+}
+
+static void judge_trial(struct policy *p, double rate)
+{
+    if (!p->trial.active)
+        return;
+    if (++p->trial.intervals > POLICY_TRIAL_SETTLE)
+        p->trial.rate_sum += rate;
+    if (p->trial.intervals >= POLICY_TRIAL_LENGTH)
+        end_trial(p, p->trial.rate_sum / (POLICY_TRIAL_LENGTH - POLICY_TRIAL_SETTLE));
+}
+
+void policy_note_link(struct policy *p, const struct policy_link_sample *sample)
+{
+    struct policy_link_sample *seen = &p->seen;
+    seen->interval_ns += sample->interval_ns;
+    seen->bytes += sample->bytes;
+    seen->pages += sample->pages;
+    seen->blocked_ns += sample->blocked_ns;
+    if (seen->interval_ns < POLICY_LINK_INTERVAL)
+        return;
+
+    double seconds = (double)seen->interval_ns / NSEC_PER_SEC;
+    double worker_ns = (double)seen->interval_ns * p->config.workers;
+    bool blocked = (double)seen->blocked_ns >= BLOCKED_SHARE * worker_ns;
+    bool busy = (double)p->seen_encode_ns >= BUSY_SHARE * worker_ns;
+    double page_rate = (double)seen->pages / seconds;
+    p->now_ns += seen->interval_ns;
+    /* Nothing at all comes through: the connection is gone, and says nothing about the link. */
+    if (seen->bytes) {
+        learn_link_rate(p, blocked, busy, (double)seen->bytes / seconds);
+        if (blocked || busy) {
+            average(&p->page_rate, page_rate, p->page_rate > 0 ? LINK_WEIGHT : 1);
+            judge_trial(p, page_rate);
+        }
+    }
+    *seen = (struct policy_link_sample){0};
+    p->seen_encode_ns = 0;
+    reconsider(p);
+}
+
+bool policy_compress_parse(const char *name, enum policy_compress *ret_compress)
+{
+    static const char *const names[] = {"auto", "lz4", "zstd", "none"};
+    for (unsigned i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        if (!strcmp(name, names[i])) {
+            *ret_compress = (enum policy_compress)i;
+            return true;
+        }
+    }
+    return false;
+}
