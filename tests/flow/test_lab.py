@@ -11,8 +11,10 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from lab import BareGuest, Lab, huge_pages, judge  # noqa: E402  pylint: disable=wrong-import-position
+from lab import (HEARTBEAT_PORT, BareGuest, Lab, LinuxGuest, check_disk, huge_pages, judge,  # noqa: E402
+                 linux_guest, make_disk, make_vars)
 
+pytest_plugins = ['lab.plugin']
 PAGE = 4096
 
 
@@ -195,6 +197,7 @@ def test_a_migration_by_qemu_is_seen_as_it_was(lab):
     console.wait_for('ready')
     _, destination = start(lab, h2, vm, incoming='tcp:0:4444')
     from_qmp, to_qmp = vm.qmp(h1), vm.qmp(h2)
+    to_qmp.wait_status('inmigrate')
     console.wait_ticks(20)
     mark, sent = console.mark(), h1.bytes_sent()
     from_qmp('migrate-set-parameters', max_bandwidth=10 << 30, downtime_limit=200)
@@ -285,8 +288,7 @@ def test_the_guest_sees_damaged_memory(shared_guest, damage):
     def run_on():
         """Until the guest has rewritten all of its working set."""
         qmp('cont')
-        cycles = int(console.wait_for(r'cycles=(\d+)', after=console.mark()).text.split('cycles=')[1].split()[0])
-        console.wait_for(f'cycles={cycles + 2}')
+        console.wait_cycles(2)
         qmp('stop')
 
     qmp('stop')
@@ -313,6 +315,21 @@ def test_a_stopped_guest_is_a_pause_of_that_length(shared_guest):
     console.wait_ticks(10)
     assert resumed - stopped - 0.005 < console.pause(after=mark) < resumed - stopped + 0.02
     assert not console.missing(after=mark)
+
+
+def test_a_clock_set_back_stops_nothing(lab):
+    vm = BareGuest('clock', mem_mib=64, dirty_mib=4, rate_mbps=100, vcpus=2)
+    console, process = start(lab, lab.hosts[0], vm)
+    console.wait_for('ready')
+    for step in (3, 50, 5000):
+        console.wait_ticks(2)
+        console.send(f'back {step}')
+        mark = console.mark()
+        console.wait_cycles(4, timeout=4)
+        assert not console.missing(after=mark)
+    assert console.pause() > 4.9  # the clock really was set back
+    console.verify()
+    process.kill()
 
 
 VARIANTS = {
@@ -368,4 +385,61 @@ def test_memory_plugged_into_the_running_guest_is_worked_in(lab):
     assert console.verify() > 180 * 256
     assert [each['data']['size'] for each in qmp('query-memory-devices')] == [128 << 20]
     assert not console.trouble()
+    process.kill()
+
+
+# ---- the Linux guest
+
+@pytest.fixture(scope='module')
+def linux():
+    kernel, initrd = linux_guest()
+    return {'kernel': kernel, 'initrd': initrd}
+
+
+def test_linux_moves_with_its_disk_and_network(lab, linux):
+    h1, h2 = lab.hosts
+    for host in lab.hosts:
+        host.add_tap('tap1')
+    vm = LinuxGuest('penguin', disk=make_disk(f'{lab.shared}/penguin.raw'), network=1, **linux)
+    console, source = start(lab, h1, vm)
+    heartbeats = lab.udp(HEARTBEAT_PORT)
+    console.wait_for('lab-guest ready')
+    heartbeats.wait_ticks(20)
+    _, destination = start(lab, h2, vm, incoming='tcp:0:4445')
+    vm.qmp(h2).wait_status('inmigrate')
+    mark, heartbeat_mark = console.mark(), heartbeats.mark()
+    from_qmp = vm.qmp(h1)
+    from_qmp('migrate-set-parameters', max_bandwidth=10 << 30)
+    from_qmp('migrate', uri='tcp:h2:4445')
+    result = from_qmp.wait_migration()
+    assert result['status'] == 'completed'
+    console.wait_ticks(5)
+    heartbeats.wait_ticks(20)
+
+    assert console.check(after=mark) == ['h1', 'h2']
+    assert not heartbeats.missing(after=heartbeat_mark)
+    pause = heartbeats.pause(after=heartbeat_mark)
+    assert result['downtime'] / 1000 - 0.01 < pause < result['downtime'] / 1000 + 0.1
+    assert console.verify() >= vm.work_mib * 256
+    from_qmp('quit')
+    source.wait()
+    vm.power_off(console, destination)
+    assert check_disk(vm.disk) > 5
+    assert not judge.leftovers(h1, 'penguin') and not judge.leftovers(h2, 'penguin')
+
+
+def test_linux_boots_from_ovmf(lab, linux):
+    vm = LinuxGuest('ovmf', firmware='ovmf', vars=make_vars(f'{lab.shared}/ovmf.fd'), **linux)
+    console, process = start(lab, lab.hosts[0], vm)
+    console.wait_for('lab-guest ready', timeout=60)
+    assert judge.leftovers(lab.hosts[0], 'ovmf')
+    vm.power_off(console, process)
+    assert not judge.leftovers(lab.hosts[0], 'ovmf')
+
+
+def test_linux_takes_the_memory_of_virtio_mem(lab, linux):
+    vm = LinuxGuest('virtio-mem-linux', virtio_mem_mib=256, work_mib=300, **linux)
+    console, process = start(lab, lab.hosts[0], vm)
+    console.wait_for('lab-guest ready')
+    assert console.verify() >= 200 * 256
     process.kill()

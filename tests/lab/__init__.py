@@ -3,7 +3,9 @@
 from .console import Console, Line, Tick, Timeline
 from .guests import BareGuest, Guest, accelerator, huge_pages
 from .hosts import Host, Lab
+from .linux import HEARTBEAT_PORT, LinuxGuest, check_disk, linux_guest, make_disk, make_vars
 from .qmp import Qmp, QmpError
 
-__all__ = ['BareGuest', 'Console', 'Guest', 'Host', 'Lab', 'Line', 'Qmp', 'QmpError', 'Tick', 'Timeline',
-           'accelerator', 'huge_pages']
+__all__ = ['BareGuest', 'Console', 'Guest', 'HEARTBEAT_PORT', 'Host', 'Lab', 'Line', 'LinuxGuest', 'Qmp',
+           'QmpError', 'Tick', 'Timeline', 'accelerator', 'check_disk', 'huge_pages', 'linux_guest', 'make_disk',
+           'make_vars']

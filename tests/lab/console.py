@@ -29,7 +29,8 @@ from typing import NamedTuple
 
 CLONE_NEWNET = 0x40000000
 TICK = re.compile(r'^(hb|tick|udp) (\d+) ([0-9a-f.]+)')
-TROUBLE = re.compile(r'^(BAD|PANIC|Kernel panic|BUG:|Oops)|\berrors=[1-9]')
+TROUBLE = re.compile(r'^(BAD|PANIC)|\berrors=[1-9]|Kernel panic|BUG:|Oops:|Call Trace:|Out of memory')
+END = re.compile(r'^PANIC|Kernel panic')
 
 
 class Line(NamedTuple):
@@ -76,7 +77,8 @@ class Timeline:
             return len(self.lines)
 
     def wait_for(self, pattern, timeout=30, after=0):
-        """The first line, from `after` on, in which the regular expression is found."""
+        """The first line, from `after` on, in which the regular expression is found. Fails when the guest has
+        ended instead."""
         deadline = time.monotonic() + timeout
         with self._arrived:
             seen = after
@@ -84,6 +86,7 @@ class Timeline:
                 for line in self.lines[seen:]:
                     if re.search(pattern, line.text):
                         return line
+                    assert not END.search(line.text), f'{self.name}: {line.text}'
                 seen = len(self.lines)
                 if not self._arrived.wait(max(0, deadline - time.monotonic())):
                     raise TimeoutError(f'{self.name}: no line with {pattern!r} in {timeout} s; the last:\n'
@@ -166,11 +169,23 @@ class Console(Timeline):
         host = self.chunk_hosts[-1] if self.chunk_hosts else next(iter(self.connections))
         self.connections[host].sendall(text.encode() + b'\n')
 
+    def cycles(self, after, timeout=30):
+        """How often the bare guest has rewritten its working set, by the first report from `after` on."""
+        line = self.wait_for(r'cycles=\d+', timeout, after)
+        return int(re.search(r'cycles=(\d+)', line.text).group(1))
+
+    def wait_cycles(self, count, timeout=30):
+        """Waits until the bare guest has rewritten all of its working set that often from now on."""
+        deadline = time.monotonic() + timeout
+        goal = self.cycles(self.mark()) + count
+        while self.cycles(self.mark(), deadline - time.monotonic()) < goal:
+            pass
+
     def verify(self, timeout=60):
         """Has the bare guest check all of its memory; fails if any check ever failed."""
         mark = self.mark()
         self.send('verify')
-        line = self.wait_for(r'^verified|^PANIC', timeout, after=mark)
+        line = self.wait_for(r'^verified', timeout, after=mark)
         assert re.match(r'verified .*errors=0$', line.text), f'{line.text}; {self.trouble()[:5]}'
         return int(re.search(r'checked=(\d+)', line.text).group(1))
 

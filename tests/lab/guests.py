@@ -9,7 +9,7 @@
 
 A guest's paths are the same in every host: its console, a QMP socket for the product (vm.qmp_path), a
 second one for the test, which vm.qmp(host) connects to. The bare guest's options and output are
-described in tests/guest/bare/worker.h, those of the Linux guest in tests/guest/linux/init.
+described in tests/guest/bare/worker.h, those of the Linux guest in tests/guest/linux/worker.c.
 """
 import functools
 import os

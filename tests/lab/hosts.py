@@ -200,10 +200,14 @@ class Lab:
     folder   everything it wrote: logs/, shared/, and each host's own folders under the host's name
     shared   storage that all hosts see under this path (on a disk, so O_DIRECT works)
 
-    VMLAB_KEEP=1 in the environment keeps the folder of a lab whose test failed."""
+    active   all labs that are open now
+    failed   set when a test failed in it; with VMLAB_KEEP=1 in the environment its folder then stays"""
+
+    active = set()
 
     def __init__(self, hosts=2, rate=None):
         self.count = hosts
+        self.failed = False
         self.folder = tempfile.mkdtemp(prefix=f'vmlab-{os.getpid()}-', dir='/var/tmp')
         self.shared = os.path.join(self.folder, 'shared')
         os.mkdir(self.shared)
@@ -212,6 +216,7 @@ class Lab:
             [sys.executable, keeper.__file__, self.folder, str(hosts + 1)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.collector = Collector()
+        Lab.active.add(self)
         try:
             pids = [int(pid) for pid in self._keeper.stdout.readline().split()]
             if not pids:
@@ -273,9 +278,14 @@ class Lab:
         return '\n'.join(parts)
 
     def close(self):
-        self.collector.close()
-        if self._keeper.stdin.closed:
+        """Ends all that runs in the hosts and removes everything. Can be called twice."""
+        if self not in Lab.active:
             return
+        Lab.active.remove(self)
+        self.collector.close()
+        if self.failed and os.environ.get('VMLAB_KEEP'):
+            with open(os.path.join(self.folder, 'keep'), 'w', encoding='ascii'):
+                pass
         self._keeper.stdin.close()
         self._keeper.stdout.close()
         status = self._keeper.wait()
@@ -289,8 +299,6 @@ class Lab:
 
     def __exit__(self, kind, value, traceback):
         if kind:
+            self.failed = True
             print(self.report(), file=sys.stderr)
-            if os.environ.get('VMLAB_KEEP'):
-                with open(os.path.join(self.folder, 'keep'), 'w', encoding='ascii'):
-                    pass
         self.close()

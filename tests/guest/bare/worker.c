@@ -44,7 +44,13 @@ static struct options options;
 static struct memory memory;
 static struct vcpu vcpus[PLATFORM_MAX_VCPUS];
 static uint64_t verify_request;
+static uint64_t set_back; /* TSC ticks by which `back` has set the clock back */
 static bool filled_all;
+
+static uint64_t clock_now(void)
+{
+    return platform_tsc() - __atomic_load_n(&set_back, __ATOMIC_RELAXED);
+}
 
 static void print(const struct text *line)
 {
@@ -168,7 +174,7 @@ static void init_budget(struct budget *budget, uint64_t mbps)
 {
     uint64_t pages_per_second = mbps * 1000000 / MEMORY_PAGE / options.vcpus;
 
-    *budget = (struct budget){.updated = platform_tsc()};
+    *budget = (struct budget){.updated = clock_now()};
     if (mbps)
         budget->cost = options.tsc_khz * 1000 / (pages_per_second ? pages_per_second : 1);
     if (mbps && budget->cost == 0)
@@ -276,21 +282,28 @@ static void add_memory(uint64_t start, uint64_t size)
     print(&line);
 }
 
+/* What follows the word at the start of a command, or NULL. */
+static const char *after_word(const char *command, const char *word)
+{
+    while (*word && *command == *word) {
+        command++;
+        word++;
+    }
+    return *word ? NULL : command;
+}
+
 static void obey(const char *command)
 {
-    static const char add[] = "add ";
-    uint64_t start, size;
-    const char *at = command;
+    uint64_t start, size, ms;
+    const char *at;
 
-    if (*command == 'v') {
+    if ((at = after_word(command, "verify")) && *at == '\0')
         __atomic_store_n(&verify_request, verify_request + 1, __ATOMIC_RELEASE);
-        return;
-    }
-    for (const char *word = add; *word && *at == *word; word++)
-        at++;
-    if (at == command + sizeof(add) - 1 && (at = options_number(at, &start)) && *at == ' ' &&
+    if ((at = after_word(command, "add ")) && (at = options_number(at, &start)) && *at == ' ' &&
         (at = options_number(at + 1, &size)) && *at == '\0')
         add_memory(start, size);
+    if ((at = after_word(command, "back ")) && (at = options_number(at, &ms)) && *at == '\0')
+        __atomic_fetch_add(&set_back, ms * options.tsc_khz, __ATOMIC_RELAXED);
 }
 
 static void poll_console(void)
@@ -437,7 +450,7 @@ void worker_run(unsigned number)
     init_budget(&vcpu->dirty_budget, options.rate_mbps);
     init_budget(&vcpu->scan_budget, options.scan_mbps);
     for (;;) {
-        uint64_t now = platform_tsc();
+        uint64_t now = clock_now();
 
         if (number == 0)
             lead(now);

@@ -41,6 +41,7 @@
  *
  *     verify             check all memory at full speed, then print "verified" with the totals
  *     add START SIZE     take this memory in (0x...), as of a DIMM plugged now
+ *     back MS            set the clock back, as a migration to a host with another TSC may
  *
  * The first megabytes, where the guest itself lies, are not checked.
  *
