@@ -121,9 +121,9 @@ struct channel_sender_stats {
     uint64_t reconnects;        /* connections made after the first */
     uint64_t bytes_unacked;     /* now: given to send, not acknowledged */
     uint64_t window;            /* now, bytes */
-    uint64_t rate;              /* bytes a second acknowledged while the link was the limit; 0: unknown */
+    uint64_t rate;              /* bytes a second acknowledged while busy, smoothed; 0: unknown */
     int64_t ack_delay_ns;       /* smoothed: from a frame's last byte written to its acknowledgement */
-    int64_t ack_delay_min_ns;   /* the least of the last seconds: about the round trip */
+    int64_t rtt_ns;             /* the least round trip that the kernel saw; 0: unknown */
     int64_t outage_ns;          /* now without a working connection for so long; 0: connected */
 };
 
@@ -135,9 +135,9 @@ void channel_sender_destroy(struct channel_sender *s);
 /* Wait until the receiver has answered for the first time. */
 int channel_sender_wait_open(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);
 /*
- * Give a frame to the channel. Blocks while the unacknowledged bytes would pass the window (a frame
- * larger than the window goes alone), also throughout an outage. send, flush and end are for one
- * thread at a time; what they return is final: once the channel failed, each returns that error.
+ * Give a frame to the channel. Blocks while the unacknowledged bytes exceed the window, also
+ * throughout an outage; so what is in flight is bounded by the window plus one frame. send, flush and
+ * end are for one thread at a time. Once the channel failed, each returns that error.
  */
 int channel_sender_send(struct channel_sender *s, const struct channel_frame *frame,
                         struct vm_error **err);

@@ -130,6 +130,8 @@ int conn_writev_full(struct conn *conn, struct iovec *iov, int n, int64_t deadli
  */
 #define CONN_AGAIN (-2)
 ssize_t conn_try_read(struct conn *conn, void *out, size_t n, struct vm_error **err);
+/* Into several pieces; the bytes read may end within any of them. */
+ssize_t conn_try_readv(struct conn *conn, const struct iovec *iov, int n, struct vm_error **err);
 ssize_t conn_try_writev(struct conn *conn, const struct iovec *iov, int n, struct vm_error **err);
 int conn_try_flush(struct conn *conn, struct vm_error **err);
 int conn_fd(const struct conn *conn);
@@ -141,6 +143,10 @@ short conn_poll_events(const struct conn *conn, bool want_write);
  * the peer's kernel. It grows as long as the link is alive, however slow.
  */
 uint64_t conn_bytes_drained(const struct conn *conn);
+/* Bytes given to the kernel and not yet confirmed by the peer's. */
+uint64_t conn_bytes_queued(const struct conn *conn);
+/* The least round trip that the kernel has seen of late; 0 where it does not measure one. */
+int64_t conn_rtt_ns(const struct conn *conn);
 
 /* No more will be written; the peer reads up to here, then 0. Reading goes on. */
 int conn_shutdown_write(struct conn *conn, int64_t deadline_ns, int cancel_fd,
