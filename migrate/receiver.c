@@ -286,6 +286,7 @@ struct receiver *receiver_create(const struct receiver_params *params, struct vm
     r->cancel = io_latch_new(err);
     if (r->cancel < 0 || make_lanes(r, err) < 0)
         return NULL;
+    r->params.regions = NULL; /* the decoders have copies */
     return steal_ptr(&r);
 }
 

@@ -40,6 +40,7 @@ struct chunk {
 
 /* A frame on its way: what must stay until it is acknowledged. */
 struct page_frame {
+    struct sender *s;
     struct encoded_batch encoded;
     struct page_batch *batch; /* NULL unless the encoded batch borrows from it */
 };
@@ -59,6 +60,7 @@ struct sender {
     pthread_t byte_thread;
     bool byte_thread_started;
     atomic_uint_fast64_t pages_given, zero_pages_given; /* by the driver */
+    atomic_uint_fast64_t pages_acked, page_bytes_acked, blocked_ns; /* for the policy */
 
     pthread_mutex_t policy_lock; /* taken alone */
     struct policy policy;
@@ -100,6 +102,8 @@ static bool sender_failed(struct sender *s)
 static void release_page_frame(void *arg)
 {
     struct page_frame *f = arg;
+    atomic_fetch_add(&f->s->pages_acked, f->encoded.sample.pages);
+    atomic_fetch_add(&f->s->page_bytes_acked, f->encoded.meta_len + f->encoded.payload_len);
     encoded_batch_finish(&f->encoded);
     page_batch_unref(f->batch);
     free(f);
@@ -119,6 +123,7 @@ static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm
         page_batch_unref(batch);
         return error_nomem(err);
     }
+    f->s = s;
     f->batch = batch;
     pthread_mutex_lock(&s->policy_lock);
     enum page_mode mode = policy_choose(&s->policy);
@@ -144,8 +149,10 @@ static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm
                                   .n_payload = (int)f->encoded.n_payload,
                                   .release = release_page_frame,
                                   .release_arg = f};
+    int64_t before = clock_mono_ns();
     if (channel_sender_send(s->channels[w->number], &frame, err) < 0)
         return -1;
+    atomic_fetch_add(&s->blocked_ns, clock_mono_ns() - before);
     atomic_fetch_add(&w->frames, 1);
     return 0;
 }
@@ -335,7 +342,9 @@ static const struct guest_source_events source_events = {.pages = on_pages,
 struct pilot {
     struct converge converge;
     int64_t last_ns;
-    uint64_t last_pages, last_zero, last_acked;
+    uint64_t last_pages, last_zero;
+    uint64_t last_acked_pages, last_acked_bytes;
+    int64_t last_blocked_ns;
     double drain_rate; /* bytes of non-zero guest memory a second */
     enum page_mode mode;
     bool paused;
@@ -390,17 +399,19 @@ static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
     pilot->last_ns = now;
 }
 
-static void tell_policy(struct sender *s, struct pilot *pilot, const struct link_totals *link,
-                        int64_t interval_ns)
+static void tell_policy(struct sender *s, struct pilot *pilot, int64_t interval_ns)
 {
-    /* A worker waits for the link when batches pile up before it. */
-    int64_t blocked = 0;
-    for (unsigned i = 0; i < s->params.channels; i++)
-        if (queue_length(s->workers[i].batches) >= QUEUE_BATCHES)
-            blocked += interval_ns;
+    uint64_t pages = atomic_load(&s->pages_acked), bytes = atomic_load(&s->page_bytes_acked);
+    int64_t blocked = (int64_t)atomic_load(&s->blocked_ns);
+    struct policy_link_sample sample = {.interval_ns = interval_ns,
+                                        .bytes = bytes - pilot->last_acked_bytes,
+                                        .pages = pages - pilot->last_acked_pages,
+                                        .blocked_ns = blocked - pilot->last_blocked_ns};
+    pilot->last_acked_bytes = bytes;
+    pilot->last_acked_pages = pages;
+    pilot->last_blocked_ns = blocked;
     SCOPE_LOCK(&s->policy_lock);
-    policy_note_link(&s->policy, link->acked - pilot->last_acked, interval_ns, blocked);
-    pilot->last_acked = link->acked;
+    policy_note_link(&s->policy, &sample);
     pilot->mode = s->policy.mode;
 }
 
@@ -457,7 +468,7 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
                          "the link was lost while the guest stood, and did not come back in %d ms",
                          PAUSED_OUTAGE_MS);
     measure_drain(s, pilot, clock_mono_ns());
-    tell_policy(s, pilot, &link, interval_ns);
+    tell_policy(s, pilot, interval_ns);
     if (judge(s, pilot, &source, &link, err) < 0)
         return -1;
     SCOPE_LOCK(&s->lock);
