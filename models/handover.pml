@@ -16,7 +16,8 @@
  *             Without LOCKS they fence nothing, as on RBD: the journal alone must keep the promise.
  *   hosts     A host that dies is a VMM that dies and an agent that crashes; it may never come back.
  *   users     Cancel at either end at any time. An operator resolves only when the other host is fenced.
- *   disks     (-DWIPE) A host may come back with an empty journal, its VMM dead.
+ *   disks     (-DWIPE) A host that died may come back with an empty journal; the connections died
+ *             with it, so that nothing sent before arrives after.
  *
  * Once calm, what is up answers, nothing is lost, and TIMER comes only when nothing else can happen.
  *
@@ -79,9 +80,6 @@
 #define d_MISTAKES :: d_state == DST_RESTARTING && event == EV_RESUME_FAILED -> \
     d_write(REC_REVOKED); d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
 #endif
-#ifdef MISTAKE_ASK_NO_MORE
-#define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_LOADED -> s_state = SRC_DISCARDING;
-#endif
 #ifndef s_MISTAKES
 #define s_MISTAKES :: false -> skip
 #endif
@@ -124,7 +122,7 @@ short net;
 bool calm, s_lost, d_lost, wiped;
 
 /* What really happened, for the properties. */
-bool d_ran, d_had_run, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
+bool d_ran, d_died_with_run, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
 
 /* Registers of one step; zero between steps. */
 byte event, who, action;
@@ -175,35 +173,38 @@ inline d_vmm_runs()
     lock_of = 2
 }
 
-inline s_vmm_dies()
+inline s_vmm_ends()
 {
-    may_be_lost = may_be_lost || !((d_vm == LOADED && !s_gave_up && d_state != DST_KILLING
-                                    && d_state != DST_REVOKING) || d_vm == RUNS);
     s_vm = DEAD;
     s_cont = false;
     s_answer = 0;
     s_gone = s_up;
-    if
-    :: lock_of == 1 -> lock_of = 0
-    :: else
-    fi
+    lock_of = (lock_of == 1 -> 0 : lock_of)
 }
 
-inline d_vmm_dies()
+inline d_vmm_ends()
 {
-    may_be_lost = may_be_lost || d_journal == REC_RUN || d_journal == REC_RUNNING || s_vm == DEAD;
     d_vm = DEAD;
     d_cont = false;
     d_answer = 0;
     d_gone = d_up;
-    if
-    :: lock_of == 2 -> lock_of = 0
-    :: else
-    fi;
-    if
-    :: copy != COPY_NONE -> copy = COPY_BROKEN
-    :: else
-    fi
+    lock_of = (lock_of == 2 -> 0 : lock_of);
+    copy = (copy != COPY_NONE -> COPY_BROKEN : copy)
+}
+
+/* Deaths that nobody here caused may cost the guest, if P4 says so. */
+inline s_vmm_dies()
+{
+    may_be_lost = may_be_lost || !((d_vm == LOADED && !s_gave_up && d_state != DST_KILLING
+                                    && d_state != DST_REVOKING) || d_vm == RUNS);
+    s_vmm_ends()
+}
+
+inline d_vmm_dies()
+{
+    d_died_with_run = d_died_with_run || d_journal == REC_RUN || d_journal == REC_RUNNING;
+    may_be_lost = may_be_lost || d_died_with_run || s_vm == DEAD;
+    d_vmm_ends()
 }
 
 /* ---- Actions. ---- */
@@ -224,9 +225,9 @@ inline s_execute()
        copy = ((copy == COPY_RUNNING || copy == COPY_PAUSED) -> COPY_BROKEN : copy)
     :: action == ACT_RESUME_VM -> s_cont = s_alive; s_gone = s_gone || !s_alive
     :: action == ACT_KILL_VM ->
-       assert(d_ran || (d_had_run && d_vm == DEAD) || operator_spoke); /* P4 */
+       assert(d_ran || d_died_with_run || operator_spoke); /* P4 */
        if
-       :: s_vm != DEAD -> s_vmm_dies()
+       :: s_vm != DEAD -> s_vmm_ends()
        :: else
        fi;
        s_gone = true
@@ -241,8 +242,11 @@ inline d_execute()
     d_act[1] = d_act[2];
     d_act[2] = 0;
     if
-    :: action >= ACT_SEND -> net = net | BIT(action - ACT_SEND)
-    :: action == ACT_START_VM -> d_vm = PAUSED
+    :: action >= ACT_SEND ->
+       net = net | BIT(action - ACT_SEND)
+    :: action == ACT_START_VM ->
+       d_vm = PAUSED;
+       copy = (copy != COPY_NONE -> COPY_BROKEN : copy) /* that was for another VMM */
     :: action == ACT_RESUME_VM -> d_cont = d_alive; d_gone = d_gone || !d_alive
 #ifdef MISTAKE_RUNNING_BEFORE_RUN
     :: action == ACT_JOURNAL -> d_write(REC_RUN)
@@ -251,9 +255,10 @@ inline d_execute()
        /* P4: a complete copy is killed only if the source gave it up, or has its own, or both failed. */
        assert(d_vm != LOADED || s_gave_up || s_vm != DEAD || operator_spoke ||
               (d_failed && !d_knows_sole));
-       assert(d_vm != RUNS || operator_spoke);
+       assert(d_vm != RUNS || operator_spoke); /* P4 */
+       may_be_lost = may_be_lost || s_vm == DEAD;
        if
-       :: d_alive -> d_vmm_dies()
+       :: d_alive -> d_vmm_ends()
        :: else
        fi;
        d_gone = true
@@ -322,9 +327,10 @@ inline d_restart()
     || s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED))
 #define d_needs_operator (d_up && s_vm == DEAD && (s_lost || wiped) && d_state == DST_LOADED)
 
-/* P6 */
+/* P6. A mistake is to be caught by the promise itself. */
 inline check_records()
 {
+#ifndef MISTAKE
     assert(s_state != SRC_COMMITTED || s_journal == REC_COMMIT);
     assert(s_state != SRC_COMMITTED_SOLE || s_journal == REC_COMMIT);
     assert(s_state != SRC_ABORTED || s_journal == REC_ABORTED);
@@ -333,6 +339,9 @@ inline check_records()
     assert(d_state != DST_STARTING || d_journal == REC_RUN);
     assert(d_state != DST_RESTARTING || d_journal == REC_RUN);
     assert(d_state != DST_RUNNING || d_journal == REC_RUNNING)
+#else
+    skip
+#endif
 }
 
 #define S 1
@@ -419,7 +428,9 @@ end:
         :: d_idle && d_answer != 0 -> event = d_answer; d_answer = 0; who = D
         :: s_idle && (s_tick || !calm) -> s_tick = false; event = EV_TIMER; who = S
         :: d_idle && (d_tick || !calm) -> d_tick = false; event = EV_TIMER; who = D
+#ifndef MISTAKE_NOBODY_REPEATS
         :: stuck && !s_needs_operator && !d_needs_operator -> s_tick = s_up; d_tick = d_up
+#endif
 
         /* The network. */
         :: s_hears && (net & BIT(MSG_REFUSED)) -> s_receives(MSG_REFUSED)
@@ -472,8 +483,8 @@ end:
         :: !calm && !d_up && d_vm == DEAD && d_journal != d_disk -> d_journal = d_disk
 #endif
 #ifdef WIPE
-        :: !calm && !wiped && !s_up && s_vm == DEAD -> wiped = true; s_journal = REC_NONE
-        :: !calm && !wiped && !d_up && d_vm == DEAD -> wiped = true; d_journal = REC_NONE
+        :: !calm && !wiped && !s_up && s_vm == DEAD -> wiped = true; s_journal = REC_NONE; net = 0
+        :: !calm && !wiped && !d_up && d_vm == DEAD -> wiped = true; d_journal = REC_NONE; net = 0
 #endif
 
         /* Users, and an operator who has fenced the other host. */
@@ -501,7 +512,6 @@ end:
         fi;
         printf("who %d event %d | source %d journal %d vm %d | destination %d journal %d vm %d | copy %e net %d calm %d up %d %d act %d %d cont %d %d\n",
                who, event, s_state, s_journal, s_vm, d_state, d_journal, d_vm, copy, net, calm, s_up, d_up, s_act[0], d_act[0], s_cont, d_cont);
-        d_had_run = d_had_run || d_journal == REC_RUN;
         d_knows_sole = d_knows_sole || d_state == DST_RESTARTING;
         event = 0;
         who = 0;
