@@ -174,6 +174,15 @@ static int check_job(const Vmmig__Control__Job *m, struct vm_error **err)
     return check_pages(m, err);
 }
 
+static int check_handover(const Vmmig__Control__Handover *m, struct vm_error **err)
+{
+    if (field_check_uuid("the attempt", m->attempt.data, m->attempt.len, err) < 0 ||
+        check_word("the hand-over's state", m->state, err) < 0 ||
+        check_word("the hand-over's state", m->text, err) < 0)
+        return -1;
+    return field_check_text("the peer", m->peer, 0, ENDPOINT_TEXT_MAX, err);
+}
+
 static int check_vm(const Vmmig__Control__Vm *m, struct vm_error **err)
 {
     if (check_name(m->vm, err) < 0 || check_word("the VM's origin", m->origin, err) < 0 ||
@@ -185,6 +194,8 @@ static int check_vm(const Vmmig__Control__Vm *m, struct vm_error **err)
     if (*m->qmp_path && field_check_path("the QMP socket", m->qmp_path, err) < 0)
         return -1;
     if (m->n_argv && field_check_argv("the VM's command line", m->argv, m->n_argv, err) < 0)
+        return -1;
+    if (m->handover && check_handover(m->handover, err) < 0)
         return -1;
     return m->job ? check_job(m->job, err) : 0;
 }

@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * cli: the commands of `vmmig` as rows of a table. From a row come the parser, the help and the
+ * manual page; tests/unit/tools compares them.
+ *
+ * Output contract. Without --json: what a person reads on standard output; errors as one line
+ * "vmmig: ..." on standard error. With --json: exactly one object on standard output, also for an error:
+ * {"error": {"kind": ..., "message": ...}}. The exit status is that of the error's kind.
+ */
+#ifndef VMMIG_TOOLS_CLI_H
+#define VMMIG_TOOLS_CLI_H
+
+#include "base/error.h"
+#include "base/options.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#define CLI_DEFAULT_SOCKET "/run/vmmig/control.sock"
+#define CLI_STATUS_INTERRUPTED 130
+
+/* Everything that a command line can say. */
+struct cli {
+    struct positionals args;
+    const char *socket;
+    bool json, help;
+    const char *qmp;
+    const char *to;
+    uint64_t downtime_limit_ms, max_bandwidth, connections;
+    unsigned compress; /* Vmmig__Control__Compress */
+    const char *dest_qmp;
+    bool assume_shared, background;
+    bool here, gone;
+    const char *fenced;
+    const char *ip;
+    uint64_t days;
+    bool replace;
+};
+
+struct cli_command {
+    const char *name;      /* "send", "pki issue" */
+    const char *arguments; /* "NAME", as the usage line says it */
+    int min_args, max_args;
+    bool takes_rest;       /* a command line behind `--` */
+    const struct option *options;
+    const char *summary;   /* one line of the list of commands */
+    const char *text;      /* paragraphs of the help */
+    /* 0, or -1 with an error; a positive value is the exit status, everything having been said. */
+    int (*run)(const struct cli *c, struct vm_error **err);
+};
+
+/* Ended by a row without a name. */
+extern const struct cli_command cli_commands[];
+/* --json, --socket, --help: what every command takes. */
+extern const struct option cli_common_options[];
+
+/*
+ * Find and parse: *ret_command, *ret_cli. A first word that is no command is USAGE with the nearest one;
+ * no word at all gives NULL in *ret_command. Options may also stand before the command.
+ */
+int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
+              struct vm_error **err);
+void cli_print_usage(FILE *out);
+void cli_print_command_help(FILE *out, const struct cli_command *command);
+void cli_print_manual(FILE *out);
+
+#endif

@@ -1,0 +1,170 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "tools/cli_print.h"
+
+#include "base/clock.h"
+#include "base/uuid.h"
+
+#include <string.h>
+
+static json_t *milliseconds(int64_t ns)
+{
+    return ns < 0 ? json_null() : json_real((double)ns / NSEC_PER_MSEC);
+}
+
+static json_t *instant(int64_t wall_ns)
+{
+    char text[40], stamp[32];
+    time_t seconds = (time_t)(wall_ns / NSEC_PER_SEC);
+    struct tm tm;
+    gmtime_r(&seconds, &tm);
+    strftime(stamp, sizeof(stamp), "%Y-%m-%dT%H:%M:%S", &tm);
+    snprintf(text, sizeof(text), "%s.%03dZ", stamp, (int)(wall_ns % NSEC_PER_SEC / NSEC_PER_MSEC));
+    return json_string(text);
+}
+
+/* Text from the agent; a command line may hold bytes that are not UTF-8. */
+static json_t *string(const char *text)
+{
+    json_t *exact = json_string(text);
+    if (exact)
+        return exact;
+    char *copy = strdup(text);
+    if (!copy)
+        return NULL;
+    field_make_text(copy, strlen(copy));
+    json_t *made = json_string(copy);
+    free(copy);
+    return made;
+}
+
+static json_t *number(uint64_t value)
+{
+    return json_integer((json_int_t)value);
+}
+
+json_t *cli_json_error(const struct vm_error *error)
+{
+    return json_pack("{s:{s:s, s:o}}", "error", "kind", error_kind_name(error->kind), "message",
+                     string(error_message(error)));
+}
+
+static json_t *pages(const Vmmig__Control__Job *job)
+{
+    json_t *object = json_object();
+    for (size_t i = 0; i < job->n_pages; i++)
+        json_object_set_new(object, job->pages[i]->encoding,
+                            json_pack("{s:o, s:o}", "pages", number(job->pages[i]->pages),
+                                      "wire_bytes", number(job->pages[i]->wire_bytes)));
+    return object;
+}
+
+static const char *state_name(Vmmig__Control__JobState state)
+{
+    switch (state) {
+    case VMMIG__CONTROL__JOB_STATE__RUNNING:
+        return "running";
+    case VMMIG__CONTROL__JOB_STATE__DONE:
+        return "done";
+    case VMMIG__CONTROL__JOB_STATE__FAILED:
+        return "failed";
+    case VMMIG__CONTROL__JOB_STATE__CANCELLED:
+        return "cancelled";
+    default:
+        return "?";
+    }
+}
+
+json_t *cli_json_job(const Vmmig__Control__Job *j)
+{
+    struct uuid id;
+    memcpy(id.bytes, j->id.data, sizeof(id.bytes));
+    json_t *error = j->error ? json_pack("{s:o, s:o}", "kind", string(j->error->kind), "message",
+                                         string(j->error->message))
+                             : json_null();
+    return json_pack(
+        "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
+        string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
+        instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error, "phase",
+        string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
+        "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "link_rate",
+        number(j->link_rate), "wire_bytes", number(j->wire_bytes), "resent_bytes",
+        number(j->resent_bytes), "opaque_bytes", number(j->opaque_bytes), "pages", pages(j),
+        "throttle_percent", number(j->throttle_percent), "throttle_max_percent",
+        number(j->throttle_max_percent), "connections", number(j->connections), "reconnects",
+        number(j->reconnects), "predicted_pause_ms", milliseconds(j->predicted_pause_ns), "pause_ms",
+        milliseconds(j->pause_ns), "note", string(j->note));
+}
+
+json_t *cli_json_jobs(const Vmmig__Control__JobList *jobs)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < jobs->n_jobs; i++)
+        json_array_append_new(list, cli_json_job(jobs->jobs[i]));
+    return json_pack("{s:o}", "jobs", list);
+}
+
+static const char *presence_name(Vmmig__Control__Presence presence)
+{
+    return presence == VMMIG__CONTROL__PRESENCE__PRESENT       ? "present"
+           : presence == VMMIG__CONTROL__PRESENCE__UNREACHABLE ? "unreachable"
+                                                               : "ended";
+}
+
+static json_t *handover(const Vmmig__Control__Handover *h)
+{
+    struct uuid id;
+    if (!h)
+        return json_null();
+    memcpy(id.bytes, h->attempt.data, sizeof(id.bytes));
+    return json_pack("{s:o, s:o, s:o, s:o, s:b, s:b}", "attempt", string(uuid_text(&id)), "state",
+                     string(h->state), "text", string(h->text), "peer", string(h->peer), "in_doubt",
+                     (int)h->in_doubt, "settled", (int)h->settled);
+}
+
+json_t *cli_json_vm(const Vmmig__Control__Vm *vm)
+{
+    json_t *argv = json_array();
+    for (size_t i = 0; i < vm->n_argv; i++)
+        json_array_append_new(argv, string(vm->argv[i]));
+    json_t *object = json_pack(
+        "{s:o, s:o, s:s, s:o, s:o, s:i, s:o, s:o, s:o}", "vm", string(vm->vm), "state",
+        string(vm->state), "presence", presence_name(vm->presence), "detail", string(vm->detail),
+        "origin", string(vm->origin), "pid", (int)vm->pid, "since", instant(vm->since_ns), "job",
+        vm->job ? cli_json_job(vm->job) : json_null(), "handover", handover(vm->handover));
+    if (object && *vm->qmp_path) {
+        json_object_set_new(object, "qmp", string(vm->qmp_path));
+        json_object_set(object, "argv", argv);
+    }
+    json_decref(argv);
+    return object;
+}
+
+json_t *cli_json_vms(const Vmmig__Control__Vms *vms)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < vms->n_vms; i++)
+        json_array_append_new(list, cli_json_vm(vms->vms[i]));
+    return json_pack("{s:o}", "vms", list);
+}
+
+json_t *cli_json_agent(const Vmmig__Control__Agent *a)
+{
+    return json_pack("{s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o}", "software", string(a->software),
+                     "host", string(a->host), "pid", (int)a->pid, "started", instant(a->started_ns),
+                     "listen", *a->listen ? string(a->listen) : json_null(), "vms",
+                     number(a->n_vms), "jobs_running", number(a->n_jobs), "rss_anon_bytes",
+                     number(a->rss_anon));
+}
+
+int cli_print_json(json_t *object, struct vm_error **err)
+{
+    if (!object)
+        return error_nomem(err);
+    int failed = json_dumpf(object, stdout, JSON_INDENT(2) | JSON_REAL_PRECISION(9));
+    json_decref(object);
+    if (failed || putchar('\n') == EOF)
+        return error_set(err, VM_ERROR_SYSTEM, "cannot write to standard output");
+    return 0;
+}

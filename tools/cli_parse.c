@@ -1,0 +1,230 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "tools/cli.h"
+
+#include "base/cleanup.h"
+#include "base/text.h"
+
+#include <stddef.h>
+#include <string.h>
+
+enum { COMMANDS_MAX = 32, COMMAND_COLUMN = 12 };
+
+const struct option cli_common_options[] = {
+    {"json", NULL, option_parse_flag, .offset = offsetof(struct cli, json),
+     .text = "Print one JSON object instead of text, also for an error"},
+    {"socket", "PATH", option_parse_text, .offset = offsetof(struct cli, socket),
+     .def = CLI_DEFAULT_SOCKET, .text = "The agent's control socket"},
+    {"help", NULL, option_parse_flag, .offset = offsetof(struct cli, help),
+     .text = "Print the help of this command"},
+    {NULL}};
+
+/* The command that the words begin with, the longest name first; *ret_words: how many it took. */
+static const struct cli_command *find_command(int n, char **words, int *ret_words)
+{
+    char two[128];
+    snprintf(two, sizeof(two), "%s %s", words[0], n > 1 ? words[1] : "");
+    for (const struct cli_command *c = cli_commands; c->name; c++) {
+        bool is_two = strchr(c->name, ' ');
+        if (strcmp(c->name, is_two ? two : words[0]))
+            continue;
+        *ret_words = is_two ? 2 : 1;
+        return c;
+    }
+    return NULL;
+}
+
+static int no_such_command(int n, char **words, struct vm_error **err)
+{
+    const char *names[COMMANDS_MAX + 1];
+    char said[128];
+    size_t count = 0;
+    bool group = false; /* is the first word that of two-word commands? */
+    for (const struct cli_command *c = cli_commands; c->name && count < COMMANDS_MAX; c++) {
+        size_t k = strlen(words[0]);
+        names[count++] = c->name;
+        group |= !strncmp(c->name, words[0], k) && c->name[k] == ' ';
+    }
+    names[count] = NULL;
+    snprintf(said, sizeof(said), group && n > 1 ? "%.40s %.40s" : "%.60s", words[0],
+             n > 1 ? words[1] : "");
+    const char *nearest = text_nearest(said, names);
+    if (nearest)
+        return error_set(err, VM_ERROR_USAGE, "there is no command '%s'; did you mean '%s'?", said,
+                         nearest);
+    return error_set(err, VM_ERROR_USAGE, "there is no command '%s'; see vmmig --help", said);
+}
+
+/* The command's options and the common ones in one table. */
+static void join_options(const struct cli_command *command, struct option rows[OPTIONS_MAX])
+{
+    size_t n = 0;
+    for (const struct option *o = command->options; o && o->name; o++)
+        rows[n++] = *o;
+    for (const struct option *o = cli_common_options; o->name; o++)
+        rows[n++] = *o;
+    rows[n] = (struct option){NULL};
+}
+
+static int check_arguments(const struct cli_command *command, const struct cli *c,
+                           struct vm_error **err)
+{
+    const char *name = command->name;
+    if (c->args.n < command->min_args)
+        return error_set(err, VM_ERROR_USAGE, "usage: vmmig %s %s", name, command->arguments);
+    if (c->args.n > command->max_args)
+        return error_set(err, VM_ERROR_USAGE, "unexpected argument '%.64s'; usage: vmmig %s%s%s",
+                         c->args.list[command->max_args], name, *command->arguments ? " " : "",
+                         command->arguments);
+    if (command->takes_rest != (c->args.rest != NULL))
+        return error_set(err, VM_ERROR_USAGE, "usage: vmmig %s %s", name, command->arguments);
+    return 0;
+}
+
+/*
+ * `run NAME QEMU ARG...` may leave `--` out: what follows the name is the rest, whatever it looks like.
+ * Returns where the rest begins, argc if there is none.
+ */
+static int find_rest(const struct cli_command *command, int argc, char **argv)
+{
+    int seen = 0;
+    for (int i = 0; i < argc; i++) {
+        if (!strcmp(argv[i], "--"))
+            return i;
+        if (!strcmp(argv[i], "--socket"))
+            i++;
+        else if (argv[i][0] != '-' && seen++ == command->max_args)
+            return i;
+    }
+    return argc;
+}
+
+static int parse_command(const struct cli_command *command, int argc, char **argv, struct cli *c,
+                         struct vm_error **err)
+{
+    struct option rows[OPTIONS_MAX];
+    join_options(command, rows);
+    if (options_set_defaults(rows, c, err) < 0)
+        return -1;
+    int end = command->takes_rest ? find_rest(command, argc, argv) : argc;
+    /* A missing required option is no reason to refuse the help. */
+    for (int i = 0; i < end && strcmp(argv[i], "--"); i++)
+        if (!strcmp(argv[i], "--help")) {
+            c->help = true;
+            return 0;
+        }
+    struct positionals args;
+    if (options_parse(rows, end, argv, c, &args, err) < 0)
+        return -1;
+    if (end < argc) {
+        args.rest = argv + end + !strcmp(argv[end], "--");
+        args.n_rest = (int)(argv + argc - args.rest);
+        if (!args.n_rest)
+            args.rest = NULL;
+    }
+    c->args = args;
+    return check_arguments(command, c, err);
+}
+
+int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
+              struct vm_error **err)
+{
+    struct cli c = {0};
+    int lead = 0; /* options that stand before the command */
+    while (lead < argc && !strncmp(argv[lead], "--", 2))
+        lead += !strcmp(argv[lead], "--socket") ? 2 : 1;
+    *ret_command = NULL;
+    if (lead >= argc) {
+        struct positionals none;
+        if (options_parse(cli_common_options, argc, argv, &c, &none, err) < 0)
+            return -1;
+        *ret_cli = c;
+        return 0;
+    }
+    int words;
+    const struct cli_command *command = find_command(argc - lead, argv + lead, &words);
+    if (!command)
+        return no_such_command(argc - lead, argv + lead, err);
+    /* The words of the command go, its options and those before it become one list. */
+    cleanup_free char **rest = calloc((size_t)argc + 1, sizeof(*rest));
+    if (!rest)
+        return error_nomem(err);
+    memcpy(rest, argv, (size_t)lead * sizeof(*rest));
+    memcpy(rest + lead, argv + lead + words, (size_t)(argc - lead - words) * sizeof(*rest));
+    if (parse_command(command, argc - words, rest, &c, err) < 0)
+        return -1;
+    /* The rest has to outlive the list. */
+    if (c.args.rest)
+        c.args.rest = argv + argc - c.args.n_rest;
+    *ret_command = command;
+    *ret_cli = c;
+    return 0;
+}
+
+void cli_print_usage(FILE *out)
+{
+    fputs("usage: vmmig COMMAND [OPTION]...\n\n", out);
+    text_wrap(out, "Moves running virtual machines between hosts, through the agent (vmmigd) of this "
+                   "host.", 0, 0);
+    fputs("\nCommands:\n", out);
+    for (const struct cli_command *c = cli_commands; c->name; c++) {
+        int column = fprintf(out, "  %-*s ", COMMAND_COLUMN, c->name);
+        text_wrap(out, c->summary, column, column);
+    }
+    fputs("\nOptions of all commands:\n", out);
+    options_print_help(out, cli_common_options, "--");
+    fputs("\n`vmmig COMMAND --help` says more about a command.\n", out);
+}
+
+static void print_usage_line(FILE *out, const struct cli_command *command)
+{
+    fprintf(out, "vmmig %s%s%s%s", command->name, *command->arguments ? " " : "",
+            command->arguments, command->options ? " [OPTION]..." : "");
+}
+
+void cli_print_command_help(FILE *out, const struct cli_command *command)
+{
+    fputs("usage: ", out);
+    print_usage_line(out, command);
+    fputs("\n\n", out);
+    text_wrap(out, command->text, 0, 0);
+    fputs("\nOptions:\n", out);
+    if (command->options)
+        options_print_help(out, command->options, "--");
+    options_print_help(out, cli_common_options, "--");
+}
+
+static const char manual_output[] =
+    "Text for people is not a stable format; --json is: one object on standard output with the field "
+    "names shown by an example of each command, in milliseconds, bytes and bytes a second. An error is "
+    "one line on standard error, or with --json an object on standard output: "
+    "`{\"error\": {\"kind\": \"not-found\", \"message\": \"...\"}}`.";
+
+void cli_print_manual(FILE *out)
+{
+    fputs("<!-- Generated by `vmmig --manual`. -->\n\n# vmmig(1): drive the agent of a host\n\n"
+          "    vmmig COMMAND [OPTION]...\n\n", out);
+    text_wrap(out, "`vmmig` talks to `vmmigd`, the agent of this host (vmmigd(8)), which keeps virtual "
+                   "machines and moves them, running, to other hosts.", 0, 0);
+    fputs("\n## Commands\n", out);
+    for (const struct cli_command *c = cli_commands; c->name; c++) {
+        fprintf(out, "\n### vmmig %s\n\n    ", c->name);
+        print_usage_line(out, c);
+        fputs("\n\n", out);
+        text_wrap(out, c->text, 0, 0);
+        if (c->options) {
+            fputc('\n', out);
+            options_print_manual(out, c->options, "--");
+        }
+    }
+    fputs("\n## Options of all commands\n\n", out);
+    options_print_manual(out, cli_common_options, "--");
+    fputs("## Output\n\n", out);
+    text_wrap(out, manual_output, 0, 0);
+    fputs("\n## Exit status\n\n", out);
+    fputs("| status | kind | meaning |\n|---|---|---|\n| 0 | | done |\n", out);
+    for (int i = 0; i < VM_ERROR_KIND_COUNT; i++)
+        fprintf(out, "| %d | %s | %s |\n", error_kind_status(i), error_kind_name(i),
+                error_kind_text(i));
+    fprintf(out, "| %d | | interrupted by Ctrl-C; what was under way goes on in the agent |\n",
+            CLI_STATUS_INTERRUPTED);
+}

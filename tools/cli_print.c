@@ -1,0 +1,229 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "tools/cli_print.h"
+
+#include "base/clock.h"
+#include "base/text.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+#include <string.h>
+
+#define PAGE_BYTES 4096
+
+/* Seconds and milliseconds of a duration, as "12.345 s" or "87 ms". */
+static const char *duration(int64_t ns, char out[32])
+{
+    if (ns < 0)
+        snprintf(out, 32, "unknown");
+    else if (ns < NSEC_PER_SEC)
+        snprintf(out, 32, "%.0f ms", (double)ns / NSEC_PER_MSEC);
+    else
+        snprintf(out, 32, "%.1f s", (double)ns / NSEC_PER_SEC);
+    return out;
+}
+#define duration_text(ns) duration(ns, (char[32]){0})
+
+static const char *local_time(int64_t wall_ns, char out[40])
+{
+    time_t seconds = (time_t)(wall_ns / NSEC_PER_SEC);
+    struct tm tm;
+    localtime_r(&seconds, &tm);
+    strftime(out, 40, "%Y-%m-%d %H:%M:%S", &tm);
+    return out;
+}
+#define local_time_text(ns) local_time(ns, (char[40]){0})
+
+/* Append to a line of limited size. */
+__attribute__((format(printf, 3, 4))) static void append(char *out, size_t size, const char *fmt,
+                                                         ...)
+{
+    size_t n = strlen(out);
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(out + n, size - n, fmt, args);
+    va_end(args);
+}
+
+static uint64_t pages_sent(const Vmmig__Control__Job *j)
+{
+    uint64_t n = 0;
+    for (size_t i = 0; i < j->n_pages; i++)
+        n += j->pages[i]->pages;
+    return n;
+}
+
+/* Bytes that an encoding kept off the wire. */
+static uint64_t saved_by(const Vmmig__Control__Pages *p)
+{
+    uint64_t plain = p->pages * PAGE_BYTES;
+    return plain > p->wire_bytes ? plain - p->wire_bytes : 0;
+}
+
+/* "zero 40% same 12%", of all bytes that the pages are. */
+static void append_saved(const Vmmig__Control__Job *j, char *out, size_t size, const char *between)
+{
+    double all = (double)pages_sent(j) * PAGE_BYTES;
+    const char *before = "";
+    for (size_t i = 0; i < j->n_pages; i++) {
+        double percent = all > 0 ? 100 * (double)saved_by(j->pages[i]) / all : 0;
+        if (percent < 0.5)
+            continue;
+        append(out, size, "%s%s %.0f%%", before, j->pages[i]->encoding, percent);
+        before = between;
+    }
+}
+
+void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
+{
+    *out = 0;
+    append(out, size, "%s", j->phase);
+    if (j->round)
+        append(out, size, " round %u", j->round);
+    if (j->total)
+        append(out, size, ", %s left, dirty %s/s", text_size(j->remaining),
+               text_size(j->dirty_rate));
+    append(out, size, ", link %s/s", text_size(j->link_rate));
+    if (pages_sent(j)) {
+        append(out, size, ", saved ");
+        size_t before = strlen(out);
+        append_saved(j, out, size, " ");
+        if (strlen(out) == before)
+            append(out, size, "0%%");
+    }
+    if (j->predicted_pause_ns >= 0)
+        append(out, size, ", pause ~%s", duration_text(j->predicted_pause_ns));
+    if (j->throttle_percent)
+        append(out, size, ", throttle %u%%", j->throttle_percent);
+    if (*j->note)
+        append(out, size, " (%s)", j->note);
+}
+
+static void print_traffic(FILE *out, const Vmmig__Control__Job *j)
+{
+    char saved[256] = "";
+    append_saved(j, saved, sizeof(saved), ", ");
+    fprintf(out, "  on the wire    %s", text_size(j->wire_bytes));
+    if (j->total)
+        fprintf(out, " for %s of memory", text_size(j->total));
+    fprintf(out, "\n  saved          %s\n", *saved ? saved : "nothing");
+    if (j->reconnects || j->resent_bytes)
+        fprintf(out, "  reconnected    %u times, %s sent again\n", j->reconnects,
+                text_size(j->resent_bytes));
+}
+
+void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
+{
+    if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "send"))
+        fprintf(out, "%s runs at %s now\n", j->vm, j->peer);
+    else
+        fprintf(out, "%s of %s: %s\n", j->kind, j->vm,
+                j->state == VMMIG__CONTROL__JOB_STATE__DONE        ? "done"
+                : j->state == VMMIG__CONTROL__JOB_STATE__CANCELLED ? "cancelled"
+                : j->state == VMMIG__CONTROL__JOB_STATE__RUNNING   ? "under way"
+                                                                   : "failed");
+    fprintf(out, "  total time     %s\n", duration_text(j->elapsed_ns));
+    if (j->pause_ns >= 0)
+        fprintf(out, "  guest's pause  %s\n", duration_text(j->pause_ns));
+    if (j->round)
+        fprintf(out, "  rounds         %u\n", j->round);
+    print_traffic(out, j);
+    if (j->throttle_max_percent)
+        fprintf(out, "  throttled      by up to %u%%\n", j->throttle_max_percent);
+    if (*j->note)
+        fprintf(out, "  note           %s\n", j->note);
+}
+
+/* What is under way, in a few words. */
+static void format_job(const Vmmig__Control__Job *j, char *out, size_t size)
+{
+    *out = 0;
+    append(out, size, "%s %s %s: %s", j->kind, !strcmp(j->kind, "receive") ? "from" : "to", j->peer,
+           j->phase);
+    if (j->total && !strcmp(j->phase, "copying"))
+        append(out, size, ", round %u, %s left", j->round, text_size(j->remaining));
+}
+
+static void format_doing(const Vmmig__Control__Vm *vm, char *out, size_t size)
+{
+    *out = 0;
+    if (vm->handover && vm->handover->in_doubt)
+        append(out, size, "in doubt, see `vmmig status %s`", vm->vm);
+    else if (vm->job && vm->job->state == VMMIG__CONTROL__JOB_STATE__RUNNING)
+        format_job(vm->job, out, size);
+    else if (vm->presence != VMMIG__CONTROL__PRESENCE__PRESENT)
+        append(out, size, "%s", vm->detail);
+}
+
+void cli_print_vms(FILE *out, const Vmmig__Control__Vms *vms)
+{
+    int width = 4;
+    for (size_t i = 0; i < vms->n_vms; i++)
+        if ((int)strlen(vms->vms[i]->vm) > width)
+            width = (int)strlen(vms->vms[i]->vm);
+    if (!vms->n_vms) {
+        fputs("no VMs here\n", out);
+        return;
+    }
+    fprintf(out, "%-*s  %-11s  %7s  %s\n", width, "NAME", "STATE", "PID", "DOING");
+    for (size_t i = 0; i < vms->n_vms; i++) {
+        char doing[512];
+        format_doing(vms->vms[i], doing, sizeof(doing));
+        int n = fprintf(out, "%-*s  %-11s  %7d", width, vms->vms[i]->vm, vms->vms[i]->state,
+                        vms->vms[i]->pid);
+        fprintf(out, n > 0 && *doing ? "  %s\n" : "%s\n", doing);
+    }
+}
+
+static void print_handover(FILE *out, const Vmmig__Control__Handover *h, const char *vm)
+{
+    fprintf(out, "  hand-over  with %s: %s\n", h->peer, h->text);
+    if (h->in_doubt)
+        fprintf(out, "             if that host is gone for good and fenced, decide with\n"
+                     "             `vmmig resolve %s --here|--gone --i-fenced HOST`\n", vm);
+}
+
+void cli_print_vm(FILE *out, const Vmmig__Control__Vm *vm)
+{
+    fprintf(out, "%s\n  state      %s", vm->vm, vm->state);
+    fprintf(out, *vm->detail && strcmp(vm->detail, vm->state) ? " (%s)\n" : "%s\n",
+            strcmp(vm->detail, vm->state) ? vm->detail : "");
+    fprintf(out, "  process    %d\n  since      %s (%s)\n", vm->pid, local_time_text(vm->since_ns),
+            vm->origin);
+    if (*vm->qmp_path)
+        fprintf(out, "  qmp        %s\n", vm->qmp_path);
+    if (vm->handover)
+        print_handover(out, vm->handover, vm->vm);
+    if (!vm->job)
+        return;
+    char line[512];
+    format_job(vm->job, line, sizeof(line));
+    if (vm->job->state == VMMIG__CONTROL__JOB_STATE__RUNNING)
+        fprintf(out, "  job        %s\n", line);
+    else if (vm->job->error)
+        fprintf(out, "  last job   %s to %s: %s\n", vm->job->kind, vm->job->peer,
+                vm->job->error->message);
+    else
+        fprintf(out, "  last job   %s, done\n", vm->job->kind);
+}
+
+void cli_print_jobs(FILE *out, const Vmmig__Control__JobList *jobs)
+{
+    static const char *const states[] = {"running", "done", "failed", "cancelled"};
+    if (!jobs->n_jobs)
+        fputs("no jobs\n", out);
+    for (size_t i = 0; i < jobs->n_jobs; i++) {
+        const Vmmig__Control__Job *j = jobs->jobs[i];
+        fprintf(out, "%s  %-9s  %-7s  %s  %s", local_time_text(j->started_ns), states[j->state],
+                j->kind, j->vm, j->peer);
+        fprintf(out, j->error ? "  %s\n" : "%s\n", j->error ? j->error->message : "");
+    }
+}
+
+void cli_print_agent(FILE *out, const Vmmig__Control__Agent *a)
+{
+    fprintf(out, "%s\n  agent      %s, process %d, since %s\n", a->host, a->software, a->pid,
+            local_time_text(a->started_ns));
+    fprintf(out, "  peers      %s\n", *a->listen ? a->listen : "none: it takes no VMs");
+    fprintf(out, "  VMs        %u\n  jobs       %u under way\n", a->n_vms, a->n_jobs);
+    fprintf(out, "  memory     %s of its own\n", text_size(a->rss_anon));
+}
