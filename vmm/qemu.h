@@ -42,6 +42,7 @@
 #include "base/error.h"
 #include "vmm/guest.h"
 #include "vmm/qemu_definition.h"
+#include "vmm/qemu_portable.h"
 #include "vmm/qemu_spawn.h"
 #include "vmm/qmp.h"
 
@@ -67,7 +68,8 @@ struct qmp *qemu_qmp(struct qemu *q);
 /* The sink. */
 
 struct qemu_sink_params {
-    const struct qemu_definition *definition; /* validated by qemu_dest_check */
+    const char *vm; /* name of the VM; memory is called vmmig-VM-BLOCK in /proc/PID/maps */
+    const struct qemu_definition *definition; /* validated by qemu_definition_validate */
     /*
      * How to start it. argv is made from the definition's (qemu_argv_destination) and fds are the
      * memfds: both are ignored here. cwd NULL: that of the definition.

@@ -40,7 +40,8 @@ struct qemu_memory_device_fact {
 };
 
 struct qemu_memory_facts {
-    const char *machine; /* versioned machine type */
+    const char *machine;      /* versioned machine type */
+    const char *main_backend; /* id of the backend of the machine's own RAM; "": memory is NUMA nodes' */
     const struct qemu_backend_fact *backends;
     unsigned n_backends;
     const struct qemu_memory_device_fact *devices;
