@@ -3,19 +3,22 @@
 import contextlib
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 
 import pytest
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, TESTS)
 
 from lab import (HEARTBEAT_PORT, BareGuest, Lab, LinuxGuest, check_disk, huge_pages, judge,  # noqa: E402
                  linux_guest, make_disk, make_vars)
 
 pytest_plugins = ['lab.plugin']
 PAGE = 4096
+PAGES_MAGIC = 0x74736575676d7600  # tests/guest/bare/pages.h
 
 
 @pytest.fixture(scope='module')
@@ -171,7 +174,7 @@ with Lab(hosts=1) as lab:
 
 
 def test_a_lab_leaves_nothing_behind_even_when_the_test_is_killed():
-    done = subprocess.run([sys.executable, '-c', DIES, sys.path[0]], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, '-c', DIES, TESTS], stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -signal.SIGKILL
     folder, *pids = done.stdout.split()
     end = time.monotonic() + 20
@@ -244,8 +247,8 @@ def find_page(memory, worked):
     """The address of a page that the guest rewrites, or does not, somewhere in the middle."""
     pages = os.fstat(memory.fileno()).st_size // PAGE
     for number in range(pages // 2, pages):
-        magic = os.pread(memory.fileno(), 8, number * PAGE) == 0x74736575676d7600.to_bytes(8, 'little')
-        if magic == worked:
+        magic, = struct.unpack('Q', os.pread(memory.fileno(), 8, number * PAGE))
+        if (magic == PAGES_MAGIC) == worked:
             return (number + 5) * PAGE
     raise AssertionError('no such page')
 
@@ -426,6 +429,26 @@ def test_linux_moves_with_its_disk_and_network(lab, linux):
     vm.power_off(console, destination)
     assert check_disk(vm.disk) > 5
     assert not judge.leftovers(h1, 'penguin') and not judge.leftovers(h2, 'penguin')
+
+
+def test_linux_sees_damaged_memory(lab, linux):
+    vm = LinuxGuest('bruised', mem_mib=128, work_mib=16, memory='shared', **linux)
+    console, process = start(lab, lab.hosts[0], vm)
+    console.wait_for('lab-guest ready')
+    console.verify()
+    qmp = vm.qmp(lab.hosts[0])
+    qmp('stop')
+    with guest_memory(process) as memory:
+        for address in range(0, vm.mem_mib << 20, PAGE):
+            magic, page, _, number = struct.unpack('4Q', os.pread(memory.fileno(), 32, address))
+            if magic == PAGES_MAGIC and number > 1:
+                break
+        os.pwrite(memory.fileno(), b'?', address + 77)
+    qmp('cont')
+    console.wait_for(f'^BAD page={page} expected={number} found={number} word=9')
+    with pytest.raises(AssertionError):
+        console.verify()
+    process.kill()
 
 
 def test_linux_boots_from_ovmf(lab, linux):

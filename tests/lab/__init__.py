@@ -7,5 +7,5 @@ from .linux import HEARTBEAT_PORT, LinuxGuest, check_disk, linux_guest, make_dis
 from .qmp import Qmp, QmpError
 
 __all__ = ['BareGuest', 'Console', 'Guest', 'HEARTBEAT_PORT', 'Host', 'Lab', 'Line', 'LinuxGuest', 'Qmp',
-           'QmpError', 'Tick', 'Timeline', 'accelerator', 'check_disk', 'huge_pages', 'linux_guest', 'make_disk',
-           'make_vars']
+           'QmpError', 'Tick', 'Timeline', 'accelerator', 'check_disk', 'huge_pages', 'linux_guest',
+           'make_disk', 'make_vars']

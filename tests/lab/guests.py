@@ -152,8 +152,9 @@ class Guest:
         if self.vga:
             words += ['-device', 'VGA']
         if self.virtio_mem_mib:
-            words += ['-object', f'memory-backend-ram,id=virtio-mem-ram,size={self.virtio_mem_mib}M', '-device',
-                      f'virtio-mem-pci,id=vm0,memdev=virtio-mem-ram,requested-size={self.virtio_mem_mib}M']
+            size = f'{self.virtio_mem_mib}M'
+            words += ['-object', f'memory-backend-ram,id=virtio-mem-ram,size={size}',
+                      '-device', f'virtio-mem-pci,id=vm0,memdev=virtio-mem-ram,requested-size={size}']
         if self.unmigratable:
             words += ['-device', 'nvme,serial=1']
         return words

@@ -128,10 +128,12 @@ def make_disk(path, mib=64):
 
 
 def check_disk(path):
-    """Fails unless the file system is clean and the guest's log on it whole. Returns the number of its lines."""
-    run(['fsck.ext4', '-f', '-n', path])
-    log = subprocess.run(['debugfs', '-R', 'cat /log', path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                         text=True, check=True).stdout.splitlines()
+    """Fails unless the file system was unmounted and is clean, and the guest's log on it is whole. Returns
+    the number of its lines."""
+    said = run(['fsck.ext4', '-f', '-n', path])
+    assert 'journal recovery' not in said, f'{path}: not unmounted: {said}'
+    log = subprocess.run(['debugfs', '-R', 'cat /log', path], text=True, check=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()
     numbers = [int(line.split()[1]) for line in log]
     assert numbers == list(range(len(log))), f'{path}: the log has a hole or a line twice'
     return len(numbers)
