@@ -5,25 +5,26 @@
  * business: the driver (vmm/qemu.h) tells QEMU to migrate into the socket and asks it about the
  * end.
  *
- *     qemu_source_socketpair(&ours, &qemus, err)    sized so that QEMU and we rarely wait
+ *     qemu_source_socketpair(&ours, &qemus, err)
  *     ... QMP getfd with `qemus`, then close it here: otherwise the end of file never comes
  *     qemu_source_create(&params, err)              the thread begins to read
- *     ... events->pages, bytes, memory_done, then params.ended, all from the source's one thread
  *     ... QMP migrate
+ *     ... events->pages, bytes, memory_done, then params.ended, all from the source's one thread
  *     qemu_source_destroy(s)                        stops it wherever it is, and joins the thread
  *
- * Ownership and memory. Page data lies where it was read, in slabs of QEMU_SOURCE_SLAB bytes out of
- * a pool of `pool_bytes`; a slab is free again when the last batch that points into it is released.
- * Batches number at most QEMU_SOURCE_BATCHES. So a source holds at most pool_bytes, plus 600 KiB
- * for batches, plus 200 KiB for parser and buffer. Batches may outlive the source: the pool goes
- * with the last of them. When slabs or batches run out the thread hands over every batch that it
- * had begun, and waits: whoever holds batches must not wait for further ones before it releases.
+ * Ownership and memory. Page data stays where it was read, in slabs of 1 MiB out of a pool of
+ * `pool_bytes` (vmm/page_pool.h); a slab is free again when the last batch that points into it was
+ * released. So a source holds at most pool_bytes, 550 KiB of batches, and 150 KiB of its own.
+ * Batches may outlive the source. When slabs or batches run out, the thread hands over every batch
+ * that it had begun, and waits: whoever holds batches must not wait for further ones before it
+ * releases.
  *
- * Batches. Pages of a batch ascend strictly, so each is there once; a smaller or equal address
- * begins the next batch. A batch is handed over when it is full; at the end of a stripe, once it
- * holds QEMU_SOURCE_BATCH_GOOD pages; before memory_done; when the socket gave nothing for
- * QEMU_SOURCE_IDLE_MS; and before any wait for memory. Bytes are gathered up to
- * QEMU_SOURCE_BYTES_MAX and handed over at the same moments.
+ * Batches. A page is in a batch at most once; if it comes again, that begins the next batch. A
+ * batch is handed over when it is full; at the end of a stripe, once it holds
+ * QEMU_SOURCE_BATCH_GOOD pages; when it points into PAGE_POOL_BATCH_SLABS slabs and needs another;
+ * before memory_done; when the socket gave nothing for QEMU_SOURCE_IDLE_MS; and before any wait for
+ * memory. Bytes are gathered up to QEMU_SOURCE_BYTES_MAX and handed over at the last three of these
+ * moments.
  *
  * Order. Batches of a channel come in the order of the stream, `bytes` too. Nothing is said about a
  * batch and bytes relative to one another, except: memory_done comes after all batches and after
@@ -43,14 +44,14 @@
 #include "base/cleanup.h"
 #include "base/error.h"
 #include "vmm/guest.h"
+#include "vmm/page_pool.h"
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define QEMU_SOURCE_SLAB (1u << 20)
 #define QEMU_SOURCE_POOL_DEFAULT (24u << 20)
-#define QEMU_SOURCE_BATCHES 128u
+#define QEMU_SOURCE_POOL_MIN (2u * PAGE_POOL_SLAB)
 #define QEMU_SOURCE_BATCH_GOOD 128u
 #define QEMU_SOURCE_BYTES_MAX 65536u
 #define QEMU_SOURCE_IDLE_MS 2
@@ -59,9 +60,9 @@
 struct qemu_source;
 
 struct qemu_source_params {
-    int fd;            /* the stream; duplicated, so it stays the caller's */
+    int fd;            /* the stream, a socket; duplicated, so it stays the caller's */
     unsigned channels; /* 1..QEMU_SOURCE_CHANNELS_MAX */
-    size_t pool_bytes; /* at least two slabs; 0: QEMU_SOURCE_POOL_DEFAULT */
+    size_t pool_bytes; /* at least QEMU_SOURCE_POOL_MIN; 0: QEMU_SOURCE_POOL_DEFAULT */
     /*
      * The regions whose pages come as pages; copied. Region number i of a page's address is
      * regions[i]. Each must be a block of the stream, of the same size (REFUSED otherwise).
@@ -86,13 +87,17 @@ struct qemu_source_counters {
     bool opaque; /* everything comes as bytes: asked for, or for the reason that was logged */
 };
 
-/* A stream's two ends, close-on-exec: ours to read, QEMU's to write. */
+/*
+ * A stream's two ends, close-on-exec: ours to read, QEMU's to write. The buffer between them stays
+ * at the kernel's default of 208 KiB: 1 and 4 MiB made nothing faster, and what lies there when the
+ * guest is paused adds to the pause.
+ */
 int qemu_source_socketpair(int *ret_ours, int *ret_qemus, struct vm_error **err);
 
 struct qemu_source *qemu_source_create(const struct qemu_source_params *params,
                                        struct vm_error **err);
 /* Any thread, at any time until destroy. */
-void qemu_source_counters(const struct qemu_source *s, struct qemu_source_counters *ret_counters);
+void qemu_source_counters(struct qemu_source *s, struct qemu_source_counters *ret_counters);
 /*
  * Stop reading, wait for the thread, free. `ended` was called when this returns. A callback that
  * blocks must be made to return by its owner first. Never from within a callback. NULL is fine.
