@@ -151,6 +151,16 @@ def test_own_folders_are_own_and_reachable_from_the_test(lab):
     assert h1.run(['hostname']) == 'h1\n'
 
 
+def test_a_crash_ends_everything_in_one_host(lab):
+    h1, h2 = lab.hosts
+    there, here = (host.popen(['setsid', 'sleep', '1000']) for host in (h1, h2))
+    h1.crash()
+    assert there.wait(10) == -signal.SIGKILL
+    assert not h1.processes()
+    assert here.poll() is None
+    here.kill()
+
+
 def test_memory_is_charged_to_the_cgroup_of_the_process(lab):
     process = lab.hosts[0].popen([sys.executable, '-c', 'x = b"x" * (64 << 20); print(1); input()'],
                                  cgroup='vmm', stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -194,7 +204,7 @@ def start(lab, host, vm, incoming=None):
 
 def test_a_migration_by_qemu_is_seen_as_it_was(lab):
     h1, h2 = lab.hosts
-    vm = BareGuest('moved', mem_mib=256, dirty_mib=16, rate_mbps=20, heartbeat_ms=10)
+    vm = BareGuest('moved', mem_mib=256, vcpus=2, dirty_mib=16, rate_mbps=20, heartbeat_ms=10)
     h1.set_rate('1gbit')
     console, source = start(lab, h1, vm)
     console.wait_for('ready')
@@ -218,6 +228,7 @@ def test_a_migration_by_qemu_is_seen_as_it_was(lab):
     assert console.pause(after=mark) <= console.gap(after=mark) + 0.002
     assert result['ram']['transferred'] < sent < result['ram']['transferred'] * 1.05
     assert sent * 8 / 1e9 < result['total-time'] / 1000 * 1.05
+    console.wait_cycles(1)  # of the slowest vCPU: both run on
     console.verify()
     source.kill()
     destination.kill()
@@ -318,6 +329,30 @@ def test_a_stopped_guest_is_a_pause_of_that_length(shared_guest):
     console.wait_ticks(10)
     assert resumed - stopped - 0.005 < console.pause(after=mark) < resumed - stopped + 0.02
     assert not console.missing(after=mark)
+
+
+@pytest.mark.parametrize('pattern', ['seq', 'random'])
+def test_the_guest_dirties_as_fast_as_it_was_asked_to(lab, pattern):
+    vm = BareGuest(f'pace-{pattern}', mem_mib=64, dirty_mib=4, rate_mbps=100, vcpus=2, pattern=pattern)
+    console, process = start(lab, lab.hosts[0], vm)
+    console.wait_for('ready')
+    console.wait_cycles(1)
+    first = console.wait_for('cycles=', after=console.mark())
+    console.wait_cycles(40)
+    last = console.wait_for('cycles=', after=console.mark())
+    cycles = [int(line.text.split('cycles=')[1].split()[0]) for line in (first, last)]
+    rate = (cycles[1] - cycles[0]) * (vm.dirty_mib << 20) / (last.at - first.at)
+    assert 0.9 < rate / 100e6 < 1.1
+    process.kill()
+
+
+def test_without_kvm_the_guest_runs_under_tcg_and_says_so():
+    said = subprocess.run(
+        ['unshare', '--mount', 'sh', '-c', '[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm; exec "$@"', 'sh',
+         sys.executable, '-c',
+         f'import sys; sys.path.insert(0, {TESTS!r}); import lab; print(lab.accelerator())'],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True).stdout
+    assert 'NO KVM' in said and "['-accel', 'tcg']" in said
 
 
 def test_a_clock_set_back_stops_nothing(lab):

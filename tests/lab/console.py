@@ -228,6 +228,7 @@ class Collector:
             for host, path in paths.items():
                 listener = socket.socket(socket.AF_UNIX)
                 listener.bind(path)
+                os.chmod(path, 0o777)
                 listener.listen()
                 self._watch(listener, lambda at, l=listener, h=host: self._accept(console, h, l))
         return self._timelines[name]

@@ -78,6 +78,7 @@ class Host:
         for path in (os.path.join(upper, 'vmmig'), work, *map(self.path, OWN_FOLDERS),
                      self.path('/run/vmmig'), self.path('/run/vmlab'), self.path('/var/lib/vmmig')):
             os.makedirs(path, exist_ok=True)
+        os.chmod(self.path('/run/vmlab'), 0o1777)  # a guest's sockets, whoever its QEMU runs as
         with open(os.path.join(upper, 'hosts'), 'w', encoding='ascii') as file:
             file.write(f'127.0.0.1 localhost\n{OBSERVER_ADDRESS} observer\n')
             file.writelines(f'{SUBNET}{i} h{i}\n' for i in range(1, self.lab.count + 1))
@@ -209,8 +210,10 @@ class Lab:
         self.count = hosts
         self.failed = False
         self.folder = tempfile.mkdtemp(prefix=f'vmlab-{os.getpid()}-', dir='/var/tmp')
+        os.chmod(self.folder, 0o755)
         self.shared = os.path.join(self.folder, 'shared')
         os.mkdir(self.shared)
+        os.chmod(self.shared, 0o1777)
         os.mkdir(os.path.join(self.folder, 'logs'))
         self._keeper = subprocess.Popen(
             [sys.executable, keeper.__file__, self.folder, str(hosts + 1)],

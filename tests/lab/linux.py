@@ -123,6 +123,7 @@ def make_disk(path, mib=64):
     """An empty ext4 file system in a raw image."""
     with open(path, 'wb') as file:
         file.truncate(mib << 20)
+    os.chmod(path, 0o666)
     run(['mkfs.ext4', '-q', '-E', 'lazy_itable_init=0,lazy_journal_init=0', path])
     return path
 
