@@ -11,11 +11,14 @@
 #include "agent/vms.h"
 #include "base/loop.h"
 
+struct transfer;
+
 struct agent {
     const struct config *config;
     struct loop *loop;
     struct job_table *jobs;
     struct vms *vms;
+    struct transfer *transfer; /* agent/transfer.h */
     int64_t started_ns; /* wall clock */
 };
 

@@ -132,7 +132,25 @@ static void set_job(struct vm_answer *a, struct job_table *jobs, bool whole)
     a->message.job = &a->job.message;
 }
 
-void vm_answer_init(struct vm_answer *a, struct job_table *jobs, struct vm *vm, bool whole)
+/* A hand-over that is not finished, if there is one. */
+static void set_handover(struct vm_answer *a, struct transfer *transfer)
+{
+    struct transfer_state *t = &a->transfer;
+    transfer_get_state(transfer, a->message.vm, t);
+    if (!t->known)
+        return;
+    Vmmig__Control__Handover *m = &a->handover;
+    vmmig__control__handover__init(m);
+    m->attempt = (ProtobufCBinaryData){sizeof(t->attempt.bytes), t->attempt.bytes};
+    m->state = t->state;
+    m->text = t->text;
+    m->peer = t->peer;
+    m->in_doubt = t->in_doubt;
+    m->settled = t->settled;
+    a->message.handover = m;
+}
+
+void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole)
 {
     const struct vm_definition *d = vm_definition(vm);
     Vmmig__Control__Vm *m = &a->message;
@@ -149,7 +167,24 @@ void vm_answer_init(struct vm_answer *a, struct job_table *jobs, struct vm *vm, 
             m->n_argv++;
     }
     set_state(a);
-    set_job(a, jobs, whole);
+    set_job(a, agent->jobs, whole);
+    set_handover(a, agent->transfer);
+}
+
+bool vm_answer_init_arriving(struct vm_answer *a, const struct agent *agent, const char *name)
+{
+    Vmmig__Control__Vm *m = &a->message;
+    vmmig__control__vm__init(m);
+    snprintf(a->name, sizeof(a->name), "%s", name);
+    m->vm = a->name;
+    m->origin = word(vm_origin_name(VM_ORIGIN_RECEIVED));
+    m->presence = VMMIG__CONTROL__PRESENCE__UNREACHABLE;
+    m->state = word("arriving");
+    set_job(a, agent->jobs, false);
+    set_handover(a, agent->transfer);
+    if (m->job || (m->handover && !m->handover->settled))
+        return true;
+    return false;
 }
 
 void vm_answer_finish(struct vm_answer *a)

@@ -6,8 +6,8 @@
 #ifndef VMMIG_AGENT_ANSWERS_H
 #define VMMIG_AGENT_ANSWERS_H
 
-#include "agent/jobs.h"
-#include "agent/vms.h"
+#include "agent/agent.h"
+#include "agent/transfer.h"
 #include "proto/control.h"
 
 struct job_answer {
@@ -24,16 +24,23 @@ void job_answer_finish(struct job_answer *a);
 
 struct vm_answer {
     Vmmig__Control__Vm message;
-    struct vm *vm;
+    struct vm *vm; /* NULL: it is arriving */
+    char name[VM_NAME_MAX + 1];
     char detail[VM_DETAIL_MAX];
     struct job_answer job;
+    Vmmig__Control__Handover handover;
+    struct transfer_state transfer;
 };
 
 /*
  * Takes the reference over. Asks the VMM for its state, which may take seconds if it hangs. `whole`: with
  * command line, socket and the last job, as the answer to STATUS; else with a running job only.
  */
-void vm_answer_init(struct vm_answer *a, struct job_table *jobs, struct vm *vm, bool whole);
+void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole);
+/*
+ * A VM of that name that is being received and not in the registry yet; false if none is.
+ */
+bool vm_answer_init_arriving(struct vm_answer *a, const struct agent *agent, const char *name);
 void vm_answer_finish(struct vm_answer *a);
 
 static inline void job_answer_cleanup(struct job_answer *a)

@@ -3,6 +3,7 @@
 
 #include "agent/answers.h"
 #include "agent/driver.h"
+#include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/log.h"
@@ -26,7 +27,7 @@ static int reply_vm(struct control_session *s, const char *name, struct vm_error
     if (!vm)
         return -1;
     cleanup_vm_answer struct vm_answer a = {0};
-    vm_answer_init(&a, agent->jobs, vm, true);
+    vm_answer_init(&a, agent, vm, true);
     return control_reply(s, VMMIG__CONTROL__TYPE__VM, &a.message.base, err);
 }
 
@@ -95,34 +96,78 @@ static int handle_attach(struct control_session *s, const struct control_message
     return r;
 }
 
+/* The answer to LIST while it grows. */
+struct vm_list {
+    const struct agent *agent;
+    struct vm_answer *answers;
+    Vmmig__Control__Vm **messages;
+    unsigned n, max;
+};
+
+static bool is_in_list(const struct vm_list *l, const char *name)
+{
+    for (unsigned i = 0; i < l->n; i++)
+        if (!strcmp(l->messages[i]->vm, name))
+            return true;
+    return false;
+}
+
+/* Names of VMs that are arriving; bounded, since the job table must not be called while it is walked. */
+struct arriving {
+    char names[CONFIG_JOBS_MAX][VM_NAME_MAX + 1];
+    unsigned n;
+};
+
+static void note_arriving(const struct job_status *status, void *arg)
+{
+    struct arriving *a = arg;
+    if (status->state == JOB_STATE_RUNNING && status->kind == JOB_RECEIVE && a->n < CONFIG_JOBS_MAX)
+        strcpy(a->names[a->n++], status->vm);
+}
+
+static void add_arriving(struct vm_list *l)
+{
+    struct arriving arriving = {.n = 0};
+    job_each(l->agent->jobs, note_arriving, &arriving);
+    for (unsigned i = 0; i < arriving.n && l->n < l->max; i++)
+        if (!is_in_list(l, arriving.names[i]) &&
+            vm_answer_init_arriving(&l->answers[l->n], l->agent, arriving.names[i])) {
+            l->messages[l->n] = &l->answers[l->n].message;
+            l->n++;
+        }
+}
+
 static int handle_list(struct control_session *s, const struct control_message *m,
                        struct vm_error **err)
 {
-    struct agent *agent = control_agent(s);
-    struct vm **list;
+    const struct agent *agent = control_agent(s);
+    struct vm **vms;
     unsigned n;
     (void)m;
-    if (vms_list(agent->vms, &list, &n, err) < 0)
+    if (vms_list(agent->vms, &vms, &n, err) < 0)
         return -1;
-    cleanup_free struct vm_answer *answers = calloc(n + 1, sizeof(*answers));
-    cleanup_free Vmmig__Control__Vm **messages = calloc(n + 1, sizeof(*messages));
-    bool room = answers && messages;
-    Vmmig__Control__Vms vms = VMMIG__CONTROL__VMS__INIT;
+    unsigned max = n + CONFIG_JOBS_MAX < CONTROL_VMS_MAX ? n + CONFIG_JOBS_MAX : CONTROL_VMS_MAX;
+    cleanup_free struct vm_answer *answers = calloc(max, sizeof(*answers));
+    cleanup_free Vmmig__Control__Vm **messages = calloc(max, sizeof(*messages));
+    struct vm_list list = {agent, answers, messages, 0, answers && messages ? max : 0};
     for (unsigned i = 0; i < n; i++) {
-        if (!room) {
-            vm_put(list[i]);
+        if (list.n == list.max) {
+            vm_put(vms[i]);
             continue;
         }
-        vm_answer_init(&answers[i], agent->jobs, list[i], false);
-        messages[i] = &answers[i].message;
+        vm_answer_init(&answers[list.n], agent, vms[i], false);
+        messages[list.n] = &answers[list.n].message;
+        list.n++;
     }
-    free(list);
-    if (!room)
+    free(vms);
+    if (!list.max)
         return error_nomem(err);
-    vms.vms = messages;
-    vms.n_vms = n;
-    int r = control_reply(s, VMMIG__CONTROL__TYPE__VMS, &vms.base, err);
-    for (unsigned i = 0; i < n; i++)
+    add_arriving(&list);
+    Vmmig__Control__Vms answer = VMMIG__CONTROL__VMS__INIT;
+    answer.vms = messages;
+    answer.n_vms = list.n;
+    int r = control_reply(s, VMMIG__CONTROL__TYPE__VMS, &answer.base, err);
+    for (unsigned i = 0; i < list.n; i++)
         vm_answer_finish(&answers[i]);
     return r;
 }
@@ -143,9 +188,15 @@ static int explain_absence(struct job_table *jobs, const char *name, struct vm_e
 static int handle_status(struct control_session *s, const struct control_message *m,
                          struct vm_error **err)
 {
-    if (reply_vm(s, m->status->vm, err) == 0)
+    struct agent *agent = control_agent(s);
+    cleanup_error struct vm_error *failure = NULL;
+    if (reply_vm(s, m->status->vm, &failure) == 0)
         return 0;
-    return explain_absence(control_agent(s)->jobs, m->status->vm, err);
+    cleanup_vm_answer struct vm_answer a = {0};
+    if (failure->kind == VM_ERROR_NOT_FOUND && vm_answer_init_arriving(&a, agent, m->status->vm))
+        return control_reply(s, VMMIG__CONTROL__TYPE__VM, &a.message.base, err);
+    error_propagate(err, steal_ptr(&failure));
+    return explain_absence(agent->jobs, m->status->vm, err);
 }
 
 static int detach_claimed(struct control_session *s, const char *name, struct vm_error **err)
@@ -155,8 +206,9 @@ static int detach_claimed(struct control_session *s, const char *name, struct vm
     if (!vm)
         return explain_absence(agent->jobs, name, err);
     cleanup_vm_answer struct vm_answer a = {0};
-    vm_answer_init(&a, agent->jobs, vm, true);
-    if (vms_remove(agent->vms, name, err) < 0)
+    vm_answer_init(&a, agent, vm, true);
+    if (transfer_check_free(agent->transfer, name, err) < 0 ||
+        vms_remove(agent->vms, name, err) < 0)
         return -1;
     /* The socket of a VMM that the agent started would otherwise be left for ever. */
     const struct vm_definition *d = vm_definition(vm);
@@ -219,6 +271,59 @@ static int handle_info(struct control_session *s, const struct control_message *
     a.n_jobs = running;
     a.rss_anon = read_rss_anon();
     return control_reply(s, VMMIG__CONTROL__TYPE__AGENT, &a.base, err);
+}
+
+static enum policy_compress compress_of(Vmmig__Control__Compress compress)
+{
+    switch (compress) {
+    case VMMIG__CONTROL__COMPRESS__COMPRESS_NONE:
+        return POLICY_NONE;
+    case VMMIG__CONTROL__COMPRESS__COMPRESS_LZ4:
+        return POLICY_LZ4;
+    case VMMIG__CONTROL__COMPRESS__COMPRESS_ZSTD:
+        return POLICY_ZSTD;
+    default:
+        return POLICY_AUTO;
+    }
+}
+
+static int handle_send(struct control_session *s, const struct control_message *m,
+                       struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    struct uuid id;
+    struct job_status status;
+    struct transfer_params params = {
+        .vm = m->send->vm,
+        .to = m->send->to,
+        .downtime_limit_ms = m->send->downtime_limit_ms,
+        .max_bandwidth = m->send->max_bandwidth,
+        .connections = m->send->connections,
+        .compress = compress_of(m->send->compress),
+        .dest_qmp = m->send->dest_qmp,
+        .assume_shared = m->send->assume_shared,
+    };
+    /* An unknown VM is said now, not by a job that fails. */
+    CLEANUP(vm) struct vm *vm = vms_get_present(agent->vms, m->send->vm, err);
+    if (!vm)
+        return explain_absence(agent->jobs, m->send->vm, err);
+    if (transfer_send(agent->transfer, &params, &id, err) < 0 ||
+        job_get(agent->jobs, &id, &status, err) < 0)
+        return -1;
+    return reply_job_of(s, &status, err);
+}
+
+static int handle_resolve(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    bool here = m->resolve->verdict == VMMIG__CONTROL__VERDICT__HERE;
+    if (transfer_resolve(agent->transfer, m->resolve->vm, here, m->resolve->fenced_host, err) < 0)
+        return -1;
+    log_warn("an operator decided a hand-over", "vm=%s verdict=%s fenced=%s", m->resolve->vm,
+             here ? "here" : "gone", log_q(m->resolve->fenced_host));
+    Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
+    return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
 }
 
 static int handle_cancel(struct control_session *s, const struct control_message *m,
@@ -326,6 +431,7 @@ static const struct {
     {VMMIG__CONTROL__TYPE__RUN, handle_run},       {VMMIG__CONTROL__TYPE__ATTACH, handle_attach},
     {VMMIG__CONTROL__TYPE__LIST, handle_list},     {VMMIG__CONTROL__TYPE__STATUS, handle_status},
     {VMMIG__CONTROL__TYPE__DETACH, handle_detach}, {VMMIG__CONTROL__TYPE__INFO, handle_info},
+    {VMMIG__CONTROL__TYPE__SEND, handle_send},     {VMMIG__CONTROL__TYPE__RESOLVE, handle_resolve},
     {VMMIG__CONTROL__TYPE__CANCEL, handle_cancel}, {VMMIG__CONTROL__TYPE__JOBS, handle_jobs},
     {VMMIG__CONTROL__TYPE__WATCH, handle_watch},
 };

@@ -57,7 +57,8 @@
     X(VMS, vms, Vms, false)                                                                        \
     X(AGENT, agent, Agent, false)                                                                  \
     X(JOB, job, Job, false)                                                                        \
-    X(JOB_LIST, job_list, JobList, false)
+    X(JOB_LIST, job_list, JobList, false)                                                          \
+    X(OK, ok, Ok, false)
 
 struct control_message {
     Vmmig__Control__Type type;

@@ -222,8 +222,15 @@ static int run_resolve(const struct cli *c, struct vm_error **err)
     m.vm = word(c->args.list[0]);
     m.verdict = c->here ? VMMIG__CONTROL__VERDICT__HERE : VMMIG__CONTROL__VERDICT__GONE;
     m.fenced_host = word(c->fenced ? c->fenced : "");
-    return ask_vm(c, VMMIG__CONTROL__TYPE__RESOLVE, &m.base,
-                  c->here ? "decided: it runs here" : "decided: the copy here is given up", err);
+    cleanup_control_message struct control_message answer = {0};
+    if (ask(c, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(json_pack("{s:s, s:s}", "vm", m.vm, "decided",
+                                        c->here ? "here" : "gone"), err);
+    printf("%s: decided: %s\n", m.vm,
+           c->here ? "it runs here" : "the copy here is given up");
+    return 0;
 }
 
 static int say_pki(const struct cli *c, const char *host, struct vm_error **err)
