@@ -1,0 +1,436 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/vms.h"
+
+#include "agent/vm_record.h"
+#include "base/clock.h"
+#include "base/io.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <cmocka.h>
+
+#define LONG_NS (20 * NSEC_PER_SEC)
+
+/* The VMMs of these tests are processes that wait; their guests have no driver behind them. */
+
+static char *const vm_argv[] = {(char[]){"/usr/bin/vmm"}, (char[]){""}, (char[]){"a b"}, NULL};
+
+struct fixture {
+    char dir[64];
+    pid_t child;
+    int died;               /* latch */
+    atomic_bool reachable;
+    atomic_uint connects;
+    pid_t lie;              /* connect answers as this process */
+};
+
+static pid_t spawn_waiter(void)
+{
+    pid_t pid = fork();
+    if (pid == 0) {
+        for (;;)
+            pause();
+    }
+    assert_true(pid > 0);
+    return pid;
+}
+
+static void end_waiter(pid_t pid)
+{
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
+static void guest_free(struct guest *g)
+{
+    free(g);
+}
+static const struct guest_ops ops = {.driver = "test", .destroy = guest_free};
+
+static struct guest *make_guest(pid_t pid)
+{
+    struct guest *g = calloc(1, sizeof(*g));
+    g->ops = &ops;
+    assert_int_equal(process_identify(pid, &g->process, NULL), 0);
+    return g;
+}
+
+static struct guest *connect_to(const struct vm_definition *d, void *arg, struct vm_error **err)
+{
+    struct fixture *f = arg;
+    atomic_fetch_add(&f->connects, 1);
+    if (!atomic_load(&f->reachable)) {
+        error_set(err, VM_ERROR_TIMEOUT, "QMP does not answer");
+        return NULL;
+    }
+    return make_guest(f->lie ? f->lie : d->process.pid);
+}
+
+static void on_death(const char *name, const struct process_identity *process, void *arg)
+{
+    struct fixture *f = arg;
+    (void)process;
+    assert_string_equal(name, "web1");
+    io_latch_set(f->died);
+}
+
+static void describe(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg)
+{
+    (void)d;
+    (void)arg;
+    strcpy(out, "it said goodbye");
+}
+
+static int set_up(void **state)
+{
+    struct fixture *f = calloc(1, sizeof(*f));
+    strcpy(f->dir, "/tmp/vmmig-test-vms.XXXXXX");
+    assert_non_null(mkdtemp(f->dir));
+    f->child = spawn_waiter();
+    f->died = io_latch_new(NULL);
+    atomic_init(&f->reachable, true);
+    *state = f;
+    return 0;
+}
+
+static int tear_down(void **state)
+{
+    struct fixture *f = *state;
+    char command[128];
+    end_waiter(f->child);
+    close_fd(&f->died);
+    snprintf(command, sizeof(command), "rm -r %s", f->dir);
+    assert_int_equal(system(command), 0);
+    free(f);
+    return 0;
+}
+
+static struct vms *open_registry(struct fixture *f)
+{
+    struct vms_params p = {.state_dir = f->dir, .max = 3, .connect = connect_to,
+                           .describe_end = describe, .died = on_death, .arg = f};
+    struct vms *vms = vms_open(&p, NULL);
+    assert_non_null(vms);
+    assert_true(vms_settle(vms, 20000));
+    return vms;
+}
+
+static struct vm_definition define(const char *name, pid_t pid)
+{
+    static char path[] = "/run/vm.qmp";
+    struct vm_definition d = {.origin = VM_ORIGIN_RUN, .argv = (char **)(uintptr_t)vm_argv,
+                              .qmp_path = path, .since_ns = 12345};
+    snprintf(d.name, sizeof(d.name), "%s", name);
+    assert_int_equal(process_identify(pid, &d.process, NULL), 0);
+    return d;
+}
+
+static int add(struct vms *vms, const char *name, pid_t pid, struct vm_error **err)
+{
+    struct vm_definition d = define(name, pid);
+    CLEANUP(guest) struct guest *guest = make_guest(pid);
+    int r = vms_add(vms, &d, &guest, err);
+    assert_true(r == 0 ? !guest : guest != NULL);
+    return r;
+}
+
+static void a_vm_is_found_again_by_the_next_agent(void **state)
+{
+    struct fixture *f = *state;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    vms = open_registry(f);
+    {
+        CLEANUP(vm) struct vm *vm = vms_get_present(vms, "web1", NULL);
+        assert_non_null(vm);
+        assert_int_equal(atomic_load(&f->connects), 1);
+        assert_non_null(vm_guest(vm));
+        const struct vm_definition *d = vm_definition(vm);
+        assert_string_equal(d->name, "web1");
+        assert_int_equal(d->origin, VM_ORIGIN_RUN);
+        assert_string_equal(d->qmp_path, "/run/vm.qmp");
+        assert_int_equal(d->process.pid, f->child);
+        assert_int_equal(d->since_ns, 12345);
+        assert_string_equal(d->argv[0], "/usr/bin/vmm");
+        assert_string_equal(d->argv[1], "");
+        assert_string_equal(d->argv[2], "a b");
+        assert_null(d->argv[3]);
+    }
+    vms_close(vms);
+}
+
+static void a_death_is_noticed(void **state)
+{
+    struct fixture *f = *state;
+    char detail[VM_DETAIL_MAX];
+    CLEANUP(vms) struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    kill(f->child, SIGKILL);
+    assert_int_equal(io_wait(f->died, POLLIN, clock_mono_ns() + LONG_NS, -1, NULL), 0);
+    CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+    assert_int_equal(vm_presence(vm), VM_ENDED);
+    assert_string_equal(vm_detail(vm, detail), "it said goodbye");
+    cleanup_error struct vm_error *err = NULL;
+    assert_null(vms_get_present(vms, "web1", &err));
+    assert_int_equal(err->kind, VM_ERROR_VMM_DIED);
+    assert_string_equal(error_message(err), "VM web1 has ended: it said goodbye");
+    /* The name can be used again. */
+    assert_int_equal(vms_check_free(vms, "web1", NULL), 0);
+    pid_t next = spawn_waiter();
+    assert_int_equal(add(vms, "web1", next, NULL), 0);
+    CLEANUP(vm) struct vm *fresh = vms_get_present(vms, "web1", NULL);
+    assert_non_null(fresh);
+    assert_int_equal(vm_definition(fresh)->process.pid, next);
+    end_waiter(next);
+}
+
+static void a_vm_that_died_unseen_is_known_as_ended(void **state)
+{
+    struct fixture *f = *state;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    end_waiter(f->child);
+    vms = open_registry(f);
+    {
+        CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+        assert_int_equal(vm_presence(vm), VM_ENDED);
+        assert_int_equal(atomic_load(&f->connects), 0);
+    }
+    vms_close(vms);
+    f->child = spawn_waiter();
+}
+
+static void a_vmm_that_does_not_answer_is_tried_again(void **state)
+{
+    struct fixture *f = *state;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    atomic_store(&f->reachable, false);
+    vms = open_registry(f);
+    cleanup_error struct vm_error *err = NULL;
+    assert_null(vms_get_present(vms, "web1", &err));
+    assert_int_equal(err->kind, VM_ERROR_UNREACHABLE);
+    assert_string_equal(error_message(err), "VM web1 does not answer: QMP does not answer");
+    CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+    assert_null(vm_guest(vm));
+    atomic_store(&f->reachable, true);
+    int64_t deadline = clock_mono_ns() + LONG_NS;
+    while (vm_presence(vm) != VM_PRESENT && clock_mono_ns() < deadline)
+        poll(NULL, 0, 10);
+    assert_int_equal(vm_presence(vm), VM_PRESENT);
+    assert_non_null(vm_guest(vm));
+    vms_close(vms);
+}
+
+static void another_process_at_the_socket_is_not_adopted(void **state)
+{
+    struct fixture *f = *state;
+    char detail[VM_DETAIL_MAX];
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    f->lie = getpid();
+    vms = open_registry(f);
+    {
+        CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+        assert_int_equal(vm_presence(vm), VM_UNREACHABLE);
+        assert_string_equal(vm_detail(vm, detail), "another process answers at /run/vm.qmp");
+    }
+    vms_close(vms);
+}
+
+static void names_and_processes_are_unique(void **state)
+{
+    struct fixture *f = *state;
+    CLEANUP(vms) struct vms *vms = open_registry(f);
+    pid_t other = spawn_waiter(), third = spawn_waiter(), fourth = spawn_waiter();
+    cleanup_error struct vm_error *name = NULL, *process = NULL, *full = NULL;
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    assert_int_equal(add(vms, "web1", other, &name), -1);
+    assert_int_equal(name->kind, VM_ERROR_CONFLICT);
+    assert_int_equal(add(vms, "web2", f->child, &process), -1);
+    assert_int_equal(process->kind, VM_ERROR_CONFLICT);
+    assert_int_equal(add(vms, "a", other, NULL), 0);
+    assert_int_equal(add(vms, "z", third, NULL), 0);
+    assert_int_equal(add(vms, "b", fourth, &full), -1);
+    assert_int_equal(full->kind, VM_ERROR_NO_SPACE);
+    struct vm **list;
+    unsigned n;
+    assert_int_equal(vms_list(vms, &list, &n, NULL), 0);
+    assert_int_equal(n, 3);
+    assert_string_equal(vm_definition(list[0])->name, "a");
+    assert_string_equal(vm_definition(list[1])->name, "web1");
+    assert_string_equal(vm_definition(list[2])->name, "z");
+    for (unsigned i = 0; i < n; i++)
+        vm_put(list[i]);
+    free(list);
+    end_waiter(fourth);
+    assert_int_equal(vms_remove(vms, "a", NULL), 0);
+    assert_int_equal(vms_remove(vms, "z", NULL), 0);
+    end_waiter(other);
+    end_waiter(third);
+}
+
+static void a_removed_vm_is_forgotten_and_runs_on(void **state)
+{
+    struct fixture *f = *state;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    CLEANUP(vm) struct vm *held = vms_get(vms, "web1", NULL);
+    assert_int_equal(vms_remove(vms, "web1", NULL), 0);
+    assert_int_equal(vms_remove(vms, "web1", NULL), -1);
+    assert_null(vms_get(vms, "web1", NULL));
+    assert_int_equal(kill(f->child, 0), 0);
+    vms_close(vms);
+    assert_non_null(vm_guest(held)); /* valid until the last reference */
+    vms = open_registry(f);
+    assert_null(vms_get(vms, "web1", NULL));
+    vms_close(vms);
+}
+
+static void record_path(const struct fixture *f, char out[128])
+{
+    snprintf(out, 128, "%s/vms/web1.vm", f->dir);
+}
+
+static void damaged_records_are_put_aside(void **state)
+{
+    struct fixture *f = *state;
+    char path[128], aside[160], byte;
+    struct stat st;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    record_path(f, path);
+    snprintf(aside, sizeof(aside), "%s.damaged", path);
+    assert_int_equal(stat(path, &st), 0);
+    assert_int_equal(st.st_mode & 0777, 0600);
+    /* Every single byte, flipped: never another VM, never a crash, always put aside. */
+    for (off_t at = 0; at < st.st_size; at++) {
+        int fd = open(path, O_RDWR);
+        assert_int_equal(pread(fd, &byte, 1, at), 1);
+        byte ^= 0x20;
+        assert_int_equal(pwrite(fd, &byte, 1, at), 1);
+        struct vm_definition *list;
+        unsigned n;
+        char folder[96];
+        snprintf(folder, sizeof(folder), "%s/vms", f->dir);
+        assert_int_equal(vm_record_read_all(folder, 3, &list, &n, NULL), 0);
+        assert_int_equal(n, 0);
+        free(list);
+        assert_int_equal(rename(aside, path), 0);
+        byte ^= 0x20;
+        assert_int_equal(pwrite(fd, &byte, 1, at), 1);
+        close(fd);
+    }
+    vms = open_registry(f);
+    CLEANUP(vm) struct vm *vm = vms_get_present(vms, "web1", NULL);
+    assert_non_null(vm);
+    vms_close(vms);
+}
+
+static void a_record_under_another_name_is_not_that_vm(void **state)
+{
+    struct fixture *f = *state;
+    char path[128], other[160];
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    vms_close(vms);
+    record_path(f, path);
+    snprintf(other, sizeof(other), "%s/vms/web2.vm", f->dir);
+    assert_int_equal(rename(path, other), 0);
+    vms = open_registry(f);
+    assert_null(vms_get(vms, "web2", NULL));
+    assert_null(vms_get(vms, "web1", NULL));
+    vms_close(vms);
+}
+
+static void a_write_that_was_cut_off_leaves_nothing(void **state)
+{
+    struct fixture *f = *state;
+    char path[128];
+    struct vms *vms = open_registry(f);
+    vms_close(vms);
+    snprintf(path, sizeof(path), "%s/vms/web1.vm.77.tmp", f->dir);
+    int fd = open(path, O_WRONLY | O_CREAT, 0600);
+    assert_int_equal(write(fd, "half", 4), 4);
+    close(fd);
+    vms = open_registry(f);
+    assert_null(vms_get(vms, "web1", NULL));
+    assert_int_equal(access(path, F_OK), -1);
+    vms_close(vms);
+}
+
+/*
+ * kill -9 while VMs are added and removed in a loop: the next agent finds each record whole or not at
+ * all, and those that were reported as added are there.
+ */
+static void a_crash_loses_nothing_that_was_reported(void **state)
+{
+    struct fixture *f = *state;
+    for (int round = 0; round < 10; round++) {
+        int reported[2];
+        char last = 0;
+        assert_int_equal(pipe(reported), 0);
+        pid_t agent = fork();
+        if (agent == 0) {
+            struct vms_params p = {.state_dir = f->dir, .max = 3, .connect = connect_to, .arg = f};
+            struct vms *vms = vms_open(&p, NULL);
+            if (!vms)
+                _exit(1);
+            vms_remove(vms, "web1", NULL);
+            for (;;) {
+                if (add(vms, "web1", f->child, NULL) < 0 || write(reported[1], "A", 1) != 1 ||
+                    write(reported[1], "r", 1) != 1 || vms_remove(vms, "web1", NULL) < 0 ||
+                    write(reported[1], "R", 1) != 1 || write(reported[1], "a", 1) != 1)
+                    _exit(1);
+            }
+        }
+        close(reported[1]);
+        /* Let it get somewhere else each time, counted in steps and not in time. */
+        for (int i = 0; i < 3 + round * 5; i++)
+            assert_int_equal(read(reported[0], &last, 1), 1);
+        kill(agent, SIGKILL);
+        waitpid(agent, NULL, 0);
+        char more;
+        while (read(reported[0], &more, 1) == 1)
+            last = more;
+        close(reported[0]);
+        struct vms *vms = open_registry(f);
+        CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+        if (last == 'A') /* added; the removal had not begun */
+            assert_non_null(vm);
+        if (last == 'R')
+            assert_null(vm);
+        vms_close(vms);
+    }
+}
+
+int main(void)
+{
+#define WITH_FIXTURE(test) cmocka_unit_test_setup_teardown(test, set_up, tear_down)
+    const struct CMUnitTest tests[] = {
+        WITH_FIXTURE(a_vm_is_found_again_by_the_next_agent),
+        WITH_FIXTURE(a_death_is_noticed),
+        WITH_FIXTURE(a_vm_that_died_unseen_is_known_as_ended),
+        WITH_FIXTURE(a_vmm_that_does_not_answer_is_tried_again),
+        WITH_FIXTURE(another_process_at_the_socket_is_not_adopted),
+        WITH_FIXTURE(names_and_processes_are_unique),
+        WITH_FIXTURE(a_removed_vm_is_forgotten_and_runs_on),
+        WITH_FIXTURE(damaged_records_are_put_aside),
+        WITH_FIXTURE(a_record_under_another_name_is_not_that_vm),
+        WITH_FIXTURE(a_write_that_was_cut_off_leaves_nothing),
+        WITH_FIXTURE(a_crash_loses_nothing_that_was_reported),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
