@@ -7,14 +7,18 @@
 
 #define LINK_MAX 1e11
 /* Judging an interval: share of the workers' time that waiting, or encoding, must have taken. */
-#define BLOCKED_SHARE 0.1
+#define BLOCKED_SHARE 0.3
+#define UNBLOCKED_SHARE 0.1
 #define BUSY_SHARE 0.5
 #define LINK_GROWTH 1.5
 #define LINK_WEIGHT 0.5
 /* A change of mode is taken back below this share of the former page rate. */
-#define TRIAL_SHARE 0.9
+#define TRIAL_SHARE 0.92
+/* Raw is as good as another mode from this share of its page rate on. */
+#define RAW_SHARE 0.99
 /* Weight of a full batch in the averages; batches below the minimum say too little. */
 #define BATCH_WEIGHT 0.25
+#define SAMPLE_WEIGHT 2
 #define BATCH_PAGES_MIN 8
 #define CREDIT_MAX_NS 1e9
 
@@ -56,18 +60,19 @@ double policy_predict(const struct policy *p, enum page_mode mode)
     return min_double(p->link_rate / m->bytes_per_page, cores * NSEC_PER_SEC / ns);
 }
 
-/* The mode that promises most; of those that promise the same, the one that costs least. */
+static bool is_eligible(const struct policy *p, enum page_mode mode)
+{
+    return is_allowed(p, mode) && p->modes[mode].barred_until_ns <= p->now_ns;
+}
+
 static enum page_mode best_mode(const struct policy *p)
 {
     enum page_mode best = p->mode;
-    double best_rate = -1;
+    double best_rate = 0;
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
-        enum page_mode mode = (enum page_mode)i;
-        if (!is_allowed(p, mode) || p->modes[i].barred_until_ns > p->now_ns)
-            continue;
-        double rate = policy_predict(p, mode);
-        if (rate > best_rate * 1.001) {
-            best = mode;
+        double rate = policy_predict(p, (enum page_mode)i);
+        if (is_eligible(p, (enum page_mode)i) && rate > best_rate) {
+            best = (enum page_mode)i;
             best_rate = rate;
         }
     }
@@ -84,14 +89,44 @@ void policy_init(struct policy *p, const struct policy_config *config)
         .next_sample = POLICY_SAMPLE_GAP,
     };
     memcpy(p->modes, mode_defaults, sizeof(p->modes));
+    for (unsigned i = 0; i < PAGE_MODE_COUNT; i++)
+        p->modes[i].bar_ns = POLICY_BAR;
     p->mode = best_mode(p);
 }
 
+static void bar_mode(struct policy *p, enum page_mode mode)
+{
+    struct policy_mode *m = &p->modes[mode];
+    if (m->barred_until_ns > p->now_ns)
+        return;
+    m->barred_until_ns = p->now_ns + m->bar_ns;
+    m->bar_ns = m->bar_ns < POLICY_BAR_MAX ? 2 * m->bar_ns : POLICY_BAR_MAX;
+}
+
+/* `failed` was slower than `than`: then whatever costs more than that is not to be trusted either. */
+static void bar_failed(struct policy *p, enum page_mode failed, enum page_mode than)
+{
+    bar_mode(p, failed);
+    for (unsigned i = than + 1; failed > than && i < PAGE_MODE_COUNT; i++)
+        bar_mode(p, (enum page_mode)i);
+}
+
+/* A change during a trial goes on with what the trial began with. */
 static void change_mode(struct policy *p, enum page_mode mode)
 {
-    p->trial.active = p->page_rate > 0;
-    p->trial.from = p->mode;
-    p->trial.rate_before = p->page_rate;
+    /* The link seemed fast enough for a cheaper mode, and was not: not every few intervals. */
+    bool back = p->trial.active && (mode == p->trial.from || mode == p->trial.left);
+    if (back && p->mode < mode)
+        bar_mode(p, p->mode);
+    if (!p->trial.active) {
+        p->trial.active = p->page_rate > 0;
+        p->trial.from = p->mode;
+        p->trial.rate_before = p->page_rate;
+    } else if (mode == p->trial.from) {
+        p->trial.active = false;
+    }
+    p->trial.left = p->mode;
+    p->trial.forced = false;
     p->trial.intervals = 0;
     p->trial.rate_sum = 0;
     p->page_rate = 0;
@@ -101,11 +136,14 @@ static void change_mode(struct policy *p, enum page_mode mode)
 static void reconsider(struct policy *p)
 {
     enum page_mode best = best_mode(p);
-    if (best == p->mode)
+    double now = policy_predict(p, p->mode);
+    if (p->trial.active && p->trial.forced)
         return;
-    double now = policy_predict(p, p->mode), then = policy_predict(p, best);
-    if (then > now * POLICY_GAIN || (best == PAGE_MODE_RAW && then >= now))
+    if (best != p->mode && policy_predict(p, best) > now * POLICY_GAIN)
         change_mode(p, best);
+    else if (p->mode != PAGE_MODE_RAW && is_eligible(p, PAGE_MODE_RAW) &&
+             policy_predict(p, PAGE_MODE_RAW) >= now * RAW_SHARE)
+        change_mode(p, PAGE_MODE_RAW);
 }
 
 /* The mode whose figures are oldest, if its turn has come and the credit pays for it. */
@@ -151,17 +189,14 @@ void policy_note_batch(struct policy *p, const struct page_sample *sample)
     struct policy_mode *m = &p->modes[sample->mode];
     double pages = sample->pages, weight = BATCH_WEIGHT * pages / PAGE_BATCH_MAX;
 
+    if (sample->mode != p->mode)
+        weight *= SAMPLE_WEIGHT; /* these come rarely */
     p->seen_encode_ns += sample->wall_ns;
     if (sample->pages < BATCH_PAGES_MIN)
         return;
-    p->sample_credit = min_double(CREDIT_MAX_NS, p->sample_credit +
-                                                     POLICY_SAMPLE_SHARE * pages * NSEC_PER_SEC /
-                                                         policy_predict(p, p->mode));
     average(&p->scan_ns_per_page, (double)sample->scan_ns / pages, weight);
-    if (sample->cpu_ns > 0) {
-        double stretch = (double)sample->wall_ns / (double)sample->cpu_ns;
-        average(&p->stretch, stretch < 1 ? 1 : stretch, weight);
-    }
+    if (sample->cpu_ns > 0 && sample->wall_ns >= sample->cpu_ns)
+        average(&p->stretch, (double)sample->wall_ns / (double)sample->cpu_ns, weight);
     average(&m->bytes_per_page, (double)sample->bytes / pages, m->measured ? weight : 1);
     average(&m->ns_per_page, (double)(sample->cpu_ns - sample->scan_ns) / pages,
             m->measured ? weight : 1);
@@ -178,14 +213,16 @@ void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns)
 
 /* ---- the link ---- */
 
-static void learn_link_rate(struct policy *p, bool blocked, bool busy, double rate)
+static void learn_link_rate(struct policy *p, double blocked_share, bool busy, double rate)
 {
-    if (blocked) {
+    if (blocked_share >= BLOCKED_SHARE) {
         if (p->link_rate > 2 * rate)
             p->link_rate = 2 * rate;
         average(&p->link_rate, rate, LINK_WEIGHT);
-    } else if (busy) {
+        p->link_known = true;
+    } else if (busy && (blocked_share < UNBLOCKED_SHARE || !p->link_known)) {
         p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
+        p->link_known = false;
     }
     if (p->link_rate < rate)
         p->link_rate = rate;
@@ -194,18 +231,16 @@ static void learn_link_rate(struct policy *p, bool blocked, bool busy, double ra
 /* A mode that brought less than the one before: back, and let it be for a while. */
 static void end_trial(struct policy *p, double rate)
 {
-    p->trial.active = false;
-    if (rate >= p->trial.rate_before * TRIAL_SHARE)
+    bool forced = p->trial.forced;
+    if (rate <= p->trial.rate_before * (forced ? 1 : TRIAL_SHARE)) {
+        bar_failed(p, p->mode, p->trial.from);
+        change_mode(p, p->trial.from);
         return;
-    enum page_mode failed = p->mode, from = p->trial.from;
-    if (failed > from) {
-        for (unsigned i = failed; i < PAGE_MODE_COUNT; i++)
-            p->modes[i].barred_until_ns = p->now_ns + POLICY_BAR;
-    } else {
-        p->modes[failed].barred_until_ns = p->now_ns + POLICY_BAR;
     }
-    change_mode(p, from);
     p->trial.active = false;
+    p->modes[p->mode].bar_ns = POLICY_BAR;
+    if (forced)
+        bar_failed(p, p->trial.from, p->mode);
 }
 
 static void judge_trial(struct policy *p, double rate)
@@ -218,6 +253,41 @@ static void judge_trial(struct policy *p, double rate)
         end_trial(p, p->trial.rate_sum / (POLICY_TRIAL_LENGTH - POLICY_TRIAL_SETTLE));
 }
 
+/* Compression pays because the link is slow: is it? Costs at most the time that the trial takes. */
+static void challenge(struct policy *p)
+{
+    const struct policy_mode *raw = &p->modes[PAGE_MODE_RAW];
+    if (!is_eligible(p, PAGE_MODE_RAW) || p->mode == PAGE_MODE_RAW || p->trial.active)
+        return;
+    double interval_ns = POLICY_LINK_BATCHES * PAGE_BATCH_MAX * raw->bytes_per_page *
+                         NSEC_PER_SEC / p->link_rate;
+    if (interval_ns < POLICY_LINK_INTERVAL)
+        interval_ns = POLICY_LINK_INTERVAL;
+    if (p->sample_credit < interval_ns * POLICY_TRIAL_LENGTH)
+        return;
+    p->sample_credit -= interval_ns * POLICY_TRIAL_LENGTH;
+    change_mode(p, PAGE_MODE_RAW);
+    p->trial.forced = true;
+}
+
+static void judge_interval(struct policy *p, const struct policy_link_sample *seen)
+{
+    double seconds = (double)seen->interval_ns / NSEC_PER_SEC;
+    double worker_ns = (double)seen->interval_ns * p->config.workers;
+    double blocked_share = (double)seen->blocked_ns / worker_ns;
+    bool busy = (double)p->seen_encode_ns >= BUSY_SHARE * worker_ns;
+    double page_rate = (double)seen->pages / seconds;
+
+    learn_link_rate(p, blocked_share, busy, (double)seen->bytes / seconds);
+    if (blocked_share < BLOCKED_SHARE && !busy)
+        return;
+    average(&p->page_rate, page_rate, p->page_rate > 0 ? LINK_WEIGHT : 1);
+    judge_trial(p, page_rate);
+    if (blocked_share >= BLOCKED_SHARE)
+        challenge(p);
+}
+
+/* Acknowledgements come in lumps of a batch: an interval must hold several to say something. */
 void policy_note_link(struct policy *p, const struct policy_link_sample *sample)
 {
     struct policy_link_sample *seen = &p->seen;
@@ -225,23 +295,17 @@ void policy_note_link(struct policy *p, const struct policy_link_sample *sample)
     seen->bytes += sample->bytes;
     seen->pages += sample->pages;
     seen->blocked_ns += sample->blocked_ns;
-    if (seen->interval_ns < POLICY_LINK_INTERVAL)
+    bool enough = seen->interval_ns >= POLICY_LINK_INTERVAL &&
+                  seen->pages >= POLICY_LINK_BATCHES * PAGE_BATCH_MAX;
+    if (!enough && seen->interval_ns < POLICY_LINK_INTERVAL_MAX)
         return;
 
-    double seconds = (double)seen->interval_ns / NSEC_PER_SEC;
-    double worker_ns = (double)seen->interval_ns * p->config.workers;
-    bool blocked = (double)seen->blocked_ns >= BLOCKED_SHARE * worker_ns;
-    bool busy = (double)p->seen_encode_ns >= BUSY_SHARE * worker_ns;
-    double page_rate = (double)seen->pages / seconds;
     p->now_ns += seen->interval_ns;
+    p->sample_credit = min_double(CREDIT_MAX_NS, p->sample_credit + POLICY_SAMPLE_SHARE *
+                                                                        (double)seen->interval_ns);
     /* Nothing at all comes through: the connection is gone, and says nothing about the link. */
-    if (seen->bytes) {
-        learn_link_rate(p, blocked, busy, (double)seen->bytes / seconds);
-        if (blocked || busy) {
-            average(&p->page_rate, page_rate, p->page_rate > 0 ? LINK_WEIGHT : 1);
-            judge_trial(p, page_rate);
-        }
-    }
+    if (seen->bytes)
+        judge_interval(p, seen);
     *seen = (struct policy_link_sample){0};
     p->seen_encode_ns = 0;
     reconsider(p);

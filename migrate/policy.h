@@ -16,21 +16,23 @@
  * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
  * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page are
  * moving averages of what the encoders measured. It changes to a mode that promises POLICY_GAIN times
- * more, and to raw as soon as raw is as good: compression that would make the migration slower turns
+ * as much, and to raw as soon as raw is as good: compression that would make the migration slower turns
  * itself off, on a fast link as well as for pages that do not compress.
  *
  * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then fewer
- * pages a second are acknowledged than before, it is taken back, and that mode and those that cost
- * more are barred for POLICY_BAR.
+ * pages a second are acknowledged than before, it is taken back, and all modes that cost more than
+ * the former one are barred for POLICY_BAR, each time twice as long. And where compression looks good
+ * because the link looks slow, raw is tried in truth now and then: it may be the other end that is
+ * slow.
  *
  * Samples. Modes not in use are tried on one batch now and then, so that what is known of them stays
- * fresh. The time that this costs is paid from a credit of POLICY_SAMPLE_SHARE of the time
- * predicted for all batches. Raw needs no samples.
+ * fresh. The time that samples and trials of raw cost is paid from a credit of POLICY_SAMPLE_SHARE
+ * of the time passed; so a short migration has no trial of raw.
  *
  * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
- * While nobody waits and the encoders are busy, the link is faster than believed, and the estimate
- * grows step by step until somebody waits or the mode changes. While pages are lacking nothing is
- * learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
+ * While hardly anybody waits and the encoders are busy, the link is faster than believed, and the
+ * estimate grows step by step until somebody waits or the mode changes. While pages are lacking
+ * nothing is learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
  *
  * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share one
  * policy under a lock of the caller's.
@@ -44,13 +46,17 @@
 #include <stdint.h>
 
 #define POLICY_LINK_INITIAL 125e6     /* bytes a second: 1 Gbit/s */
-#define POLICY_LINK_INTERVAL 20000000 /* ns of observations after which the link is judged */
-#define POLICY_GAIN 1.05              /* a change of mode must promise this */
-#define POLICY_SAMPLE_SHARE 0.03      /* of the time, for sampling other modes */
+/* The link is judged after so many ns and batches, or after the longer time. */
+#define POLICY_LINK_INTERVAL 20000000
+#define POLICY_LINK_BATCHES 4
+#define POLICY_LINK_INTERVAL_MAX 2000000000
+#define POLICY_GAIN 1.03              /* a change of mode must promise this */
+#define POLICY_SAMPLE_SHARE 0.025     /* of the time, for sampling other modes */
 #define POLICY_SAMPLE_GAP 16          /* batches between two samples, at least */
-#define POLICY_TRIAL_SETTLE 2         /* intervals after a change that are not judged, */
-#define POLICY_TRIAL_LENGTH 6         /* and after which the trial ends */
-#define POLICY_BAR 3000000000         /* ns */
+#define POLICY_TRIAL_SETTLE 1         /* intervals after a change that are not judged, */
+#define POLICY_TRIAL_LENGTH 4         /* and after which the trial ends */
+#define POLICY_BAR 2000000000         /* ns */
+#define POLICY_BAR_MAX 64000000000    /* ns */
 
 enum policy_compress { POLICY_AUTO, POLICY_LZ4, POLICY_ZSTD, POLICY_NONE };
 
@@ -74,7 +80,7 @@ struct policy_mode {
     double ns_per_page;  /* CPU time beyond the scan, which is the same in every mode */
     bool measured;       /* else these are defaults */
     uint64_t last_batch; /* number of the batch that was last encoded in this mode */
-    int64_t barred_until_ns;
+    int64_t barred_until_ns, bar_ns; /* the next bar lasts bar_ns */
 };
 
 struct policy {
@@ -84,6 +90,7 @@ struct policy {
     double scan_ns_per_page, send_ns_per_byte;
     double stretch;   /* wall time / CPU time of encoding */
     double link_rate; /* bytes a second */
+    bool link_known;  /* was the limit when last judged */
     uint64_t batches;
     uint64_t next_sample; /* not before this batch */
     double sample_credit; /* ns */
@@ -96,8 +103,9 @@ struct policy {
     double page_rate; /* acknowledged a second while the pages were not lacking; 0: unknown */
     struct {
         bool active;
-        enum page_mode from;
-        double rate_before;
+        bool forced; /* of raw, against the prediction */
+        enum page_mode from, left; /* the mode at its begin, and that before the present one */
+        double rate_before;        /* in `from` */
         unsigned intervals; /* since the change */
         double rate_sum;
     } trial;
