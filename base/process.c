@@ -38,10 +38,14 @@ static int read_boot_id(struct uuid *ret, struct vm_error **err)
     return 0;
 }
 
-/* State letter and start time of a process; false if there is none. */
-static bool read_stat(pid_t pid, char *ret_state, uint64_t *ret_start)
+/*
+ * Whether a process runs, and its start time; false if there is none. One whose first thread is a zombie
+ * runs until its other threads have ended too: those of a VMM may still be vCPUs.
+ */
+static bool read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
 {
-    char path[32], text[1024];
+    char path[32], text[1024], state;
+    long threads;
     snprintf(path, sizeof(path), "/proc/%d/stat", pid);
     if (read_small_file(path, text, sizeof(text)) < 0)
         return false;
@@ -49,22 +53,20 @@ static bool read_stat(pid_t pid, char *ret_state, uint64_t *ret_start)
     const char *after = strrchr(text, ')');
     if (!after)
         return false;
-    return sscanf(after + 1,
-                  " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d "
-                  "%" SCNu64,
-                  ret_state, ret_start) == 2;
-}
-
-static bool state_runs(char state)
-{
-    return state != 'Z' && state != 'X' && state != 'x';
+    if (sscanf(after + 1,
+               " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %ld %*d "
+               "%" SCNu64,
+               &state, &threads, ret_start) != 3)
+        return false;
+    *ret_runs = (state != 'Z' && state != 'X' && state != 'x') || threads > 1;
+    return true;
 }
 
 int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err)
 {
-    char state;
+    bool runs;
     struct process_identity id = {.pid = pid};
-    if (!read_stat(pid, &state, &id.start) || !state_runs(state))
+    if (!read_stat(pid, &runs, &id.start) || !runs)
         return error_set(err, VM_ERROR_NOT_FOUND, "no process %d is running", pid);
     if (read_boot_id(&id.boot, err) < 0)
         return -1;
@@ -76,11 +78,11 @@ bool process_alive(const struct process_identity *id)
 {
     struct uuid boot;
     uint64_t start;
-    char state;
+    bool runs;
     /* If the boot id cannot be read, nobody can know: say alive, which makes callers wait. */
     if (read_boot_id(&boot, NULL) == 0 && !uuid_equal(&boot, &id->boot))
         return false;
-    return read_stat(id->pid, &state, &start) && start == id->start && state_runs(state);
+    return read_stat(id->pid, &runs, &start) && start == id->start && runs;
 }
 
 int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err)
