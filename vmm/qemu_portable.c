@@ -211,6 +211,14 @@ static bool is_kept_of_backend(const char *key)
     return in_list(key, keys) || starts_with(key, "host-nodes");
 }
 
+/* Is the block called after the backend's QOM path, not its id? */
+static bool is_path_name(const struct qemu_backend_fact *f)
+{
+    char tail[GUEST_REGION_NAME_MAX + 16];
+    size_t n = (size_t)snprintf(tail, sizeof(tail), "/objects/%s", f->id), all = strlen(f->block);
+    return all >= n && !strcmp(f->block + all - n, tail);
+}
+
 /* One backend; `given` (may be NULL) is what the source's command line said of it. */
 static int emit_backend(struct builder *b, unsigned index, const struct qemu_props *given,
                         struct vm_error **err)
@@ -222,7 +230,7 @@ static int emit_backend(struct builder *b, unsigned index, const struct qemu_pro
         set_number(&p, "size", f->size, err) < 0 ||
         qemu_props_set(&p, "share", "on", err) < 0 ||
         qemu_props_set(&p, "x-use-canonical-path-for-ramblock-id",
-                       strcmp(f->block, f->id) ? "on" : "off", err) < 0)
+                       is_path_name(f) ? "on" : "off", err) < 0)
         return -1;
     for (unsigned i = 0; given && i < given->n; i++)
         if (is_kept_of_backend(given->list[i].key) &&

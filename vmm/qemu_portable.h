@@ -24,7 +24,7 @@
 /* A memory backend as the running VM has it. */
 struct qemu_backend_fact {
     const char *id;
-    const char *block; /* name in the stream: the id itself, or its QOM path */
+    const char *block; /* name in the stream: the id or its QOM path, after a device's path or not */
     uint64_t size;
     uint64_t page_size;
     bool prealloc;

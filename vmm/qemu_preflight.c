@@ -239,12 +239,14 @@ static bool is_used(const struct memory *m, const struct qemu_argv *argv, const 
     return false;
 }
 
+/* Blocks are called after the backend, after its QOM path, or after a device and one of these. */
 static const struct qemu_ram_block *find_block(const struct memory *m, const char *id)
 {
-    char path[GUEST_REGION_NAME_MAX];
     const struct qemu_ram_block *block = qemu_find_ram_block(m->blocks, m->n_blocks, id);
-    snprintf(path, sizeof(path), "/objects/%s", id);
-    return block ? block : qemu_find_ram_block(m->blocks, m->n_blocks, path);
+    for (unsigned i = 0; i < m->n_blocks && !block; i++)
+        if (!strcmp(last_part(m->blocks[i].name), id))
+            block = &m->blocks[i];
+    return block;
 }
 
 static int take_backends(struct memory *m, const struct qemu_argv *argv, struct qemu_definition *d,

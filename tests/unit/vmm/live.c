@@ -13,7 +13,27 @@
 #include <sys/stat.h>
 
 char live_dir[64];
-enum { RANDOM_BYTES = 8 << 20, WAIT_S = 30 };
+enum { RANDOM_BYTES = 8 << 20, WAIT_S = 30, STARTED_MAX = 64 };
+
+/* Every QEMU that a test started, so that none is left when it fails. */
+static struct process_identity started[STARTED_MAX];
+static unsigned n_started;
+
+static struct qemu *note_started(struct qemu *q)
+{
+    if (q) {
+        assert_true(n_started < STARTED_MAX);
+        started[n_started++] = qemu_guest(q)->process;
+    }
+    return q;
+}
+
+int live_kill_all(void **state)
+{
+    while (n_started)
+        process_kill(&started[--n_started], 5000, NULL);
+    return 0;
+}
 
 static int remove_entry(const char *path, const struct stat *st, int type, struct FTW *ftw)
 {
@@ -89,7 +109,7 @@ struct qemu *live_spawn(const char *name, struct vm_error **err, ...)
                                  .cwd = live_dir,
                                  .qmp_path = live_path(name, ".qmp"),
                                  .log_path = live_path(name, ".log")};
-    return qemu_spawn(&launch, err);
+    return note_started(qemu_spawn(&launch, err));
 }
 
 void live_end(struct qemu *q)
@@ -186,7 +206,7 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
                                                .qmp_path = live_path(name, ".qmp"),
                                                .log_path = live_path(name, ".log")}};
     m->to = m->dest_qmp ? qemu_sink_attach(&m->definition, m->dest_qmp, 5000, err)
-                        : qemu_sink_spawn(&sink, err);
+                        : note_started(qemu_sink_spawn(&sink, err));
     return m->to ? guest_sink_regions(qemu_guest(m->to), &m->regions, &m->n_regions) : -1;
 }
 

@@ -22,6 +22,9 @@ extern char live_dir[64]; /* scratch, made by live_setup, with random.bin of 8 M
 /* For cmocka's group. Without a QEMU the tests are skipped, and say so. */
 int live_setup(void **state);
 int live_teardown(void **state);
+/* Teardown of each test. */
+int live_kill_all(void **state);
+#define live_test(f) cmocka_unit_test_teardown(f, live_kill_all)
 
 /* Call it, with `why` for its error, and fail the test with the message if it returns -1. */
 #define assert_ok(call)                                                                            \

@@ -104,10 +104,10 @@ static void test_move_and_back(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_spawn_and_attach),
-        cmocka_unit_test(test_spawn_failures),
-        cmocka_unit_test(test_pause_resume),
-        cmocka_unit_test(test_move_and_back),
+        live_test(test_spawn_and_attach),
+        live_test(test_spawn_failures),
+        live_test(test_pause_resume),
+        live_test(test_move_and_back),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
 }
