@@ -15,12 +15,13 @@
  *
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
  * disk that fills up later does not take the journal with it. New attempts are refused with NO_SPACE
- * while less than a reserve is free; changes of those that exist are not, they fit into the reserve.
+ * when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free; a change of one that
+ * exists is small (its blob is not written again) and fits into the reserve.
  *
  * Forgetting. A record whose hand-over is finished on both sides (DONE, and the two CLOSED) is history:
  * the oldest beyond JOURNAL_HISTORY_MAX are pruned when a new attempt is put. NEVER, ENDED,
  * RUNNING and ABORTED are kept until the peer has confirmed (docs/hand-over.md, "Forgetting"); they
- * lose their blob, and then take less than 700 bytes. Forgetting one is never unsafe: the agent
+ * lose their blob, and then take less than 450 bytes. Forgetting one is never unsafe: the agent
  * answers UNKNOWN, and on UNKNOWN nobody starts a copy that the peer might run.
  *
  * A record read from disk is validated; one that is damaged is reported, never returned. Two agents
@@ -43,6 +44,7 @@
 #define JOURNAL_PEER_MAX 255       /* bytes, without the NUL: host[:port] */
 #define JOURNAL_BLOB_MAX (256 << 10)
 #define JOURNAL_MAP_SIZE (32 << 20)
+#define JOURNAL_RECORDS_MAX 4096
 #define JOURNAL_HISTORY_MAX 256
 
 struct journal;
@@ -66,8 +68,9 @@ void journal_close(struct journal *j);
 DEFINE_CLEANUP(journal, struct journal *, journal_close)
 
 /*
- * Write the whole record, new or not. changed_ns is set by the call, started_ns if it is 0. USAGE if
- * a field does not fit or the record is NONE; CONFLICT if the attempt exists with the other role.
+ * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns if it is
+ * 0. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with the
+ * other role.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
 /*
@@ -87,11 +90,8 @@ int journal_get(struct journal *j, const struct uuid *attempt, struct journal_re
 typedef int journal_visit(const struct journal_record *record, const struct vm_error *damage,
                           void *arg, struct vm_error **err);
 int journal_each(struct journal *j, journal_visit *visit, void *arg, struct vm_error **err);
-/* Forget an attempt: one whose record is finished, or by an operator's order. NOT_FOUND. */
+/* Forget an attempt, whatever its record: an operator's order. NOT_FOUND. */
 int journal_remove(struct journal *j, const struct uuid *attempt, struct vm_error **err);
-/* Forget the oldest finished records beyond `keep`. Returns how many, or -1. */
-int journal_prune(struct journal *j, unsigned keep, struct vm_error **err);
-
 void journal_record_finish(struct journal_record *record);
 
 #endif
