@@ -141,7 +141,7 @@ int channel_sender_wait_open(struct channel_sender *s, int64_t deadline_ns, stru
  */
 int channel_sender_send(struct channel_sender *s, const struct channel_frame *frame,
                         struct vm_error **err);
-/* Wait until everything is acknowledged: applied at the receiver. */
+/* Wait until everything is acknowledged (applied at the receiver), and released. */
 int channel_sender_flush(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);
 /* Tell the receiver that nothing more comes, and flush. Only stats and destroy may follow. */
 int channel_sender_end(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);

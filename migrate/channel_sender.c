@@ -250,11 +250,17 @@ int channel_sender_send(struct channel_sender *s, const struct channel_frame *fr
     return -1;
 }
 
+/* Is something of the queue still ours? The lock is held. */
+static bool holds_frames(const struct channel_sender *s)
+{
+    return s->releasing || (s->head && !s->error);
+}
+
 int channel_sender_flush(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err)
 {
     SCOPE_LOCK(&s->lock);
-    while (s->head && !s->error)
-        if (wait_changed(s, deadline_ns) < 0 && s->head && !s->error)
+    while (holds_frames(s))
+        if (wait_changed(s, deadline_ns) < 0 && holds_frames(s))
             return error_set(err, VM_ERROR_TIMEOUT,
                              "%llu bytes of channel %u were not acknowledged in time",
                              (unsigned long long)s->stats.bytes_unacked, s->params.id.number);

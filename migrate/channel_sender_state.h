@@ -41,7 +41,7 @@ struct write_position {
     size_t offset;
     int index; /* of frame->iov, and the offset therein */
     size_t index_offset;
-    bool twice; /* fault: the frame goes once more */
+    unsigned copies; /* fault: how many times the frame is still to be written; 0: once, as usual */
     uint8_t header[CHANNEL_HEADER_SIZE]; /* what is written as frame->iov[0] */
 };
 
@@ -58,12 +58,14 @@ struct channel_sender {
     struct pending *head, *tail; /* not acknowledged, in order; only the thread removes */
     unsigned n_pending;
     uint64_t last_seq;
-    uint64_t applied;
+    uint64_t applied; /* acknowledged, and gone from the queue */
+    uint64_t heard;   /* acknowledged, as the receiver last said */
     int64_t busy_since; /* since when something is outstanding */
     bool open;
     bool ending;     /* the last frame is END */
     bool finished;   /* and it was acknowledged */
     bool sleeping;   /* the thread waits for a frame */
+    bool releasing;  /* acknowledged frames are being given back */
     struct vm_error *error;
     size_t window, window_min, window_max;
     unsigned window_ms; /* 0: `window` is the bound */

@@ -49,6 +49,15 @@ static struct pending *take_acked(struct channel_sender *s, uint64_t seq, int64_
     return list;
 }
 
+/* Without the lock; whoever flushes waits for this as well. */
+static void give_back(struct channel_sender *s, struct pending *list)
+{
+    channel_sender_release(list);
+    SCOPE_LOCK(&s->lock);
+    s->releasing = false;
+    pthread_cond_broadcast(&s->changed);
+}
+
 static void apply_ack(struct channel_sender *s, uint64_t seq)
 {
     int64_t now = clock_mono_ns();
@@ -56,8 +65,10 @@ static void apply_ack(struct channel_sender *s, uint64_t seq)
     bool progress = seq > s->applied;
     struct pending *list = take_acked(s, seq, now);
     bool idle = !s->head;
+    s->releasing = list != NULL;
     pthread_mutex_unlock(&s->lock);
-    channel_sender_release(list);
+    if (list)
+        give_back(s, list);
     if (progress || idle)
         s->outage_since = 0;
 }
@@ -70,9 +81,10 @@ static void fail(struct channel_sender *s, struct vm_error *why)
     struct pending *list = s->head;
     s->head = s->tail = s->at.frame = NULL;
     s->n_pending = 0;
+    s->releasing = true;
     pthread_cond_broadcast(&s->changed);
     pthread_mutex_unlock(&s->lock);
-    channel_sender_release(list);
+    give_back(s, list);
 }
 
 /* ---- Messages of the receiver ---- */
@@ -125,8 +137,9 @@ static int handle_applied(struct channel_sender *s, uint64_t seq, struct vm_erro
 {
     pthread_mutex_lock(&s->lock);
     uint64_t sent = s->at.frame ? s->at.frame->seq - 1 : s->last_seq;
+    s->heard = seq;
     pthread_mutex_unlock(&s->lock);
-    if (s->at.twice && seq == sent + 1)
+    if (s->at.copies && seq == sent + 1)
         return 0; /* the fault's second copy is still being read from this frame's memory */
     if (seq > sent || seq < s->applied)
         return error_set(err, VM_ERROR_PROTOCOL,
@@ -178,6 +191,8 @@ static int begin_frame(struct channel_sender *s, struct vm_error **err)
     struct pending *p = s->at.frame;
     note_starvation(s);
     memcpy(s->at.header, p->header, sizeof(s->at.header));
+    if (s->at.copies)
+        return 0;
     switch (FAULT("channel.send")) {
     case FAULT_ERROR:
         return error_set(err, VM_ERROR_UNREACHABLE, "channel.send: %s", strerror(fault_errno()));
@@ -187,7 +202,7 @@ static int begin_frame(struct channel_sender *s, struct vm_error **err)
         s->at.header[CHANNEL_HEADER_SIZE - 1] ^= 1;
         break;
     case FAULT_DUPLICATE:
-        s->at.twice = true;
+        s->at.copies = 2;
         break;
     case FAULT_NONE:
         break;
@@ -222,7 +237,7 @@ static void count_written(struct channel_sender *s, size_t taken)
         size_t again = p->reached - s->at.offset;
         s->stats.bytes_resent += again < taken ? again : taken;
     }
-    if (p->seq <= s->applied)
+    if (p->seq <= s->heard)
         s->stats.bytes_acked_resent += taken;
     if (s->at.offset + taken > p->reached)
         p->reached = s->at.offset + taken;
@@ -241,11 +256,8 @@ static void advance_position(struct channel_sender *s, size_t taken)
     if (s->at.offset < p->total)
         return;
     rewind_frame(s);
-    if (s->at.twice) {
-        s->at.twice = false;
-        memcpy(s->at.header, p->header, sizeof(s->at.header));
+    if (s->at.copies && --s->at.copies)
         return;
-    }
     SCOPE_LOCK(&s->lock);
     p->written_at = clock_mono_ns();
     if (p->seq > s->written_seq)
@@ -354,18 +366,21 @@ static int resume_behind(struct channel_sender *s, uint64_t applied, struct vm_e
                          "was acknowledged",
                          s->params.id.number, (unsigned long long)applied,
                          (unsigned long long)s->written_seq, (unsigned long long)s->applied);
-    apply_ack(s, applied);
     int64_t rtt = conn_rtt_ns(s->conn);
-    SCOPE_LOCK(&s->lock);
-    s->at.frame = s->head;
-    s->at.twice = false;
-    rewind_frame(s);
+    pthread_mutex_lock(&s->lock);
+    s->heard = applied;
     s->stats.rtt_ns = rtt;
     s->stats.reconnects += s->open;
     s->open = true;
     s->disconnected_since = 0;
-    rate_meter_reset_interval(&s->meter, clock_mono_ns());
     pthread_cond_broadcast(&s->changed);
+    pthread_mutex_unlock(&s->lock);
+    apply_ack(s, applied);
+    SCOPE_LOCK(&s->lock);
+    s->at.frame = s->head;
+    s->at.copies = 0;
+    rewind_frame(s);
+    rate_meter_reset_interval(&s->meter, clock_mono_ns());
     return 0;
 }
 
@@ -406,9 +421,9 @@ static int connect_again(struct channel_sender *s, struct vm_error **err)
         int64_t now = clock_mono_ns();
         if (now >= last_deadline)
             return error_set(err, VM_ERROR_TIMEOUT,
-                             "channel %u had no working connection for %lld s (%s)",
+                             "channel %u had no working connection for %lld ms (%s)",
                              s->params.id.number,
-                             (long long)(s->params.outage_limit_ns / NSEC_PER_SEC),
+                             (long long)(s->params.outage_limit_ns / NSEC_PER_MSEC),
                              why ? error_message(why) : "each broke before a frame got through");
         int64_t deadline = now + s->attempt_ns;
         error_clear(&why);

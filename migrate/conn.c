@@ -26,7 +26,8 @@ enum {
     PREAMBLE_SIZE = 8,
     STATUS_OK = 0,
     STATUS_VERSION = 1,
-    STATUS_DENIED = 2,
+    STATUS_REFUSED = 2,
+    STATUS_NEEDS_TLS = 3,
     LINGER_MS = 1000,
     KEEPALIVE_IDLE_S = 10,
     KEEPALIVE_INTERVAL_S = 5,
@@ -425,14 +426,13 @@ static int read_answer(struct conn *conn, int64_t deadline_ns, int cancel_fd,
                        struct vm_error **err)
 {
     uint8_t in[PREAMBLE_SIZE];
-    struct vm_error *why = NULL;
-    if (conn_read_full(conn, in, sizeof(in), deadline_ns, cancel_fd, &why) < 0) {
-        if (why->kind == VM_ERROR_UNREACHABLE && !conn->tls)
-            error_wrap(&why, "no answer to a plain connection (does the other side demand TLS?)");
-        return error_propagate(err, why);
-    }
-    if (check_preamble(conn, in, err) < 0)
+    if (conn_read_full(conn, in, sizeof(in), deadline_ns, cancel_fd, err) < 0 ||
+        check_preamble(conn, in, err) < 0)
         return -1;
+    if (in[5] == STATUS_NEEDS_TLS)
+        return error_set(err, VM_ERROR_DENIED,
+                         "%s speaks TLS and this side is set to insecure-plain; set both alike",
+                         conn->address);
     if (in[5] == STATUS_VERSION)
         return error_set(err, VM_ERROR_VERSION, "%s does not speak version %u of the protocol",
                          conn->address, CONN_VERSION);
@@ -505,21 +505,39 @@ static void linger(struct conn *conn, int cancel_fd)
     }
 }
 
+/* A plain peer of our own kind is told; its preamble begins as no TLS record does. */
+static int refuse_plain(struct conn *conn, int64_t deadline_ns, int cancel_fd,
+                        struct vm_error **err)
+{
+    char first = 0;
+    if (io_wait(conn->fd, POLLIN, deadline_ns, cancel_fd, err) < 0)
+        return error_wrap(err, "%s", conn->address);
+    if (recv(conn->fd, &first, 1, MSG_PEEK | MSG_DONTWAIT) != 1 || first != *preamble_magic)
+        return 0;
+    uint8_t out[PREAMBLE_SIZE] = {[4] = CONN_VERSION, [5] = STATUS_NEEDS_TLS};
+    memcpy(out, preamble_magic, sizeof(preamble_magic));
+    io_write_full(conn->fd, out, sizeof(out), deadline_ns, cancel_fd, NULL);
+    return error_set(err, VM_ERROR_DENIED,
+                     "%s does not speak TLS; a plain connection is not accepted", conn->address);
+}
+
 static int accept_handshake(struct conn *conn, int64_t deadline_ns, int cancel_fd,
                             struct vm_error **err)
 {
     uint8_t in[PREAMBLE_SIZE];
+    if (conn->tls && refuse_plain(conn, deadline_ns, cancel_fd, err) < 0)
+        return -1;
     if (shake_hands(conn, deadline_ns, cancel_fd, err) < 0 ||
         conn_read_full(conn, in, sizeof(in), deadline_ns, cancel_fd, err) < 0)
         return -1;
     if (check_preamble(conn, in, err) < 0) {
         bool version = !memcmp(in, preamble_magic, sizeof(preamble_magic));
-        write_preamble(conn, version ? STATUS_VERSION : STATUS_DENIED, deadline_ns, cancel_fd,
+        write_preamble(conn, version ? STATUS_VERSION : STATUS_REFUSED, deadline_ns, cancel_fd,
                        NULL);
         return -1;
     }
     if (in[5] != CONN_CONTROL && in[5] != CONN_CHANNEL) {
-        write_preamble(conn, STATUS_DENIED, deadline_ns, cancel_fd, NULL);
+        write_preamble(conn, STATUS_REFUSED, deadline_ns, cancel_fd, NULL);
         return error_set(err, VM_ERROR_PROTOCOL, "%s opened a connection of unknown purpose %u",
                          conn->address, in[5]);
     }

@@ -121,7 +121,6 @@ static SSL_CTX *make_ssl_ctx(char *const files[FILES], struct vm_error **err)
     SSL_CTX_set_options(c, SSL_OP_NO_TICKET | SSL_OP_NO_COMPRESSION | SSL_OP_NO_RENEGOTIATION);
     SSL_CTX_set_session_cache_mode(c, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_mode(c, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_ACCEPT_MOVING_WRITE_BUFFER);
-    SSL_CTX_set_verify(c, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, NULL);
     SSL_CTX_set_read_ahead(c, 1);
     SSL_CTX_set_default_read_buffer_len(c, IN_MAX);
     if (SSL_CTX_set_min_proto_version(c, TLS1_3_VERSION) != 1 ||
@@ -209,6 +208,8 @@ struct tls_stream {
     char *ca_file;     /* for messages */
     char *peer_name;
     bool established;  /* the handshake is over */
+    char refused_names[512]; /* of the certificate that was not accepted */
+    char refused_end[32];
     int read_errno;    /* of the last failed recv */
     bool read_eof;
     struct vm_error *read_error; /* met after bytes that had to be returned first */
@@ -279,73 +280,6 @@ static BIO_METHOD *make_bio_method(void)
     return m;
 }
 
-/* The dialling side verifies that the certificate names the host. */
-static int expect_host(SSL *ssl, const char *host)
-{
-    struct in6_addr binary;
-    X509_VERIFY_PARAM *param = SSL_get0_param(ssl);
-    X509_VERIFY_PARAM_set_hostflags(param, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS |
-                                               X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
-    if (inet_pton(AF_INET, host, &binary) == 1 || inet_pton(AF_INET6, host, &binary) == 1)
-        return X509_VERIFY_PARAM_set1_ip_asc(param, host);
-    return X509_VERIFY_PARAM_set1_host(param, host, 0) == 1 &&
-           SSL_set_tlsext_host_name(ssl, host) == 1;
-}
-
-struct tls_stream *tls_stream_create(struct tls_context *ctx, int fd, const char *host,
-                                     const char *peer, struct vm_error **err)
-{
-    SSL_CTX *c = present_ssl_ctx(ctx, err);
-    if (!c)
-        return NULL;
-    struct tls_stream *s = calloc(1, sizeof(*s));
-    if (s) {
-        pthread_mutex_init(&s->lock, NULL);
-        s->fd = fd;
-        s->ssl = SSL_new(c);
-        s->peer = strdup(peer);
-        s->host = host ? strdup(host) : NULL;
-        s->ca_file = strdup(ctx->files[0]);
-    }
-    SSL_CTX_free(c);
-    BIO *bio = BIO_new(ctx->bio_method);
-    if (!s || !s->ssl || !bio || !s->peer || !s->ca_file || (host && !s->host)) {
-        error_nomem(err);
-        BIO_free(bio);
-        tls_stream_destroy(s);
-        return NULL;
-    }
-    BIO_set_data(bio, s);
-    BIO_set_init(bio, 1);
-    SSL_set_bio(s->ssl, bio, bio);
-    if (!host) {
-        SSL_set_accept_state(s->ssl);
-        return s;
-    }
-    SSL_set_connect_state(s->ssl);
-    if (!expect_host(s->ssl, host)) {
-        error_set(err, VM_ERROR_USAGE, "%s is no host name", host);
-        ERR_clear_error();
-        tls_stream_destroy(s);
-        return NULL;
-    }
-    return s;
-}
-
-void tls_stream_destroy(struct tls_stream *s)
-{
-    if (!s)
-        return;
-    SSL_free(s->ssl);
-    error_free(s->read_error);
-    free(s->host);
-    free(s->peer);
-    free(s->ca_file);
-    free(s->peer_name);
-    pthread_mutex_destroy(&s->lock);
-    free(s);
-}
-
 /* ---- Names in certificates ---- */
 
 static bool append_name(char *out, size_t size, const GENERAL_NAME *name)
@@ -385,20 +319,94 @@ static void list_names(X509 *cert, int max, char *out, size_t size)
     GENERAL_NAMES_free(names);
 }
 
+/* OpenSSL forgets a certificate that it refused: keep what a message about it needs. */
+static int note_refused(int ok, X509_STORE_CTX *store)
+{
+    SSL *ssl = X509_STORE_CTX_get_ex_data(store, SSL_get_ex_data_X509_STORE_CTX_idx());
+    struct tls_stream *s = BIO_get_data(SSL_get_rbio(ssl));
+    X509 *cert = X509_STORE_CTX_get_current_cert(store);
+    struct tm end;
+    if (ok || !cert)
+        return ok;
+    list_names(cert, 4, s->refused_names, sizeof(s->refused_names));
+    if (ASN1_TIME_to_tm(X509_get0_notAfter(cert), &end) == 1)
+        strftime(s->refused_end, sizeof(s->refused_end), "%Y-%m-%d", &end);
+    return ok;
+}
+
+/* The dialling side verifies that the certificate names the host. */
+static int expect_host(SSL *ssl, const char *host)
+{
+    struct in6_addr binary;
+    X509_VERIFY_PARAM *param = SSL_get0_param(ssl);
+    X509_VERIFY_PARAM_set_hostflags(param, X509_CHECK_FLAG_NO_PARTIAL_WILDCARDS |
+                                               X509_CHECK_FLAG_NEVER_CHECK_SUBJECT);
+    if (inet_pton(AF_INET, host, &binary) == 1 || inet_pton(AF_INET6, host, &binary) == 1)
+        return X509_VERIFY_PARAM_set1_ip_asc(param, host);
+    return X509_VERIFY_PARAM_set1_host(param, host, 0) == 1 &&
+           SSL_set_tlsext_host_name(ssl, host) == 1;
+}
+
+struct tls_stream *tls_stream_create(struct tls_context *ctx, int fd, const char *host,
+                                     const char *peer, struct vm_error **err)
+{
+    SSL_CTX *c = present_ssl_ctx(ctx, err);
+    if (!c)
+        return NULL;
+    struct tls_stream *s = calloc(1, sizeof(*s));
+    if (s) {
+        pthread_mutex_init(&s->lock, NULL);
+        s->fd = fd;
+        s->ssl = SSL_new(c);
+        s->peer = strdup(peer);
+        s->host = host ? strdup(host) : NULL;
+        s->ca_file = strdup(ctx->files[0]);
+    }
+    SSL_CTX_free(c);
+    BIO *bio = BIO_new(ctx->bio_method);
+    if (!s || !s->ssl || !bio || !s->peer || !s->ca_file || (host && !s->host)) {
+        error_nomem(err);
+        BIO_free(bio);
+        tls_stream_destroy(s);
+        return NULL;
+    }
+    BIO_set_data(bio, s);
+    BIO_set_init(bio, 1);
+    SSL_set_bio(s->ssl, bio, bio);
+    SSL_set_verify(s->ssl, SSL_VERIFY_PEER | SSL_VERIFY_FAIL_IF_NO_PEER_CERT, note_refused);
+    if (!host) {
+        SSL_set_accept_state(s->ssl);
+        return s;
+    }
+    SSL_set_connect_state(s->ssl);
+    if (!expect_host(s->ssl, host)) {
+        error_set(err, VM_ERROR_USAGE, "%s is no host name", host);
+        ERR_clear_error();
+        tls_stream_destroy(s);
+        return NULL;
+    }
+    return s;
+}
+
+void tls_stream_destroy(struct tls_stream *s)
+{
+    if (!s)
+        return;
+    SSL_free(s->ssl);
+    error_free(s->read_error);
+    free(s->host);
+    free(s->peer);
+    free(s->ca_file);
+    free(s->peer_name);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}
+
 /* ---- Errors ---- */
 
 static int set_untrusted(struct tls_stream *s, long verify, struct vm_error **err)
 {
-    char names[512] = "";
-    char date[64] = "";
-    X509 *cert = SSL_get1_peer_certificate(s->ssl);
-    if (cert) {
-        list_names(cert, 4, names, sizeof(names));
-        struct tm end;
-        if (ASN1_TIME_to_tm(X509_get0_notAfter(cert), &end) == 1)
-            strftime(date, sizeof(date), "%Y-%m-%d", &end);
-        X509_free(cert);
-    }
+    const char *names = s->refused_names, *date = s->refused_end;
     switch (verify) {
     case X509_V_ERR_CERT_HAS_EXPIRED:
         return error_set(err, VM_ERROR_DENIED,

@@ -72,6 +72,8 @@ static bool pass_on(struct relay *r, bool is_forward)
         return false;
     if (n < 0)
         return true;
+    if (is_forward && r->plan.flip_forward - r->forward < (uint64_t)n)
+        data[r->plan.flip_forward - r->forward] ^= 1;
     if (io_write_full(is_forward ? r->far : r->near, data, (size_t)n, in_ms(20000), r->pair->stop,
                       NULL) < 0)
         return false;

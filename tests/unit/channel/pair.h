@@ -26,6 +26,7 @@ struct link_plan {
     uint64_t cut_forward;   /* cut when so many bytes have gone from sender to receiver */
     uint64_t cut_backward;  /* the other way */
     uint64_t hang_forward;  /* from there on nothing passes, in either direction, and nobody is told */
+    uint64_t flip_forward;  /* the byte there is damaged */
     uint64_t hold_backward; /* from there on nothing passes back, for hold_ms */
     int hold_ms;
     uint64_t rate;          /* forward, bytes a second; 0: no limit */
@@ -35,7 +36,7 @@ struct link_plan {
     (struct link_plan)                                                                             \
     {                                                                                              \
         .cut_forward = UINT64_MAX, .cut_backward = UINT64_MAX, .hang_forward = UINT64_MAX,         \
-        .hold_backward = UINT64_MAX                                                                \
+        .flip_forward = UINT64_MAX, .hold_backward = UINT64_MAX                                    \
     }
 
 struct pair_settings {
