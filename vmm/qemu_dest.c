@@ -186,20 +186,22 @@ static int differ(struct vm_error **err, const char *what, const char *there, co
                      here, there);
 }
 
+/* Both lists are sorted by path: the lesser path is the one that the other side lacks. */
 static int verify_devices(const struct qemu_definition *d, const struct qemu_definition *here,
                           struct vm_error **err)
 {
-    unsigned common = d->n_devices < here->n_devices ? d->n_devices : here->n_devices;
-    for (unsigned i = 0; i < common; i++) {
-        if (strcmp(d->devices[i].path, here->devices[i].path))
-            return differ(err, "a device", d->devices[i].path, here->devices[i].path);
+    for (unsigned i = 0; i < d->n_devices || i < here->n_devices; i++) {
+        int order = i == here->n_devices ? -1
+                    : i == d->n_devices  ? 1
+                                         : strcmp(d->devices[i].path, here->devices[i].path);
+        const struct qemu_device *odd = order < 0 ? &d->devices[i] : &here->devices[i];
+        if (order)
+            return error_set(err, VM_ERROR_REFUSED,
+                             "the destination's QEMU is not the same machine: %s %s %s",
+                             order < 0 ? "it lacks" : "the VM lacks its", odd->path, odd->type);
         if (strcmp(d->devices[i].type, here->devices[i].type))
             return differ(err, d->devices[i].path, d->devices[i].type, here->devices[i].type);
     }
-    if (d->n_devices > common)
-        return differ(err, "a device", d->devices[common].path, "missing");
-    if (here->n_devices > common)
-        return differ(err, "a device", "missing", here->devices[common].path);
     return 0;
 }
 

@@ -54,6 +54,7 @@ size_t qemu_log_size(const char *log_path)
 
 void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN_MESSAGE_MAX])
 {
+    static const char generic[] = "load of migration failed";
     char tail[LOG_TAIL + 1];
     out[0] = 0;
     cleanup_close int fd = open(log_path, O_RDONLY | O_CLOEXEC);
@@ -67,7 +68,11 @@ void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN
     if (n <= 0)
         return;
     tail[n] = 0;
-    const char *line = strrchr(tail, '\n');
+    char *line = strrchr(tail, '\n');
+    if (line && strstr(line, generic)) { /* the reason stands before it */
+        *line = 0;
+        line = strrchr(tail, '\n');
+    }
     snprintf(out, QEMU_SPAWN_MESSAGE_MAX, "%.*s", QEMU_SPAWN_MESSAGE_MAX - 1,
              line ? line + 1 : tail);
     for (char *c = out; *c; c++)

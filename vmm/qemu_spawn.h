@@ -46,7 +46,10 @@ struct qemu_launch {
     int timeout_ms; /* until QMP answers; 0: 30 s */
 };
 
-/* The last line of the log from offset on, control characters replaced; "" if there is none. */
+/*
+ * The last line of the log from offset on that says something (before "load of migration failed"),
+ * control characters replaced; "" if there is none.
+ */
 void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN_MESSAGE_MAX]);
 /* Bytes in the log now, 0 if there is none. */
 size_t qemu_log_size(const char *log_path);

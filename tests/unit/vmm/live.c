@@ -80,9 +80,9 @@ void assert_error(struct vm_error **err, enum vm_error_kind kind, const char *te
 
 const char *live_path(const char *name, const char *suffix)
 {
-    static char paths[8][160];
+    static char paths[64][160];
     static unsigned next;
-    char *path = paths[next++ % 8];
+    char *path = paths[next++ % 64];
     snprintf(path, sizeof(paths[0]), "%s/%s%s", live_dir, name, suffix);
     return path;
 }
@@ -204,7 +204,8 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
                                     .definition = &m->definition,
                                     .launch = {.binary = LIVE_BINARY,
                                                .qmp_path = live_path(name, ".qmp"),
-                                               .log_path = live_path(name, ".log")}};
+                                               .log_path = live_path(name, ".log"),
+                                               .cgroup = m->cgroup}};
     m->to = m->dest_qmp ? qemu_sink_attach(&m->definition, m->dest_qmp, 5000, err)
                         : note_started(qemu_sink_spawn(&sink, err));
     return m->to ? guest_sink_regions(qemu_guest(m->to), &m->regions, &m->n_regions) : -1;

@@ -55,6 +55,7 @@ struct live_move {
     unsigned n_regions;
     const char *dest_qmp; /* instead of starting one: attach to this */
     bool populate;        /* as the engine does */
+    const char *cgroup;   /* of the destination; NULL: none */
 
     pthread_mutex_t lock;
     pthread_cond_t changed;

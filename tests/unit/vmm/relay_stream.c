@@ -3,7 +3,7 @@
  * relay_stream: the tools' end of a real QEMU's migration, for tests: a stream in, its pages into
  * memory files, the rest out.
  *
- *     relay_stream [-c CHANNELS] [-o] [-d | -n] STREAM_FD REST_FD [NAME:SIZE:FD]...
+ *     relay_stream [-c CHANNELS] [-o] [-d | -n] STREAM_FD REST_FD [SIZE:FD:NAME]...
  *
  * Each NAME is a mapped block of SIZE bytes, its pages are written to FD (a memfd). -o: opaque.
  * -d: drop pages and rest. -n: do not even parse, only read. Prints one line of JSON.
@@ -19,7 +19,7 @@
 #include <sys/mman.h>
 
 struct relay {
-    struct guest_region regions[8];
+    struct guest_region regions[16];
     unsigned n;
     int rest_fd;
     bool discard;
@@ -77,11 +77,10 @@ static void on_ended(void *arg, struct vm_error *err)
 static int map_region(struct relay *r, const char *text)
 {
     struct guest_region *g = &r->regions[r->n];
-    int fd, name_len;
-    if (r->n == 8 || sscanf(text, "%*[^:]%n:%" SCNu64 ":%d", &name_len, &g->size, &fd) != 2 ||
-        name_len >= GUEST_REGION_NAME_MAX)
+    int fd, name = 0;
+    if (r->n == 16 || sscanf(text, "%" SCNu64 ":%d:%n", &g->size, &fd, &name) != 2 || !name)
         return -1;
-    memcpy(g->name, text, (size_t)name_len);
+    snprintf(g->name, sizeof(g->name), "%s", text + name);
     void *p = mmap(NULL, g->size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (p == MAP_FAILED)
         return -1;

@@ -2,8 +2,15 @@
 /* The QEMU driver with real QEMUs: attach, launch, pause, resume, and how a source ends. */
 #include "live.h"
 
+#include "base/clock.h"
+#include "base/io.h"
+
+#include <errno.h>
+#include <inttypes.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 
 static void test_spawn_and_attach(void **state)
 {
@@ -101,6 +108,316 @@ static void test_move_and_back(void **state)
     live_move_finish(&m);
 }
 
+/* What a migration leaves behind when it does not come to its end. */
+
+static struct qemu *spawn_with_memory(bool running)
+{
+    struct vm_error *err = NULL;
+    char loader[160];
+    snprintf(loader, sizeof(loader), "loader,file=%s,addr=0x1000000,force-raw=on",
+             live_path("random", ".bin"));
+    struct qemu *q = live_spawn("a", &err, "-M", "q35", "-m", "128", "-device", loader,
+                                running ? NULL : "-S", NULL);
+    if (!q)
+        fail_msg("%s", error_message(err));
+    return q;
+}
+
+static void block_third_batch(struct live_move *m)
+{
+    m->block = m->batches == 3;
+    pthread_cond_broadcast(&m->changed);
+}
+
+/* Wait until the source stands in the middle of memory. */
+static void wait_blocked(struct live_move *m)
+{
+    SCOPE_LOCK(&m->lock);
+    while (!m->block)
+        pthread_cond_wait(&m->changed, &m->lock);
+}
+
+static void unblock(struct live_move *m)
+{
+    SCOPE_LOCK(&m->lock);
+    m->on_batch = NULL;
+    m->block = false;
+    pthread_cond_broadcast(&m->changed);
+}
+
+static void stop_in_the_middle(bool running, bool pause, enum guest_run_state expected)
+{
+    struct live_move m = {.on_batch = block_third_batch};
+    struct qemu *q = spawn_with_memory(running);
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    struct guest_source_progress progress;
+    assert_ok(live_prepare(&m, q, "b", why));
+    assert_ok(live_start(&m, why));
+    wait_blocked(&m);
+    assert_ok(guest_status(qemu_guest(q), &status, why));
+    assert_true(status.migrating);
+    assert_ok(guest_source_progress(qemu_guest(q), &progress, why));
+    assert_true(progress.total >= 128 << 20);
+    assert_true(progress.remaining > 0 && progress.bytes_out > 0);
+    assert_int_equal(progress.round, 1);
+    /* One migration at a time. */
+    assert_int_equal(live_start(&m, &err), -1);
+    assert_error(&err, VM_ERROR_CONFLICT, "already being migrated");
+    if (pause)
+        assert_ok(guest_pause(qemu_guest(q), why));
+    unblock(&m);
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_true(m.done);
+    assert_int_equal(live_wait(&m, &err), -1);
+    assert_error(&err, VM_ERROR_CANCELLED, "stopped");
+    assert_ok(guest_status(qemu_guest(q), &status, why));
+    assert_false(status.migrating);
+    assert_int_equal(status.state, expected);
+    /* And the whole of it works afterwards. */
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_ok(guest_kill(qemu_guest(m.to), 5000, why));
+    qemu_destroy(m.to);
+    qemu_definition_finish(&m.definition);
+    struct live_move again = {0};
+    assert_ok(live_move(&again, q, "b", why));
+    assert_same_memory(q, again.to, 0, 128 << 20);
+    live_move_finish(&again);
+}
+
+static void test_stop_leaves_running(void **state)
+{
+    stop_in_the_middle(true, false, GUEST_RUNNING);
+}
+
+static void test_stop_leaves_paused(void **state)
+{
+    stop_in_the_middle(true, true, GUEST_PAUSED);
+}
+
+static void test_stop_of_a_paused_guest(void **state)
+{
+    stop_in_the_middle(false, false, GUEST_PAUSED);
+}
+
+/* The engine's error ends the source, and is its error; the guest runs on. */
+static int refuse_pages(void *arg, struct page_batch *batch, struct vm_error **err)
+{
+    page_batch_unref(batch);
+    return error_set(err, VM_ERROR_NO_SPACE, "no room for pages");
+}
+
+static int ignore_bytes(void *arg, const void *data, size_t n, struct vm_error **err)
+{
+    return 0;
+}
+
+static int ignore_memory_done(void *arg, struct vm_error **err)
+{
+    return 0;
+}
+
+static void note_done(void *arg, struct vm_error *err)
+{
+    struct live_move *m = arg;
+    SCOPE_LOCK(&m->lock);
+    m->done = true;
+    m->error = err;
+    pthread_cond_broadcast(&m->changed);
+}
+
+static void test_callback_fails(void **state)
+{
+    struct live_move m = {0};
+    struct vm_error *err = NULL;
+    struct qemu *q = spawn_with_memory(true);
+    assert_ok(live_prepare(&m, q, "b", why));
+    struct guest_source_params params = {.channels = 1, .regions = m.regions,
+                                         .n_regions = m.n_regions};
+    struct guest_source_events events = {.pages = refuse_pages, .bytes = ignore_bytes,
+                                         .memory_done = ignore_memory_done, .done = note_done};
+    assert_ok(guest_source_start(qemu_guest(q), &params, &events, &m, why));
+    assert_int_equal(live_wait(&m, &err), -1);
+    assert_error(&err, VM_ERROR_NO_SPACE, "no room for pages");
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_run_state(q, GUEST_RUNNING);
+    live_move_finish(&m);
+}
+
+static void test_source_dies(void **state)
+{
+    struct live_move m = {.on_batch = block_third_batch};
+    struct vm_error *err = NULL;
+    struct qemu *q = spawn_with_memory(true);
+    assert_ok(live_prepare(&m, q, "b", why));
+    assert_ok(live_start(&m, why));
+    wait_blocked(&m);
+    assert_ok(guest_kill(qemu_guest(q), 5000, why));
+    unblock(&m);
+    assert_int_equal(live_wait(&m, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_VMM_DIED);
+    error_clear(&err);
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    live_move_finish(&m);
+}
+
+static void test_sink_rejects(void **state)
+{
+    struct live_move m = {0};
+    struct vm_error *err = NULL;
+    struct qemu *q = spawn_with_memory(false);
+    int64_t deadline = clock_mono_ns() + 20 * NSEC_PER_SEC;
+    assert_ok(live_prepare(&m, q, "b", why));
+    assert_int_equal(guest_resume(qemu_guest(m.to), &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED, "not been loaded");
+    assert_ok(guest_sink_bytes(qemu_guest(m.to), "this is no stream", 17, deadline, -1, why));
+    assert_int_equal(guest_sink_finish(qemu_guest(m.to), deadline, -1, &err), -1);
+    assert_error(&err, VM_ERROR_VMM_DIED, "Not a migration stream");
+    live_move_finish(&m);
+}
+
+static void test_sink_waits_no_longer(void **state)
+{
+    struct live_move m = {0};
+    struct vm_error *err = NULL;
+    struct qemu *q = spawn_with_memory(false);
+    assert_ok(live_prepare(&m, q, "b", why));
+    /* Nothing was ever given to it. */
+    assert_int_equal(
+        guest_sink_finish(qemu_guest(m.to), clock_mono_ns() + 20 * NSEC_PER_MSEC, -1, &err), -1);
+    assert_error(&err, VM_ERROR_TIMEOUT, "not loaded the guest");
+    cleanup_close int cancel = io_latch_new(&err);
+    io_latch_set(cancel);
+    assert_int_equal(guest_sink_finish(qemu_guest(m.to), INT64_MAX, cancel, &err), -1);
+    assert_error(&err, VM_ERROR_CANCELLED, "");
+    live_move_finish(&m);
+}
+
+/* QEMU itself refuses: its words, and nothing is left under way. */
+static void test_qemu_refuses(void **state)
+{
+    struct live_move m = {0};
+    struct vm_error *err = NULL;
+    struct qemu *q = live_spawn("a", &err, "-M", "q35", "-m", "64", "-drive",
+                   "driver=null-co,read-zeroes=on,if=none,id=n0", "-device",
+                   "nvme,drive=n0,serial=1,id=nv", "-S", NULL);
+    if (!q)
+        fail_msg("%s", error_message(err));
+    assert_int_equal(live_move(&m, q, "b", &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED, "non-migratable device");
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_run_state(q, GUEST_PAUSED);
+    live_move_finish(&m);
+}
+
+/* An idle guest that nobody pauses is given away completely, too, and never comes back by itself. */
+static void test_idle_guest_completes(void **state)
+{
+    struct live_move m = {0};
+    struct qemu *q = spawn_with_memory(true);
+    assert_ok(live_prepare(&m, q, "b", why));
+    assert_ok(live_start(&m, why));
+    assert_ok(live_wait(&m, why));
+    assert_run_state(q, GUEST_POSTMIGRATE);
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_run_state(q, GUEST_POSTMIGRATE);
+    assert_ok(guest_sink_finish(qemu_guest(m.to), clock_mono_ns() + 20 * NSEC_PER_SEC, -1, why));
+    assert_run_state(m.to, GUEST_PAUSED);
+    assert_same_memory(q, m.to, 0, 128 << 20);
+    live_move_finish(&m);
+}
+
+/* Somebody between us and QEMU passes bytes on, but no descriptors. */
+struct relay {
+    int listener;
+    char target[108];
+};
+
+static void *relay_main(void *arg)
+{
+    struct relay *r = arg;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    char data[4096];
+    int client = accept(r->listener, NULL, NULL), server = socket(AF_UNIX, SOCK_STREAM, 0);
+    strcpy(address.sun_path, r->target);
+    assert_int_equal(connect(server, (struct sockaddr *)&address, sizeof(address)), 0);
+    for (;;) {
+        fd_set ready;
+        FD_ZERO(&ready);
+        FD_SET(client, &ready);
+        FD_SET(server, &ready);
+        select((client > server ? client : server) + 1, &ready, NULL, NULL, NULL);
+        int from = FD_ISSET(client, &ready) ? client : server;
+        ssize_t n = read(from, data, sizeof(data));
+        if (n <= 0 || write(from == client ? server : client, data, (size_t)n) != n)
+            break;
+    }
+    close(client);
+    close(server);
+    return NULL;
+}
+
+static void test_attach_through_a_relay(void **state)
+{
+    struct vm_error *err = NULL;
+    struct qemu *q = live_spawn("a", &err, "-m", "64", "-S", NULL);
+    struct process_identity process = qemu_guest(q)->process;
+    qemu_destroy(q);
+    struct relay r = {.listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+    snprintf(r.target, sizeof(r.target), "%s", live_path("a", ".qmp"));
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", live_path("relay", ".qmp"));
+    assert_int_equal(bind(r.listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    assert_int_equal(listen(r.listener, 1), 0);
+    pthread_t thread;
+    pthread_create(&thread, NULL, relay_main, &r);
+    assert_null(qemu_attach(address.sun_path, 5000, &err));
+    assert_error(&err, VM_ERROR_REFUSED, "cannot attach");
+    pthread_join(thread, NULL);
+    close(r.listener);
+    assert_ok(process_kill(&process, 5000, why));
+}
+
+/* Memory of cgroup `path`, from shared pages such as memfds. */
+static uint64_t charged_shmem(const char *path)
+{
+    char file[256], *text;
+    size_t n;
+    uint64_t bytes = 0;
+    snprintf(file, sizeof(file), "%s/memory.stat", path);
+    assert_ok(io_read_file(file, 1 << 20, &text, &n, why));
+    const char *line = strstr(text, "shmem ");
+    assert_true(line && sscanf(line, "shmem %" SCNu64, &bytes) == 1);
+    free(text);
+    return bytes;
+}
+
+static uint64_t charge_of_move(const char *cgroup, bool populate)
+{
+    struct live_move m = {.populate = populate, .cgroup = cgroup};
+    assert_ok(live_move(&m, spawn_with_memory(false), "b", why));
+    uint64_t charged = charged_shmem(cgroup);
+    live_move_finish(&m);
+    return charged;
+}
+
+/* Guest memory is charged to the VMM's cgroup, not to that of whoever decodes pages. */
+static void test_memory_is_charged_to_the_vm(void **state)
+{
+    struct stat st;
+    char cgroup[128];
+    bool v1 = stat("/sys/fs/cgroup/memory/memory.stat", &st) == 0;
+    snprintf(cgroup, sizeof(cgroup), "/sys/fs/cgroup/%svmmig-test-%d", v1 ? "memory/" : "", getpid());
+    if (mkdir(cgroup, 0755) < 0) {
+        print_message("SKIPPED: cannot make a memory cgroup: %s\n", strerror(errno));
+        skip();
+    }
+    uint64_t with = charge_of_move(cgroup, true), without = charge_of_move(cgroup, false);
+    assert_int_equal(rmdir(cgroup), 0);
+    assert_true(with >= 8 << 20);
+    assert_true(without < 2 << 20); /* why populate is there */
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -108,6 +425,17 @@ int main(void)
         live_test(test_spawn_failures),
         live_test(test_pause_resume),
         live_test(test_move_and_back),
+        live_test(test_stop_leaves_running),
+        live_test(test_stop_leaves_paused),
+        live_test(test_stop_of_a_paused_guest),
+        live_test(test_callback_fails),
+        live_test(test_source_dies),
+        live_test(test_sink_rejects),
+        live_test(test_sink_waits_no_longer),
+        live_test(test_qemu_refuses),
+        live_test(test_idle_guest_completes),
+        live_test(test_attach_through_a_relay),
+        live_test(test_memory_is_charged_to_the_vm),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
 }

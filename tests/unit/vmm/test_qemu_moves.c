@@ -255,8 +255,12 @@ static void test_unfit_destinations(void **state)
     refuse_prepared("the number of CPUs is '2', not '1'",
                     live_spawn("p", &err, "-M", "q35", "-m", "64", "-smp", "2", "-device",
                                "virtio-rng-pci,id=rng", "-incoming", "defer", NULL));
-    refuse_prepared("a device is 'missing', not '/machine/peripheral/rng'",
+    refuse_prepared("it lacks /machine/peripheral/rng child<virtio-rng-pci>",
                     live_spawn("p", &err, "-M", "q35", "-m", "64", "-incoming", "defer", NULL));
+    refuse_prepared("the VM lacks its /machine/peripheral/more child<virtio-rng-pci>",
+                    live_spawn("p", &err, "-M", "q35", "-m", "64", "-device",
+                               "virtio-rng-pci,id=rng", "-device", "virtio-rng-pci,id=more",
+                               "-incoming", "defer", NULL));
     refuse_prepared("memory block pc.ram has 128 MiB",
                     live_spawn("p", &err, "-M", "q35", "-m", "128", "-device",
                                "virtio-rng-pci,id=rng", "-incoming", "defer", NULL));
