@@ -3,6 +3,7 @@
 
 #include "agent/transfer.h"
 #include "base/cond.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 
@@ -159,10 +160,37 @@ static int write_record(struct attempt *a, enum handover_record record, struct v
     return 0;
 }
 
+/* Fault points around every record: "handover.before.COMMIT", "handover.after.COMMIT" ... */
+static void fault_before(enum handover_record record)
+{
+    switch ((int)record) {
+#define X(id, ...)                                                                                 \
+    case HANDOVER_REC_##id:                                                                        \
+        (void)FAULT("handover.before." #id);                                                       \
+        break;
+        HANDOVER_RECORDS(X)
+#undef X
+    }
+}
+
+static void fault_after(enum handover_record record)
+{
+    switch ((int)record) {
+#define X(id, ...)                                                                                 \
+    case HANDOVER_REC_##id:                                                                        \
+        (void)FAULT("handover.after." #id);                                                        \
+        break;
+        HANDOVER_RECORDS(X)
+#undef X
+    }
+}
+
 static enum handover_event act_journal(struct attempt *a, enum handover_record record)
 {
     struct vm_error *err = NULL;
+    fault_before(record);
     if (write_record(a, record, &err) == 0) {
+        fault_after(record);
         log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
                  handover_record_name(record));
         return HANDOVER_EV_JOURNALED;
@@ -191,10 +219,12 @@ static enum handover_event try_resume(struct attempt *a)
     struct guest_status status;
     if (!process_alive(&a->record.vmm))
         return HANDOVER_EV_VM_GONE;
-    if (!a->guest)
-        return HANDOVER_EV_RESUME_FAILED; /* not connected to it: surely nothing was started */
     if (!a->was_running)
         return HANDOVER_EV_RESUMED;
+    if (!a->guest)
+        a->role->reconnect(a);
+    if (!a->guest)
+        return HANDOVER_EV_TIMER;
     if (guest_status(a->guest, &status, &err) < 0)
         return HANDOVER_EV_TIMER;
     if (status.state == GUEST_RUNNING)
@@ -335,10 +365,12 @@ static void feed(struct attempt *a, enum handover_event event)
         a->commit_at_ns = clock_mono_ns();
     if (!handover_step(&a->machine, event, &actions))
         return;
-    if (a->machine.state != before)
+    if (a->machine.state != before) {
+        a->state_since_ns = clock_mono_ns();
         log_info("hand-over", "attempt=%s from=%s event=%s to=%s", uuid_text(&a->id),
                  handover_state_name(before), handover_event_name(event),
                  handover_state_name(a->machine.state));
+    }
     for (int i = 0; i < actions.count; i++)
         execute(a, actions.list[i]);
     if (!a->machine.pending)
@@ -370,6 +402,9 @@ static void *attempt_main(void *arg)
             timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
             if (a->record.vmm.pid && !process_alive(&a->record.vmm))
                 feed(a, HANDOVER_EV_VM_GONE);
+            if (handover_is_settled(&a->machine) && !a->settled_done)
+                publish(a);
+            a->role->tick(a);
         }
         feed(a, event);
         if (handover_is_finished(&a->machine) && a->settled_done)
@@ -400,6 +435,7 @@ struct attempt *attempt_create(struct transfer *t, const struct attempt_role *ro
     atomic_init(&a->refs, 1);
     a->transfer = t;
     a->role = role;
+    a->state_since_ns = clock_mono_ns();
     a->id = *id;
     a->pause_ns = -1;
     snprintf(a->vm_name, sizeof(a->vm_name), "%s", vm_name);

@@ -45,6 +45,10 @@ struct attempt_role {
     void (*fill)(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out);
     /* Once, when the machine has settled; again every second while it returns -1. */
     int (*settled)(struct attempt *a, struct vm_error **err);
+    /* a->guest is NULL: connect to the VMM of the record, if it answers by now. */
+    void (*reconnect)(struct attempt *a);
+    /* Every second: is the peer, or the copy, later than can be borne? */
+    void (*tick)(struct attempt *a);
     /* Free the role's part. */
     void (*finish)(struct attempt *a);
 };
@@ -53,6 +57,7 @@ struct source_part {
     char peer[ENDPOINT_TEXT_MAX + 1]; /* whom to dial */
     struct vm *vm;                    /* reference; NULL after recovery of a VM that is gone */
     struct qemu_definition definition;
+    char *root;                       /* of the VMM's mount namespace, for its disks */
     struct disk_offer *offers;
     uint32_t *offer_disks; /* index in definition.disks of each */
     unsigned n_offers;
@@ -60,12 +65,13 @@ struct source_part {
     bool assume_shared;
     char *dest_qmp;
     struct guest_region *regions;
+    int copy_cancel; /* latch: the copy ends */
     pthread_t link_thread, copy_thread;
     bool link_started, copy_started;
+    int64_t offline_since_ns; /* no control connection; 0: there is one; under lock */
     struct sender *sender; /* under lock */
     Vmmig__Peer__Handover *prepared; /* the peer's answer; under lock */
     Vmmig__Peer__Prepare prepare_message;
-    struct channel_token token;
 };
 
 struct destination_part {
@@ -75,8 +81,8 @@ struct destination_part {
     unsigned n_mapped;
     struct disk_answer *answers;
     unsigned n_answers;
-    char *qmp_path, *log_path;
-    char **argv; /* how the VMM was started; points into the definition */
+    char *qmp_path;
+    char **argv; /* how the VMM was started; one allocation */
     bool prepared_by_user; /* --dest-qmp: the VMM was not started by us */
     bool registered;
     struct receiver *receiver; /* under lock */
@@ -101,8 +107,9 @@ struct attempt {
     bool was_running;
     struct guest *guest;     /* source: of the VM; destination: owned until registered */
     bool owns_guest;
-    int64_t paused_at_ns, commit_at_ns, loaded_ns;
-    int64_t resume_took_ns;
+    int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
+    int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */
+    int64_t state_since_ns;
     int cancel;              /* latch: everything of this attempt ends */
     pthread_t thread;
 

@@ -156,7 +156,8 @@ static const struct option config_options[] = {
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
      .text = "Its private key"},
     {"insecure-loopback", "yes|no", option_parse_flag, MEMBER(insecure_loopback), .def = "no",
-     .text = "Talk to peers on loopback addresses in plain TCP. For trying things out"},
+     .text = "Talk to peers in plain TCP, on loopback addresses only, without certificates. For "
+             "trying things out"},
     {"vmm", "PATH", parse_vmm, MEMBER(vmms), .def = "/usr/bin/qemu-system-x86_64",
      .repeatable = true,
      .text = "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
@@ -260,12 +261,28 @@ static int parse_text_lines(struct config *c, const char *name, const char *text
     return 0;
 }
 
+/* Plain TCP has no use for certificates; whoever names both has misunderstood one of them. */
+static int settle_security(struct config *c, const bool *seen, struct vm_error **err)
+{
+    char **files[] = {&c->ca_file, &c->cert_file, &c->key_file};
+    static const char *const names[] = {"ca", "cert", "key"};
+    for (int i = 0; c->insecure_loopback && i < 3; i++) {
+        if (seen[option_find(config_options, "", names[i], err) - config_options])
+            return error_set(err, VM_ERROR_USAGE,
+                             "insecure-loopback and %s exclude each other: leave one out", names[i]);
+        free(steal_ptr(files[i]));
+    }
+    return 0;
+}
+
 static int set_missing(struct config *c, const bool *seen, struct vm_error **err)
 {
     char host[256] = "";
     for (const struct option *o = config_options; o->name; o++)
         if (o->def && !seen[o - config_options] && option_set(o, "", o->def, c, err) < 0)
             return -1;
+    if (settle_security(c, seen, err) < 0)
+        return -1;
     if (!c->host) {
         gethostname(host, sizeof(host) - 1);
         if (copy_text(*host ? host : "localhost", &c->host, err) < 0)
@@ -287,7 +304,10 @@ struct config *config_parse(const char *name, const char *text, struct vm_error 
         error_nomem(err);
         return NULL;
     }
-    if (parse_text_lines(c, name, text, seen, err) < 0 || set_missing(c, seen, err) < 0) {
+    int r = parse_text_lines(c, name, text, seen, err);
+    if (r == 0 && set_missing(c, seen, err) < 0)
+        r = error_wrap(err, "%s", name);
+    if (r < 0) {
         error_set_kind(err, VM_ERROR_USAGE);
         return NULL;
     }

@@ -1,0 +1,526 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/attempt.h"
+#include "agent/attempt_jobs.h"
+#include "agent/driver.h"
+
+#include "base/cond.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "vmm/qemu_portable.h"
+#include "vmm/qemu_preflight.h"
+#include "vmm/qemu_wire.h"
+
+#include <string.h>
+
+enum { ATTACH_TIMEOUT_MS = 5000 };
+/* A source that is away for so long before everything is here has given up, or will ask again. */
+enum { ABANDONED_MS = 60000 };
+
+#define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+
+/* ---- A VMM that waits for the guest ---- */
+
+static struct qemu *spawn_sink(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    const struct config *c = a->transfer->agent->config;
+    cleanup_driver_place struct driver_place place = {0};
+    struct qemu_name_map maps[CONFIG_LIST_MAX];
+    struct qemu_sink_params params = {
+        .definition = &d->definition, .maps = maps, .n_maps = c->maps.n};
+    for (unsigned i = 0; i < c->maps.n; i++)
+        maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};
+    if (driver_prepare_launch(c, a->vm_name, d->definition.binary, &place, &params.launch, err) < 0)
+        return NULL;
+    struct qemu_host host = {.binary = params.launch.binary,
+                             .user = params.launch.user,
+                             .assume_shared = d->prepare->prepare->assume_shared,
+                             .scratch_dir = c->runtime_dir};
+    d->qmp_path = strdup(place.qmp_path);
+    if (!d->qmp_path) {
+        error_nomem(err);
+        return NULL;
+    }
+    if (qemu_dest_check(&d->definition, &host, err) < 0)
+        return NULL;
+    return qemu_sink_spawn(&params, err);
+}
+
+static struct qemu *adopt_sink(struct attempt *a, const char *path, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    d->prepared_by_user = true;
+    d->qmp_path = strdup(path);
+    if (!d->qmp_path) {
+        error_nomem(err);
+        return NULL;
+    }
+    return qemu_sink_attach(&d->definition, path, ATTACH_TIMEOUT_MS, err);
+}
+
+static int answer_disks(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    const Vmmig__Peer__Prepare *p = d->prepare->prepare;
+    d->answers = calloc(p->n_offers + 1, sizeof(*d->answers));
+    if (!d->answers)
+        return error_nomem(err);
+    for (size_t i = 0; i < p->n_offers; i++) {
+        struct disk_offer offer;
+        qemu_wire_unpack_offer(p->offers[i], &offer);
+        if (disk_identity_answer(&d->definition.disks[p->offers[i]->disk], d->definition.cwd,
+                                 &offer, &d->answers[i], err) < 0)
+            return -1;
+        d->n_answers++;
+    }
+    return 0;
+}
+
+/* The PREPARED message: which regions are mapped, and the answers about the disks. */
+static int make_prepared(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    Vmmig__Peer__Prepared *m = &d->prepared_message;
+    const struct guest_region *regions;
+    vmmig__peer__prepared__init(m);
+    guest_sink_regions(a->guest, &regions, &d->n_mapped);
+    d->mapped = calloc(d->n_mapped + 1, sizeof(*d->mapped));
+    m->mapped = calloc(d->n_mapped + 1, sizeof(*m->mapped));
+    m->answers = calloc(d->n_answers + 1, sizeof(*m->answers));
+    if (!d->mapped || !m->mapped || !m->answers)
+        return error_nomem(err);
+    for (; m->n_mapped < d->n_mapped; m->n_mapped++)
+        m->mapped[m->n_mapped] = regions[m->n_mapped].base != NULL;
+    for (; m->n_answers < d->n_answers; m->n_answers++) {
+        struct disk_answer *answer = &d->answers[m->n_answers];
+        Vmmig__Peer__DiskAnswer *to = malloc(sizeof(*to));
+        if (!to)
+            return error_nomem(err);
+        vmmig__peer__disk_answer__init(to);
+        to->secret = (ProtobufCBinaryData){sizeof(answer->secret.bytes), answer->secret.bytes};
+        to->boot = (ProtobufCBinaryData){sizeof(answer->boot.bytes), answer->boot.bytes};
+        to->inode = answer->inode;
+        to->size = answer->size;
+        to->device = answer->device;
+        to->text = answer->text;
+        m->answers[m->n_answers] = to;
+    }
+    return 0;
+}
+
+static int make_receiver(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    const Vmmig__Peer__Prepare *p = d->prepare->prepare;
+    const struct guest_region *regions;
+    unsigned n, kept = 0;
+    struct guest_region mapped[GUEST_REGIONS_MAX];
+    guest_sink_regions(a->guest, &regions, &n);
+    for (unsigned i = 0; i < n && i < GUEST_REGIONS_MAX; i++)
+        if (regions[i].base)
+            mapped[kept++] = regions[i];
+    struct receiver_params params = {.guest = a->guest,
+                                     .attempt = a->id,
+                                     .channels = p->channels,
+                                     .regions = mapped,
+                                     .n_regions = kept,
+                                     .cancel_fd = a->cancel};
+    memcpy(params.token.bytes, p->token.data, sizeof(params.token.bytes));
+    struct receiver *r = receiver_create(&params, err);
+    if (!r)
+        return -1;
+    SCOPE_LOCK(&a->lock);
+    d->receiver = r;
+    return 0;
+}
+
+static int prepare(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    const Vmmig__Peer__Prepare *p = d->prepare->prepare;
+    if (vms_check_free(a->transfer->agent->vms, a->vm_name, err) < 0 ||
+        qemu_wire_unpack(p->definition, &d->definition, err) < 0)
+        return -1;
+    a->was_running = d->definition.state == GUEST_RUNNING;
+    if (answer_disks(a, err) < 0)
+        return -1;
+    struct qemu *q = *p->dest_qmp ? adopt_sink(a, p->dest_qmp, err) : spawn_sink(a, err);
+    if (!q)
+        return -1;
+    a->guest = qemu_guest(q);
+    a->owns_guest = true;
+    a->record.vmm = a->guest->process;
+    if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
+        attempt_remember(a, d->qmp_path, d->argv, NULL, err) < 0)
+        return -1;
+    return make_prepared(a, err) < 0 ? -1 : make_receiver(a, err);
+}
+
+/* ---- The copy, from the VMM's start to a loaded guest ---- */
+
+static void *work_main(void *arg)
+{
+    struct attempt *a = arg;
+    struct vm_error *err = NULL;
+    char id[UUID_TEXT_SIZE];
+    log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    if (attempt_job_start(a, JOB_RECEIVE, a->peer_name, &err) < 0 || prepare(a, &err) < 0) {
+        attempt_fail(a, err);
+        return NULL;
+    }
+    attempt_post(a, HANDOVER_EV_READY);
+    if (receiver_wait(a->destination.receiver, &err) < 0) {
+        attempt_fail(a, err);
+        return NULL;
+    }
+    struct receiver_stats stats;
+    receiver_stats(a->destination.receiver, &stats);
+    a->destination.load_ns = stats.load_ns;
+    attempt_post(a, HANDOVER_EV_LOAD_DONE);
+    return NULL;
+}
+
+static void start_vm(struct attempt *a)
+{
+    struct vm_error *err = NULL;
+    int failed = pthread_create(&a->destination.work_thread, NULL, work_main, a);
+    a->destination.work_started = !failed;
+    if (failed) {
+        error_errno(&err, failed, "cannot start a thread");
+        attempt_fail(a, err);
+    }
+}
+
+static void start_transfer(struct attempt *a)
+{
+    (void)a; /* no row of the destination's asks for it */
+}
+
+static void stop_transfer(struct attempt *a)
+{
+    struct destination_part *d = &a->destination;
+    pthread_mutex_lock(&a->lock);
+    struct receiver *r = d->receiver;
+    pthread_mutex_unlock(&a->lock);
+    if (r)
+        receiver_stop(r);
+    if (d->work_started)
+        pthread_join(d->work_thread, NULL);
+    d->work_started = false;
+    pthread_mutex_lock(&a->lock);
+    r = d->receiver;
+    d->receiver = NULL; /* no connection enters it any more */
+    while (d->serving) {
+        pthread_mutex_unlock(&a->lock);
+        if (r)
+            receiver_stop(r);
+        pthread_mutex_lock(&a->lock);
+        cond_wait_until(&a->changed, &a->lock, clock_mono_ns() + NSEC(100));
+    }
+    pthread_mutex_unlock(&a->lock);
+    receiver_destroy(r);
+}
+
+/* ---- The role ---- */
+
+static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out)
+{
+    if (message == HANDOVER_MSG_PREPARED)
+        out->prepared = &a->destination.prepared_message;
+    if (message == HANDOVER_MSG_LOADED)
+        out->duration_ns = (uint64_t)a->destination.load_ns;
+    if (message == HANDOVER_MSG_RUNNING)
+        out->duration_ns = (uint64_t)a->resume_took_ns;
+}
+
+/* The VM is this agent's now. */
+static int register_vm(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    struct vms *vms = a->transfer->agent->vms;
+    if (d->registered)
+        return 0;
+    CLEANUP(vm) struct vm *known = vms_get(vms, a->vm_name, NULL);
+    if (known && process_identity_equal(&vm_definition(known)->process, &a->record.vmm)) {
+        d->registered = true;
+        return 0;
+    }
+    struct vm_definition def = {.origin = VM_ORIGIN_RECEIVED,
+                                .argv = d->argv,
+                                .qmp_path = d->qmp_path,
+                                .process = a->record.vmm,
+                                .since_ns = clock_wall_ns()};
+    snprintf(def.name, sizeof(def.name), "%s", a->vm_name);
+    if (!a->guest)
+        a->role->reconnect(a);
+    if (!a->guest)
+        return error_set(err, VM_ERROR_UNREACHABLE, "the VMM does not answer yet");
+    struct guest *guest = a->guest;
+    if (vms_add(vms, &def, &guest, err) < 0)
+        return -1;
+    d->vm = vms_get(vms, a->vm_name, err);
+    a->owns_guest = false;
+    if (!d->vm)
+        a->guest = NULL;
+    d->registered = true;
+    return 0;
+}
+
+static void remove_leftovers(struct destination_part *d)
+{
+    if (d->qmp_path && !d->prepared_by_user)
+        unlink(d->qmp_path);
+}
+
+static int settled(struct attempt *a, struct vm_error **err)
+{
+    switch (a->machine.state) {
+    case HANDOVER_DST_RUNNING:
+        return register_vm(a, err);
+    case HANDOVER_DST_NEVER:
+    case HANDOVER_DST_ENDED:
+        remove_leftovers(&a->destination);
+        return 0;
+    default:
+        return 0;
+    }
+}
+
+static void reconnect(struct attempt *a)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct qemu *q = a->destination.qmp_path
+                         ? qemu_attach(a->destination.qmp_path, ATTACH_TIMEOUT_MS, &err)
+                         : NULL;
+    if (!q) {
+        log_warn("cannot reach the VMM yet", "error=%s", log_q(error_message(err)));
+        return;
+    }
+    struct guest *guest = qemu_guest(q);
+    if (!process_identity_equal(&guest->process, &a->record.vmm)) {
+        log_error("another process answers for the VMM", "pid=%d", guest->process.pid);
+        guest_destroy(guest);
+        return;
+    }
+    a->guest = guest;
+    a->owns_guest = true;
+}
+
+static void tick(struct attempt *a)
+{
+    if (a->machine.state != HANDOVER_DST_PREPARING && a->machine.state != HANDOVER_DST_PREPARED)
+        return;
+    pthread_mutex_lock(&a->lock);
+    bool alone = !a->session && !a->destination.serving;
+    pthread_mutex_unlock(&a->lock);
+    if (!alone || clock_mono_ns() - a->state_since_ns < NSEC(ABANDONED_MS))
+        return;
+    struct vm_error *err = NULL;
+    error_set(&err, VM_ERROR_TIMEOUT, "the source was not heard of for %d s", ABANDONED_MS / 1000);
+    attempt_fail(a, err);
+}
+
+static void finish(struct attempt *a)
+{
+    struct destination_part *d = &a->destination;
+    Vmmig__Peer__Prepared *m = &d->prepared_message;
+    for (size_t i = 0; i < m->n_answers; i++)
+        free(m->answers[i]);
+    free(m->answers);
+    free(m->mapped);
+    free(d->mapped);
+    free(d->answers);
+    free(d->argv);
+    free(d->qmp_path);
+    if (d->prepare)
+        vmmig__peer__handover__free_unpacked(d->prepare, NULL);
+    qemu_definition_finish(&d->definition);
+    vm_put(d->vm);
+}
+
+const struct attempt_role attempt_destination_role = {.start_vm = start_vm,
+                                                      .start_transfer = start_transfer,
+                                                      .stop_transfer = stop_transfer,
+                                                      .fill = fill,
+                                                      .settled = settled,
+                                                      .reconnect = reconnect,
+                                                      .tick = tick,
+                                                      .finish = finish};
+
+static char **copy_argv(size_t n, char *const *argv)
+{
+    size_t bytes = (n + 1) * sizeof(char *);
+    for (size_t i = 0; i < n; i++)
+        bytes += strlen(argv[i]) + 1;
+    char **copy = malloc(bytes);
+    char *text = copy ? (char *)(copy + n + 1) : NULL;
+    for (size_t i = 0; copy && i < n; i++) {
+        copy[i] = text;
+        text = stpcpy(text, argv[i]) + 1;
+    }
+    if (copy)
+        copy[n] = NULL;
+    return copy;
+}
+
+int attempt_destination_recover(struct attempt *a, const struct journal_record *record,
+                                struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    Vmmig__Peer__Memory *memory = attempt_memory(record);
+    vmmig__peer__prepared__init(&d->prepared_message);
+    if (!memory)
+        return 0;
+    a->was_running = memory->was_running;
+    d->qmp_path = strdup(memory->qmp_path);
+    d->argv = copy_argv(memory->n_argv, memory->argv);
+    vmmig__peer__memory__free_unpacked(memory, NULL);
+    return d->qmp_path && d->argv ? 0 : error_nomem(err);
+}
+
+/* ---- Connections of the source ---- */
+
+/* A new attempt, from its PREPARE; m loses the message. NULL: refused, and logged. */
+static struct attempt *begin(struct transfer *t, struct peer_session *session,
+                             struct peer_message *m)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct uuid id;
+    memcpy(id.bytes, m->handover->attempt.data, sizeof(id.bytes));
+    if (vm_name_check(m->handover->vm, &err) < 0) {
+        log_warn("refused", "error=%s", log_q(error_message(err)));
+        return NULL;
+    }
+    CLEANUP(attempt)
+    struct attempt *a = attempt_create(t, &attempt_destination_role, &id, m->handover->vm, &err);
+    if (!a)
+        return NULL;
+    vmmig__peer__prepared__init(&a->destination.prepared_message);
+    a->destination.prepare = m->handover;
+    m->handover = NULL;
+    snprintf(a->peer_name, sizeof(a->peer_name), "%s", peer_session_peer(session));
+    snprintf(a->record.peer, sizeof(a->record.peer), "%s", a->peer_name);
+    attempt_set_session(a, session);
+    if (attempt_start(a, &err) < 0) {
+        log_error("cannot begin an attempt", "error=%s", log_q(error_message(err)));
+        return NULL;
+    }
+    attempt_post(a, HANDOVER_EV_MSG_PREPARE);
+    return steal_ptr(&a);
+}
+
+static bool journal_knows(struct transfer *t, const struct uuid *id)
+{
+    struct journal_record record;
+    if (journal_get(t->journal, id, &record, NULL) < 0)
+        return false;
+    journal_record_finish(&record);
+    return true;
+}
+
+/* No attempt of that id lives: answer from the journal, or as one that was never heard of. */
+static void answer_unknown(struct transfer *t, struct peer_session *session,
+                           const Vmmig__Peer__Handover *m)
+{
+    struct handover machine;
+    struct handover_actions actions;
+    struct journal_record record;
+    struct uuid id;
+    memcpy(id.bytes, m->attempt.data, sizeof(id.bytes));
+    handover_init(&machine, HANDOVER_DESTINATION);
+    if (journal_get(t->journal, &id, &record, NULL) == 0) {
+        bool ours = !strcmp(record.peer, peer_session_peer(session)) &&
+                    handover_record_role(record.record) == HANDOVER_DESTINATION;
+        if (ours)
+            handover_recover(&machine, record.record, false);
+        journal_record_finish(&record);
+        if (!ours)
+            return;
+    }
+    handover_step(&machine, (enum handover_event)m->message, &actions);
+    for (int i = 0; i < actions.count; i++) {
+        if (actions.list[i].kind != HANDOVER_ACT_SEND)
+            continue;
+        Vmmig__Peer__Handover answer = VMMIG__PEER__HANDOVER__INIT;
+        answer.attempt = m->attempt;
+        answer.message = actions.list[i].arg;
+        answer.vm = m->vm;
+        peer_session_send(session, &answer);
+    }
+}
+
+static void handle(struct transfer *t, struct peer_session *session, struct peer_message *m)
+{
+    struct uuid id;
+    memcpy(id.bytes, m->handover->attempt.data, sizeof(id.bytes));
+    CLEANUP(attempt) struct attempt *a = attempt_find(t, &id);
+    if (!a && m->handover->message == HANDOVER_MSG_PREPARE && m->handover->prepare &&
+        !journal_knows(t, &id)) {
+        attempt_unref(begin(t, session, m));
+        return;
+    }
+    if (!a) {
+        if (m->handover->message < HANDOVER_MSG_COUNT)
+            answer_unknown(t, session, m->handover);
+        return;
+    }
+    if (a->role != &attempt_destination_role || strcmp(a->peer_name, peer_session_peer(session))) {
+        log_warn("message of a foreign attempt ignored", "peer=%s",
+                 log_q(peer_session_peer(session)));
+        return;
+    }
+    attempt_set_session(a, session);
+    attempt_receive(a, m->handover);
+}
+
+void destination_serve_control(struct transfer *t, struct peer_session *session)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct peer_message m;
+    while (peer_session_receive(session, INT64_MAX, t->stop, &m, &err) > 0) {
+        handle(t, session, &m);
+        peer_message_finish(&m);
+    }
+    if (err && !io_latch_is_set(t->stop))
+        log_info("control connection ended", "peer=%s error=%s",
+                 log_q(peer_session_peer(session)), log_q(error_message(err)));
+    /* Attempts that answer here have nobody to answer to until the source comes again. */
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt *a = t->attempts; a; a = a->next) {
+        pthread_mutex_lock(&a->lock);
+        if (a->session == session) {
+            a->session = NULL;
+            peer_session_unref(session);
+        }
+        pthread_mutex_unlock(&a->lock);
+    }
+}
+
+void destination_serve_channel(struct transfer *t, struct conn *conn)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct channel_hello hello;
+    int64_t deadline = clock_mono_ns() + NSEC(5000);
+    if (channel_hello_receive(conn, &hello, deadline, t->stop, &err) < 0) {
+        log_warn("data connection refused", "error=%s", log_q(error_message(err)));
+        return;
+    }
+    CLEANUP(attempt) struct attempt *a = attempt_find(t, &hello.id.attempt);
+    struct receiver *r = NULL;
+    if (a && a->role == &attempt_destination_role &&
+        !strcmp(a->peer_name, conn_peer_name(conn))) {
+        pthread_mutex_lock(&a->lock);
+        r = a->destination.receiver;
+        a->destination.serving += r != NULL;
+        pthread_mutex_unlock(&a->lock);
+    }
+    if (!r) {
+        error_set(&err, VM_ERROR_NOT_FOUND, "the destination does not expect this migration");
+        channel_hello_refuse(conn, err, deadline, t->stop, NULL);
+        return;
+    }
+    receiver_serve(r, conn, &hello);
+    SCOPE_LOCK(&a->lock);
+    a->destination.serving--;
+    pthread_cond_broadcast(&a->changed);
+}

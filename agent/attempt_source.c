@@ -1,0 +1,450 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/attempt.h"
+#include "agent/attempt_jobs.h"
+
+#include "base/cond.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "vmm/qemu_preflight.h"
+#include "vmm/qemu_wire.h"
+
+#include <string.h>
+
+enum { DIAL_TIMEOUT_MS = 5000, REDIAL_MS = 1000 };
+/* The destination has to start a VMM; then, while the guest stands, to load it. */
+enum { PREPARE_TIMEOUT_MS = 60000, LOADED_TIMEOUT_MS = 30000 };
+/* While the guest stands a destination that cannot be reached is not waited for any longer. */
+enum { STANDING_OFFLINE_MS = 5000 };
+
+#define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+
+/* ---- The control connection: dialled again and again until the hand-over is finished ---- */
+
+static bool may_pass(const struct vm_error *err)
+{
+    return err->kind == VM_ERROR_UNREACHABLE || err->kind == VM_ERROR_TIMEOUT ||
+           err->kind == VM_ERROR_SYSTEM;
+}
+
+static void keep_prepared(struct attempt *a, struct peer_message *m)
+{
+    SCOPE_LOCK(&a->lock);
+    if (!m->handover->prepared || a->source.prepared)
+        return;
+    a->source.prepared = m->handover;
+    m->handover = NULL;
+}
+
+static void receive_until_broken(struct attempt *a, struct peer_session *session)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct peer_message m;
+    while (peer_session_receive(session, INT64_MAX, a->cancel, &m, &err) > 0) {
+        Vmmig__Peer__Handover *h = m.handover;
+        if (!memcmp(h->attempt.data, a->id.bytes, sizeof(a->id.bytes))) {
+            bool prepared = h->message == HANDOVER_MSG_PREPARED;
+            if (prepared)
+                keep_prepared(a, &m);
+            attempt_receive(a, h);
+        }
+        peer_message_finish(&m);
+    }
+    if (!io_latch_is_set(a->cancel))
+        log_warn("control connection lost", "peer=%s error=%s", a->source.peer,
+                 log_q(error_message(err)));
+}
+
+static void set_online(struct attempt *a, struct peer_session *session)
+{
+    attempt_set_session(a, session);
+    SCOPE_LOCK(&a->lock);
+    a->source.offline_since_ns = session ? 0 : clock_mono_ns();
+}
+
+static bool before_prepared(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    return a->state == HANDOVER_SRC_PREPARING;
+}
+
+static void *link_main(void *arg)
+{
+    struct attempt *a = arg;
+    char id[UUID_TEXT_SIZE];
+    log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    while (!io_latch_is_set(a->cancel)) {
+        struct vm_error *err = NULL;
+        pthread_mutex_lock(&a->lock);
+        CLEANUP(peer_session)
+        struct peer_session *session = a->session ? peer_session_ref(a->session) : NULL;
+        pthread_mutex_unlock(&a->lock);
+        if (!session)
+            session = peer_session_open(a->transfer->context, a->source.peer,
+                                        a->transfer->agent->config->host,
+                                        clock_mono_ns() + NSEC(DIAL_TIMEOUT_MS), a->cancel, &err);
+        if (session) {
+            set_online(a, session);
+            attempt_post(a, HANDOVER_EV_TIMER);
+            receive_until_broken(a, session);
+            set_online(a, NULL);
+        } else if (!may_pass(err) && before_prepared(a)) {
+            attempt_fail(a, steal_ptr(&err));
+        }
+        error_free(err);
+        io_wait(a->cancel, 1 /* POLLIN */, clock_mono_ns() + NSEC(REDIAL_MS), -1, NULL);
+    }
+    return NULL;
+}
+
+/* ---- The copy ---- */
+
+static int dial_channel(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret_conn,
+                        struct vm_error **err)
+{
+    struct attempt *a = arg;
+    *ret_conn = conn_dial(a->transfer->context, a->source.peer, CONN_CHANNEL, deadline_ns, cancel_fd,
+                          err);
+    return *ret_conn ? 0 : -1;
+}
+
+/* The destination's proof that its disks are ours. */
+static int check_disks(struct attempt *a, const Vmmig__Peer__Prepared *answer, struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    if (answer->n_answers != s->n_offers)
+        return error_set(err, VM_ERROR_PROTOCOL, "the peer answered about %zu of %u disks",
+                         answer->n_answers, s->n_offers);
+    for (unsigned i = 0; i < s->n_offers; i++) {
+        struct disk_answer proof;
+        if (qemu_wire_unpack_answer(answer->answers[i], &proof, err) < 0 ||
+            disk_identity_check(&s->definition.disks[s->offer_disks[i]], s->definition.cwd, s->root,
+                                &s->offers[i], &proof, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* The regions whose pages go as pages: those that the destination has mapped. */
+static int choose_regions(struct attempt *a, const Vmmig__Peer__Prepared *answer,
+                          struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    unsigned n;
+    if (qemu_definition_regions(&s->definition, &s->regions, &n, err) < 0)
+        return -1;
+    if (answer->n_mapped != n)
+        return error_set(err, VM_ERROR_PROTOCOL, "the peer answered about %zu of %u regions",
+                         answer->n_mapped, n);
+    unsigned kept = 0;
+    for (unsigned i = 0; i < n; i++)
+        if (answer->mapped[i])
+            s->regions[kept++] = s->regions[i];
+    s->params.regions = s->regions;
+    s->params.n_regions = kept;
+    return 0;
+}
+
+static void withdraw_offers(struct source_part *s)
+{
+    for (unsigned i = 0; i < s->n_offers; i++)
+        disk_identity_withdraw(&s->offers[i]);
+}
+
+static int copy(struct attempt *a, struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    const Vmmig__Peer__Prepared *answer = s->prepared->prepared;
+    int checked = check_disks(a, answer, err);
+    withdraw_offers(s);
+    if (checked < 0 || choose_regions(a, answer, err) < 0)
+        return -1;
+    struct sender *sender = sender_create(&s->params, err);
+    if (!sender)
+        return -1;
+    pthread_mutex_lock(&a->lock);
+    s->sender = sender;
+    pthread_mutex_unlock(&a->lock);
+    if (sender_run(sender, err) < 0)
+        return -1;
+    struct sender_progress p;
+    sender_progress(sender, &p);
+    a->paused_at_ns = p.paused_at_ns;
+    return 0;
+}
+
+static void *copy_main(void *arg)
+{
+    struct attempt *a = arg;
+    struct vm_error *err = NULL;
+    char id[UUID_TEXT_SIZE];
+    log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    if (copy(a, &err) < 0)
+        attempt_fail(a, err);
+    else
+        attempt_post(a, HANDOVER_EV_TRANSFERRED);
+    return NULL;
+}
+
+static void start_transfer(struct attempt *a)
+{
+    struct vm_error *err = NULL;
+    pthread_mutex_lock(&a->lock);
+    bool answered = a->source.prepared != NULL;
+    pthread_mutex_unlock(&a->lock);
+    int failed = answered ? pthread_create(&a->source.copy_thread, NULL, copy_main, a) : 0;
+    a->source.copy_started = answered && !failed;
+    if (a->source.copy_started)
+        return;
+    if (answered)
+        error_errno(&err, failed, "cannot start a thread");
+    else
+        error_set(&err, VM_ERROR_PROTOCOL, "the peer is prepared, but does not say for what");
+    attempt_fail(a, err);
+}
+
+static void stop_transfer(struct attempt *a)
+{
+    io_latch_set(a->source.copy_cancel);
+    if (a->source.copy_started)
+        pthread_join(a->source.copy_thread, NULL);
+    a->source.copy_started = false;
+    if (io_latch_is_set(a->cancel) && a->source.link_started) {
+        pthread_join(a->source.link_thread, NULL);
+        a->source.link_started = false;
+    }
+}
+
+/* ---- The role ---- */
+
+static void start_vm(struct attempt *a)
+{
+    (void)a; /* no row of the source's asks for it */
+}
+
+/* After a restart the VM is adopted some time later. */
+static void reconnect(struct attempt *a)
+{
+    if (a->source.vm)
+        a->guest = vm_guest(a->source.vm);
+}
+
+static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out)
+{
+    if (message == HANDOVER_MSG_PREPARE)
+        out->prepare = &a->source.prepare_message;
+}
+
+static int settled(struct attempt *a, struct vm_error **err)
+{
+    if (a->machine.state != HANDOVER_SRC_DONE)
+        return 0;
+    struct vms *vms = a->transfer->agent->vms;
+    CLEANUP(vm) struct vm *vm = vms_get(vms, a->vm_name, NULL);
+    if (!vm || !process_identity_equal(&vm_definition(vm)->process, &a->record.vmm))
+        return 0;
+    return vms_remove(vms, a->vm_name, err);
+}
+
+static void fail_when_late(struct attempt *a, int64_t since_ns, int limit_ms, const char *what)
+{
+    struct vm_error *err = NULL;
+    if (!since_ns || clock_mono_ns() - since_ns < NSEC(limit_ms))
+        return;
+    error_set(&err, VM_ERROR_TIMEOUT, "%s for %d s", what, limit_ms / 1000);
+    attempt_fail(a, err);
+}
+
+static void tick(struct attempt *a)
+{
+    pthread_mutex_lock(&a->lock);
+    int64_t offline = a->source.offline_since_ns;
+    pthread_mutex_unlock(&a->lock);
+    if (a->machine.state == HANDOVER_SRC_PREPARING) {
+        fail_when_late(a, a->state_since_ns, PREPARE_TIMEOUT_MS,
+                       "the destination did not become ready");
+    } else if (a->machine.state == HANDOVER_SRC_SENT) {
+        fail_when_late(a, offline, STANDING_OFFLINE_MS,
+                       "the destination could not be reached while the guest stood");
+        fail_when_late(a, a->state_since_ns, LOADED_TIMEOUT_MS,
+                       "the destination did not finish loading");
+    }
+}
+
+static void finish(struct attempt *a)
+{
+    struct source_part *s = &a->source;
+    withdraw_offers(s);
+    sender_destroy(s->sender);
+    if (s->prepared)
+        vmmig__peer__handover__free_unpacked(s->prepared, NULL);
+    qemu_wire_free(s->prepare_message.definition);
+    for (size_t i = 0; i < s->prepare_message.n_offers; i++)
+        free(s->prepare_message.offers[i]);
+    free(s->prepare_message.offers);
+    qemu_definition_finish(&s->definition);
+    free(s->offers);
+    free(s->offer_disks);
+    free(s->regions);
+    free(s->dest_qmp);
+    free(s->root);
+    close_fd(&s->copy_cancel);
+    vm_put(s->vm);
+}
+
+const struct attempt_role attempt_source_role = {.start_vm = start_vm,
+                                                 .start_transfer = start_transfer,
+                                                 .stop_transfer = stop_transfer,
+                                                 .fill = fill,
+                                                 .settled = settled,
+                                                 .tick = tick,
+                                                 .reconnect = reconnect,
+                                                 .finish = finish};
+
+/* ---- Beginning ---- */
+
+static int start_link(struct attempt *a, struct vm_error **err)
+{
+    int failed = pthread_create(&a->source.link_thread, NULL, link_main, a);
+    a->source.link_started = !failed;
+    return failed ? error_errno(err, failed, "cannot start a thread") : 0;
+}
+
+/* A question for every writable disk, to be answered by the destination. */
+static int make_offers(struct attempt *a, struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    const struct qemu_definition *d = &s->definition;
+    Vmmig__Peer__Prepare *m = &s->prepare_message;
+    s->offers = calloc(d->n_disks + 1, sizeof(*s->offers));
+    s->offer_disks = calloc(d->n_disks + 1, sizeof(*s->offer_disks));
+    m->offers = calloc(d->n_disks + 1, sizeof(*m->offers));
+    if (!s->offers || !s->offer_disks || !m->offers)
+        return error_nomem(err);
+    for (uint32_t i = 0; i < d->n_disks; i++) {
+        if (!d->disks[i].writable)
+            continue;
+        struct disk_offer *offer = &s->offers[s->n_offers];
+        if (disk_identity_offer(&d->disks[i], d->cwd, s->root, offer, err) < 0)
+            return -1;
+        s->offer_disks[s->n_offers++] = i;
+        Vmmig__Peer__DiskOffer *question = malloc(sizeof(*question));
+        if (!question)
+            return error_nomem(err);
+        vmmig__peer__disk_offer__init(question);
+        question->disk = i;
+        question->proof = offer->proof;
+        question->nonce =
+            (ProtobufCBinaryData){sizeof(offer->nonce.bytes), offer->nonce.bytes};
+        m->offers[m->n_offers++] = question;
+    }
+    return 0;
+}
+
+/* What the destination is asked for, from the running VM. */
+static int describe(struct attempt *a, const struct transfer_params *p, struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    struct qemu *q = qemu_from_guest(a->guest);
+    if (!q)
+        return error_set(err, VM_ERROR_REFUSED, "VM '%s' is not a QEMU guest", a->vm_name);
+    if (qemu_preflight(q, &s->definition, err) < 0)
+        return -1;
+    if (asprintf(&s->root, "/proc/%d/root", a->guest->process.pid) < 0)
+        return error_nomem(err);
+    a->was_running = s->definition.state == GUEST_RUNNING;
+    Vmmig__Peer__Prepare *m = &s->prepare_message;
+    vmmig__peer__prepare__init(m);
+    m->definition = qemu_wire_pack(&s->definition, err);
+    if (!m->definition || (!p->assume_shared && make_offers(a, err) < 0))
+        return -1;
+    s->dest_qmp = strdup(p->dest_qmp ? p->dest_qmp : "");
+    if (!s->dest_qmp)
+        return error_nomem(err);
+    m->channels = s->params.channels;
+    m->token = (ProtobufCBinaryData){sizeof(s->params.token.bytes), s->params.token.bytes};
+    m->assume_shared = p->assume_shared;
+    m->dest_qmp = s->dest_qmp;
+    return 0;
+}
+
+static void set_params(struct attempt *a, const struct transfer_params *p)
+{
+    const struct config *config = a->transfer->agent->config;
+    a->source.params = (struct sender_params){
+        .guest = a->guest,
+        .attempt = a->id,
+        .token = channel_token_new(),
+        .channels = p->connections ? p->connections : TRANSFER_CONNECTIONS_DEFAULT,
+        .compress = p->compress,
+        .downtime_limit_ns =
+            NSEC(p->downtime_limit_ms ? p->downtime_limit_ms : TRANSFER_DOWNTIME_DEFAULT_MS),
+        .max_bandwidth = p->max_bandwidth ? p->max_bandwidth : config->max_bandwidth,
+        .outage_limit_ns = NSEC(config->peer_timeout_ms),
+        .cores = (double)sysconf(_SC_NPROCESSORS_ONLN),
+        .connect = dial_channel,
+        .connect_arg = a,
+        .cancel_fd = a->source.copy_cancel};
+}
+
+struct attempt *attempt_source_create(struct transfer *t, const struct transfer_params *p,
+                                      int cancel_fd, struct vm_error **err)
+{
+    struct uuid id = uuid_new();
+    struct endpoint endpoint;
+    if (endpoint_parse(p->to, DEFAULT_PEER_PORT, &endpoint, err) < 0)
+        return NULL;
+    CLEANUP(attempt) struct attempt *a = attempt_create(t, &attempt_source_role, &id, p->vm, err);
+    if (!a)
+        return NULL;
+    struct source_part *s = &a->source;
+    s->copy_cancel = io_latch_new(err);
+    if (s->copy_cancel < 0)
+        return NULL;
+    s->vm = vms_get_present(t->agent->vms, p->vm, err);
+    if (!s->vm)
+        return NULL;
+    a->guest = vm_guest(s->vm);
+    a->record.vmm = a->guest->process;
+    if (strlen(endpoint_format(&endpoint, s->peer)) > JOURNAL_PEER_MAX) {
+        error_set(err, VM_ERROR_USAGE, "the name of host '%s' is too long", p->to);
+        return NULL;
+    }
+    strcpy(a->record.peer, s->peer);
+    set_params(a, p);
+    if (describe(a, p, err) < 0)
+        return NULL;
+    s->params.was_running = a->was_running;
+    int64_t deadline = clock_mono_ns() + NSEC(t->agent->config->connect_timeout_ms);
+    CLEANUP(peer_session)
+    struct peer_session *session =
+        peer_session_open(t->context, s->peer, t->agent->config->host, deadline, cancel_fd, err);
+    if (!session || attempt_remember(a, vm_definition(s->vm)->qmp_path, NULL, s->peer, err) < 0)
+        return NULL;
+    attempt_set_session(a, session);
+    return steal_ptr(&a);
+}
+
+int attempt_source_begin(struct attempt *a, struct vm_error **err)
+{
+    attempt_post(a, HANDOVER_EV_START);
+    return start_link(a, err) < 0 ? -1 : attempt_start(a, err);
+}
+
+int attempt_source_recover(struct attempt *a, const struct journal_record *record,
+                           struct vm_error **err)
+{
+    struct source_part *s = &a->source;
+    Vmmig__Peer__Memory *memory = attempt_memory(record);
+    s->copy_cancel = io_latch_new(err);
+    if (s->copy_cancel < 0)
+        return -1;
+    a->was_running = memory && memory->was_running;
+    snprintf(s->peer, sizeof(s->peer), "%s", record->peer);
+    if (memory)
+        vmmig__peer__memory__free_unpacked(memory, NULL);
+    s->offline_since_ns = clock_mono_ns();
+    s->vm = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
+    if (s->vm && !process_identity_equal(&vm_definition(s->vm)->process, &record->vmm))
+        vm_put(steal_ptr(&s->vm));
+    return start_link(a, err);
+}

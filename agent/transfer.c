@@ -1,0 +1,336 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/transfer.h"
+
+#include "agent/attempt.h"
+#include "agent/attempt_jobs.h"
+#include "base/cond.h"
+#include "base/io.h"
+#include "base/log.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+
+enum { GREETING_TIMEOUT_MS = 10000, STOP_TIMEOUT_MS = 15000, SETTLE_TIMEOUT_MS = 10000 };
+/* Connections of peers at once: a thread each. */
+enum { CONNECTIONS_MAX = 256 };
+
+#define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+
+/* ---- Sending ---- */
+
+struct send_job {
+    struct transfer *t;
+    struct transfer_params params;
+    char *vm, *to, *dest_qmp;
+};
+
+static void send_job_free(void *arg)
+{
+    struct send_job *s = arg;
+    free(s->vm);
+    free(s->to);
+    free(s->dest_qmp);
+    free(s);
+}
+
+static int send_run(struct job *job, void *arg, struct vm_error **err)
+{
+    struct send_job *s = arg;
+    job_update(job, &(struct job_progress){.predicted_pause_ns = -1, .pause_ns = -1});
+    CLEANUP(attempt)
+    struct attempt *a = attempt_source_create(s->t, &s->params, job_cancel_fd(job), err);
+    if (!a || attempt_source_begin(a, err) < 0)
+        return -1;
+    return attempt_job_run(job, a, err);
+}
+
+int transfer_check_free(struct transfer *t, const char *vm, struct vm_error **err)
+{
+    CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(t, vm);
+    if (!a)
+        return 0;
+    pthread_mutex_lock(&a->lock);
+    bool settled = a->is_settled;
+    enum handover_state state = a->state;
+    pthread_mutex_unlock(&a->lock);
+    if (settled)
+        return 0;
+    return error_set(err, VM_ERROR_CONFLICT, "a hand-over of VM '%s' is not finished: %s", vm,
+                     handover_state_text(state));
+}
+
+int transfer_send(struct transfer *t, const struct transfer_params *params, struct uuid *ret_job,
+                  struct vm_error **err)
+{
+    struct endpoint endpoint;
+    if (params->connections > SENDER_CHANNELS_MAX)
+        return error_set(err, VM_ERROR_USAGE, "at most %d connections", SENDER_CHANNELS_MAX);
+    if (endpoint_parse(params->to, DEFAULT_PEER_PORT, &endpoint, err) < 0 ||
+        transfer_check_free(t, params->vm, err) < 0)
+        return -1;
+    struct send_job *s = calloc(1, sizeof(*s));
+    if (!s)
+        return error_nomem(err);
+    s->t = t;
+    s->params = *params;
+    s->params.vm = s->vm = strdup(params->vm);
+    s->params.to = s->to = strdup(params->to);
+    s->params.dest_qmp = s->dest_qmp = strdup(params->dest_qmp ? params->dest_qmp : "");
+    struct job_params job = {.kind = JOB_SEND,
+                             .vm = s->vm,
+                             .peer = s->to,
+                             .run = send_run,
+                             .arg = s,
+                             .free_arg = send_job_free};
+    if (!s->vm || !s->to || !s->dest_qmp) {
+        send_job_free(s);
+        return error_nomem(err);
+    }
+    if (job_start(t->agent->jobs, &job, ret_job, err) < 0) {
+        send_job_free(s);
+        return -1;
+    }
+    return 0;
+}
+
+/* ---- The operator ---- */
+
+int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,
+                     struct vm_error **err)
+{
+    CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(t, vm);
+    if (!a)
+        return error_set(err, VM_ERROR_NOT_FOUND, "no hand-over of VM '%s' is unfinished", vm);
+    pthread_mutex_lock(&a->lock);
+    struct handover machine = {.role = a->machine.role, .state = a->state};
+    pthread_mutex_unlock(&a->lock);
+    if (!handover_is_in_doubt(&machine))
+        return error_set(err, VM_ERROR_REFUSED, "the hand-over of VM '%s' is not in doubt: %s", vm,
+                         handover_state_text(machine.state));
+    if (here) {
+        struct endpoint named, peer;
+        if (endpoint_parse(fenced, DEFAULT_PEER_PORT, &named, err) < 0 ||
+            endpoint_parse(a->record.peer, DEFAULT_PEER_PORT, &peer, err) < 0)
+            return -1;
+        if (strcmp(named.host, peer.host))
+            return error_set(err, VM_ERROR_USAGE,
+                             "the host to fence is '%s', not '%s': say --i-fenced %s", peer.host,
+                             named.host, peer.host);
+    }
+    log_warn("an operator decides", "vm=%s here=%d fenced=%s", vm, here, log_q(fenced ? fenced : ""));
+    attempt_post(a, here ? HANDOVER_EV_RESOLVE_HERE : HANDOVER_EV_RESOLVE_GONE);
+    return attempt_wait_settled(a, clock_mono_ns() + NSEC(STOP_TIMEOUT_MS), err);
+}
+
+void transfer_get_state(struct transfer *t, const char *vm, struct transfer_state *ret_state)
+{
+    *ret_state = (struct transfer_state){0};
+    CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(t, vm);
+    if (!a)
+        return;
+    SCOPE_LOCK(&a->lock);
+    struct handover machine = {.role = a->machine.role, .state = a->state};
+    ret_state->known = true;
+    ret_state->settled = a->is_settled;
+    ret_state->in_doubt = handover_is_in_doubt(&machine);
+    ret_state->attempt = a->id;
+    snprintf(ret_state->state, sizeof(ret_state->state), "%s", handover_state_name(a->state));
+    snprintf(ret_state->text, sizeof(ret_state->text), "%s", handover_state_text(a->state));
+    snprintf(ret_state->peer, sizeof(ret_state->peer), "%s", a->record.peer);
+}
+
+/* ---- Peers that connect ---- */
+
+struct incoming {
+    struct transfer *t;
+    int fd;
+};
+
+static void connection_ended(struct transfer *t)
+{
+    SCOPE_LOCK(&t->lock);
+    t->n_connections--;
+    pthread_cond_broadcast(&t->changed);
+}
+
+static void serve(struct transfer *t, int fd)
+{
+    cleanup_error struct vm_error *err = NULL;
+    int64_t deadline = clock_mono_ns() + NSEC(GREETING_TIMEOUT_MS);
+    CLEANUP(conn) struct conn *conn = conn_accept(t->context, fd, deadline, t->stop, &err);
+    if (conn && conn_purpose(conn) == CONN_CHANNEL) {
+        destination_serve_channel(t, conn);
+        return;
+    }
+    CLEANUP(peer_session)
+    struct peer_session *session =
+        conn ? peer_session_accept(steal_ptr(&conn), t->agent->config->host, deadline, t->stop, &err)
+             : NULL;
+    if (session)
+        destination_serve_control(t, session);
+    else
+        log_warn("peer refused", "error=%s", log_q(error_message(err)));
+}
+
+static void *incoming_main(void *arg)
+{
+    struct incoming in = *(struct incoming *)arg;
+    free(arg);
+    log_set_thread_context(NULL, NULL);
+    serve(in.t, in.fd);
+    connection_ended(in.t);
+    return NULL;
+}
+
+static void on_peer(int listen_fd, int ready, void *arg)
+{
+    struct transfer *t = arg;
+    pthread_t thread;
+    cleanup_close int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0)
+        return;
+    pthread_mutex_lock(&t->lock);
+    bool room = t->n_connections < CONNECTIONS_MAX;
+    t->n_connections += room;
+    pthread_mutex_unlock(&t->lock);
+    if (!room) {
+        log_warn("too many connections of peers; one was dropped");
+        return;
+    }
+    struct incoming *in = malloc(sizeof(*in));
+    if (in)
+        *in = (struct incoming){t, fd};
+    if (!in || pthread_create(&thread, NULL, incoming_main, in)) {
+        free(in);
+        connection_ended(t);
+        return;
+    }
+    pthread_detach(thread);
+    steal_fd(&fd);
+}
+
+static int listen_for_peers(struct transfer *t, struct vm_error **err)
+{
+    const struct config *c = t->agent->config;
+    if (!*c->listen.host)
+        return 0;
+    t->listen_fd = conn_listen(endpoint_text(&c->listen), err);
+    if (t->listen_fd < 0)
+        return -1;
+    t->listener = loop_watch_fd(t->agent->loop, t->listen_fd, LOOP_READ, on_peer, t, err);
+    return t->listener ? 0 : -1;
+}
+
+/* ---- What a former agent left ---- */
+
+static int take_up(const struct journal_record *record, const struct vm_error *damage, void *arg,
+                   struct vm_error **err)
+{
+    struct transfer *t = arg;
+    cleanup_error struct vm_error *failure = NULL;
+    if (damage) {
+        log_error("a damaged record of the journal is left alone", "attempt=%s error=%s",
+                  uuid_text(&record->attempt), log_q(error_message(damage)));
+        return 0;
+    }
+    struct handover probe;
+    handover_recover(&probe, record->record, false);
+    if (handover_is_finished(&probe) && handover_record_is_settled(record->record))
+        return 0;
+    bool source = handover_record_role(record->record) == HANDOVER_SOURCE;
+    CLEANUP(attempt)
+    struct attempt *a = attempt_recover(
+        t, source ? &attempt_source_role : &attempt_destination_role, record, &failure);
+    if (!a || attempt_start(a, &failure) < 0)
+        return error_propagate(err, steal_ptr(&failure));
+    if (!handover_record_is_settled(record->record) &&
+        attempt_job_start(a, source ? JOB_SEND : JOB_RECEIVE, record->peer, &failure) < 0)
+        log_warn("an unfinished hand-over does not show as a job", "error=%s",
+                 log_q(error_message(failure)));
+    return 0;
+}
+
+/* ---- Life ---- */
+
+static int open_parts(struct transfer *t, struct vm_error **err)
+{
+    const struct config *c = t->agent->config;
+    cleanup_free char *path = NULL;
+    struct conn_settings settings = {.ca_file = c->ca_file,
+                                     .cert_file = c->cert_file,
+                                     .key_file = c->key_file,
+                                     .insecure_plain = c->insecure_loopback};
+    if (asprintf(&path, "%s/journal", c->state_dir) < 0) {
+        path = NULL;
+        return error_nomem(err);
+    }
+    t->journal = journal_open(path, err);
+    if (!t->journal)
+        return -1;
+    t->context = conn_context_create(&settings, err);
+    return t->context ? 0 : -1;
+}
+
+struct transfer *transfer_create(struct agent *agent, struct vm_error **err)
+{
+    CLEANUP(transfer) struct transfer *t = calloc(1, sizeof(*t));
+    if (!t) {
+        error_nomem(err);
+        return NULL;
+    }
+    t->agent = agent;
+    t->listen_fd = -1;
+    pthread_mutex_init(&t->lock, NULL);
+    cond_init(&t->changed);
+    t->stop = io_latch_new(err);
+    if (t->stop < 0 || open_parts(t, err) < 0)
+        return NULL;
+    if (!vms_settle(agent->vms, SETTLE_TIMEOUT_MS))
+        log_warn("some VMs do not answer yet");
+    if (journal_each(t->journal, take_up, t, err) < 0 || listen_for_peers(t, err) < 0) {
+        transfer_stop(t);
+        return NULL;
+    }
+    return steal_ptr(&t);
+}
+
+static bool all_ended(struct transfer *t)
+{
+    return !t->attempts && !t->n_connections;
+}
+
+void transfer_stop(struct transfer *t)
+{
+    loop_watch_destroy(t->listener);
+    t->listener = NULL;
+    close_fd(&t->listen_fd);
+    io_latch_set(t->stop);
+    int64_t deadline = clock_mono_ns() + NSEC(STOP_TIMEOUT_MS);
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt *a = t->attempts; a; a = a->next) {
+        pthread_mutex_lock(&a->lock);
+        a->stop = true;
+        pthread_cond_broadcast(&a->changed);
+        pthread_mutex_unlock(&a->lock);
+        io_latch_set(a->cancel);
+    }
+    while (!all_ended(t) && cond_wait_until(&t->changed, &t->lock, deadline))
+        ;
+    if (!all_ended(t))
+        log_warn("some transfers did not end in time");
+}
+
+void transfer_destroy(struct transfer *t)
+{
+    if (!t)
+        return;
+    loop_watch_destroy(t->listener);
+    close_fd(&t->listen_fd);
+    conn_context_destroy(t->context);
+    journal_close(t->journal);
+    close_fd(&t->stop);
+    pthread_cond_destroy(&t->changed);
+    pthread_mutex_destroy(&t->lock);
+    free(t);
+}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compares migrations of the same guest, in turn (A B C A B C ...), in one run: vmmig against QEMU's own.
+
+    /usr/bin/python3 tests/bench/migrate.py [--case NAME]... [--rounds N] [--tls] [--json FILE]
+
+Cases:
+    linux-1gbit      Linux with 1 GiB, working, over 1 Gbit/s
+    random-unshaped  1 GiB that does not compress, over a link without a limit
+    unmapped         the same, with a destination that the user prepared: its memory is not mapped
+
+The guest is booted once and goes back and forth. Prints medians with their spread, and for every metric
+vmmig's ratio to the best of QEMU's modes. VMMIG_BUILD names the build folder.
+
+Metrics: total_ms from the command until the user is told that it is done; pause_ms as a host sees
+the guest stand still (the stamps of its console's ticks); wire_bytes all that both hosts sent; cpu_s
+of both agents and both QEMUs without their vCPUs' threads.
+"""
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), 'flow')]
+
+from cluster import PKI, Cluster, eventually  # noqa: E402
+from lab import BareGuest, LinuxGuest, linux_guest  # noqa: E402
+
+MODES = {
+    'qemu-plain': ([], {}),
+    'qemu-multifd': (['multifd'], {'multifd-channels': 2}),
+    'qemu-multifd-zstd': (['multifd'], {'multifd-channels': 2, 'multifd-compression': 'zstd'}),
+    'qemu-xbzrle': (['xbzrle'], {}),
+}
+METRICS = {'total_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's'}
+HZ = os.sysconf('SC_CLK_TCK')
+
+
+def cpu_of(pid):
+    """CPU seconds of a process without its vCPUs' threads."""
+    total = 0
+    for task in os.listdir(f'/proc/{pid}/task'):
+        try:
+            with open(f'/proc/{pid}/task/{task}/comm', encoding='ascii') as file:
+                if file.read().startswith('CPU '):
+                    continue
+            with open(f'/proc/{pid}/task/{task}/stat', encoding='ascii') as file:
+                fields = file.read().rpartition(')')[2].split()
+        except OSError:
+            continue
+        total += int(fields[11]) + int(fields[12])
+    return total / HZ
+
+
+class Race:
+    """One guest that every tool moves in turn."""
+
+    def __init__(self, cluster, vm, dest_qmp=False):
+        self.cluster, self.vm, self.dest_qmp = cluster, vm, dest_qmp
+        self.here, self.there = cluster.agents
+        self.console = cluster.console(vm.name)
+        self.here.host.popen(vm.argv(), name=vm.name)
+        self.console.wait_for('ready', timeout=180)
+        self.console.wait_ticks(20)
+
+    def qemu_pids(self):
+        return [pid for agent in (self.here, self.there) for pid, argv in agent.host.processes().items()
+                if 'qemu-system' in argv[0]]
+
+    def run(self, tool):
+        """One migration. Returns its metrics."""
+        move = self.vmmig if tool == 'vmmig-qemu' else lambda: self.native(*MODES[tool])
+        mark = self.console.mark()
+        agents = [agent.process.pid for agent in (self.here, self.there)]
+        before = {pid: cpu_of(pid) for pid in agents}
+        sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there))
+        total, cpu = move()
+        sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there)) - sent
+        cpu += sum(cpu_of(pid) - before[pid] for pid in agents)
+        self.console.wait_ticks(20, timeout=60)
+        self.console.check(after=mark)
+        self.here, self.there = self.there, self.here
+        return {'total_ms': total * 1000, 'pause_ms': self.console.pause(after=mark) * 1000, 'wire_bytes': sent,
+                'cpu_s': cpu}
+
+    def start_destination(self):
+        self.there.host.popen(self.vm.argv(incoming='defer'), name=self.vm.name)
+        eventually('the destination', lambda: os.path.exists(self.there.host.path(self.vm.judge_path)))
+        return self.vm.qmp(self.there.host)
+
+    def vmmig(self):
+        self.here.vmmig('attach', self.vm.name, '--qmp', self.vm.qmp_path)
+        options = []
+        if self.dest_qmp:
+            self.start_destination()
+            options = ['--dest-qmp', self.vm.qmp_path]
+        source = self.here.json('status', self.vm.name)['pid']
+        used = cpu_of(source)
+        start = time.monotonic()
+        job = self.here.popen('send', self.vm.name, '--to', self.there.host.name, '--json', *options)
+        # The source's QEMU ends before the command does: read its CPU time as long as it is there.
+        while job.poll() is None:
+            try:
+                last = cpu_of(source)
+            except OSError:
+                pass
+            time.sleep(0.005)
+        total = time.monotonic() - start
+        said = job.communicate()[0]
+        assert job.returncode == 0, said
+        target = self.there.json('status', self.vm.name)['pid']
+        self.there.vmmig('detach', self.vm.name)
+        self.last = json.loads(said)
+        return total, last - used + cpu_of(target)
+
+    def native(self, capabilities, parameters):
+        source, target = self.vm.qmp(self.here.host), self.start_destination()
+        source_pid = next(pid for pid, argv in self.here.host.processes().items() if 'qemu-system' in argv[0])
+        target_pid = next(pid for pid, argv in self.there.host.processes().items() if 'qemu-system' in argv[0])
+        tls = not self.cluster.plain
+        for qmp, endpoint, agent in ((source, 'client', self.here), (target, 'server', self.there)):
+            every = ['multifd', 'xbzrle', 'auto-converge', 'events']
+            qmp('migrate-set-capabilities', capabilities=[
+                {'capability': name, 'state': name in [*capabilities, 'events']} for name in every])
+            qmp('migrate-set-parameters', **{'max-bandwidth': 100 << 30, 'downtime-limit': 300,
+                                             'multifd-channels': 2, 'multifd-compression': 'none', **parameters})
+            if tls:
+                folder = f'{PKI}-{endpoint}'
+                os.makedirs(agent.host.path(folder), exist_ok=True)
+                for name, qemus in (('ca.crt', 'ca-cert.pem'), ('host.crt', f'{endpoint}-cert.pem'),
+                                    ('host.key', f'{endpoint}-key.pem')):
+                    link = agent.host.path(f'{folder}/{qemus}')
+                    if not os.path.lexists(link):
+                        os.symlink(f'{PKI}/{name}', link)
+                try:
+                    qmp('object-del', id='bench-tls')
+                except Exception:  # pylint: disable=broad-except  # there was none
+                    pass
+                qmp('object-add', **{'qom-type': 'tls-creds-x509', 'id': 'bench-tls', 'endpoint': endpoint,
+                                     'dir': folder, 'verify-peer': True})
+                qmp('migrate-set-parameters', **{'tls-creds': 'bench-tls'})
+        target('migrate-incoming', uri='tcp:0.0.0.0:4444')
+        used = cpu_of(source_pid)
+        start = time.monotonic()
+        source('migrate', uri=f'tcp:{self.there.host.name}:4444')
+        while (info := source('query-migrate'))['status'] not in ('completed', 'failed'):
+            time.sleep(0.005)
+        total = time.monotonic() - start
+        assert info['status'] == 'completed', info
+        eventually('the guest', lambda: target('query-status')['status'] == 'running')
+        cpu = cpu_of(source_pid) - used + cpu_of(target_pid)
+        os.kill(source_pid, 9)
+        eventually('the end of the source', lambda: not os.path.exists(f'/proc/{source_pid}'))
+        for path in (self.vm.qmp_path, self.vm.judge_path):
+            os.unlink(self.here.host.path(path))
+        return total, cpu
+
+
+def linux_1gbit(plain):
+    kernel, initrd = linux_guest(os.environ.get('VMMIG_CACHE', '/var/tmp/vmmig-cache'))
+    vm = LinuxGuest('bench', mem_mib=1024, kernel=kernel, initrd=initrd, work_mib=192, rate_mbps=5, tick_ms=20)
+    return Cluster(rate='1gbit', plain=plain), vm, False, ['vmmig-qemu', *MODES]
+
+
+def random_unshaped(plain):
+    vm = BareGuest('bench', mem_mib=1024, dirty_mib=8, rate_mbps=5, scan_mbps=0, fill='random')
+    return Cluster(plain=plain), vm, False, ['vmmig-qemu', *MODES]
+
+
+def unmapped(plain):
+    cluster, vm, _, _ = random_unshaped(plain)
+    return cluster, vm, True, ['vmmig-qemu', 'qemu-plain']
+
+
+CASES = {'linux-1gbit': linux_1gbit, 'random-unshaped': random_unshaped, 'unmapped': unmapped}
+
+
+def run_case(name, rounds, plain):
+    cluster, vm, dest_qmp, tools = CASES[name](plain)
+    results = {tool: [] for tool in tools}
+    with cluster:
+        race = Race(cluster, vm, dest_qmp)
+        race.run(tools[0])  # warms up: not counted
+        for _ in range(rounds):
+            for tool in tools:
+                results[tool].append(race.run(tool))
+                print(f'  {name} {tool}: ' + ', '.join(f'{m} {v:.4g}' for m, v in results[tool][-1].items()),
+                      file=sys.stderr, flush=True)
+    return results
+
+
+def show(name, results):
+    print(f'\n{name}\n{"":22}' + ''.join(f'{metric:>24}' for metric in METRICS))
+    middle = {tool: {m: statistics.median(run[m] for run in runs) for m in METRICS} for tool, runs in results.items()}
+    for tool, runs in results.items():
+        cells = []
+        for metric in METRICS:
+            values = [run[metric] for run in runs]
+            cells.append(f'{middle[tool][metric]:.4g} ({min(values):.4g}-{max(values):.4g})')
+        print(f'{tool:22}' + ''.join(f'{cell:>24}' for cell in cells))
+    best = {m: min(middle[tool][m] for tool in results if tool != 'vmmig-qemu') for m in METRICS}
+    print(f'{"vmmig / best of QEMU":22}' + ''.join(f'{middle["vmmig-qemu"][m] / best[m]:>24.2f}' for m in METRICS))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--case', action='append', choices=list(CASES))
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--tls', action='store_true', help='both sides with TLS')
+    parser.add_argument('--json', metavar='FILE')
+    options = parser.parse_args()
+    version = subprocess.run(['qemu-system-x86_64', '--version'], capture_output=True, text=True,
+                             check=True).stdout.splitlines()[0]
+    machine = {'cpus': os.cpu_count(), 'kernel': os.uname().release, 'qemu': version, 'tls': options.tls}
+    results = []
+    for name in options.case or CASES:
+        found = run_case(name, options.rounds, not options.tls)
+        show(name, found)
+        results += [{'case': name, 'tool': tool, 'metric': metric, 'unit': unit,
+                     'runs': [run[metric] for run in runs],
+                     'median': statistics.median(run[metric] for run in runs)}
+                    for tool, runs in found.items() for metric, unit in METRICS.items()]
+    if options.json:
+        with open(options.json, 'w', encoding='utf-8') as file:
+            json.dump({'machine': machine, 'results': results}, file, indent=1)
+
+
+if __name__ == '__main__':
+    main()

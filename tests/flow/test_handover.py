@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Agents that die during a migration: afterwards exactly one copy of the guest runs, all of it, and where
+nobody can know, an operator decides."""
+import os
+import time
+
+import pytest
+from cluster import Cluster, eventually, fault_build
+from lab import BareGuest, judge
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    with Cluster(start=False) as made:
+        yield made
+
+
+class Pair:
+    """A guest on h1, two agents, and what became of them."""
+
+    def __init__(self, cluster, name, faults=('', ''), **options):
+        self.cluster, self.name = cluster, name
+        self.a1, self.a2 = cluster.agents
+        for agent, spec in zip(cluster.agents, faults):
+            if agent.process and agent.process.poll() is None:
+                agent.stop()
+            agent.start(faults=spec, build=fault_build())
+        self.vm = BareGuest(name, **{'mem_mib': 128, 'dirty_mib': 16, 'rate_mbps': 20, **options})
+        self.console = cluster.console(name)
+        self.qemu = self.a1.host.popen(self.vm.argv(), name=name)
+        self.console.wait_for('ready')
+        self.a1.vmmig('attach', name, '--qmp', self.vm.qmp_path)
+        self.mark = self.console.mark()
+
+    def begin(self):
+        self.a1.vmmig('send', self.name, '--to', 'h2', '--background')
+
+    def wait_death(self, agent):
+        eventually(f'the crash of the agent on {agent.host.name}', lambda: agent.process.poll() is not None)
+
+    def running(self):
+        """Hosts where a QEMU of this guest runs its vCPUs, as QEMU itself says."""
+        found = []
+        for host in self.cluster.hosts:
+            try:
+                qmp = self.vm.qmp(host)
+            except OSError:
+                continue
+            if qmp('query-status')['status'] == 'running':
+                found.append(host.name)
+        return found
+
+    def settled(self):
+        """The hosts whose agent has it as present and settled."""
+        found = []
+        for agent in self.cluster.agents:
+            for vm in agent.json('list')['vms']:
+                if vm['vm'] == self.name and vm['presence'] == 'present' and vm['state'] == 'running':
+                    found.append(agent.host.name)
+        return found
+
+    def expect(self, host, timeout=40):
+        """Exactly one copy runs, on that host, whole; nothing is left on the other."""
+        eventually(f'{self.name} on {host}', lambda: self.settled() == [host] == self.running(), timeout)
+        self.console.wait_ticks(5)
+        hosts = self.console.check(after=self.mark)
+        assert hosts in (['h1'], ['h1', 'h2']) and hosts[-1] == host
+        self.console.verify()
+        other = next(agent for agent in self.cluster.agents if agent.host.name != host)
+        eventually('nothing left', lambda: not judge.leftovers(other.host, self.name, [other.process.pid]))
+
+    def end(self):
+        for agent in self.cluster.agents:
+            for vm in agent.json('list')['vms']:
+                if vm['vm'] == self.name:
+                    if vm['presence'] == 'present':
+                        os.kill(vm['pid'], 9)
+                        eventually('its end', lambda: not os.path.exists(f'/proc/{vm["pid"]}'))
+                    agent.vmmig('detach', self.name)
+
+
+@pytest.mark.parametrize('side', ['source', 'destination'])
+def test_an_agent_killed_in_mid_copy(cluster, side):
+    pair = Pair(cluster, f'mid-{side}', fill='random', mem_mib=512)
+    cluster.hosts[0].set_rate('1gbit')
+    try:
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 50 * MIB)
+        victim = pair.a1 if side == 'source' else pair.a2
+        victim.kill()
+        time.sleep(0.5)  # the guest runs on while its agent is away
+        pair.console.wait_ticks(5)
+        victim.start(build=fault_build())
+        pair.expect('h1')
+    finally:
+        cluster.hosts[0].set_rate(None)
+    pair.end()
+
+
+CRASHES = [
+    ('source', 'handover.before.COMMIT', 'h1'),
+    ('source', 'handover.after.COMMIT', 'h2'),
+    ('source', 'handover.before.DONE', 'h2'),
+    ('destination', 'handover.before.LOADED', 'h1'),
+    ('destination', 'handover.before.RUN', 'h2'),
+    ('destination', 'handover.after.RUN', 'h2'),
+    ('destination', 'handover.before.RUNNING', 'h2'),
+    ('destination', 'handover.after.RUNNING', 'h2'),
+]
+
+
+@pytest.mark.parametrize('side, point, outcome', CRASHES)
+def test_an_agent_that_dies_during_the_hand_over(cluster, side, point, outcome):
+    spec = f'{point}=crash'
+    pair = Pair(cluster, f'{side[0]}-{point.removeprefix("handover.").replace(".", "-")}',
+                faults=(spec, '') if side == 'source' else ('', spec))
+    victim = pair.a1 if side == 'source' else pair.a2
+    pair.begin()
+    pair.wait_death(victim)
+    victim.start(build=fault_build())
+    pair.expect(outcome)
+    pair.end()
+
+
+def test_a_destination_that_never_comes_back_needs_an_operator(cluster):
+    pair = Pair(cluster, 'doubt', faults=('', 'handover.before.RUN=crash'))
+    pair.begin()
+    pair.wait_death(pair.a2)
+    status = eventually('doubt', lambda: (s := pair.a1.json('status', 'doubt')).get('handover', {}).get(
+        'in_doubt') and s)
+    assert status['handover']['peer'].startswith('h2')
+    assert pair.running() == []
+    refused = pair.a1.vmmig('resolve', 'doubt', '--here', '--i-fenced', 'h3', check=False)
+    assert refused.returncode == 2 and 'h2' in refused.stderr
+    late = pair.a1.vmmig('cancel', 'doubt', check=False)
+    assert late.returncode == 5 and 'too late' in late.stderr
+    pair.a2.host.crash()  # the operator fences h2
+    pair.a1.vmmig('resolve', 'doubt', '--here', '--i-fenced', 'h2')
+    eventually('the guest on h1', lambda: pair.running() == ['h1'])
+    pair.console.wait_ticks(5)
+    assert pair.console.check(after=pair.mark) == ['h1']
+    pair.console.verify()
+    pair.a2.start(build=fault_build())
+    pair.end()
+
+
+def test_cancel_before_the_pause_leaves_the_guest_where_it_is(cluster):
+    pair = Pair(cluster, 'cancelled', fill='random', mem_mib=512)
+    cluster.hosts[0].set_rate('100mbit')
+    try:
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
+        pair.a1.vmmig('cancel', 'cancelled')
+        done = pair.a1.vmmig('watch', 'cancelled', check=False)
+        assert done.returncode == 14
+        pair.expect('h1')
+    finally:
+        cluster.hosts[0].set_rate(None)
+    pair.end()
+
+
+def test_a_guest_that_dies_at_the_source_ends_the_job(cluster):
+    pair = Pair(cluster, 'dies', fill='random', mem_mib=512)
+    cluster.hosts[0].set_rate('100mbit')
+    try:
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
+        os.kill(pair.a1.json('status', 'dies')['pid'], 9)
+        done = pair.a1.vmmig('watch', 'dies', check=False)
+        assert done.returncode == 13, done.stderr
+        eventually('nothing left', lambda: not judge.leftovers(pair.a2.host, 'dies', [pair.a2.process.pid]))
+    finally:
+        cluster.hosts[0].set_rate(None)
+    pair.end()

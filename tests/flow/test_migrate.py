@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU guest moves between two agents, as its user, its console and its own self-check see it."""
+import os
+import time
+
+import pytest
+from cluster import Cluster, eventually
+from lab import (BareGuest, LinuxGuest, check_disk, huge_pages, judge, linux_guest, make_disk, make_vars)
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    with Cluster() as made:
+        yield made
+
+
+def boot(cluster, vm, agent=None):
+    """Starts the guest under plain QEMU and has the agent adopt it."""
+    agent = agent or cluster.agents[0]
+    console = cluster.console(vm.name)
+    agent.host.popen(vm.argv(), name=vm.name)
+    console.wait_for('ready', timeout=60)
+    agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+    return console
+
+
+def end(cluster, name):
+    """Ends the guest wherever it is, and looks for what it left behind."""
+    for agent in cluster.agents:
+        for vm in agent.json('list')['vms']:
+            if vm['vm'] != name:
+                continue
+            if vm['presence'] == 'present':
+                os.kill(vm['pid'], 9)
+                eventually('the end of the guest', lambda: not os.path.exists(f'/proc/{vm["pid"]}'))
+            agent.vmmig('detach', name)
+
+
+def send(agent, to, name, *options):
+    """Sends the VM. Returns the job's JSON."""
+    return agent.json('send', name, '--to', to, *options)
+
+
+def saved(job, encoding):
+    return job['pages'][encoding]['pages']
+
+
+def where(cluster, name):
+    """Names of the hosts whose agent has the VM, present."""
+    return [agent.host.name for agent in cluster.agents
+            if any(vm['vm'] == name and vm['presence'] == 'present' for vm in agent.json('list')['vms'])]
+
+
+# ---- the bare guest checks every byte of itself
+
+def test_a_busy_guest_converges_within_the_limit(cluster):
+    h1, h2 = cluster.hosts
+    vm = BareGuest('busy', mem_mib=512, dirty_mib=64, rate_mbps=20)
+    console = boot(cluster, vm)
+    for host in cluster.hosts:
+        host.set_rate('1gbit')
+    try:
+        mark = console.mark()
+        job = send(cluster.agents[0], 'h2', 'busy', '--downtime-limit', '300')
+        console.wait_ticks(5)
+    finally:
+        for host in cluster.hosts:
+            host.set_rate(None)
+    assert job['state'] == 'done'
+    assert where(cluster, 'busy') == ['h2']
+    assert console.check(after=mark) == ['h1', 'h2']
+    console.verify()
+    pause = console.pause(after=mark) * 1000
+    assert pause <= 300
+    assert abs(pause - job['pause_ms']) <= 10, f'guest saw {pause} ms, the agent says {job["pause_ms"]} ms'
+    assert job['throttle_max_percent'] == 0
+    assert job['resent_bytes'] == 0
+    assert not judge.leftovers(h1, 'busy', [cluster.agents[0].process.pid])
+    end(cluster, 'busy')
+
+
+def test_a_guest_faster_than_the_link_is_throttled(cluster):
+    vm = BareGuest('fast', mem_mib=512, dirty_mib=64, rate_mbps=200, pattern='random')
+    console = boot(cluster, vm)
+    for host in cluster.hosts:
+        host.set_rate('1gbit')
+    try:
+        mark = console.mark()
+        job = send(cluster.agents[0], 'h2', 'fast', '--downtime-limit', '300')
+        console.wait_ticks(5)
+    finally:
+        for host in cluster.hosts:
+            host.set_rate(None)
+    assert console.check(after=mark) == ['h1', 'h2']
+    console.verify()
+    assert job['throttle_max_percent'] > 0
+    assert 'throttled' in job['note']
+    assert console.pause(after=mark) * 1000 <= 300
+    end(cluster, 'fast')
+
+
+VARIANTS = {
+    'vcpus': {'vcpus': 2},
+    'numa': {'memory': 'numa', 'vcpus': 2},
+    'named': {'memory': 'named'},
+    'shared': {'memory': 'shared'},
+    'mem-path': {'memory': 'mem-path'},
+    'hugetlb': {'memory': 'hugetlb', 'mem_mib': 128},
+    'vga': {'vga': True},
+    'hotplug': {'dimm_slots': 2},
+}
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_every_kind_of_memory_arrives_whole(cluster, variant):
+    name = f'v-{variant}'
+    vm = BareGuest(name, **{'mem_mib': 192, 'dirty_mib': 16, 'rate_mbps': 20, **VARIANTS[variant]})
+    reserved = None
+    if variant == 'hugetlb':
+        try:
+            reserved = huge_pages(2 * 128)
+            reserved.__enter__()
+        except (MemoryError, OSError) as why:
+            pytest.skip(f'NO HUGE PAGES: {why}')
+    try:
+        console = boot(cluster, vm)
+        if variant == 'hotplug':
+            vm.plug_dimm(vm.qmp(cluster.hosts[0]), console)
+        mark = console.mark()
+        job = send(cluster.agents[0], 'h2', name)
+        console.wait_ticks(5)
+        assert console.check(after=mark) == ['h1', 'h2']
+        console.verify()
+        assert job['opaque_bytes'] < 20 * MIB  # its memory went as pages
+        mark = console.mark()
+        send(cluster.agents[1], 'h1', name)
+        console.wait_ticks(5)
+        assert console.check(after=mark) == ['h2', 'h1']
+        console.verify()
+        end(cluster, name)
+    finally:
+        if reserved:
+            reserved.__exit__(None, None, None)
+
+
+def test_a_stream_that_cannot_be_parsed_is_relayed_whole(cluster):
+    vm = BareGuest('vmem', mem_mib=192, dirty_mib=16, virtio_mem_mib=128)
+    console = boot(cluster, vm)
+    mark = console.mark()
+    job = send(cluster.agents[0], 'h2', 'vmem')
+    console.wait_ticks(5)
+    assert console.check(after=mark) == ['h1', 'h2']
+    console.verify()
+    assert job['opaque_bytes'] > 0 and saved(job, 'lz4') == 0
+    end(cluster, 'vmem')
+
+
+def test_what_cannot_move_is_refused_by_name(cluster):
+    vm = BareGuest('stuck', mem_mib=64, dirty_mib=8, unmigratable=True)
+    console = boot(cluster, vm)
+    mark = console.mark()
+    done = cluster.agents[0].vmmig('send', 'stuck', '--to', 'h2', check=False)
+    assert done.returncode == 5
+    assert 'nvme' in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    console.wait_ticks(5)
+    assert console.check(after=mark) == ['h1']
+    end(cluster, 'stuck')
+
+
+def test_a_paused_guest_stays_paused(cluster):
+    vm = BareGuest('asleep', mem_mib=64, dirty_mib=8)
+    console = boot(cluster, vm)
+    vm.qmp(cluster.hosts[0])('stop')
+    send(cluster.agents[0], 'h2', 'asleep')
+    qmp = vm.qmp(cluster.hosts[1])
+    assert qmp('query-status')['status'] == 'paused'
+    mark = console.mark()
+    qmp('cont')
+    console.wait_ticks(3)
+    assert console.check(after=mark) == ['h2']
+    console.verify()
+    end(cluster, 'asleep')
+
+
+# ---- the link
+
+def test_a_link_that_is_cut_for_5_s_is_waited_for(cluster):
+    h1, h2 = cluster.hosts
+    a1 = cluster.agents[0]
+    vm = BareGuest('cut', mem_mib=512, dirty_mib=16, rate_mbps=10, fill='random')
+    console = boot(cluster, vm)
+    h1.set_rate('1gbit')
+    try:
+        mark = console.mark()
+        a1.vmmig('send', 'cut', '--to', 'h2', '--background')
+        eventually('half of the memory', lambda: a1.json('status', 'cut')['job']['wire_bytes'] > 100 * MIB)
+        h1.cut()
+        time.sleep(5)  # the length of the outage is what is tested
+        assert a1.json('status', 'cut')['job']['state'] == 'running'
+        h1.heal()
+        job = a1.json('watch', 'cut')
+        console.wait_ticks(5)
+    finally:
+        h1.set_rate(None)
+    assert job['state'] == 'done'
+    assert job['reconnects'] > 0
+    assert job['resent_bytes'] == 0
+    assert console.check(after=mark) == ['h1', 'h2']
+    assert console.pause(after=mark) < 1
+    console.verify()
+    end(cluster, 'cut')
+
+
+def test_a_link_that_stays_away_leaves_the_guest_at_the_source(cluster):
+    h1, h2 = cluster.hosts
+    a1, a2 = cluster.agents
+    vm = BareGuest('gone', mem_mib=512, dirty_mib=16, rate_mbps=10, fill='random')
+    console = boot(cluster, vm)
+    h1.set_rate('1gbit')
+    try:
+        mark = console.mark()
+        a1.vmmig('send', 'gone', '--to', 'h2', '--background')
+        eventually('some memory', lambda: a1.json('status', 'gone')['job']['wire_bytes'] > 50 * MIB)
+        h1.cut()
+        done = a1.vmmig('watch', 'gone', check=False)
+        assert done.returncode == 10, done.stderr
+        console.wait_ticks(5)
+        assert console.check(after=mark) == ['h1']
+    finally:
+        h1.set_rate(None)
+    eventually('a clean destination', lambda: not judge.leftovers(h2, 'gone', [a2.process.pid]), timeout=90)
+    console.verify()
+    job = send(a1, 'h2', 'gone')
+    assert job['state'] == 'done'
+    end(cluster, 'gone')
+
+
+# ---- bounds
+
+@pytest.mark.parametrize('mib', [512, pytest.param(5120, marks=pytest.mark.full)])
+def test_the_agents_memory_is_bounded(cluster, mib):
+    a1, a2 = cluster.agents
+    vm = BareGuest('bounded', mem_mib=mib, dirty_mib=64, rate_mbps=200)
+    console = boot(cluster, vm)
+    pids = [agent.process.pid for agent in (a1, a2)]
+    mark = console.mark()
+    a1.vmmig('send', 'bounded', '--to', 'h2', '--background')
+    most = 0
+    while a1.json('status', 'bounded', check=False).get('job', {}).get('state') == 'running':
+        most = max(most, *map(judge.rss_anon, pids))
+    assert a1.json('watch', 'bounded')['state'] == 'done'
+    assert most < 100 * MIB
+    console.wait_ticks(5)
+    assert console.check(after=mark) == ['h1', 'h2']
+    console.verify()
+    end(cluster, 'bounded')
+
+
+# ---- a real Linux
+
+@pytest.fixture(scope='module')
+def linux():
+    return linux_guest(os.environ.get('VMMIG_CACHE', '/var/tmp/vmmig-cache'))
+
+
+def test_linux_goes_back_and_forth(cluster, linux, full):
+    kernel, initrd = linux
+    disk = make_disk(f'{cluster.shared}/linux.raw', mib=64)
+    vm = LinuxGuest('linux', kernel=kernel, initrd=initrd, disk=disk)
+    console = boot(cluster, vm)
+    mark = console.mark()
+    here, there = cluster.agents
+    for _ in range(10 if full else 4):
+        job = send(here, there.host.name, 'linux')
+        assert job['state'] == 'done'
+        console.wait_ticks(3)
+        here, there = there, here
+    console.check(after=mark)
+    console.send('poweroff')
+    pid = here.json('status', 'linux')['pid']
+    eventually('the end of the guest', lambda: not os.path.exists(f'/proc/{pid}'), timeout=30)
+    check_disk(disk)
+    for agent in cluster.agents:
+        if any(v['vm'] == 'linux' for v in agent.json('list')['vms']):
+            agent.vmmig('detach', 'linux')
+
+
+def test_a_guest_with_firmware_moves(cluster, linux):
+    kernel, initrd = linux
+    variables = make_vars(f'{cluster.shared}/vars.fd')
+    vm = LinuxGuest('ovmf', kernel=kernel, initrd=initrd, firmware='ovmf', vars=variables)
+    console = boot(cluster, vm)
+    mark = console.mark()
+    send(cluster.agents[0], 'h2', 'ovmf')
+    console.wait_ticks(3)
+    assert console.check(after=mark) == ['h1', 'h2']
+    end(cluster, 'ovmf')
