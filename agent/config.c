@@ -155,9 +155,9 @@ static const struct option config_options[] = {
      .text = "This host's certificate"},
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
      .text = "Its private key"},
-    {"insecure-loopback", "yes|no", option_parse_flag, MEMBER(insecure_loopback), .def = "no",
-     .text = "Talk to peers in plain TCP, on loopback addresses only, without certificates. For "
-             "trying things out"},
+    {"insecure-plain", "yes|no", option_parse_flag, MEMBER(insecure_plain), .def = "no",
+     .text = "Talk to peers in plain TCP, without certificates: whoever reaches the port can take "
+             "and give VMs. For benchmarks and tests in networks that nobody else is in"},
     {"vmm", "PATH", parse_vmm, MEMBER(vmms), .def = "/usr/bin/qemu-system-x86_64",
      .repeatable = true,
      .text = "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
@@ -266,10 +266,10 @@ static int settle_security(struct config *c, const bool *seen, struct vm_error *
 {
     char **files[] = {&c->ca_file, &c->cert_file, &c->key_file};
     static const char *const names[] = {"ca", "cert", "key"};
-    for (int i = 0; c->insecure_loopback && i < 3; i++) {
+    for (int i = 0; c->insecure_plain && i < 3; i++) {
         if (seen[option_find(config_options, "", names[i], err) - config_options])
             return error_set(err, VM_ERROR_USAGE,
-                             "insecure-loopback and %s exclude each other: leave one out", names[i]);
+                             "insecure-plain and %s exclude each other: leave one out", names[i]);
         free(steal_ptr(files[i]));
     }
     return 0;

@@ -52,8 +52,8 @@ struct config {
     char *control_socket;
     char *control_group;   /* its members may drive the agent; "" for root and the agent's user only */
     struct endpoint listen; /* host "": none, this agent takes no VMs */
-    char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_loopback */
-    bool insecure_loopback; /* plain TCP with peers on loopback addresses */
+    char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_plain */
+    bool insecure_plain; /* plain TCP with peers */
     struct config_vmms vmms; /* binaries that may be run as a VM */
     char *log_dir;         /* what VMMs print */
     char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "" for the agent's own */

@@ -206,10 +206,9 @@ void options_print_manual(FILE *out, const struct option *rows, const char *pref
 {
     char text[1024];
     for (const struct option *o = rows; o->name; o++) {
-        fprintf(out, o->argument ? "`%s%s %s`\n:   " : "`%s%s`\n:   ", prefix, o->name,
+        fprintf(out, o->argument ? "\n`%s%s %s`\n:   " : "\n`%s%s`\n:   ", prefix, o->name,
                 o->argument);
         describe(o, text, sizeof(text));
         text_wrap(out, text, 4, 4);
-        fputc('\n', out);
     }
 }

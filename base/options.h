@@ -75,6 +75,7 @@ const struct option *option_find(const struct option *rows, const char *prefix, 
 
 /* Help for all rows, `prefix` ("--" or "") before each name. 80 columns. */
 void options_print_help(FILE *out, const struct option *rows, const char *prefix);
+/* The same in Markdown: a definition list, a blank line before each item. */
 void options_print_manual(FILE *out, const struct option *rows, const char *prefix);
 
 #endif

@@ -330,7 +330,7 @@ const struct cli_command cli_commands[] = {
      "Start a VM from its QEMU command line. The agent adds a QMP socket of its own, nothing else. The "
      "binary must be one that the agent's configuration lists. The VM outlives the agent. Relative "
      "paths are those of the current directory.\n\n"
-     "    vmmig run web1 -- qemu-system-x86_64 -enable-kvm -m 4G -drive file=/srv/web1.qcow2",
+     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2",
      run_run},
     {"attach", "NAME --qmp PATH", 1, 1, false, attach_options, "adopt a QEMU that already runs",
      "Adopt a QEMU (7.2 or later) that runs already, through its QMP socket. The VM is not touched.\n\n"

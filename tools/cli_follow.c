@@ -155,7 +155,10 @@ static int follow(struct follow *f, struct vm_error **err)
         int r = next_report(f, &m, err);
         if (r < 0) {
             close_line(f);
-            return error_wrap(err, "%s: what became of it, `vmmig status %s` can tell", f->vm, f->vm);
+            if (err && (*err)->kind == VM_ERROR_UNREACHABLE)
+                error_wrap(err, "%s: the job's end was not seen, ask `vmmig status %s`", f->vm,
+                           f->vm);
+            return -1;
         }
         if (r == 0)
             return CLI_STATUS_INTERRUPTED;

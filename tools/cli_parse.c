@@ -75,7 +75,9 @@ static int check_arguments(const struct cli_command *command, const struct cli *
         return error_set(err, VM_ERROR_USAGE, "unexpected argument '%.64s'; usage: vmmig %s%s%s",
                          c->args.list[command->max_args], name, *command->arguments ? " " : "",
                          command->arguments);
-    if (command->takes_rest != (c->args.rest != NULL))
+    if (!command->takes_rest && c->args.rest)
+        return error_set(err, VM_ERROR_USAGE, "vmmig %s takes nothing behind --", name);
+    if (command->takes_rest && !c->args.rest)
         return error_set(err, VM_ERROR_USAGE, "usage: vmmig %s %s", name, command->arguments);
     return 0;
 }
@@ -194,10 +196,34 @@ void cli_print_command_help(FILE *out, const struct cli_command *command)
 }
 
 static const char manual_output[] =
-    "Text for people is not a stable format; --json is: one object on standard output with the field "
-    "names shown by an example of each command, in milliseconds, bytes and bytes a second. An error is "
-    "one line on standard error, or with --json an object on standard output: "
-    "`{\"error\": {\"kind\": \"not-found\", \"message\": \"...\"}}`.";
+    "Text is for people and may change; --json is stable: one object on standard output. Times are "
+    "milliseconds, sizes bytes, rates bytes a second, instants RFC 3339 in UTC; null is what is not "
+    "known. An error is one line on standard error, or with --json the object "
+    "`{\"error\": {\"kind\": \"not-found\", \"message\": \"...\"}}` on standard output; a job that "
+    "failed is its object, which has such an `error`, too.";
+
+/* What the objects are made of; tests/flow/test_cli.py compares it with what the commands print. */
+static const struct {
+    const char *of, *fields;
+} manual_objects[] = {
+    {"a VM (run, attach, status NAME, detach; list: an array `vms`)",
+     "vm, state (running, paused, incoming, postmigrate, broken, unreachable, ended, arriving), "
+     "presence (present, unreachable, ended), detail, origin (run, attached, received), pid, since, "
+     "job (a job, or null), handover (null, or attempt, state, text, peer, in_doubt, settled), and in "
+     "the answer about one VM qmp and argv"},
+    {"a job (send, watch, cancel; jobs: an array `jobs`)",
+     "job, kind (send, receive), vm, peer, state (running, done, failed, cancelled), cancelling, "
+     "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, undoing), "
+     "round, total_bytes, remaining_bytes, dirty_rate, link_rate, wire_bytes, resent_bytes, "
+     "opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and wire_bytes), "
+     "throttle_percent, throttle_max_percent, connections, reconnects, predicted_pause_ms, pause_ms, "
+     "note"},
+    {"the agent (status)",
+     "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes"},
+    {"version", "vmmig, agent (null if none answers)"},
+    {"resolve", "vm, decided (here, gone)"},
+    {"pki init, pki issue", "certificate, key"},
+};
 
 void cli_print_manual(FILE *out)
 {
@@ -211,15 +237,17 @@ void cli_print_manual(FILE *out)
         print_usage_line(out, c);
         fputs("\n\n", out);
         text_wrap(out, c->text, 0, 0);
-        if (c->options) {
-            fputc('\n', out);
+        if (c->options)
             options_print_manual(out, c->options, "--");
-        }
     }
-    fputs("\n## Options of all commands\n\n", out);
+    fputs("\n## Options of all commands\n", out);
     options_print_manual(out, cli_common_options, "--");
-    fputs("## Output\n\n", out);
+    fputs("\n## Output\n\n", out);
     text_wrap(out, manual_output, 0, 0);
+    for (size_t i = 0; i < sizeof(manual_objects) / sizeof(*manual_objects); i++) {
+        fprintf(out, "\n%s\n:   ", manual_objects[i].of);
+        text_wrap(out, manual_objects[i].fields, 4, 4);
+    }
     fputs("\n## Exit status\n\n", out);
     fputs("| status | kind | meaning |\n|---|---|---|\n| 0 | | done |\n", out);
     for (int i = 0; i < VM_ERROR_KIND_COUNT; i++)

@@ -82,7 +82,8 @@ void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
     if (j->total)
         append(out, size, ", %s left, dirty %s/s", text_size(j->remaining),
                text_size(j->dirty_rate));
-    append(out, size, ", link %s/s", text_size(j->link_rate));
+    if (j->wire_bytes)
+        append(out, size, ", link %s/s", text_size(j->link_rate));
     if (pages_sent(j)) {
         append(out, size, ", saved ");
         size_t before = strlen(out);

@@ -21,7 +21,7 @@ static void defaults_are_complete(void **state)
     assert_int_equal(c->listen.port, DEFAULT_PEER_PORT);
     assert_string_equal(config_find_vmm(c, "qemu-system-x86_64"), "/usr/bin/qemu-system-x86_64");
     assert_int_equal(c->log_level, LOG_LEVEL_INFO);
-    assert_false(c->insecure_loopback);
+    assert_false(c->insecure_plain);
     assert_true(*c->host);
 }
 
@@ -41,7 +41,7 @@ static void a_file_sets_every_kind_of_value(void **state)
                                     "map   br0=br1\n"
                                     "max-jobs = 3\n"
                                     "max-bandwidth = 1gbit\n"
-                                    "insecure-loopback = yes\n"
+                                    "insecure-plain = yes\n"
                                     "log-level = debug\n"
                                     "vm-user = nobody",
                                     NULL);
@@ -61,7 +61,9 @@ static void a_file_sets_every_kind_of_value(void **state)
     assert_string_equal(config_map_name(c, "tap1"), "tap1");
     assert_int_equal(c->max_jobs, 3);
     assert_int_equal(c->max_bandwidth, 125000000);
-    assert_true(c->insecure_loopback);
+    assert_true(c->insecure_plain);
+    assert_null(c->ca_file);
+    assert_null(c->key_file);
     assert_int_equal(c->log_level, LOG_LEVEL_DEBUG);
     assert_string_equal(c->vm_user, "nobody");
 }
@@ -93,7 +95,7 @@ static void errors_name_file_line_and_rule(void **state)
         {"state-dir = var\n", "x:1: state-dir var: it is not an absolute path"},
         {"listen = [::1\n",
          "x:1: listen [::1: not an address: HOST, HOST:PORT or [IPV6]:PORT expected"},
-        {"insecure-loopback = maybe\n", "x:1: insecure-loopback maybe: yes or no is expected"},
+        {"insecure-plain = maybe\n", "x:1: insecure-plain maybe: yes or no is expected"},
         {"map tap0\n", "x:1: `key = value` is expected"},
         {"map = tap0\n", "x:1: map tap0: map NAME = NAME is expected"},
         {"map a/b = c\n",
@@ -101,6 +103,8 @@ static void errors_name_file_line_and_rule(void **state)
         {"map a = b\nmap a = c\n", "x:2: map a = c: a is mapped twice"},
         {"log-level = loud\n",
          "x:1: log-level loud: one of error, warn, info, debug is expected"},
+        {"insecure-plain = yes\nkey = /k\n",
+         "x: insecure-plain and key exclude each other: leave one out"},
         {"vmm = qemu\n", "x:1: vmm qemu: it is not an absolute path"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
