@@ -2,7 +2,6 @@
 #include "agent/driver.h"
 
 #include "base/clock.h"
-#include "base/io.h"
 #include "vmm/qemu.h"
 
 #include <string.h>
@@ -82,8 +81,7 @@ int driver_run(const struct config *config, const char *name, char *const *argv,
 {
     cleanup_driver_place struct driver_place place = {0};
     struct qemu_launch launch;
-    if (driver_prepare_launch(config, name, argv[0], &place, &launch, err) < 0 ||
-        io_make_folders(config->log_dir, 0700, err) < 0)
+    if (driver_prepare_launch(config, name, argv[0], &place, &launch, err) < 0)
         return -1;
     launch.argv = argv;
     launch.cwd = cwd && *cwd ? cwd : NULL;

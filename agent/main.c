@@ -113,12 +113,13 @@ static void notify_supervisor(const char *state)
         log_warn("cannot notify the supervisor", "errno=%d", errno);
 }
 
-/* Two agents on one state directory would each think that the VMs are theirs. */
+/* Make the folders. Two agents on one state directory would each think that the VMs are theirs. */
 static int lock_state(const struct config *config, struct vm_error **err)
 {
     cleanup_free char *path = NULL;
     if (io_make_folders(config->state_dir, 0700, err) < 0 ||
-        io_make_folders(config->runtime_dir, 0755, err) < 0)
+        io_make_folders(config->runtime_dir, 0755, err) < 0 ||
+        io_make_folders(config->log_dir, 0750, err) < 0)
         return -1;
     if (asprintf(&path, "%s/lock", config->state_dir) < 0)
         return error_nomem(err);
@@ -233,7 +234,7 @@ static int run(int argc, char **argv, struct vm_error **err)
         return puts("the configuration is valid"), 0;
     log_set_level(config->log_level);
     signal(SIGPIPE, SIG_IGN);
-    umask(077);
+    umask(022); /* what is private says so by its mode */
     return run_agent(config, err);
 }
 

@@ -214,9 +214,10 @@ void cli_print_jobs(FILE *out, const Vmmig__Control__JobList *jobs)
         fputs("no jobs\n", out);
     for (size_t i = 0; i < jobs->n_jobs; i++) {
         const Vmmig__Control__Job *j = jobs->jobs[i];
-        fprintf(out, "%s  %-9s  %-7s  %s  %s", local_time_text(j->started_ns), states[j->state],
-                j->kind, j->vm, j->peer);
-        fprintf(out, j->error ? "  %s\n" : "%s\n", j->error ? j->error->message : "");
+        fprintf(out, "%s  %-9s  %-7s  %s", local_time_text(j->started_ns), states[j->state],
+                j->kind, j->vm);
+        fprintf(out, *j->peer ? "  %s" : "%s", j->peer);
+        fprintf(out, j->error ? ": %s\n" : "%s\n", j->error ? j->error->message : "");
     }
 }
 
