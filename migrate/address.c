@@ -95,7 +95,7 @@ struct lookup {
     atomic_int refs; /* the caller and the thread; the last one frees */
     struct address address;
     int done_fd;
-    int status;
+    atomic_int status; /* published after `found` */
     struct addrinfo *found;
 };
 
@@ -113,7 +113,10 @@ static void *lookup_thread(void *arg)
 {
     struct lookup *l = arg;
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
-    l->status = getaddrinfo(l->address.host, l->address.port, &hints, &l->found);
+    struct addrinfo *found = NULL;
+    int status = getaddrinfo(l->address.host, l->address.port, &hints, &found);
+    l->found = found;
+    atomic_store(&l->status, status);
     io_latch_set(l->done_fd);
     lookup_unref(l);
     return NULL;

@@ -562,9 +562,11 @@ void *channel_sender_thread(void *arg)
         if (!s->conn || serve(s, &err) == 0)
             continue; /* halted or finished */
         drop_conn(s);
-        if (!mendable(err))
+        bool over = finished(s); /* the last acknowledgement may come with the connection's end */
+        if (!over && !mendable(err))
             break;
-        note_loss(s, err);
+        if (!over)
+            note_loss(s, err);
         error_clear(&err);
     }
     drop_conn(s);

@@ -344,7 +344,8 @@ static int expect_host(SSL *ssl, const char *host)
     if (inet_pton(AF_INET, host, &binary) == 1 || inet_pton(AF_INET6, host, &binary) == 1)
         return X509_VERIFY_PARAM_set1_ip_asc(param, host);
     return X509_VERIFY_PARAM_set1_host(param, host, 0) == 1 &&
-           SSL_set_tlsext_host_name(ssl, host) == 1;
+           SSL_ctrl(ssl, SSL_CTRL_SET_TLSEXT_HOSTNAME, TLSEXT_NAMETYPE_host_name,
+                    (void *)(uintptr_t)host) == 1; /* the macro for it casts const away */
 }
 
 struct tls_stream *tls_stream_create(struct tls_context *ctx, int fd, const char *host,

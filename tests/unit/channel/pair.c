@@ -6,7 +6,9 @@
 #include "base/io.h"
 #include "migrate/channel_wire.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
+#include <netinet/in.h>
 #include <poll.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -185,38 +187,77 @@ static void *serve_thread(void *arg)
     return NULL;
 }
 
-/* ---- The sending end ---- */
-
 static void start_thread(struct pair *p, void *(*fn)(void *), void *arg)
 {
     pthread_mutex_lock(&p->lock);
-    if (p->n_threads >= 2 * PAIR_CONNECTIONS_MAX || pthread_create(&p->threads[p->n_threads], NULL, fn, arg))
+    if (p->n_threads >= 2 * PAIR_CONNECTIONS_MAX ||
+        pthread_create(&p->threads[p->n_threads], NULL, fn, arg))
         abort();
     p->n_threads++;
     pthread_mutex_unlock(&p->lock);
 }
 
-static int pair_connect(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret_conn,
-                        struct vm_error **err)
+static void start_serving(struct pair *p, int fd)
+{
+    struct arrival *arrival = malloc(sizeof(*arrival));
+    *arrival = (struct arrival){p, fd};
+    start_thread(p, serve_thread, arrival);
+}
+
+static void *listen_thread(void *arg)
 {
     struct pair *p = arg;
-    unsigned n = atomic_fetch_add(&p->connections, 1);
-    struct link_plan plan =
-        p->settings.plan ? p->settings.plan(p->settings.plan_arg, n) : LINK_CLEAN;
-    if (plan.refuse)
-        return error_set(err, VM_ERROR_UNREACHABLE, "the test's link is down");
+    while (io_wait(p->listener, POLLIN, INT64_MAX, p->stop, NULL) == 0) {
+        int fd = accept4(p->listener, NULL, NULL, SOCK_CLOEXEC);
+        if (fd >= 0)
+            start_serving(p, fd);
+    }
+    return NULL;
+}
+
+static void start_listening(struct pair *p)
+{
+    struct sockaddr_in at;
+    socklen_t len = sizeof(at);
+    struct vm_error *err = NULL;
+    p->listener = conn_listen("127.0.0.1:0", &err);
+    if (p->listener < 0)
+        fail_msg("%s", error_message(err));
+    getsockname(p->listener, (struct sockaddr *)&at, &len);
+    snprintf(p->address, sizeof(p->address), "127.0.0.1:%d", ntohs(at.sin_port));
+    start_thread(p, listen_thread, p);
+}
+
+/* ---- The sending end ---- */
+
+static int dial_through_relay(struct pair *p, struct link_plan plan)
+{
     int near[2], far[2];
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, near) < 0 ||
         socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, far) < 0)
         abort();
     struct relay *relay = calloc(1, sizeof(*relay));
     *relay = (struct relay){.pair = p, .plan = plan, .near = near[1], .far = far[0]};
-    struct arrival *arrival = malloc(sizeof(*arrival));
-    *arrival = (struct arrival){p, far[1]};
     start_thread(p, relay_thread, relay);
-    start_thread(p, serve_thread, arrival);
+    start_serving(p, far[1]);
+    return near[0];
+}
+
+static int pair_connect(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret_conn,
+                        struct vm_error **err)
+{
+    struct pair *p = arg;
     struct conn_context *ctx = p->settings.dial ? p->settings.dial : p->plain;
-    *ret_conn = conn_dial_fd(ctx, near[0], "localhost", CONN_CHANNEL, deadline_ns, cancel_fd, err);
+    unsigned n = atomic_fetch_add(&p->connections, 1);
+    struct link_plan plan =
+        p->settings.plan ? p->settings.plan(p->settings.plan_arg, n) : LINK_CLEAN;
+    if (plan.refuse)
+        return error_set(err, VM_ERROR_UNREACHABLE, "the test's link is down");
+    if (p->settings.tcp)
+        *ret_conn = conn_dial(ctx, p->address, CONN_CHANNEL, deadline_ns, cancel_fd, err);
+    else
+        *ret_conn = conn_dial_fd(ctx, dial_through_relay(p, plan), "localhost", CONN_CHANNEL,
+                                 deadline_ns, cancel_fd, err);
     return *ret_conn ? 0 : -1;
 }
 
@@ -227,6 +268,9 @@ struct pair *pair_create(const struct pair_settings *settings)
     p->plain = conn_context_create(&(struct conn_settings){.insecure_plain = true}, NULL);
     p->stop = io_latch_new(NULL);
     pthread_mutex_init(&p->lock, NULL);
+    p->listener = -1;
+    if (settings->tcp)
+        start_listening(p);
     p->id = (struct channel_id){uuid_new(), channel_token_new(), 3};
     struct channel_receiver_params receiver = {
         .id = p->id,
@@ -307,14 +351,24 @@ void pair_check(struct pair *p)
     assert_int_equal(receiver.bytes_applied, sender.bytes_acked);
 }
 
+void pair_end(struct pair *p)
+{
+    struct vm_error *err = NULL;
+    if (channel_sender_flush(p->sender, in_ms(20000), &err) < 0 ||
+        channel_sender_end(p->sender, in_ms(20000), &err) < 0)
+        fail_msg("%s", error_message(err));
+    pair_check(p);
+}
+
 void pair_stop(struct pair *p)
 {
     channel_sender_destroy(p->sender);
     p->sender = NULL;
     io_latch_set(p->stop);
-    for (unsigned i = 0; i < p->n_threads; i++)
+    for (unsigned i = 0; i < p->n_threads; i++) /* the listener's adds to them until it is joined */
         pthread_join(p->threads[i], NULL);
     p->n_threads = 0;
+    close_fd(&p->listener);
 }
 
 void pair_destroy(struct pair *p)

@@ -44,6 +44,7 @@ struct pair_settings {
     struct link_plan (*plan)(void *arg, unsigned n);
     void *plan_arg;
     struct conn_context *dial, *accept; /* NULL: plain */
+    bool tcp; /* over loopback, without a relay: no plans */
     struct rate_limit *limit;
     int64_t outage_limit_ns;
     int cancel_fd;                   /* 0: none */
@@ -69,6 +70,8 @@ struct pair {
     pthread_mutex_t lock;
     pthread_t threads[2 * PAIR_CONNECTIONS_MAX];
     unsigned n_threads;
+    int listener; /* of a pair over TCP */
+    char address[32];
     int stop; /* latch */
     /* The frame being received. */
     uint64_t number;
@@ -81,6 +84,8 @@ struct pair *pair_create(const struct pair_settings *settings);
 void pair_send(struct pair *p, unsigned n, size_t len);
 /* The same, but returns the error. */
 int pair_try_send(struct pair *p, size_t len, struct vm_error **err);
+/* Flush, end the channel, and check. */
+void pair_end(struct pair *p);
 /* Everything sent was applied exactly once, and no acknowledged byte twice. */
 void pair_check(struct pair *p);
 /* End sender and receiver's threads; the receiver's state may be read after. */
