@@ -26,8 +26,9 @@
  *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED or
  *     VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone for
  *     good (its boot id, pid and start time do not run), and again after each KILL_VM.
- *   - VM_GONE outranks messages and orders: before feeding one, look whether the VMM lives
- *     (process_alive), and feed VM_GONE first if it does not.
+ *   - VM_GONE outranks every other event: before feeding one, look whether the VMM lives
+ *     (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died must not
+ *     take the end of its stream for FAILED: the destination may hold the only copy.
  *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run state is
  *     paused, no RESUME event was seen). When the answer was lost, ask the VMM again.
  *   - SEND never waits and may lose the message: whoever needs an answer repeats itself on TIMER. Feed

@@ -76,6 +76,10 @@
 #define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_FAILED -> \
     d_write(REC_NEVER); d_state = DST_NEVER; d_act[0] = ACT_SEND + MSG_NEVER;
 #endif
+#ifdef MISTAKE_ORPHAN_GIVES_UP
+#define s_MISTAKES :: s_state == SRC_SENT && event == EV_VM_GONE -> \
+    s_write(REC_ABORTED); s_state = SRC_ABORTED; s_act[0] = ACT_SEND + MSG_ABORT;
+#endif
 #ifdef MISTAKE_GIVE_UP_SOLE_COPY
 #define d_MISTAKES :: d_state == DST_RESTARTING && event == EV_RESUME_FAILED -> \
     d_write(REC_REVOKED); d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
@@ -122,13 +126,17 @@ short net;
 bool calm, s_lost, d_lost, wiped;
 
 /* What really happened, for the properties. */
-bool d_ran, d_died_with_run, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
+bool d_ran, d_died_with_run, d_has_only, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
 
 /* Registers of one step; zero between steps. */
 byte event, who, action;
 
-/* The death of its VMM outranks a message: the agent looks before it listens. */
+/* The death of its VMM outranks every other event: the agent looks before it listens. */
+#ifdef MISTAKE_DEATH_COMES_LATE
+#define s_hears s_idle
+#else
 #define s_hears (s_idle && !s_gone)
+#endif
 #define d_hears (d_idle && !d_gone)
 #define s_idle (s_up && s_act[0] == 0)
 #define d_idle (d_up && d_act[0] == 0)
@@ -195,8 +203,11 @@ inline d_vmm_ends()
 /* Deaths that nobody here caused may cost the guest, if P4 says so. */
 inline s_vmm_dies()
 {
-    may_be_lost = may_be_lost || !((d_vm == LOADED && !s_gave_up && d_state != DST_KILLING
-                                    && d_state != DST_REVOKING) || d_vm == RUNS);
+    if
+    :: d_vm == RUNS || (d_vm == LOADED && !s_gave_up && d_state != DST_KILLING
+                        && d_state != DST_REVOKING) -> d_has_only = true
+    :: else -> may_be_lost = true
+    fi;
     s_vmm_ends()
 }
 
@@ -253,10 +264,10 @@ inline d_execute()
 #endif
     :: action == ACT_KILL_VM ->
        /* P4: a complete copy is killed only if the source gave it up, or has its own, or both failed. */
-       assert(d_vm != LOADED || s_gave_up || s_vm != DEAD || operator_spoke ||
+       assert(d_vm != LOADED || (s_gave_up && !d_has_only) || s_vm != DEAD || operator_spoke ||
               (d_failed && !d_knows_sole));
        assert(d_vm != RUNS || operator_spoke); /* P4 */
-       may_be_lost = may_be_lost || s_vm == DEAD;
+       may_be_lost = may_be_lost || (d_vm == LOADED && s_vm == DEAD);
        if
        :: d_alive -> d_vmm_ends()
        :: else
@@ -420,14 +431,14 @@ end:
         /* The agents. */
         :: s_up && s_act[0] != 0 -> s_execute()
         :: d_up && d_act[0] != 0 -> d_execute()
-        :: s_idle && s_state == SRC_NONE && s_vm == RUNS && !calm && !wiped ->
+        :: s_hears && s_state == SRC_NONE && s_vm == RUNS && !calm && !wiped ->
            event = EV_START; who = S
         :: s_idle && s_gone -> s_gone = false; event = EV_VM_GONE; who = S
         :: d_idle && d_gone -> d_gone = false; event = EV_VM_GONE; who = D
-        :: s_idle && s_answer != 0 -> event = s_answer; s_answer = 0; who = S
-        :: d_idle && d_answer != 0 -> event = d_answer; d_answer = 0; who = D
-        :: s_idle && (s_tick || !calm) -> s_tick = false; event = EV_TIMER; who = S
-        :: d_idle && (d_tick || !calm) -> d_tick = false; event = EV_TIMER; who = D
+        :: s_hears && s_answer != 0 -> event = s_answer; s_answer = 0; who = S
+        :: d_hears && d_answer != 0 -> event = d_answer; d_answer = 0; who = D
+        :: s_hears && (s_tick || !calm) -> s_tick = false; event = EV_TIMER; who = S
+        :: d_hears && (d_tick || !calm) -> d_tick = false; event = EV_TIMER; who = D
 #ifndef MISTAKE_NOBODY_REPEATS
         :: stuck && !s_needs_operator && !d_needs_operator -> s_tick = s_up; d_tick = d_up
 #endif
@@ -453,19 +464,19 @@ end:
         :: calm && d_lost && (net & FOR_DESTINATION) -> net = net & ~FOR_DESTINATION
 
         /* Copying. */
-        :: s_idle && s_state == SRC_SENDING && copy == COPY_RUNNING && s_vm == RUNS ->
+        :: s_hears && s_state == SRC_SENDING && copy == COPY_RUNNING && s_vm == RUNS ->
            s_vm = PAUSED;
            copy = COPY_PAUSED
-        :: s_idle && s_state == SRC_SENDING && copy == COPY_PAUSED && s_vm == PAUSED ->
+        :: s_hears && s_state == SRC_SENDING && copy == COPY_PAUSED && s_vm == PAUSED ->
            copy = COPY_SENT;
            lock_of = 0;
            event = EV_TRANSFERRED; who = S
-        :: s_idle && (!calm || s_times_out) -> event = EV_FAILED; who = S
-        :: d_idle && d_state == DST_PREPARING && d_vm == PAUSED -> event = EV_READY; who = D
-        :: d_idle && d_state == DST_PREPARED && d_vm == PAUSED && copy == COPY_SENT ->
+        :: s_hears && (!calm || s_times_out) -> event = EV_FAILED; who = S
+        :: d_hears && d_state == DST_PREPARING && d_vm == PAUSED -> event = EV_READY; who = D
+        :: d_hears && d_state == DST_PREPARED && d_vm == PAUSED && copy == COPY_SENT ->
            d_vm = LOADED;
            event = EV_LOAD_DONE; who = D
-        :: d_idle && (!calm || d_times_out) -> event = EV_FAILED; who = D
+        :: d_hears && (!calm || d_times_out) -> event = EV_FAILED; who = D
 
         /* The VMMs. */
         :: s_cont -> s_cont_ends()
@@ -488,8 +499,8 @@ end:
 #endif
 
         /* Users, and an operator who has fenced the other host. */
-        :: s_idle && !calm -> event = EV_CANCEL; who = S
-        :: d_idle && !calm -> event = EV_CANCEL; who = D
+        :: s_hears && !calm -> event = EV_CANCEL; who = S
+        :: d_hears && !calm -> event = EV_CANCEL; who = D
         :: s_hears && !d_alive && (s_state == SRC_COMMITTED || s_state == SRC_REVERTING ||
                                    s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED) &&
            (calm -> stuck && s_needs_operator : !d_up) ->

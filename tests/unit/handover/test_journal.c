@@ -187,6 +187,7 @@ static void two_agents_cannot_share_a_journal(void **state)
     (void)state;
     struct vm_error *err = NULL;
     CLEANUP(journal) struct journal *j = open_journal();
+    assert_non_null(j);
     assert_null(journal_open(folder, &err));
     assert_error(-1, &err, VM_ERROR_CONFLICT);
 }
@@ -299,6 +300,7 @@ static void commits_are_synchronous(void **state)
     (void)state;
     CLEANUP(journal) struct journal *j = open_journal();
     bool found = false;
+    assert_non_null(j);
     for (int fd = 0; fd < 256; fd++) {
         char link[64], target[256];
         snprintf(link, sizeof(link), "/proc/self/fd/%d", fd);
