@@ -96,13 +96,14 @@ static int take_greeting(struct qmp *q, const json_t *message, struct vm_error *
     return 0;
 }
 
-static void take_reply(struct qmp *q, json_t *message)
+/* The reply changes hands: jansson's reference counts are not for two threads. */
+static void take_reply(struct qmp *q, json_t **message)
 {
-    json_int_t id = qmp_integer(message, "id");
+    json_int_t id = qmp_integer(*message, "id");
     SCOPE_LOCK(&q->lock);
     for (struct waiter *w = q->waiters; w; w = w->next)
         if (w->id == id && !w->reply) {
-            w->reply = json_incref(message);
+            w->reply = steal_ptr(message);
             pthread_cond_broadcast(&q->changed);
             return;
         }
@@ -125,7 +126,7 @@ static int take_line(struct qmp *q, const char *line, size_t n, struct vm_error 
     if (!json_object_get(message, "return") && !json_is_object(json_object_get(message, "error")))
         return error_set(err, VM_ERROR_PROTOCOL,
                          "%s does not speak QMP: neither event, return nor error", q->name);
-    take_reply(q, message);
+    take_reply(q, &message);
     return 0;
 }
 

@@ -31,6 +31,7 @@ static const char *make_disk(const char *name)
 }
 
 /* Format into one of a few static texts. */
+static const char *text(const char *format, ...) __attribute__((format(printf, 1, 2)));
 static const char *text(const char *format, ...)
 {
     static char texts[32][400];
