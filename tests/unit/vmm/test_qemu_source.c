@@ -38,6 +38,7 @@ struct engine {
     unsigned channels;
     uint32_t fill[2][RAM_PAGES]; /* what each page was filled with last; 0: zero */
     uint64_t pages, batches;
+    unsigned last_batch; /* its pages */
     struct buffer bytes;
     bool memory_done;
     size_t bytes_before_done;
@@ -57,12 +58,11 @@ struct engine {
             (e)->broken = #condition;                                                              \
     } while (0)
 
-static void engine_init(struct engine *e, unsigned channels)
+static void engine_init(struct engine *e)
 {
     memset(e, 0, sizeof(*e));
     pthread_mutex_init(&e->lock, NULL);
     cond_init(&e->changed);
-    e->channels = channels;
 }
 
 static void engine_release(struct engine *e)
@@ -114,6 +114,7 @@ static int on_pages(void *arg, struct page_batch *b, struct vm_error **err)
     }
     e->pages += b->n;
     e->batches++;
+    e->last_batch = b->n;
     if (e->hold) {
         EXPECT(e, e->n_held < HELD_MAX);
         e->held[e->n_held++ % HELD_MAX] = b;
@@ -176,14 +177,15 @@ struct rig {
 /* What is sent before rig_start is there as a whole when the source begins (up to 200 KiB). */
 static void rig_open(struct rig *r)
 {
-    *r = (struct rig){0};
+    engine_init(&r->engine);
+    r->source = NULL;
     assert_int_equal(qemu_source_socketpair(&r->ours, &r->qemu, NULL), 0);
 }
 
 static void rig_start(struct rig *r, const struct qemu_source_params *like)
 {
     struct qemu_source_params params = *like;
-    engine_init(&r->engine, params.channels);
+    r->engine.channels = params.channels;
     params.fd = r->ours;
     params.events = &EVENTS;
     params.arg = params.ended_arg = &r->engine;
@@ -342,6 +344,29 @@ static void a_full_round_comes_in_full_batches(void **state)
     rig_finish(&r);
 }
 
+/* A stripe's pages stay together unless they are few. */
+static void a_large_batch_ends_with_its_stripe(void **state)
+{
+    (void)state;
+    static const unsigned pages[] = {200, 200, 100, 100};
+    cleanup_buffer struct buffer in = {0};
+    begin_stream(&in);
+    maker_records(&in, MAKER_PART);
+    for (unsigned stripe = 0; stripe < 4; stripe++)
+        for (unsigned i = 0; i < pages[stripe]; i++)
+            put_page(&in, stripe + i ? NULL : "pc.ram", stripe * PAGE_STRIPE_PAGES + i, 0);
+    struct rig r;
+    rig_open(&r);
+    rig_send(&r, &in);
+    struct qemu_source_params params = USUAL;
+    params.channels = 1;
+    rig_start(&r, &params);
+    WAIT_FOR(&r.engine, r.engine.pages == 600);
+    assert_int_equal(r.engine.batches, 3);
+    assert_int_equal(r.engine.last_batch, 200);
+    rig_finish(&r);
+}
+
 static void a_page_that_comes_again_begins_the_next_batch(void **state)
 {
     (void)state;
@@ -409,8 +434,8 @@ static void a_reader_without_memory_waits_and_goes_on_when_a_batch_is_released(v
     struct qemu_source_params params = USUAL;
     params.pool_bytes = POOL * PAGE_POOL_SLAB;
     rig_open(&r);
-    rig_start(&r, &params);
     r.engine.hold = true;
+    rig_start(&r, &params);
     cleanup_buffer struct buffer in = {0};
     begin_stream(&in);
     maker_records(&in, MAKER_PART);
@@ -442,24 +467,27 @@ static void a_reader_without_memory_waits_and_goes_on_when_a_batch_is_released(v
     rig_finish(&r);
 }
 
-/* Batches of zero pages pin no slab; their number is bounded all the same. */
+/* Batches of zero pages pin no slab; their number is bounded all the same, and none is kept back.
+ */
 static void batches_are_bounded_too(void **state)
 {
     (void)state;
-    struct rig r;
-    struct qemu_source_params params = USUAL;
-    params.channels = 1;
-    rig_open(&r);
-    rig_start(&r, &params);
-    r.engine.hold = true;
     cleanup_buffer struct buffer in = {0};
     begin_stream(&in);
     maker_records(&in, MAKER_PART);
+    put_page(&in, "pc.ram", PAGE_STRIPE_PAGES, 0); /* of the other channel */
     for (unsigned i = 0; i < PAGE_POOL_BATCHES + 50; i++)
-        put_page(&in, i ? NULL : "pc.ram", 77, 0); /* each begins a batch */
+        put_page(&in, NULL, 77, 0); /* each begins a batch */
     maker_eos(&in);
-    end_stream(&in);
+    maker_records(&in, MAKER_END);
+    maker_eos(&in);
+    struct rig r;
+    rig_open(&r);
     rig_send(&r, &in);
+    struct qemu_source_params params = USUAL;
+    params.channels = 2;
+    r.engine.hold = true;
+    rig_start(&r, &params);
     WAIT_FOR(&r.engine, r.engine.n_held == PAGE_POOL_BATCHES);
     {
         SCOPE_LOCK(&r.engine.lock);
@@ -469,7 +497,7 @@ static void batches_are_bounded_too(void **state)
     close_fd(&r.qemu);
     WAIT_FOR(&r.engine, r.engine.ended);
     assert_null(r.engine.err);
-    assert_int_equal(r.engine.pages, PAGE_POOL_BATCHES + 50);
+    assert_int_equal(r.engine.pages, PAGE_POOL_BATCHES + 51);
     rig_finish(&r);
 }
 
@@ -481,8 +509,8 @@ static void destroy_ends_it_wherever_it_waits(void **state)
         struct qemu_source_params params = USUAL;
         params.pool_bytes = QEMU_SOURCE_POOL_MIN;
         rig_open(&r);
-        rig_start(&r, &params);
         r.engine.hold = where == 2;
+        rig_start(&r, &params);
         cleanup_buffer struct buffer in = {0};
         if (where > 0) {
             begin_stream(&in);
@@ -500,20 +528,31 @@ static void destroy_ends_it_wherever_it_waits(void **state)
     }
 }
 
-static void batches_outlive_their_source(void **state)
+/* `count` pages from `first` on, each with its own number. */
+static void put_numbered(struct buffer *b, uint64_t first, unsigned count)
+{
+    for (uint64_t page = first; page < first + count; page++)
+        put_page(b, page == first ? "pc.ram" : NULL, page, 1000 + (uint32_t)page);
+}
+
+/* Neither what is read later nor the source's end touches the bytes of a batch that somebody holds.
+ */
+static void a_held_batch_stays_as_it_is_and_outlives_its_source(void **state)
 {
     (void)state;
     struct rig r;
     rig_open(&r);
-    rig_start(&r, &USUAL);
     r.engine.hold = true;
-    cleanup_buffer struct buffer in = {0};
-    begin_stream(&in);
-    maker_records(&in, MAKER_PART);
-    for (uint64_t page = 0; page < 1000; page++)
-        put_page(&in, page ? NULL : "pc.ram", page, 1000 + (uint32_t)page);
-    rig_send(&r, &in);
+    rig_start(&r, &USUAL);
+    cleanup_buffer struct buffer first = {0}, second = {0};
+    begin_stream(&first);
+    maker_records(&first, MAKER_PART);
+    put_numbered(&first, 0, 1000);
+    rig_send(&r, &first);
     WAIT_FOR(&r.engine, r.engine.pages == 1000);
+    put_numbered(&second, 1000, 1000);
+    rig_send(&r, &second);
+    WAIT_FOR(&r.engine, r.engine.pages == 2000);
     qemu_source_destroy(steal_ptr(&r.source));
     for (unsigned i = 0; i < r.engine.n_held; i++) {
         const struct page_batch *b = r.engine.held[i];
@@ -566,8 +605,8 @@ static void errors_end_it_and_are_told(void **state)
     for (int i = 0; i < 3; i++) {
         struct rig r;
         rig_open(&r);
-        rig_start(&r, &USUAL);
         r.engine.fail_at = i == 2;
+        rig_start(&r, &USUAL);
         cleanup_buffer struct buffer in = {0};
         begin_stream(&in);
         maker_records(&in, MAKER_PART);
@@ -646,12 +685,13 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_bytes_and_the_end_of_memory_arrive_whatever_the_channels),
         cmocka_unit_test(a_full_round_comes_in_full_batches),
+        cmocka_unit_test(a_large_batch_ends_with_its_stripe),
         cmocka_unit_test(a_page_that_comes_again_begins_the_next_batch),
         cmocka_unit_test(what_was_begun_is_handed_over_while_the_stream_pauses),
         cmocka_unit_test(a_reader_without_memory_waits_and_goes_on_when_a_batch_is_released),
         cmocka_unit_test(batches_are_bounded_too),
         cmocka_unit_test(destroy_ends_it_wherever_it_waits),
-        cmocka_unit_test(batches_outlive_their_source),
+        cmocka_unit_test(a_held_batch_stays_as_it_is_and_outlives_its_source),
         cmocka_unit_test(regions_must_be_blocks_of_the_stream),
         cmocka_unit_test(errors_end_it_and_are_told),
         cmocka_unit_test(an_opaque_stream_is_bytes_up_to_its_end),
