@@ -139,28 +139,27 @@ static int refresh(struct index *x, struct vm_error **err)
     return 0;
 }
 
-/* Make a shard with that level; a shard that is there gets the level. */
-static int make_shard(struct store *s, uint32_t shard, unsigned level, struct vm_error **err)
+/* Make a shard with that level, or give one that is there the level. */
+static int make_shard(struct store *s, uint32_t shard, unsigned level, enum store_presence presence,
+                      struct vm_error **err)
 {
     char name[OBJECT_NAME_SIZE], text[4];
     level_text(level, text);
     struct store_pair set = {LEVEL_KEY, text, 2};
     struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = shard_name(shard, name),
-                          .presence = STORE_EITHER, .sets = &set, .n_sets = 1};
+                          .presence = presence, .sets = &set, .n_sets = 1};
     return store_run(s, &op, 1, err);
 }
 
-int index_init(struct store *s, struct vm_error **err)
+int index_init(struct store *s, const char **ret_key, char ret_value[INDEX_INIT_VALUE],
+               struct vm_error **err)
 {
-    char text[12];
     for (uint32_t i = 0; i < INDEX_SHARDS_FIRST; i++)
-        if (make_shard(s, i, shard_level(i, INDEX_SHARDS_FIRST), err) < 0)
+        if (make_shard(s, i, shard_level(i, INDEX_SHARDS_FIRST), STORE_NEW, err) < 0)
             return -1;
-    shards_text(INDEX_SHARDS_FIRST, text);
-    struct store_pair set = {SHARDS_KEY, text, 8};
-    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = REPOSITORY_MAP,
-                          .presence = STORE_EITHER, .sets = &set, .n_sets = 1};
-    return store_run(s, &op, 1, err);
+    shards_text(INDEX_SHARDS_FIRST, ret_value);
+    *ret_key = SHARDS_KEY;
+    return 0;
 }
 
 struct index *index_open(struct store *s, struct vm_error **err)
@@ -351,7 +350,7 @@ static int replace_shard(struct index *x, uint32_t shard, struct vm_error **err)
         return -1;
     log_warn("a shard of the index was lost; begun anew", "repository=%s shard=%u",
              log_q(store_text(x->store)), shard);
-    return make_shard(x->store, shard, shard_level(shard, known_n_shards(x)), err);
+    return make_shard(x->store, shard, shard_level(shard, known_n_shards(x)), STORE_NEW, err);
 }
 
 static int insert_once(struct index *x, struct index_entry *entries, size_t n, uint32_t n_shards,
@@ -526,13 +525,13 @@ static int split(struct index *x, uint32_t n, struct vm_error **err)
     unsigned level = level_below(n) + 1; /* of both halves, afterwards */
     uint32_t from = n & ((1u << (level - 1)) - 1);
     bool ours = false;
-    if (make_shard(x->store, n, level, err) < 0 ||
+    if (make_shard(x->store, n, level, STORE_EITHER, err) < 0 ||
         move_keys(x->store, from, n, level, false, err) < 0 ||
         raise_n_shards(x, n, &ours, err) < 0)
         return -1;
     if (!ours)
         return refresh(x, err);
-    if (make_shard(x->store, from, level, err) < 0 ||
+    if (make_shard(x->store, from, level, STORE_EITHER, err) < 0 ||
         move_keys(x->store, from, n, level, true, err) < 0)
         return -1;
     return refresh(x, err);

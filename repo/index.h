@@ -26,6 +26,7 @@
 enum {
     INDEX_KEY_TEXT = 13, /* kind and 12 letters */
     INDEX_VALUE_MAX = 24,
+    INDEX_INIT_VALUE = 12,
     INDEX_SHARD_KEYS = 80000, /* a shard is split before it has more (estimated) */
     INDEX_SHARDS_FIRST = 16,
     INDEX_SHARDS_MAX = 1 << 22,
@@ -52,8 +53,12 @@ static inline bool index_samples(const struct page_id *id)
 struct index_entry index_entry_make(enum index_kind kind, const struct page_id *id,
                                     const void *value, size_t len);
 
-/* Make the first shards of a new repository. */
-int index_init(struct store *s, struct vm_error **err);
+/*
+ * Make the first shards of a new repository; those that are there stay. *ret_key and ret_value are what the
+ * caller sets in map "repository" for index_open to find.
+ */
+int index_init(struct store *s, const char **ret_key, char ret_value[INDEX_INIT_VALUE],
+               struct vm_error **err);
 /* `s` is used until index_close. */
 struct index *index_open(struct store *s, struct vm_error **err);
 void index_close(struct index *x);

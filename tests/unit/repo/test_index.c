@@ -13,7 +13,13 @@ static int setup(void **state)
 {
     s = test_store_open(test_place(place));
     struct vm_error *err = NULL;
-    index_init(s, &err);
+    char value[INDEX_INIT_VALUE];
+    struct store_pair set = {.value = value};
+    assert_int_equal(index_init(s, &set.key, value, &err), 0);
+    set.len = strlen(value);
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = REPOSITORY_MAP,
+                          .presence = STORE_NEW, .sets = &set, .n_sets = 1};
+    store_run(s, &op, 1, &err);
     assert_ok(err);
     x = index_open(s, &err);
     assert_ok(err);

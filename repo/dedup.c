@@ -1,0 +1,318 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "repo/dedup.h"
+
+#include <stdlib.h>
+
+enum {
+    HITS_MAX = 4, /* places of one page that are considered */
+    KEYS_MAX = DEDUP_BATCH * (SEGMENT_PAGES + SEGMENT_EXTENTS),
+    TALLY_SIZE = 1024,
+};
+
+/* How many pages of a segment lie in one record. */
+struct tally {
+    struct cached_footer *footer; /* NULL: free */
+    uint32_t record;
+    unsigned pages;
+    bool dropped;
+};
+
+struct candidate {
+    uint64_t pack;
+    unsigned votes;
+};
+
+struct dedup {
+    struct index *index;
+    struct footer_cache *cache;
+    struct dedup_stat stat;
+    struct index_entry keys[KEYS_MAX];
+    struct candidate candidates[KEYS_MAX];
+    size_t n_candidates;
+    struct tally tally[TALLY_SIZE];
+};
+
+struct dedup *dedup_create(struct index *index, struct footer_cache *cache, struct vm_error **err)
+{
+    struct dedup *d = calloc(1, sizeof(*d));
+    if (!d) {
+        error_nomem(err);
+        return NULL;
+    }
+    d->index = index;
+    d->cache = cache;
+    return d;
+}
+
+void dedup_destroy(struct dedup *d)
+{
+    free(d);
+}
+
+struct dedup_stat dedup_stat(const struct dedup *d)
+{
+    return d->stat;
+}
+
+/* ---- hashing ---- */
+
+static int hash_page(struct segment *s, unsigned i, struct page_hasher *hasher,
+                     struct vm_error **err)
+{
+    const uint8_t *page = s->data + (size_t)i * PAGE_BYTES;
+    s->state[i] = PAGE_ABSENT;
+    if (!s->given[i])
+        return 0;
+    s->state[i] = page_is_zero(page) ? PAGE_ZERO : PAGE_UNKNOWN;
+    if (s->state[i] == PAGE_ZERO)
+        return 0;
+    return page_hasher_hash(hasher, page, PAGE_BYTES, &s->ids[i], err);
+}
+
+static int hash_extent(struct segment *s, unsigned extent, struct page_hasher *hasher,
+                       struct vm_error **err)
+{
+    struct page_id ids[EXTENT_PAGES];
+    unsigned n = 0, first = extent * EXTENT_PAGES;
+    s->mask[extent] = 0;
+    for (unsigned i = 0; i < EXTENT_PAGES; i++)
+        if (s->state[first + i] == PAGE_ABSENT)
+            return 0;
+    for (unsigned i = 0; i < EXTENT_PAGES; i++) {
+        if (s->state[first + i] == PAGE_ZERO)
+            continue;
+        s->mask[extent] |= (uint16_t)(1u << i);
+        ids[n++] = s->ids[first + i];
+    }
+    if (!n)
+        return 0;
+    return page_hasher_extent(hasher, ids, s->mask[extent], &s->extents[extent], err);
+}
+
+int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
+{
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++)
+        if (hash_page(s, i, hasher, err) < 0)
+            return -1;
+    for (unsigned i = 0; i < SEGMENT_EXTENTS; i++)
+        if (hash_extent(s, i, hasher, err) < 0)
+            return -1;
+    return 0;
+}
+
+/* ---- finding ---- */
+
+static void find_in_cache(struct dedup *d, struct segment *s)
+{
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++)
+        if (s->state[i] == PAGE_UNKNOWN &&
+            footer_cache_find(d->cache, &s->ids[i], &s->hits[i], 1))
+            s->state[i] = PAGE_KNOWN;
+}
+
+static void vote(struct dedup *d, uint64_t pack)
+{
+    if (footer_cache_knows(d->cache, pack))
+        return;
+    for (size_t i = 0; i < d->n_candidates; i++) {
+        if (d->candidates[i].pack == pack) {
+            d->candidates[i].votes++;
+            return;
+        }
+    }
+    if (d->n_candidates < KEYS_MAX)
+        d->candidates[d->n_candidates++] = (struct candidate){pack, 1};
+}
+
+/* The pack of a page's former content, if the page seems to be the same still. */
+static void vote_before(struct dedup *d, const struct segment *s)
+{
+    for (unsigned i = 0; s->before && i < SEGMENT_PAGES; i++)
+        if (s->state[i] == PAGE_UNKNOWN && s->before[i].len &&
+            !memcmp(s->before[i].id, s->ids[i].bytes, sizeof(s->before[i].id)))
+            vote(d, s->before[i].pack);
+}
+
+/* Keys of what is unknown in the segment; the new number of keys. */
+static size_t add_keys(struct dedup *d, const struct segment *s, size_t n)
+{
+    for (unsigned e = 0; e < SEGMENT_EXTENTS; e++) {
+        unsigned unknown = 0;
+        for (unsigned i = e * EXTENT_PAGES; i < (e + 1) * EXTENT_PAGES; i++) {
+            if (s->state[i] != PAGE_UNKNOWN)
+                continue;
+            unknown++;
+            if (index_samples(&s->ids[i]))
+                d->keys[n++] = index_entry_make(INDEX_PAGE, &s->ids[i], NULL, 0);
+        }
+        if (unknown && s->mask[e])
+            d->keys[n++] = index_entry_make(INDEX_EXTENT, &s->extents[e], NULL, 0);
+    }
+    return n;
+}
+
+static int by_votes(const void *a, const void *b)
+{
+    const struct candidate *x = a, *y = b;
+    if (x->votes != y->votes)
+        return x->votes < y->votes ? 1 : -1;
+    return x->pack < y->pack ? 1 : -1;
+}
+
+static int load_candidates(struct dedup *d, struct vm_error **err)
+{
+    uint64_t packs[DEDUP_LOADS_MAX];
+    size_t n = d->n_candidates < DEDUP_LOADS_MAX ? d->n_candidates : DEDUP_LOADS_MAX;
+    qsort(d->candidates, d->n_candidates, sizeof(*d->candidates), by_votes);
+    for (size_t i = 0; i < n; i++)
+        packs[i] = d->candidates[i].pack;
+    d->n_candidates = 0;
+    return footer_cache_load(d->cache, packs, n, err);
+}
+
+int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struct vm_error **err)
+{
+    bool any_before = false;
+    for (size_t i = 0; i < n; i++) {
+        find_in_cache(d, segments[i]);
+        vote_before(d, segments[i]);
+        any_before |= segments[i]->before != NULL;
+    }
+    if (any_before) {
+        if (load_candidates(d, err) < 0)
+            return -1;
+        for (size_t i = 0; i < n; i++)
+            find_in_cache(d, segments[i]);
+    }
+    size_t n_keys = 0;
+    for (size_t i = 0; i < n; i++)
+        n_keys = add_keys(d, segments[i], n_keys);
+    if (index_lookup(d->index, d->keys, n_keys, err) < 0)
+        return -1;
+    d->stat.lookups += n_keys;
+    for (size_t i = 0; i < n_keys; i++) {
+        if (d->keys[i].len != 8)
+            continue;
+        d->stat.index_hits++;
+        vote(d, get_le64(d->keys[i].value));
+    }
+    return load_candidates(d, err);
+}
+
+/* ---- which place, and the bound on scatter ---- */
+
+static struct tally *tally_of(struct dedup *d, const struct footer_hit *hit)
+{
+    uint32_t record = footer_record_of(&hit->footer->footer, hit->page);
+    size_t i = (hit->footer->slot * 4099u + record) % TALLY_SIZE;
+    while (d->tally[i].footer &&
+           (d->tally[i].footer != hit->footer || d->tally[i].record != record))
+        i = (i + 1) % TALLY_SIZE;
+    if (!d->tally[i].footer)
+        d->tally[i] = (struct tally){.footer = hit->footer, .record = record};
+    return &d->tally[i];
+}
+
+/* Pages with one place first; the others then go where most of the segment is, or to the newest. */
+static void choose_places(struct dedup *d, struct segment *s)
+{
+    bool several[SEGMENT_PAGES] = {false};
+    memset(d->tally, 0, sizeof(d->tally));
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        struct footer_hit hits[2];
+        if (s->state[i] != PAGE_KNOWN && s->state[i] != PAGE_UNKNOWN)
+            continue;
+        unsigned n = footer_cache_find(d->cache, &s->ids[i], hits, 2);
+        s->state[i] = n ? PAGE_KNOWN : PAGE_UNKNOWN;
+        several[i] = n > 1;
+        if (n == 1) {
+            s->hits[i] = hits[0];
+            tally_of(d, &hits[0])->pages++;
+        }
+    }
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        struct footer_hit hits[HITS_MAX];
+        if (!several[i])
+            continue;
+        unsigned n = footer_cache_find(d->cache, &s->ids[i], hits, HITS_MAX), best = 0;
+        struct tally *in = NULL;
+        for (unsigned j = 0; j < n; j++) {
+            struct tally *t = tally_of(d, &hits[j]);
+            if (!in || t->pages > in->pages ||
+                (t->pages == in->pages && t->footer->footer.pack > in->footer->footer.pack)) {
+                best = j;
+                in = t;
+            }
+        }
+        s->hits[i] = hits[best];
+        in->pages++;
+    }
+}
+
+static bool is_new(enum page_state state)
+{
+    return state == PAGE_UNKNOWN || state == PAGE_AGAIN;
+}
+
+bool segment_extent_is_whole(const struct segment *s, unsigned extent)
+{
+    unsigned n = 0;
+    if (!s->mask[extent])
+        return false;
+    for (unsigned i = extent * EXTENT_PAGES; i < (extent + 1) * EXTENT_PAGES; i++) {
+        if (s->state[i] == PAGE_KNOWN)
+            return false;
+        n += is_new(s->state[i]);
+    }
+    return n >= EXTENT_WHOLE_MIN;
+}
+
+/* Records that the new pages will fill; those in part are shared with the segments beside. */
+static unsigned new_records(const struct segment *s)
+{
+    unsigned whole = 0, rest = 0;
+    for (unsigned e = 0; e < SEGMENT_EXTENTS; e++) {
+        bool is_whole = segment_extent_is_whole(s, e);
+        whole += is_whole;
+        for (unsigned i = e * EXTENT_PAGES; !is_whole && i < (e + 1) * EXTENT_PAGES; i++)
+            rest += is_new(s->state[i]);
+    }
+    return whole + (rest ? rest / RECORD_PAGES_MAX + 2 : 0);
+}
+
+static void drop_record(struct dedup *d, struct segment *s, const struct tally *t)
+{
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        if (s->state[i] == PAGE_KNOWN && s->hits[i].footer == t->footer &&
+            footer_record_of(&t->footer->footer, s->hits[i].page) == t->record) {
+            s->state[i] = PAGE_AGAIN;
+            d->stat.again++;
+        }
+    }
+}
+
+void dedup_settle(struct dedup *d, struct segment *s)
+{
+    choose_places(d, s);
+    unsigned n = 0;
+    for (size_t i = 0; i < TALLY_SIZE; i++)
+        n += d->tally[i].pages > 0;
+    while (n && n + new_records(s) > DEDUP_RECORDS_MAX) {
+        struct tally *least = NULL;
+        for (size_t i = 0; i < TALLY_SIZE; i++) {
+            struct tally *t = &d->tally[i];
+            if (t->pages && !t->dropped && (!least || t->pages < least->pages))
+                least = t;
+        }
+        drop_record(d, s, least);
+        least->dropped = true;
+        n--;
+    }
+}
+
+void dedup_find_again(struct dedup *d, struct segment *s, unsigned page)
+{
+    if (s->state[page] == PAGE_UNKNOWN &&
+        footer_cache_find(d->cache, &s->ids[page], &s->hits[page], 1))
+        s->state[page] = PAGE_KNOWN;
+}

@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "repo/file_reader.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+enum { LEAVES_CACHED = 16, IDLE_READERS = 16 };
+
+struct cached_leaf {
+    uint64_t number;
+    bool valid;
+    uint64_t used_at;
+    struct recipe_leaf leaf;
+};
+
+struct file_reader {
+    struct store *store;
+    uint64_t size;
+    pthread_mutex_t lock; /* what follows */
+    struct file_tree *tree;
+    struct cached_leaf *leaves;
+    uint64_t clock;
+    struct page_reader *idle[IDLE_READERS];
+    unsigned n_idle;
+    struct page_reader_stat stat;
+};
+
+struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root, uint64_t size,
+                                       struct vm_error **err)
+{
+    struct file_reader *r = calloc(1, sizeof(*r));
+    if (!r) {
+        error_nomem(err);
+        return NULL;
+    }
+    r->store = s;
+    r->size = size;
+    pthread_mutex_init(&r->lock, NULL);
+    r->leaves = calloc(LEAVES_CACHED, sizeof(*r->leaves));
+    r->tree = file_tree_create(s, size, root, size, err);
+    if (!r->leaves || !r->tree) {
+        if (r->tree)
+            error_nomem(err);
+        file_reader_destroy(r);
+        return NULL;
+    }
+    return r;
+}
+
+void file_reader_destroy(struct file_reader *r)
+{
+    if (!r)
+        return;
+    for (unsigned i = 0; i < r->n_idle; i++)
+        page_reader_destroy(r->idle[i]);
+    file_tree_destroy(r->tree);
+    free(r->leaves);
+    pthread_mutex_destroy(&r->lock);
+    free(r);
+}
+
+uint64_t file_reader_size(const struct file_reader *r)
+{
+    return r->size;
+}
+
+struct page_reader_stat file_reader_stat(struct file_reader *r)
+{
+    SCOPE_LOCK(&r->lock);
+    return r->stat;
+}
+
+/* ---- leaves ---- */
+
+static bool copy_cached(struct file_reader *r, uint64_t number, struct recipe_leaf *ret_leaf)
+{
+    for (unsigned i = 0; i < LEAVES_CACHED; i++) {
+        struct cached_leaf *c = &r->leaves[i];
+        if (c->valid && c->number == number) {
+            c->used_at = ++r->clock;
+            *ret_leaf = c->leaf;
+            return true;
+        }
+    }
+    return false;
+}
+
+static void keep_leaf(struct file_reader *r, uint64_t number, const struct recipe_leaf *leaf)
+{
+    struct cached_leaf *oldest = &r->leaves[0];
+    for (unsigned i = 1; i < LEAVES_CACHED; i++)
+        if (r->leaves[i].used_at < oldest->used_at)
+            oldest = &r->leaves[i];
+    oldest->number = number;
+    oldest->valid = true;
+    oldest->used_at = ++r->clock;
+    oldest->leaf = *leaf;
+}
+
+static int leaf_ref(struct file_reader *r, uint64_t number, struct recipe_ref *ret_ref,
+                    struct vm_error **err)
+{
+    SCOPE_LOCK(&r->lock);
+    return file_tree_get(r->tree, number, ret_ref, err);
+}
+
+int file_reader_leaf(struct file_reader *r, uint64_t number, struct recipe_leaf *ret_leaf,
+                     struct vm_error **err)
+{
+    struct recipe_ref ref;
+    {
+        SCOPE_LOCK(&r->lock);
+        if (copy_cached(r, number, ret_leaf))
+            return 0;
+    }
+    if (leaf_ref(r, number, &ref, err) < 0 || tree_read_leaf(r->store, &ref, ret_leaf, err) < 0)
+        return -1;
+    SCOPE_LOCK(&r->lock);
+    keep_leaf(r, number, ret_leaf);
+    return 0;
+}
+
+/* ---- reading ---- */
+
+static struct page_reader *borrow_reader(struct file_reader *r, struct vm_error **err)
+{
+    SCOPE_LOCK(&r->lock);
+    return r->n_idle ? r->idle[--r->n_idle] : page_reader_create(r->store, err);
+}
+
+static void return_reader(struct file_reader *r, struct page_reader *reader,
+                          const struct page_reader_stat *before)
+{
+    struct page_reader_stat after = page_reader_stat(reader);
+    SCOPE_LOCK(&r->lock);
+    r->stat.requests += after.requests - before->requests;
+    r->stat.bytes += after.bytes - before->bytes;
+    r->stat.records += after.records - before->records;
+    if (r->n_idle < IDLE_READERS)
+        r->idle[r->n_idle++] = reader;
+    else
+        page_reader_destroy(reader);
+}
+
+/* n bytes at `offset` of a leaf's 4 MiB. */
+static int read_in_leaf(struct page_reader *reader, const struct recipe_leaf *leaf, size_t offset,
+                        uint8_t *out, size_t len, struct vm_error **err)
+{
+    size_t first = offset / PAGE_BYTES, end = (offset + len + PAGE_BYTES - 1) / PAGE_BYTES;
+    bool aligned = !(offset % PAGE_BYTES) && !(len % PAGE_BYTES);
+    if (aligned)
+        return page_reader_read(reader, leaf->pages + first, end - first, out, err);
+    cleanup_free uint8_t *bounce = malloc((end - first) * PAGE_BYTES);
+    if (!bounce)
+        return error_nomem(err);
+    if (page_reader_read(reader, leaf->pages + first, end - first, bounce, err) < 0)
+        return -1;
+    memcpy(out, bounce + offset % PAGE_BYTES, len);
+    return 0;
+}
+
+static int read_leaves(struct file_reader *r, struct page_reader *reader, struct recipe_leaf *leaf,
+                       uint64_t offset, uint8_t *out, size_t len, struct vm_error **err)
+{
+    while (len) {
+        size_t in_leaf = offset % RECIPE_LEAF_BYTES, left = RECIPE_LEAF_BYTES - in_leaf;
+        size_t n = len < left ? len : left;
+        if (file_reader_leaf(r, offset / RECIPE_LEAF_BYTES, leaf, err) < 0 ||
+            read_in_leaf(reader, leaf, in_leaf, out, n, err) < 0)
+            return -1;
+        offset += n;
+        out += n;
+        len -= n;
+    }
+    return 0;
+}
+
+int file_reader_read(struct file_reader *r, uint64_t offset, void *out, size_t len,
+                     struct vm_error **err)
+{
+    if (offset > r->size || len > r->size - offset)
+        return error_set(err, VM_ERROR_USAGE, "%zu bytes at %llu are beyond the file's end", len,
+                         (unsigned long long)offset);
+    cleanup_free struct recipe_leaf *leaf = malloc(sizeof(*leaf));
+    struct page_reader *reader = leaf ? borrow_reader(r, err) : NULL;
+    if (!reader)
+        return leaf ? -1 : error_nomem(err);
+    struct page_reader_stat before = page_reader_stat(reader);
+    int result = read_leaves(r, reader, leaf, offset, out, len, err);
+    return_reader(r, reader, &before);
+    return result;
+}
+
+int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start,
+                          uint64_t *ret_len, struct vm_error **err)
+{
+    uint64_t leaf = offset / RECIPE_LEAF_BYTES, end = file_tree_leaves(r->tree), n = 0;
+    struct recipe_ref ref = {0};
+    for (; leaf < end && recipe_ref_is_zero(&ref); leaf += recipe_ref_is_zero(&ref))
+        if (leaf_ref(r, leaf, &ref, err) < 0)
+            return -1;
+    while (leaf + n < end && !recipe_ref_is_zero(&ref)) {
+        n++;
+        if (leaf + n < end && leaf_ref(r, leaf + n, &ref, err) < 0)
+            return -1;
+    }
+    uint64_t start = leaf * RECIPE_LEAF_BYTES;
+    *ret_start = start < offset ? offset : start;
+    uint64_t stop = (leaf + n) * RECIPE_LEAF_BYTES;
+    stop = stop < r->size ? stop : r->size;
+    *ret_len = n && stop > *ret_start ? stop - *ret_start : 0;
+    return 0;
+}

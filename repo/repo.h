@@ -1,0 +1,156 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * repo: the repository as its users see it: open it, put images in, get them out. Everything else in this
+ * folder serves these functions; docs/repository-format.md is the format on the store.
+ *
+ *     struct repo *r = repo_open("dir:/var/lib/vmmig/repo", &err);
+ *     image_import(r, "debian.qcow2", "debian12", &(struct import_options){0}, &report, &err);
+ *     image_export(r, "debian12", NULL, "/tmp/debian.raw", NULL, &err);
+ *     repo_close(r);
+ *
+ * Threads: any; a repository may be used by several at once. Any number of processes and hosts may have the
+ * same repository open (a dir: repository: processes of one host).
+ *
+ * Memory of one import: at most 64 MiB, and 48 MiB per TiB of unique data in the repository for footers.
+ * Of one export: 4 MiB per thread and what it read.
+ *
+ * Crash: what image_import acknowledged is there, whole; an import that did not end left nothing visible.
+ */
+#ifndef VMMIG_REPO_REPO_H
+#define VMMIG_REPO_REPO_H
+
+#include "repo/catalogue.h"
+#include "repo/file_reader.h"
+#include "repo/image_writer.h"
+
+struct repo;
+
+struct repo_init_options {
+    const char *data_pool; /* rados: packs go to this pool (it may be erasure coded); NULL: to that of the URL */
+};
+
+/* Make an empty repository there. CONFLICT if there is one. */
+int repo_init(const char *url, const struct repo_init_options *options, struct vm_error **err);
+/* NOT_FOUND if there is none; VERSION if it is of another version. */
+struct repo *repo_open(const char *url, struct vm_error **err);
+/* As repo_open, on a store that is open already (which it then owns, on success). */
+struct repo *repo_open_store(struct store *s, struct vm_error **err);
+void repo_close(struct repo *r);
+DEFINE_CLEANUP(repo, struct repo *, repo_close)
+struct store *repo_store(struct repo *r);
+struct index *repo_index(struct repo *r);
+const struct uuid *repo_uuid(const struct repo *r);
+
+struct repo_stat {
+    struct uuid uuid;
+    uint64_t images, image_bytes; /* names, and the sum of their sizes */
+    uint64_t packs, pack_bytes, trees, tree_bytes;
+    struct index_stat index;
+    struct store_space space;
+};
+/* Lists all objects: seconds per million of packs. */
+int repo_stat(struct repo *r, struct repo_stat *ret_stat, struct vm_error **err);
+
+/* ---- progress ---- */
+
+struct repo_progress {
+    uint64_t done, total; /* bytes of the image */
+    uint64_t stored;      /* bytes added to the store so far */
+};
+/* Called about four times a second and at the end, by a thread of the call. */
+typedef void repo_progress_fn(const struct repo_progress *progress, void *arg);
+
+struct repo_control {
+    repo_progress_fn *progress; /* may be NULL */
+    void *arg;
+    int cancel_fd; /* -1 for none; once it is readable (base/io.h) the call ends with CANCELLED */
+};
+
+/* ---- writing an image ---- */
+
+/*
+ * For writers of any kind (import, snapshots): registers under `name`, and gives an image_writer to fill.
+ *
+ *     s = image_session_begin(r, "web1@monday", parent or NULL, &err)
+ *     file = image_session_file(s, "disk0.raw", size, &err)          base: the parent's file of that name
+ *     image_writer_segment, _put ... on image_session_writer(s)
+ *     image_session_commit(s, &report, &err)
+ *     image_session_end(s)       always; without a commit nothing remains visible
+ */
+struct image_session;
+
+struct import_report {
+    uint64_t size;                    /* bytes of all files */
+    struct image_writer_stat written;
+};
+
+struct image_session *image_session_begin(struct repo *r, const char *name, const char *parent,
+                                          struct vm_error **err);
+void image_session_end(struct image_session *s);
+DEFINE_CLEANUP(image_session, struct image_session *, image_session_end)
+struct image_writer *image_session_writer(struct image_session *s);
+struct image_file *image_session_file(struct image_session *s, const char *name, uint64_t size,
+                                      struct vm_error **err);
+int image_session_commit(struct image_session *s, struct import_report *ret_report,
+                         struct vm_error **err);
+
+struct import_options {
+    const char *format; /* of the file: NULL looks; "raw", "qcow2" or another that qemu-img knows */
+    const char *parent; /* an image whose later version this is; NULL: none */
+    const char *file_name; /* within the image; NULL: "disk0.raw" */
+    struct repo_control control;
+};
+
+/*
+ * The disk image at `path`, as image `name`. Holes and zeros take no space. Formats other than raw are
+ * read through qemu-nbd; a file that names further files (backing, data) is REFUSED unless `format` is given:
+ * a guest that wrote its header would choose what is read.
+ */
+int image_import(struct repo *r, const char *path, const char *name,
+                 const struct import_options *options, struct import_report *ret_report,
+                 struct vm_error **err);
+
+/* ---- reading ---- */
+
+/*
+ * File `file` of the image (NULL: its only one, or "disk0.raw") as a raw file with holes at `path`, which must
+ * not exist; or into a block device, zeros included. After a failure no file remains. As cp, it does not sync.
+ */
+int image_export(struct repo *r, const char *name, const char *file, const char *path,
+                 const struct repo_control *control, struct vm_error **err);
+
+struct image_sizes {
+    uint64_t virtual_bytes;
+    uint64_t data_bytes;   /* pages that are not zero */
+    uint64_t stored_bytes; /* of the records that hold them, each counted once */
+    uint64_t shared_bytes; /* of those: in records that other images use, too */
+    uint64_t unique_bytes; /* the rest */
+    uint64_t recipe_bytes; /* leaves and inner nodes */
+    bool estimated;        /* from a sample of the records, the image being large */
+};
+struct image_sharer {
+    char name[IMAGE_NAME_MAX + 1];
+    uint64_t bytes; /* stored bytes that both use */
+};
+struct image_show {
+    struct image image;
+    struct image_sizes sizes;
+    struct image_sharer *sharers; /* most first; the caller frees it */
+    size_t n_sharers;
+};
+/* Reads the recipes of all images. */
+int image_show(struct repo *r, const char *name, struct image_show *ret_show, struct vm_error **err);
+
+/*
+ * Call visit for each stretch in which file by file of that name a and b differ, in order; a file that only one has
+ * differs as a whole from zeros. Content is compared by identity, no data is read.
+ */
+struct image_difference {
+    const char *file;
+    uint64_t offset, len;
+};
+typedef int image_diff_fn(const struct image_difference *d, void *arg, struct vm_error **err);
+int image_diff(struct repo *r, const char *a, const char *b, image_diff_fn *visit, void *arg,
+               struct vm_error **err);
+
+#endif

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "repo/source_driver.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/fs.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct source *source_open(const char *path, const char *format, struct vm_error **err)
+{
+    cleanup_free char *found = NULL;
+    /* Absolute, so that QEMU takes no part of it for a protocol. */
+    cleanup_free char *absolute = realpath(path, NULL);
+    if (!absolute || access(absolute, R_OK) < 0) {
+        error_errno(err, errno, "cannot read %s", path);
+        return NULL;
+    }
+    path = absolute;
+    if (!format || strcmp(format, "raw") != 0) {
+        if (source_probe(path, format, &found, err) < 0)
+            return NULL;
+        format = found;
+    }
+    return !strcmp(format, "raw") ? source_raw_open(path, err) : source_nbd_open(path, format, err);
+}
+
+void source_close(struct source *s)
+{
+    if (s)
+        s->driver->close(s);
+}
+
+uint64_t source_size(const struct source *s)
+{
+    return s->size;
+}
+
+int source_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
+                  struct vm_error **err)
+{
+    return s->driver->extent(s, offset, ret_len, ret_zero, err);
+}
+
+int source_read(struct source *s, uint64_t offset, void *out, size_t len, struct vm_error **err)
+{
+    return s->driver->read(s, offset, out, len, err);
+}
+
+/* ---- raw files and block devices ---- */
+
+struct source_raw {
+    struct source source;
+    int fd;
+    char *path;
+};
+
+static int raw_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
+                      struct vm_error **err)
+{
+    struct source_raw *r = (struct source_raw *)s;
+    off_t data = lseek(r->fd, (off_t)offset, SEEK_DATA);
+    if (data < 0 && errno != ENXIO) { /* a device, or a file system that cannot tell */
+        *ret_len = s->size - offset;
+        *ret_zero = false;
+        return 0;
+    }
+    if (data < 0 || (uint64_t)data > s->size)
+        data = (off_t)s->size; /* a hole up to the end */
+    *ret_zero = (uint64_t)data > offset;
+    if (*ret_zero) {
+        *ret_len = (uint64_t)data - offset;
+        return 0;
+    }
+    off_t hole = lseek(r->fd, (off_t)offset, SEEK_HOLE);
+    if (hole <= (off_t)offset)
+        return error_set(err, VM_ERROR_FAILED, "%s shrank while it was read", r->path);
+    *ret_len = ((uint64_t)hole < s->size ? (uint64_t)hole : s->size) - offset;
+    return 0;
+}
+
+static int raw_read(struct source *s, uint64_t offset, void *out, size_t len, struct vm_error **err)
+{
+    struct source_raw *r = (struct source_raw *)s;
+    for (size_t done = 0; done < len;) {
+        ssize_t n = pread(r->fd, (char *)out + done, len - done, (off_t)(offset + done));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return error_errno(err, errno, "cannot read %s", r->path);
+        if (!n)
+            return error_set(err, VM_ERROR_FAILED, "%s shrank while it was read", r->path);
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+static void raw_close(struct source *s)
+{
+    struct source_raw *r = (struct source_raw *)s;
+    close_fd(&r->fd);
+    free(r->path);
+    free(r);
+}
+
+static const struct source_driver raw_driver = {raw_close, raw_extent, raw_read};
+
+static int raw_size(int fd, const char *path, uint64_t *ret_size, struct vm_error **err)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0)
+        return error_errno(err, errno, "cannot look at %s", path);
+    *ret_size = (uint64_t)st.st_size;
+    if (S_ISBLK(st.st_mode) && ioctl(fd, BLKGETSIZE64, ret_size) < 0)
+        return error_errno(err, errno, "cannot tell the size of %s", path);
+    if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
+        return error_set(err, VM_ERROR_USAGE, "%s is neither a file nor a block device", path);
+    return 0;
+}
+
+struct source *source_raw_open(const char *path, struct vm_error **err)
+{
+    uint64_t size;
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) {
+        error_errno(err, errno, "cannot open %s", path);
+        return NULL;
+    }
+    if (raw_size(fd, path, &size, err) < 0)
+        return NULL;
+    struct source_raw *r = calloc(1, sizeof(*r));
+    char *copy = strdup(path);
+    if (!r || !copy) {
+        free(r);
+        free(copy);
+        error_nomem(err);
+        return NULL;
+    }
+    posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL);
+    r->source = (struct source){&raw_driver, size};
+    r->fd = steal_fd(&fd);
+    r->path = copy;
+    return &r->source;
+}

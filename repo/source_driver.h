@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* source_driver: what is behind repo/source.h. */
+#ifndef VMMIG_REPO_SOURCE_DRIVER_H
+#define VMMIG_REPO_SOURCE_DRIVER_H
+
+#include "repo/source.h"
+
+struct source_driver {
+    void (*close)(struct source *s);
+    int (*extent)(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
+                  struct vm_error **err);
+    int (*read)(struct source *s, uint64_t offset, void *out, size_t len, struct vm_error **err);
+};
+
+/* The first member of a driver's own struct. */
+struct source {
+    const struct source_driver *driver;
+    uint64_t size;
+};
+
+struct source *source_raw_open(const char *path, struct vm_error **err);
+struct source *source_nbd_open(const char *path, const char *format, struct vm_error **err);
+/*
+ * The format of the file by qemu-img, with the checks of repo.h's image_import; *ret_format is the caller's.
+ * `format`: what the user said, or NULL.
+ */
+int source_probe(const char *path, const char *format, char **ret_format, struct vm_error **err);
+
+#endif

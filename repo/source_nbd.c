@@ -1,0 +1,253 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with us serves them,
+ * read-only, over a socket that libnbd hands it.
+ */
+#include "repo/source_driver.h"
+
+#include "base/bytes.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <libnbd.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+
+enum { INFO_MAX = 1 << 20, READ_MAX = 1 << 20 };
+
+extern char **environ;
+
+/* ---- what qemu-img says ---- */
+
+static int spawn_info(const char *path, const char *format, int out, pid_t *ret_pid,
+                      struct vm_error **err)
+{
+    char *argv[10] = {(char[]){"qemu-img"}, (char[]){"info"}, (char[]){"--output=json"},
+                      (char[]){"--backing-chain"}, (char[]){"--force-share"}};
+    int n = 5;
+    cleanup_free char *path_copy = strdup(path);
+    cleanup_free char *format_copy = strdup(format ? format : "");
+    if (!path_copy || !format_copy)
+        return error_nomem(err);
+    if (format) {
+        argv[n++] = (char[]){"-f"};
+        argv[n++] = format_copy;
+    }
+    argv[n++] = (char[]){"--"};
+    argv[n] = path_copy;
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, out, 1);
+    posix_spawn_file_actions_adddup2(&actions, out, 2);
+    int rc = posix_spawnp(ret_pid, argv[0], &actions, NULL, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    return rc ? error_errno(err, rc, "cannot run qemu-img, which reads formats other than raw") : 0;
+}
+
+static int read_all(int fd, struct buffer *out, struct vm_error **err)
+{
+    for (;;) {
+        uint8_t *to = buffer_grow(out, 4096);
+        if (!to)
+            return error_set(err, VM_ERROR_FAILED, "qemu-img says too much");
+        ssize_t n = read(fd, to, 4096);
+        out->len -= 4096 - (n > 0 ? (size_t)n : 0);
+        if (n < 0 && errno != EINTR)
+            return error_errno(err, errno, "cannot read what qemu-img says");
+        if (!n)
+            return 0;
+    }
+}
+
+/* The last line of a text, for a message. */
+static const char *last_line(char *text)
+{
+    size_t n = strlen(text);
+    while (n && text[n - 1] == '\n')
+        text[--n] = 0;
+    char *at = strrchr(text, '\n');
+    return at ? at + 1 : text;
+}
+
+static int run_info(const char *path, const char *format, struct buffer *out, struct vm_error **err)
+{
+    int fds[2], status = 0;
+    pid_t pid;
+    if (pipe2(fds, O_CLOEXEC) < 0)
+        return error_errno(err, errno, "cannot make a pipe");
+    cleanup_close int from = fds[0], to = fds[1];
+    if (spawn_info(path, format, to, &pid, err) < 0)
+        return -1;
+    close_fd(&to);
+    int done = read_all(from, out, err);
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    buffer_put_u8(out, 0);
+    if (done < 0 || out->failed)
+        return done < 0 ? -1 : error_nomem(err);
+    if (!WIFEXITED(status) || WEXITSTATUS(status))
+        return error_set(err, VM_ERROR_CORRUPT, "%s cannot be read: %s", path,
+                         last_line((char *)out->data));
+    return 0;
+}
+
+/* Does the description of one file name further ones? */
+static const char *further_file(const json_t *info)
+{
+    const json_t *data =
+        json_object_get(json_object_get(json_object_get(info, "format-specific"), "data"),
+                        "data-file");
+    const char *backing = json_string_value(json_object_get(info, "backing-filename"));
+    return backing ? backing : json_string_value(data);
+}
+
+int source_probe(const char *path, const char *format, char **ret_format, struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
+    if (run_info(path, format, &out, err) < 0)
+        return -1;
+    json_t *chain = json_loads((const char *)out.data, 0, NULL);
+    const json_t *info = json_array_get(chain, 0);
+    const char *name = json_string_value(json_object_get(info, "format"));
+    const char *further = further_file(info);
+    int result = 0;
+    if (!name)
+        result = error_set(err, VM_ERROR_CORRUPT, "qemu-img does not say what %s is", path);
+    else if (further && !format)
+        result = error_set(err, VM_ERROR_REFUSED,
+                           "%s is a %s image that builds upon %s; say its format explicitly if that "
+                           "is meant",
+                           path, name, further);
+    else if (!(*ret_format = strdup(name)))
+        result = error_nomem(err);
+    json_decref(chain);
+    return result;
+}
+
+/* ---- reading through qemu-nbd ---- */
+
+struct source_nbd {
+    struct source source;
+    struct nbd_handle *nbd;
+    char *path;
+    bool has_extents;
+    /* The extent that the server described last. */
+    uint64_t start, end;
+    bool zero;
+};
+
+static int fail(struct source_nbd *n, const char *what, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_FAILED, "%s %s: %s", what, n->path, nbd_get_error());
+}
+
+static void nbd_source_close(struct source *s)
+{
+    struct source_nbd *n = (struct source_nbd *)s;
+    if (n->nbd) {
+        nbd_shutdown(n->nbd, 0);
+        nbd_close(n->nbd); /* ends qemu-nbd, too */
+    }
+    free(n->path);
+    free(n);
+}
+
+static int take_extents(void *arg, const char *context, uint64_t offset, uint32_t *entries,
+                        size_t n_entries, int *error)
+{
+    struct source_nbd *n = arg;
+    (void)error;
+    if (strcmp(context, LIBNBD_CONTEXT_BASE_ALLOCATION) != 0)
+        return 0;
+    n->start = n->end = offset;
+    for (size_t i = 0; i + 1 < n_entries; i += 2) {
+        bool zero = entries[i + 1] & LIBNBD_STATE_ZERO;
+        if (i && zero != n->zero)
+            break;
+        n->zero = zero;
+        n->end += entries[i];
+    }
+    return 0;
+}
+
+static int nbd_source_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
+                             struct vm_error **err)
+{
+    struct source_nbd *n = (struct source_nbd *)s;
+    if (!n->has_extents) {
+        *ret_len = s->size - offset;
+        *ret_zero = false;
+        return 0;
+    }
+    if (offset < n->start || offset >= n->end) {
+        uint64_t ask = s->size - offset < (1u << 30) ? s->size - offset : 1u << 30;
+        nbd_extent_callback callback = {.callback = take_extents, .user_data = n};
+        n->start = n->end = 0;
+        if (nbd_block_status(n->nbd, ask, offset, callback, 0) < 0)
+            return fail(n, "cannot ask for the extents of", err);
+        if (offset < n->start || offset >= n->end)
+            return error_set(err, VM_ERROR_FAILED, "qemu-nbd does not describe %s at %llu", n->path,
+                             (unsigned long long)offset);
+        if (n->end > s->size)
+            n->end = s->size;
+    }
+    *ret_len = n->end - offset;
+    *ret_zero = n->zero;
+    return 0;
+}
+
+static int nbd_source_read(struct source *s, uint64_t offset, void *out, size_t len,
+                           struct vm_error **err)
+{
+    struct source_nbd *n = (struct source_nbd *)s;
+    for (size_t done = 0; done < len;) {
+        size_t step = len - done < READ_MAX ? len - done : READ_MAX;
+        if (nbd_pread(n->nbd, (char *)out + done, step, offset + done, 0) < 0)
+            return fail(n, "cannot read", err);
+        done += step;
+    }
+    return 0;
+}
+
+static const struct source_driver nbd_driver = {nbd_source_close, nbd_source_extent,
+                                                nbd_source_read};
+
+static int connect_server(struct source_nbd *n, const char *format, struct vm_error **err)
+{
+    cleanup_free char *format_option = NULL;
+    if (asprintf(&format_option, "--format=%s", format) < 0)
+        return error_nomem(err);
+    char *argv[] = {(char[]){"qemu-nbd"}, (char[]){"--read-only"}, format_option,
+                    (char[]){"--"}, n->path, NULL};
+    n->nbd = nbd_create();
+    if (!n->nbd || nbd_add_meta_context(n->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) < 0 ||
+        nbd_connect_systemd_socket_activation(n->nbd, argv) < 0)
+        return fail(n, "qemu-nbd cannot serve", err);
+    int64_t size = nbd_get_size(n->nbd);
+    if (size < 0)
+        return fail(n, "cannot tell the size of", err);
+    n->source.size = (uint64_t)size;
+    n->has_extents = nbd_can_meta_context(n->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) > 0;
+    return 0;
+}
+
+struct source *source_nbd_open(const char *path, const char *format, struct vm_error **err)
+{
+    struct source_nbd *n = calloc(1, sizeof(*n));
+    if (!n || !(n->path = strdup(path))) {
+        free(n);
+        error_nomem(err);
+        return NULL;
+    }
+    n->source.driver = &nbd_driver;
+    if (connect_server(n, format, err) < 0) {
+        nbd_source_close(&n->source);
+        return NULL;
+    }
+    return &n->source;
+}

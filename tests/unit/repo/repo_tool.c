@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * repo_tool: the functions of repo/repo.h as commands, for the system tests. One JSON object per line on standard
+ * output; errors as "KIND: message" on standard error, with the kind's exit status.
+ *
+ *     repo_tool URL init [DATA-POOL] | stat | list
+ *     repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show NAME | delete NAME | diff A B
+ */
+#include "repo/repo.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+
+static const char *arg_of(int argc, char **argv, int i)
+{
+    return i < argc && strcmp(argv[i], "-") != 0 ? argv[i] : NULL;
+}
+
+static int list_one(const struct image *image, void *arg, struct vm_error **err)
+{
+    (void)arg;
+    (void)err;
+    printf("{\"name\": \"%s\", \"size\": %" PRIu64 ", \"files\": %u}\n", image->name,
+           image_size(image), image->n_files);
+    return 0;
+}
+
+static int diff_one(const struct image_difference *d, void *arg, struct vm_error **err)
+{
+    (void)arg;
+    (void)err;
+    printf("{\"file\": \"%s\", \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}\n", d->file, d->offset,
+           d->len);
+    return 0;
+}
+
+static void print_usage(int64_t started_ns)
+{
+    struct rusage u;
+    getrusage(RUSAGE_SELF, &u);
+    printf(", \"seconds\": %.3f, \"cpu\": %.3f, \"rss_kib\": %ld}\n",
+           (double)(clock_mono_ns() - started_ns) / 1e9,
+           (double)u.ru_utime.tv_sec + (double)u.ru_stime.tv_sec +
+               (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6,
+           u.ru_maxrss);
+}
+
+static int run_import(struct repo *r, int argc, char **argv, struct vm_error **err)
+{
+    struct import_options o = {.format = arg_of(argc, argv, 5), .parent = arg_of(argc, argv, 6),
+                               .control.cancel_fd = -1};
+    struct import_report report;
+    int64_t started = clock_mono_ns();
+    if (image_import(r, argv[3], argv[4], &o, &report, err) < 0)
+        return -1;
+    const struct image_writer_stat *w = &report.written;
+    printf("{\"size\": %" PRIu64 ", \"zero\": %" PRIu64 ", \"shared\": %" PRIu64 ", \"new\": %" PRIu64
+           ", \"again\": %" PRIu64 ", \"stored\": %" PRIu64 ", \"footers\": %" PRIu64
+           ", \"lookups\": %" PRIu64 ", \"hits\": %" PRIu64 ", \"nodes\": %" PRIu64
+           ", \"nodes_shared\": %" PRIu64,
+           report.size, w->pages_zero, w->pages_shared, w->pages_new, w->pages_again,
+           w->bytes_stored, w->footers_loaded, w->index_lookups, w->index_hits, w->nodes,
+           w->nodes_shared);
+    print_usage(started);
+    return 0;
+}
+
+static int run_export(struct repo *r, char **argv, struct vm_error **err)
+{
+    struct repo_control control = {.cancel_fd = -1};
+    int64_t started = clock_mono_ns();
+    if (image_export(r, argv[3], NULL, argv[4], &control, err) < 0)
+        return -1;
+    printf("{\"exported\": true");
+    print_usage(started);
+    return 0;
+}
+
+static int run_show(struct repo *r, char **argv, struct vm_error **err)
+{
+    static struct image_show s;
+    if (image_show(r, argv[3], &s, err) < 0)
+        return -1;
+    printf("{\"name\": \"%s\", \"parent\": \"%s\", \"virtual\": %" PRIu64 ", \"data\": %" PRIu64
+           ", \"stored\": %" PRIu64 ", \"shared\": %" PRIu64 ", \"unique\": %" PRIu64
+           ", \"recipe\": %" PRIu64 ", \"estimated\": %s, \"sharers\": {",
+           s.image.name, s.image.parent, s.sizes.virtual_bytes, s.sizes.data_bytes,
+           s.sizes.stored_bytes, s.sizes.shared_bytes, s.sizes.unique_bytes, s.sizes.recipe_bytes,
+           s.sizes.estimated ? "true" : "false");
+    for (size_t i = 0; i < s.n_sharers; i++)
+        printf("%s\"%s\": %" PRIu64, i ? ", " : "", s.sharers[i].name, s.sharers[i].bytes);
+    printf("}}\n");
+    free(s.sharers);
+    return 0;
+}
+
+static int run_stat(struct repo *r, struct vm_error **err)
+{
+    struct repo_stat s;
+    if (repo_stat(r, &s, err) < 0)
+        return -1;
+    printf("{\"uuid\": \"%s\", \"images\": %" PRIu64 ", \"image_bytes\": %" PRIu64
+           ", \"packs\": %" PRIu64 ", \"pack_bytes\": %" PRIu64 ", \"trees\": %" PRIu64
+           ", \"tree_bytes\": %" PRIu64 ", \"shards\": %u, \"keys\": %" PRIu64 "}\n",
+           uuid_text(&s.uuid), s.images, s.image_bytes, s.packs, s.pack_bytes, s.trees, s.tree_bytes,
+           s.index.shards, s.index.keys);
+    return 0;
+}
+
+static int run(int argc, char **argv, struct vm_error **err)
+{
+    const char *verb = argc > 2 ? argv[2] : "";
+    struct repo_init_options init = {.data_pool = arg_of(argc, argv, 3)};
+    if (!strcmp(verb, "init"))
+        return repo_init(argv[1], &init, err);
+    CLEANUP(repo) struct repo *r = argc > 2 ? repo_open(argv[1], err) : NULL;
+    if (argc > 2 && !r)
+        return -1;
+    if (!strcmp(verb, "stat"))
+        return run_stat(r, err);
+    if (!strcmp(verb, "list"))
+        return catalogue_list(repo_store(r), list_one, NULL, err);
+    if (!strcmp(verb, "import") && argc > 4)
+        return run_import(r, argc, argv, err);
+    if (!strcmp(verb, "export") && argc > 4)
+        return run_export(r, argv, err);
+    if (!strcmp(verb, "show") && argc > 3)
+        return run_show(r, argv, err);
+    if (!strcmp(verb, "delete") && argc > 3)
+        return catalogue_delete(repo_store(r), argv[3], err);
+    if (!strcmp(verb, "diff") && argc > 4)
+        return image_diff(r, argv[3], argv[4], diff_one, NULL, err);
+    return error_set(err, VM_ERROR_USAGE, "usage: repo_tool URL VERB ...; see its source");
+}
+
+int main(int argc, char **argv)
+{
+    cleanup_error struct vm_error *err = NULL;
+    if (fault_init(&err) == 0 && run(argc, argv, &err) == 0)
+        return 0;
+    fprintf(stderr, "%s: %s\n", error_kind_name(err->kind), error_message(err));
+    return error_kind_status(err->kind);
+}
