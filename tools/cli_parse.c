@@ -45,8 +45,8 @@ static int no_such_command(int n, char **words, struct vm_error **err)
         group |= !strncmp(c->name, words[0], k) && c->name[k] == ' ';
     }
     names[count] = NULL;
-    snprintf(said, sizeof(said), group && n > 1 ? "%.40s %.40s" : "%.60s", words[0],
-             n > 1 ? words[1] : "");
+    bool two = group && n > 1 && words[1][0] != '-';
+    snprintf(said, sizeof(said), two ? "%.40s %.40s" : "%.60s", words[0], two ? words[1] : "");
     const char *nearest = text_nearest(said, names);
     if (nearest)
         return error_set(err, VM_ERROR_USAGE, "there is no command '%s'; did you mean '%s'?", said,
