@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page_pool: bounded memory for a driver that receives guest pages: slabs into which the bytes are
- * read, and batches (vmm/page_batch.h) whose pages point into slabs, without a copy.
+ * page_pool: bounded memory for a driver that receives guest pages: slabs into which the bytes
+ * are read, and batches (vmm/page_batch.h) whose pages point into slabs, without a copy.
  *
- *     slab = page_pool_take_slab(pool, false)      or wait, once nothing is kept back that others
- * wait for
+ *     slab = page_pool_take_slab(pool, false)      with true: waits; keep nothing back meanwhile
+ *                                                  that the holders of batches wait for
  *     ... read into slab->data ...
  *     batch = page_pool_take_batch(pool, channel, false)
  *     page_pool_fits(batch, ...), page_pool_add(batch, addr, slab, data)
@@ -13,12 +13,15 @@
  *     page_pool_close(pool)
  *
  * A slab is free again when its reader put it back and the last batch with a page in it was
- * released. Free ones are used again last in, first out, so that a pool touches no more memory than
- * it needs.
+ * released. Free ones are used again last in, first out, so that a pool touches no more memory
+ * than it needs.
  *
- * Memory: slabs as asked for, PAGE_POOL_BATCHES batches (about 550 KiB).
+ * Memory: slabs as asked for, PAGE_POOL_BATCHES batches (550 KiB).
+ *
  * Ownership: batches may outlive page_pool_close; the memory goes with the last of them.
- * Threads: one reader calls everything but page_pool_stop and page_batch_unref, which are for any.
+ *
+ * Threads: one reader calls everything but page_pool_stop and page_batch_unref, which are for
+ * any.
  */
 #ifndef VMMIG_VMM_PAGE_POOL_H
 #define VMMIG_VMM_PAGE_POOL_H

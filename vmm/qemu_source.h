@@ -1,42 +1,45 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * qemu_source: reads QEMU's outgoing migration stream from a socket and turns it into the `pages`,
- * `bytes` and `memory_done` of guest_source_events, without copying page data. QMP is not its
- * business: the driver (vmm/qemu.h) tells QEMU to migrate into the socket and asks it about the
- * end.
+ * qemu_source: reads QEMU's outgoing migration stream from a socket and turns it into the
+ * `pages`, `bytes` and `memory_done` of guest_source_events, without copying page data. QMP is
+ * not its business: the driver (vmm/qemu.h) tells QEMU to migrate into the socket and asks it
+ * about the end.
  *
  *     qemu_source_socketpair(&ours, &qemus, err)
  *     ... QMP getfd with `qemus`, then close it here: otherwise the end of file never comes
- *     qemu_source_create(&params, err)              the thread begins to read
+ *     qemu_source_create(&params, err)             the thread begins to read
  *     ... QMP migrate
  *     ... events->pages, bytes, memory_done, then params.ended, all from the source's one thread
- *     qemu_source_destroy(s)                        stops it wherever it is, and joins the thread
+ *     qemu_source_destroy(s)                       stops it wherever it is, and joins the thread
  *
  * Ownership and memory. Page data stays where it was read, in slabs of 1 MiB out of a pool of
- * `pool_bytes` (vmm/page_pool.h); a slab is free again when the last batch that points into it was
- * released. So a source holds at most pool_bytes, 550 KiB of batches, and 150 KiB of its own.
- * Batches may outlive the source. When slabs or batches run out, the thread hands over every batch
- * that it had begun, and waits: whoever holds batches must not wait for further ones before it
- * releases.
+ * `pool_bytes` (vmm/page_pool.h); a slab is free again when the last batch that points into it
+ * was released. So a source holds at most pool_bytes, 550 KiB of batches, and 150 KiB of its
+ * own. Batches may outlive the source. When slabs or batches run out, the thread hands over
+ * every batch that it had begun, and waits: whoever holds batches must not wait for further ones
+ * before it releases.
  *
  * Batches. A page is in a batch at most once; if it comes again, that begins the next batch. A
- * batch is handed over when it is full; at the end of a stripe, once it holds
- * QEMU_SOURCE_BATCH_GOOD pages; when it points into PAGE_POOL_BATCH_SLABS slabs and needs another;
- * before memory_done; when the socket gave nothing for QEMU_SOURCE_IDLE_MS; and before any wait for
- * memory. Bytes are gathered up to QEMU_SOURCE_BYTES_MAX and handed over at the last three of these
- * moments.
+ * batch is handed over
  *
- * Order. Batches of a channel come in the order of the stream, `bytes` too. Nothing is said about a
- * batch and bytes relative to one another, except: memory_done comes after all batches and after
- * the bytes up to the end of the memory section, and all further bytes come after it. A stream
- * whose memory cannot be told apart (qemu_stream.h, "opaque"; or params.opaque) comes as bytes
- * altogether; its memory_done comes at the end of the file, just before `ended`.
+ *   - when it is full, or points into PAGE_POOL_BATCH_SLABS slabs and needs another,
+ *   - at the end of a stripe, once it holds QEMU_SOURCE_BATCH_GOOD pages,
+ *   - before memory_done, before any wait for memory, and when the socket gave nothing for
+ *     QEMU_SOURCE_IDLE_MS.
  *
- * Errors of `ended`: NULL at an end of file after the memory section (whether QEMU gave everything
- * away only QMP can tell); CANCELLED after qemu_source_destroy; FAILED when QEMU closed the stream
- * before the memory was complete; PROTOCOL and REFUSED for what the parser or the comparison of
- * regions found; whatever a callback returned. After a crash of the agent nothing is left: QEMU
- * sees its socket close and gives the migration up.
+ * Bytes are gathered up to QEMU_SOURCE_BYTES_MAX and handed over then, or with all batches.
+ *
+ * Order. Batches of a channel come in the order of the stream, `bytes` too. Nothing is said
+ * about a batch and bytes relative to one another, except: memory_done comes after all batches
+ * and after the bytes up to the end of the memory section, and all further bytes come after it.
+ * A stream whose memory cannot be told apart (qemu_stream.h, "opaque"; or params.opaque) comes
+ * as bytes altogether; its memory_done comes at the end of the file, just before `ended`.
+ *
+ * Errors of `ended`: NULL at an end of file after the memory section (whether QEMU gave
+ * everything away only QMP can tell); CANCELLED after qemu_source_destroy; FAILED when QEMU
+ * closed the stream before the memory was complete; PROTOCOL and REFUSED for what the parser or
+ * the comparison of regions found; whatever a callback returned. After a crash of the agent
+ * nothing is left: QEMU sees its socket close and gives the migration up.
  */
 #ifndef VMMIG_VMM_QEMU_SOURCE_H
 #define VMMIG_VMM_QEMU_SOURCE_H

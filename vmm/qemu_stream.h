@@ -4,38 +4,40 @@
  * for a pre-copy migration of an x86 guest. No I/O: bytes in, events out.
  *
  *     p = qemu_stream_create(&events, arg, err)
- *     qemu_stream_feed(p, data, len, &consumed, err)    again and again; what was not consumed is
- * fed again, first, with more behind it qemu_stream_end(p, err)                           at the
- * end of file: was the memory complete? qemu_stream_destroy(p)
+ *     qemu_stream_feed(p, data, len, &consumed, err)     again and again; what was not consumed
+ *                                                        comes again, first, with more behind it
+ *     qemu_stream_end(p, err)                            at the end: was the memory complete?
+ *     qemu_stream_destroy(p)
  *
- * It splits the stream in two: the pages of *mapped* blocks of memory (the callee of `blocks` says
- * which these are), and the *rest*: the stream that the destination's loader gets, which is the
- * same stream with the records of those pages left out, and nothing changed. That is a sound
- * stream. A record with CONTINUE belongs to the block that was named last, in whichever section. If
- * that block is not mapped, then the record which named it is in rest as well, and no other name
- * came between. If no page is taken out, rest is the stream byte for byte.
+ * It splits the stream in two: the pages of *mapped* blocks of memory (the callee of `blocks`
+ * says which these are), and the *rest*, which the destination's loader gets: the same stream
+ * with the records of those pages left out, and nothing changed. That is a sound stream. A
+ * record with CONTINUE belongs to the block that was named last, in whichever section. If that
+ * block is not mapped, then the record which named it is in rest as well, and no other name came
+ * between. If no page is taken out, rest is the stream byte for byte.
  *
- * Behind the memory's END section everything is rest, untouched: sections of devices carry no
- * length. For the same reason a device's section that comes before it cannot be skipped (virtio-mem
- * of QEMU >= 8.0, dirty bitmaps, VFIO). Then:
+ * Behind the memory's END section everything is rest: sections of devices carry no length. For
+ * the same reason a device's section that comes before it cannot be skipped (virtio-mem of QEMU
+ * >= 8.0, dirty bitmaps, VFIO; and with background-snapshot there is no END section). Then:
  *
- *   - while no page was taken out, the parser reports `opaque` and everything from there on is
- * rest, pages of mapped blocks too. Rest is then the whole stream, unchanged. Every QEMU begins all
- *     sections that are written piece by piece before the first page, so this is where it happens.
- *   - after that it is an error (REFUSED). Going on would need the remainder to be loaded after all
- *     pages taken out so far, the guest still running, and would leave CONTINUE records in it to
- * the wrong block, which nobody would notice before the guest does.
+ *   - while no page was taken out, the parser reports `opaque`, and everything from there on is
+ *     rest, pages of mapped blocks too. Rest is then the whole stream, unchanged. In a pre-copy
+ *     migration QEMU begins every section that it writes piece by piece before the first page,
+ *     so this is where it happens.
+ *   - after that it is an error (REFUSED). To go on, the remainder would have to be loaded after
+ *     all pages taken out so far, while the guest still runs; and CONTINUE records in it would
+ *     go to the wrong block, which nobody would notice before the guest does.
  *
- * Speed. Page data is not looked at and not copied; the pointers in events lie in the bytes fed and
- * are valid during the call. No record is longer than QEMU_STREAM_RECORD_MAX: fed that many bytes,
- * or more, the parser consumes some. Memory: one block of 80 KiB.
+ * Speed. Page data is not looked at and not copied; the pointers in events lie in the bytes fed
+ * and are valid during the call. No record is longer than QEMU_STREAM_RECORD_MAX: fed that many
+ * bytes or more, the parser consumes some. Memory: one block of 80 KiB.
  *
  * Errors: PROTOCOL for what version 3 does not allow, lengths, offsets, names and counts out of
- * bounds included, REFUSED for a feature that this parser cannot split (the message names the
- * capability to turn off), FAILED for an early end, and whatever a callback returned, unchanged.
- * After an error only destroy is allowed. The events do not depend on how the bytes were cut into
- * feeds, save that rest comes in other pieces, and before an error perhaps not up to the record at
- * fault.
+ * bounds included; REFUSED for a feature that this parser cannot split (the message names the
+ * capability to turn off); FAILED for an early end; and whatever a callback returned, unchanged.
+ * After an error only destroy is allowed. The events do not depend on how the bytes were cut
+ * into feeds, save that rest comes in other pieces, and before an error perhaps not up to the
+ * record at fault.
  *
  * Threads: one at a time.
  */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Fuzzer of vmm/qemu_stream: arbitrary bytes as a migration stream, every other block mapped. Asserted: bounds of
- * what is consumed and reported; rest is a subsequence of the input, without the pages taken out; and
- * the same bytes in one piece and in small ones have the same events and the same error.
+ * Fuzzer of vmm/qemu_stream: arbitrary bytes as a migration stream, every other block mapped.
+ * Asserted: bounds of what is consumed and reported; rest comes out of the input, and without the
+ * pages taken out; the same bytes in one piece and in small ones have the same events and error.
  */
 #include "vmm/qemu_stream.h"
 

@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* stream_maker: pieces of a QEMU migration stream, for tests. The words are those of
- * vmm/qemu_stream.h. */
+/* stream_maker: pieces of a QEMU migration stream, for tests, in the words of vmm/qemu_stream.h. */
 #ifndef VMMIG_TESTS_UNIT_VMM_STREAM_MAKER_H
 #define VMMIG_TESTS_UNIT_VMM_STREAM_MAKER_H
 

@@ -467,8 +467,7 @@ static void a_reader_without_memory_waits_and_goes_on_when_a_batch_is_released(v
     rig_finish(&r);
 }
 
-/* Batches of zero pages pin no slab; their number is bounded all the same, and none is kept back.
- */
+/* Batches of zero pages pin no slab; their number is bounded all the same; none is kept back. */
 static void batches_are_bounded_too(void **state)
 {
     (void)state;
@@ -535,8 +534,7 @@ static void put_numbered(struct buffer *b, uint64_t first, unsigned count)
         put_page(b, page == first ? "pc.ram" : NULL, page, 1000 + (uint32_t)page);
 }
 
-/* Neither what is read later nor the source's end touches the bytes of a batch that somebody holds.
- */
+/* Neither what is read later nor the source's end touches the bytes of a batch that is held. */
 static void a_held_batch_stays_as_it_is_and_outlives_its_source(void **state)
 {
     (void)state;
