@@ -30,7 +30,7 @@
  * Charging. A page of guest memory is charged to the cgroup of whose mapping is touched first. Pages that the
  * agent writes through `base` would be the agent's. qemu_sink_populate has the kernel fault them in
  * through QEMU's own mapping (process_vm_readv), so that they are QEMU's; the engine calls it for pages
- * that it is about to write for the first time. Pages of hugetlb are not charged to memory cgroups at all.
+ * that it is about to write, also after it made a hole where they were. Pages of hugetlb are not charged to memory cgroups at all.
  *
  * Ownership: guest_destroy(qemu_guest(q)) closes the connection and unmaps; QEMU runs on. Memfds of a
  * sink are QEMU's and the mapping's; the agent holds no descriptor of them.
@@ -91,8 +91,8 @@ struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_er
 struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const char *qmp_path,
                               int timeout_ms, struct vm_error **err);
 /*
- * Have the pages at `addrs` (vmm/page_batch.h; of mapped regions) present, charged to QEMU. Pages that
- * are present already cost a bit test. Any thread. 0, or VMM_DIED, or SYSTEM when the kernel refuses
+ * Have the pages at `addrs` (vmm/page_batch.h; of mapped regions) present, charged to QEMU, before they
+ * are written. Pages that are present already stay as they are, at about a tenth of the cost. Any thread. 0, or VMM_DIED, or SYSTEM when the kernel refuses
  * (then they are charged to the agent; writing them is possible nevertheless).
  */
 int qemu_sink_populate(struct qemu *q, const uint64_t *addrs, unsigned n, struct vm_error **err);

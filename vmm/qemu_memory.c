@@ -5,7 +5,6 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <linux/memfd.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -19,8 +18,7 @@ struct qemu_memory {
     unsigned n;
     struct guest_region *regions;
     int fds[GUEST_REGIONS_MAX];
-    uint64_t remote[GUEST_REGIONS_MAX];           /* where QEMU has it; 0 if that is not known */
-    _Atomic uint64_t *present[GUEST_REGIONS_MAX]; /* a bit per page */
+    uint64_t remote[GUEST_REGIONS_MAX]; /* where QEMU has it; 0 if that is not known */
     struct process_identity process;
 };
 
@@ -44,9 +42,6 @@ static int new_memfd(const char *vm, const struct guest_region *r, struct vm_err
 static int map_region(struct qemu_memory *m, unsigned i, struct vm_error **err)
 {
     struct guest_region *r = &m->regions[i];
-    m->present[i] = calloc((r->size / GUEST_PAGE_SIZE + 63) / 64, sizeof(**m->present));
-    if (!m->present[i])
-        return error_nomem(err);
     /* Huge pages are reserved by mapping them, so that QEMU cannot run out of them later. */
     int flags = MAP_SHARED | (r->page_size > GUEST_PAGE_SIZE ? 0 : MAP_NORESERVE);
     void *base = mmap(NULL, r->size, PROT_READ | PROT_WRITE, flags, m->fds[i], 0);
@@ -96,7 +91,6 @@ void qemu_memory_destroy(struct qemu_memory *m)
         if (m->regions[i].base)
             munmap(m->regions[i].base, m->regions[i].size);
         close_fd(&m->fds[i]);
-        free(m->present[i]);
     }
     free(m->regions);
     free(m);
@@ -153,35 +147,20 @@ int qemu_memory_bind(struct qemu_memory *m, const struct process_identity *proce
     return 0;
 }
 
-/* Pages that are not there yet, as QEMU's addresses. Bits are set only after the kernel did it. */
 static unsigned gather(const struct qemu_memory *m, const uint64_t *addrs, unsigned n,
                        struct iovec *remote)
 {
-    unsigned missing = 0;
+    unsigned gathered = 0;
     for (unsigned i = 0; i < n; i++) {
         unsigned region = page_addr_region(addrs[i]);
         uint64_t page = page_addr_number(addrs[i]);
         if (region >= m->n || page >= m->regions[region].size / GUEST_PAGE_SIZE ||
             !m->remote[region])
             continue;
-        uint64_t word = atomic_load_explicit(&m->present[region][page / 64], memory_order_relaxed);
-        if (word >> (page % 64) & 1)
-            continue;
         uint64_t at = m->remote[region] + page * GUEST_PAGE_SIZE;
-        remote[missing++] = (struct iovec){(void *)(uintptr_t)at, 1};
+        remote[gathered++] = (struct iovec){(void *)(uintptr_t)at, 1};
     }
-    return missing;
-}
-
-static void mark_present(struct qemu_memory *m, const uint64_t *addrs, unsigned n)
-{
-    for (unsigned i = 0; i < n; i++) {
-        unsigned region = page_addr_region(addrs[i]);
-        uint64_t page = page_addr_number(addrs[i]);
-        if (region < m->n && page < m->regions[region].size / GUEST_PAGE_SIZE && m->present[region])
-            atomic_fetch_or_explicit(&m->present[region][page / 64], 1ULL << (page % 64),
-                                     memory_order_relaxed);
-    }
+    return gathered;
 }
 
 static int populate_batch(struct qemu_memory *m, const uint64_t *addrs, unsigned n,
@@ -189,22 +168,22 @@ static int populate_batch(struct qemu_memory *m, const uint64_t *addrs, unsigned
 {
     struct iovec remote[POPULATE_BATCH];
     char bytes[POPULATE_BATCH];
-    unsigned missing = gather(m, addrs, n, remote);
-    if (!missing)
+    unsigned gathered = gather(m, addrs, n, remote);
+    if (!gathered)
         return 0;
-    struct iovec local = {bytes, missing};
-    ssize_t got = process_vm_readv(m->process.pid, &local, 1, remote, missing, 0);
+    struct iovec local = {bytes, gathered};
+    ssize_t got = process_vm_readv(m->process.pid, &local, 1, remote, gathered, 0);
     if (got < 0 && errno == ESRCH)
         return error_set(err, VM_ERROR_VMM_DIED, "QEMU (process %d) ended", m->process.pid);
     if (got < 0)
         return error_errno(err, errno, "cannot reach the memory of QEMU (process %d)",
                            m->process.pid);
-    if ((unsigned)got < missing)
+    if ((unsigned)got < gathered)
         return error_set(err, VM_ERROR_NO_SPACE, "no memory for the guest's pages");
-    mark_present(m, addrs, n);
     return 0;
 }
 
+/* A byte of each page is read at QEMU's address: that faults it in on QEMU's account. */
 int qemu_memory_populate(struct qemu_memory *m, const uint64_t *addrs, unsigned n,
                          struct vm_error **err)
 {

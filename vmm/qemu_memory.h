@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * qemu_memory: the memory of a guest that is about to arrive: one memfd per region, mapped here, inherited by
- * its QEMU, and the bookkeeping of which pages are there already, charged to QEMU (vmm/qemu.h, "Charging").
+ * its QEMU, and a way to have pages charged to QEMU (vmm/qemu.h, "Charging").
  *
  *     struct qemu_memory *m = qemu_memory_create("web1", definition, &err);
  *     qemu_memory_fds(m)                     into the command line, and inherited

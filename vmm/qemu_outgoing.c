@@ -112,6 +112,24 @@ static void give_up(struct outgoing *o)
     o->settle_error = err;
 }
 
+/* QEMU closed the stream too early: it ended, or it has a reason. */
+static void ask_why(struct outgoing *o, struct vm_error **err)
+{
+    char status[32];
+    CLEANUP(json) json_t *info = NULL;
+    struct vm_error *died = NULL;
+    if ((*err)->kind != VM_ERROR_FAILED)
+        return;
+    if (qemu_query_migration(o->q, status, &info, &died) < 0) {
+        error_clear(err);
+        *err = died;
+        return;
+    }
+    const char *why = qmp_string(info, "error-desc");
+    if (*why)
+        error_wrap(err, "%.400s", why);
+}
+
 static void finish(struct outgoing *o)
 {
     struct vm_error *err = NULL;
@@ -122,11 +140,15 @@ static void finish(struct outgoing *o)
         else
             error_set(&err, VM_ERROR_VMM_DIED, "QEMU's connection was lost during the migration");
     }
-    bool failed = err || confirm(o, &err) < 0;
-    if (failed) {
+    bool failed = true;
+    if (err) {
+        ask_why(o, &err);
         qemu_explain(o->q, &err);
-        give_up(o);
+    } else {
+        failed = confirm(o, &err) < 0;
     }
+    if (failed)
+        give_up(o);
     if (failed && is_stopping(o) && err->kind != VM_ERROR_VMM_DIED) {
         error_clear(&err);
         error_set(&err, VM_ERROR_CANCELLED, "the migration was stopped");

@@ -291,16 +291,21 @@ static int open_cgroup(const char *folder, struct vm_error **err)
     return fd;
 }
 
-/* The user's argv and one more monitor on the listener. One allocation; `extra` has the two values. */
-static char **add_monitor(char *const *argv, int listener, char extra[2][96])
+/*
+ * The user's argv and one more monitor on the listener. It daemonizes here: if QEMU did so once more, the
+ * process that was started would not be the VM. One allocation; `extra` has the two values.
+ */
+static char **make_argv(char *const *argv, int listener, char extra[2][96])
 {
-    size_t n = 0;
-    while (argv[n])
-        n++;
-    char **all = calloc(n + 5, sizeof(*all));
+    size_t count = 0, n = 0;
+    while (argv[count])
+        count++;
+    char **all = calloc(count + 5, sizeof(*all));
     if (!all)
         return NULL;
-    memcpy(all, argv, n * sizeof(*all));
+    for (size_t i = 0; i < count; i++)
+        if (strcmp(argv[i], "-daemonize") && strcmp(argv[i], "--daemonize"))
+            all[n++] = argv[i];
     snprintf(extra[0], 96, "socket,id=%s,fd=%d,server=on,wait=off", QEMU_SPAWN_MONITOR_ID, listener);
     snprintf(extra[1], 96, "chardev=%s,mode=control", QEMU_SPAWN_MONITOR_ID);
     static char chardev[] = "-chardev", mon[] = "-mon";
@@ -345,7 +350,7 @@ static int spawn_with(const struct qemu_launch *launch, const struct sockaddr_un
     static char home[] = "HOME=/", lang[] = "LANG=C.UTF-8";
     static char *envp[] = {path, home, lang, NULL};
     char extra[2][96];
-    cleanup_free char **argv = add_monitor(launch->argv, p->listener, extra);
+    cleanup_free char **argv = make_argv(launch->argv, p->listener, extra);
     if (!argv)
         return error_nomem(err);
     /* Connected before the QEMU runs: so the connection says when it is ready, or that it ended. */

@@ -31,7 +31,7 @@
 
 struct qemu_launch {
     const char *binary;   /* path to execute */
-    char *const *argv;    /* argv[0] included; -daemonize, -S and monitors as they are to be */
+    char *const *argv;    /* argv[0] included; -daemonize is left out, since the launch does that */
     const char *cwd;      /* NULL: "/" */
     const char *qmp_path; /* at most 107 bytes */
     const char *log_path; /* standard output and error, appended; 0600 */

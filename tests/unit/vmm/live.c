@@ -19,7 +19,7 @@ enum { RANDOM_BYTES = 8 << 20, WAIT_S = 30, STARTED_MAX = 64 };
 static struct process_identity started[STARTED_MAX];
 static unsigned n_started;
 
-static struct qemu *note_started(struct qemu *q)
+struct qemu *live_note(struct qemu *q)
 {
     if (q) {
         assert_true(n_started < STARTED_MAX);
@@ -109,7 +109,7 @@ struct qemu *live_spawn(const char *name, struct vm_error **err, ...)
                                  .cwd = live_dir,
                                  .qmp_path = live_path(name, ".qmp"),
                                  .log_path = live_path(name, ".log")};
-    return note_started(qemu_spawn(&launch, err));
+    return live_note(qemu_spawn(&launch, err));
 }
 
 void live_end(struct qemu *q)
@@ -207,7 +207,7 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
                                                .log_path = live_path(name, ".log"),
                                                .cgroup = m->cgroup}};
     m->to = m->dest_qmp ? qemu_sink_attach(&m->definition, m->dest_qmp, 5000, err)
-                        : note_started(qemu_sink_spawn(&sink, err));
+                        : live_note(qemu_sink_spawn(&sink, err));
     return m->to ? guest_sink_regions(qemu_guest(m->to), &m->regions, &m->n_regions) : -1;
 }
 

@@ -22,6 +22,8 @@ extern char live_dir[64]; /* scratch, made by live_setup, with random.bin of 8 M
 /* For cmocka's group. Without a QEMU the tests are skipped, and say so. */
 int live_setup(void **state);
 int live_teardown(void **state);
+/* For one that a test started itself: killed when the test ends. Returns q, which may be NULL. */
+struct qemu *live_note(struct qemu *q);
 /* Teardown of each test. */
 int live_kill_all(void **state);
 #define live_test(f) cmocka_unit_test_teardown(f, live_kill_all)

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -15,7 +16,7 @@
 static void test_spawn_and_attach(void **state)
 {
     struct vm_error *err = NULL;
-    struct qemu *q = live_spawn("a", &err, "-m", "64", "-S", NULL);
+    struct qemu *q = live_spawn("a", &err, "-m", "64", "-S", "-daemonize", NULL);
     if (!q)
         fail_msg("%s", error_message(err));
     assert_int_equal(qmp_version(qemu_qmp(q))->major >= 7, 1);
@@ -48,6 +49,7 @@ static void test_spawn_failures(void **state)
                                  .log_path = live_path("a", ".log")};
     assert_null(qemu_spawn(&launch, &err));
     assert_error(&err, VM_ERROR_NOT_FOUND, "cannot run /nonexistent/qemu");
+    assert_int_equal(stat(live_path("a", ".qmp"), &st), -1);
     launch.binary = LIVE_BINARY;
     launch.cwd = "/nonexistent/folder";
     assert_null(qemu_spawn(&launch, &err));
@@ -60,6 +62,60 @@ static void test_spawn_failures(void **state)
     launch.binary = "/bin/cat"; /* not a QEMU: it ends, or says nothing */
     assert_null(qemu_spawn(&launch, &err));
     assert_error(&err, VM_ERROR_VMM_DIED, "cat");
+}
+
+/* A line of /proc/PID/FILE that begins with `key`, without it; "" if there is none. */
+static const char *proc_line(const struct qemu *q, const char *file, const char *key)
+{
+    static char line[512];
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/%s", ((const struct guest *)q)->process.pid, file);
+    FILE *f = fopen(path, "re");
+    assert_non_null(f);
+    bool found = false;
+    while (!found && fgets(line, sizeof(line), f))
+        found = !strncmp(line, key, strlen(key));
+    fclose(f);
+    line[found ? strcspn(line, "\n") : 0] = 0;
+    return found ? line + strlen(key) : line;
+}
+
+/* What a VM inherits from the agent: nothing but what it is given, under a user of its own. */
+static void test_isolation(void **state)
+{
+    struct vm_error *err = NULL;
+    char fd_text[32], proc_path[64], expected[128];
+    char *argv[] = {(char[]){"qemu"}, (char[]){"-accel"}, (char[]){"tcg"}, (char[]){"-nodefaults"},
+                    (char[]){"-display"}, (char[]){"none"}, (char[]){"-m"}, (char[]){"32"}, NULL};
+    int given[2], hidden[2];
+    assert_int_equal(pipe(given), 0); /* not even close-on-exec */
+    assert_int_equal(pipe(hidden), 0);
+    setenv("VMMIG_TEST_SECRET", "x", 1);
+    signal(SIGPIPE, SIG_IGN);
+    assert_int_equal(chmod(live_dir, 0711), 0);
+    struct qemu_launch launch = {.binary = LIVE_BINARY, .argv = argv, .fds = given, .n_fds = 1,
+                                 .user = "nobody", .qmp_path = live_path("a", ".qmp"),
+                                 .log_path = live_path("a", ".log")};
+    struct qemu *q = live_note(qemu_spawn(&launch, &err));
+    if (!q)
+        fail_msg("%s", error_message(err));
+    assert_string_equal(proc_line(q, "status", "Uid:\t"), "65534\t65534\t65534\t65534");
+    assert_string_equal(proc_line(q, "status", "PPid:\t"), "1");
+    assert_int_equal(getsid(qemu_guest(q)->process.pid), qemu_guest(q)->process.pid);
+    assert_string_equal(proc_line(q, "environ", "VMMIG_TEST_SECRET"), "");
+    snprintf(proc_path, sizeof(proc_path), "/proc/%d/fd/%d", qemu_guest(q)->process.pid, given[0]);
+    snprintf(fd_text, sizeof(fd_text), "/proc/self/fd/%d", given[0]);
+    char there[64] = "", here[64] = "";
+    assert_true(readlink(proc_path, there, sizeof(there) - 1) > 0);
+    assert_true(readlink(fd_text, here, sizeof(here) - 1) > 0);
+    assert_string_equal(there, here);
+    snprintf(fd_text, sizeof(fd_text), "/proc/self/fd/%d", hidden[0]);
+    memset(here, 0, sizeof(here));
+    assert_true(readlink(fd_text, here, sizeof(here) - 1) > 0);
+    snprintf(expected, sizeof(expected), "ls -l /proc/%d/fd | grep -qF '%s'",
+             qemu_guest(q)->process.pid, here);
+    assert_int_not_equal(system(expected), 0);
+    live_end(q);
 }
 
 static void test_pause_resume(void **state)
@@ -423,6 +479,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         live_test(test_spawn_and_attach),
         live_test(test_spawn_failures),
+        live_test(test_isolation),
         live_test(test_pause_resume),
         live_test(test_move_and_back),
         live_test(test_stop_leaves_running),
