@@ -166,6 +166,35 @@ static void equal_contents_at_two_addresses_are_two_pages(void **state)
     link_finish(&l);
 }
 
+/* Nor where two pages share an entry of the table, since the guest is larger than that. */
+static void pages_that_share_an_entry_are_told_apart(void **state)
+{
+    static uint8_t page[GUEST_PAGE_SIZE];
+    struct guest_region huge = {.size = 64ull << 30};
+    struct vm_error *err = NULL;
+    struct page_encoder *enc =
+        page_encoder_create(&(struct page_encoder_config){.regions = &huge,
+                                                          .n_regions = 1,
+                                                          .n_channels = 1,
+                                                          .memory = PAGE_ENCODER_MEMORY_MIN,
+                                                          .destination_zero = true},
+                            &err);
+    assert_non_null(enc);
+    fill_page(&rng, page, CONTENT_TEXT);
+    unsigned batches = 4 * PAGE_ENCODER_MEMORY_MIN / 16 / PAGE_BATCH_MAX;
+    for (unsigned b = 0; b < batches; b++) {
+        struct encoded_batch out = {0};
+        struct page_batch *batch = batch_new(0);
+        for (unsigned i = 0; i < PAGE_BATCH_MAX; i++)
+            batch_add(batch, (uint64_t)b * PAGE_BATCH_MAX + i, page);
+        assert_ok(page_encoder_encode(enc, batch, PAGE_MODE_RAW, &out, &err), err);
+        encoded_batch_finish(&out);
+        page_batch_unref(batch);
+    }
+    assert_int_equal(page_encoder_stats(enc)->kinds[PAGE_RAW].pages, batches * PAGE_BATCH_MAX);
+    page_encoder_destroy(enc);
+}
+
 static void small_changes_travel_as_deltas(void **state)
 {
     struct link l;
@@ -259,6 +288,11 @@ static void a_mapped_source_is_sent_as_it_was_when_encoded(void **state)
         assert_false(out.borrows_input);
         for (unsigned i = 0; i < 8; i++)
             touch_page(&rng, source_page(&l, i));
+        /* What is on its way owes nothing to the encoder either. */
+        for (unsigned i = 8; i < 16; i++)
+            fill_page(&rng, source_page(&l, i), CONTENT_RANDOM);
+        struct encoded_batch next = encode(&l, 8, 8, (enum page_mode)mode);
+        encoded_batch_finish(&next);
         assert_ok(deliver(l.dec, &out, -1, &err), err);
         encoded_batch_finish(&out);
         assert_memory_equal(destination_page(&l, 0), former, sizeof(former));
@@ -309,6 +343,18 @@ static void a_page_that_changes_while_it_is_read_is_right_at_the_end(void **stat
 }
 
 /* ---- bounds ---- */
+
+/* A sanitizer's allocator keeps memory of its own. */
+#ifdef __has_feature
+#define CLANG_ASAN __has_feature(address_sanitizer)
+#else
+#define CLANG_ASAN 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || CLANG_ASAN
+enum { ALLOCATOR_IS_PLAIN = false };
+#else
+enum { ALLOCATOR_IS_PLAIN = true };
+#endif
 
 static size_t rss_anon(void)
 {
@@ -367,7 +413,10 @@ static void memory_is_bounded_for_any_guest(void **state)
     print_message("one of 8 encoders: %zu KiB allowed, %zu KiB grown\n",
                   page_encoder_memory(enc[0]) >> 10, grown >> 10);
     /* The others have touched nothing but their fixed parts; 1 MiB for the allocator. */
-    assert_true(grown <= page_encoder_memory(enc[0]) + (1 << 20));
+    if (ALLOCATOR_IS_PLAIN)
+        assert_true(grown <= page_encoder_memory(enc[0]) + (1 << 20));
+    else
+        print_message("NOT CHECKED under a sanitizer: what the process grew by\n");
     for (unsigned i = 0; i < n_channels; i++)
         page_encoder_destroy(enc[i]);
 }
@@ -395,6 +444,14 @@ static void coarse_bits_cost_bytes_only(void **state)
         memset(source_page(&l, 0), 0, GUEST_PAGE_SIZE);
         assert_true(transfer(&l, 0, 2, PAGE_MODE_LZ4) > 0);
         assert_int_equal(transfer(&l, 0, 2, PAGE_MODE_LZ4), 0);
+    }
+    /* Of two neighbours that held something, the second must not pass for fresh. */
+    for (unsigned i = 0; i < 2; i++)
+        fill_page(&rng, source_page(&l, i), CONTENT_TEXT);
+    transfer(&l, 0, 2, PAGE_MODE_LZ4);
+    for (unsigned i = 0; i < 2; i++) {
+        memset(source_page(&l, i), 0, GUEST_PAGE_SIZE);
+        transfer(&l, i, 1, PAGE_MODE_LZ4);
     }
     link_finish(&l);
 }
@@ -579,6 +636,7 @@ int main(void)
         cmocka_unit_test(a_page_that_becomes_zero_and_comes_back_is_right),
         cmocka_unit_test(unchanged_pages_are_not_sent),
         cmocka_unit_test(equal_contents_at_two_addresses_are_two_pages),
+        cmocka_unit_test(pages_that_share_an_entry_are_told_apart),
         cmocka_unit_test(small_changes_travel_as_deltas),
         cmocka_unit_test(deltas_never_refer_to_an_outdated_version),
         cmocka_unit_test(pages_that_do_not_compress_are_sent_from_where_they_are),

@@ -142,6 +142,8 @@ static unsigned make_cases(struct meta_case *cases)
     SPOIL("fit its kind", m.units[1].kind = PAGE_LZ4; m.units[1].len = m.payload_len = 0);
     SPOIL("fit its kind", m.units[0] = (struct page_unit){PAGE_ZERO, 7, 0};
           m.units[1] = (struct page_unit){PAGE_DELTA, 1, 4}; m.payload_len = 4);
+    SPOIL("fit its kind", m.n_pages = 21; m.runs[0].count = 17; m.units[0].pages = 4;
+          m.units[1] = (struct page_unit){PAGE_LZ4, 17, 100}; m.payload_len = 100);
     SPOIL("out of range", m.payload_len = PAGE_PAYLOAD_MAX + 1);
     return n;
 }
@@ -191,7 +193,9 @@ static void meta_of_a_wrong_length_is_refused(void **state)
                          len == right ? 0 : -1);
         error_free(err);
     }
-    static const size_t fixed[] = {0, 3, 10, 11}; /* magic and what is reserved */
+    /* Magic, and what is reserved in the header and in a unit. */
+    static const size_t fixed[] = {0, 3, 10, 11,
+                                   PAGE_META_HEADER_SIZE + 3 * PAGE_META_RUN_SIZE + 1};
     for (unsigned i = 0; i < sizeof(fixed) / sizeof(fixed[0]); i++) {
         struct vm_error *err = NULL;
         bytes[fixed[i]] ^= 0x80;
