@@ -210,7 +210,7 @@ static enum handover_event act_journal(struct attempt *a, enum handover_record r
 
 /* ---- The VM ---- */
 
-enum { RESUME_RETRY_MS = 200 };
+enum { RESUME_RETRY_MS = 200, QUIT_TIMEOUT_MS = 2000 };
 
 /* One try: an event, or TIMER while nobody can tell. */
 static enum handover_event try_resume(struct attempt *a)
@@ -261,11 +261,23 @@ static void act_resume(struct attempt *a)
     }
 }
 
+/* The source's VMM gave everything away: let it clear up after itself, if it does so at once. */
+static void quit_vmm(struct attempt *a)
+{
+    int64_t deadline = clock_mono_ns() + NSEC(QUIT_TIMEOUT_MS);
+    if (guest_quit(a->guest, NULL) < 0)
+        return;
+    while (process_alive(&a->record.vmm) && clock_mono_ns() < deadline)
+        usleep(1000);
+}
+
 /* If it is still there after the time, the machine's TIMER asks for it again. */
 static void act_kill(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     a->role->stop_transfer(a);
+    if (a->machine.role == HANDOVER_SOURCE && a->guest && process_alive(&a->record.vmm))
+        quit_vmm(a);
     if (a->record.vmm.pid && process_kill(&a->record.vmm, ATTEMPT_KILL_TIMEOUT_MS, &err) < 0) {
         log_error("cannot end the VMM", "pid=%d error=%s", a->record.vmm.pid,
                   log_q(error_message(err)));

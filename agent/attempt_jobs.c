@@ -73,6 +73,9 @@ static void add_copy(struct job_progress *to, const struct sender_progress *p)
     if (p->limit_missed)
         snprintf(to->note, sizeof(to->note),
                  "the downtime limit cannot be met; paused at the best moment");
+    else if (p->source.one_round)
+        snprintf(to->note, sizeof(to->note),
+                 "TCG of QEMU before 9.0 loses writes in further rounds: paused after the first");
     else if (p->throttle_max_percent)
         snprintf(to->note, sizeof(to->note), "throttled the guest by up to %u %% to converge",
                  p->throttle_max_percent);

@@ -460,13 +460,19 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     struct link_totals link;
     if (s->params.cancel_fd >= 0 && io_latch_is_set(s->params.cancel_fd))
         return error_set(err, VM_ERROR_CANCELLED, "cancelled");
-    if (guest_source_progress(s->params.guest, &source, err) < 0)
-        return -1;
+    cleanup_error struct vm_error *unanswered = NULL;
+    if (guest_source_progress(s->params.guest, &source, &unanswered) < 0) {
+        /* A VMM that waits for the link while it writes its state answers later. */
+        if (unanswered->kind != VM_ERROR_TIMEOUT)
+            return error_propagate(err, steal_ptr(&unanswered));
+        source = s->progress.source;
+    }
     read_channels(s, &link, &p);
     if (pilot->paused && link.outage_ns > PAUSED_OUTAGE_MS * NSEC_PER_MSEC)
         return error_set(err, VM_ERROR_TIMEOUT,
                          "the link was lost while the guest stood, and did not come back in %d ms",
                          PAUSED_OUTAGE_MS);
+    pilot->paused |= source.paused_at_ns != 0;
     measure_drain(s, pilot, clock_mono_ns());
     tell_policy(s, pilot, interval_ns);
     if (judge(s, pilot, &source, &link, err) < 0)
@@ -476,6 +482,8 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     if (source.throttle_percent > to->throttle_max_percent)
         to->throttle_max_percent = source.throttle_percent;
     to->source = source;
+    if (!to->paused_at_ns)
+        to->paused_at_ns = source.paused_at_ns;
     to->mode = pilot->mode;
     to->link_rate = p.link_rate;
     to->wire_bytes = p.wire_bytes;
@@ -512,9 +520,19 @@ static int pilot_run(struct sender *s, struct vm_error **err)
             return -1;
         before = now;
     }
-    if (!pilot.paused && s->params.was_running && !sender_failed(s))
-        return pause_guest(s, &pilot, false, err);
     return 0;
+}
+
+/* The VMM paused the guest by itself if the pilot did not: when, it knows best. */
+static void note_pause(struct sender *s)
+{
+    struct guest_source_progress source;
+    if (guest_source_progress(s->params.guest, &source, NULL) < 0)
+        return;
+    SCOPE_LOCK(&s->lock);
+    s->progress.source = source;
+    if (source.paused_at_ns)
+        s->progress.paused_at_ns = source.paused_at_ns;
 }
 
 /* ---- Life ---- */
@@ -624,6 +642,7 @@ static int copy(struct sender *s, struct vm_error **err)
         sender_fail(s, failure);
     if (!sender_failed(s))
         join_workers(s);
+    note_pause(s);
     struct vm_error *stop_error = NULL;
     if (guest_source_stop(p->guest, &stop_error) < 0)
         sender_fail(s, stop_error);

@@ -107,6 +107,12 @@ struct guest_source_progress {
     uint64_t zero_pages;      /* pages that the VMM itself found to be zero */
     uint64_t bytes_out;       /* bytes read from the VMM so far */
     unsigned throttle_percent; /* how much of the vCPUs' time the VMM takes away, 0: none */
+    int64_t paused_at_ns;     /* monotonic: when the vCPUs came to stand; 0: they run */
+    /*
+     * This VMM loses writes when it reads its dirty log a second time while the guest runs. It pauses
+     * the guest by itself at the end of the first round, whatever the limit.
+     */
+    bool one_round;
 };
 
 struct guest_ops {
@@ -121,6 +127,7 @@ struct guest_ops {
                            struct vm_error **err);
     int (*source_stop)(struct guest *g, struct vm_error **err);
     int (*announce)(struct guest *g, struct vm_error **err);
+    int (*quit)(struct guest *g, struct vm_error **err);
     int (*sink_regions)(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
     int (*sink_bytes)(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
                       int cancel_fd, struct vm_error **err);
@@ -208,6 +215,15 @@ static inline int guest_sink_finish(struct guest *g, int64_t deadline_ns, int ca
                                     struct vm_error **err)
 {
     return g->ops->sink_finish(g, deadline_ns, cancel_fd, err);
+}
+
+/*
+ * Ask the VMM to end by itself, so that it removes its sockets and pid file. Only for a guest that
+ * stands; whether it did end, guest_kill makes sure.
+ */
+static inline int guest_quit(struct guest *g, struct vm_error **err)
+{
+    return g->ops->quit(g, err);
 }
 
 /* SIGKILL, and wait until the process is certainly gone. */

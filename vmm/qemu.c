@@ -127,8 +127,10 @@ static void on_event(const char *event, json_t *data, void *arg)
             snprintf(q->migration, sizeof(q->migration), "%s", qmp_string(data, "status"));
         else if (!strcmp(event, "MIGRATION_PASS"))
             q->pass = (unsigned)qmp_integer(data, "pass");
+        else if (!strcmp(event, "STOP"))
+            q->stopped_at_ns = clock_mono_ns();
         else if (!strcmp(event, "RESUME"))
-            q->resumes++;
+            q->resumes++, q->stopped_at_ns = 0;
         pthread_cond_broadcast(&q->changed);
     }
     /* Fails only when the counter is full, and then it is readable. */
@@ -242,6 +244,11 @@ static int qemu_announce(struct guest *g, struct vm_error **err)
     return qemu_command(of(g), "announce-self", timing, NULL, err);
 }
 
+static int qemu_quit(struct guest *g, struct vm_error **err)
+{
+    return qemu_command(of(g), "quit", NULL, NULL, err);
+}
+
 static void destroy(struct guest *g)
 {
     struct qemu *q = of(g);
@@ -266,6 +273,7 @@ static const struct guest_ops ops = {
     .source_progress = qemu_source_progress,
     .source_stop = qemu_source_stop,
     .announce = qemu_announce,
+    .quit = qemu_quit,
     .sink_regions = qemu_sink_regions,
     .sink_bytes = qemu_sink_bytes,
     .sink_finish = qemu_sink_finish,

@@ -28,6 +28,7 @@ struct qemu {
     char migration[32];   /* the last status of a MIGRATION event */
     unsigned pass;        /* of the last MIGRATION_PASS */
     unsigned resumes;     /* RESUME events so far */
+    int64_t stopped_at_ns; /* of the last STOP, 0 after RESUME */
     bool closed;          /* the QMP connection ended */
 
     pthread_mutex_t source_lock;

@@ -25,6 +25,7 @@ struct outgoing {
     struct qemu_source *source;
     int ours; /* our end of the stream */
     bool limited;
+    bool one_round; /* see loses_writes() */
     pthread_t watcher;
 
     /* Under q->lock. */
@@ -194,7 +195,25 @@ static int check_can_start(struct qemu *q, struct vm_error **err)
     return 0;
 }
 
-static int set_parameters(struct qemu *q, const struct guest_source_params *params,
+/*
+ * Before QEMU 9.0 TCG does not notice that the dirty log was read: a page that its TLB knows as dirty
+ * is written on and never marked again. So what is written after the second reading is lost, unless
+ * the guest stands. (Fixed by "physmem: Fix migration dirty bitmap coherency with TCG memory access".)
+ */
+static int loses_writes(struct qemu *q, bool *ret_loses, struct vm_error **err)
+{
+    CLEANUP(json) json_t *kvm = NULL;
+    if (qemu_command(q, "query-kvm", NULL, &kvm, err) < 0)
+        return -1;
+    *ret_loses = !json_is_true(json_object_get(kvm, "enabled")) && qmp_version(q->qmp)->major < 9;
+    return 0;
+}
+
+/*
+ * With a downtime limit of 0 QEMU reads its log again only when everything was sent, and then it has
+ * paused the guest: one round. With 1 ms it goes on, round by round, until we pause the guest.
+ */
+static int set_parameters(struct qemu *q, const struct guest_source_params *params, bool one_round,
                           struct vm_error **err)
 {
     static const char *const on[] = {"events", "auto-converge", NULL};
@@ -202,7 +221,8 @@ static int set_parameters(struct qemu *q, const struct guest_source_params *para
         return -1;
     json_t *values =
         json_pack("{s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "max-bandwidth",
-                  (json_int_t)params->max_bandwidth, "downtime-limit", 1, "cpu-throttle-initial",
+                  (json_int_t)params->max_bandwidth, "downtime-limit", one_round ? 0 : 1,
+                  "cpu-throttle-initial",
                   20, "cpu-throttle-increment", 10, "max-cpu-throttle", 99, "tls-creds", "",
                   "tls-hostname", "");
     return qemu_command(q, "migrate-set-parameters", values, NULL, err);
@@ -266,13 +286,15 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     SCOPE_LOCK(&q->source_lock);
     if (q->outgoing)
         return error_set(err, VM_ERROR_CONFLICT, "this VM is already being migrated");
-    if (check_can_start(q, err) < 0 || set_parameters(q, params, err) < 0)
+    bool one_round;
+    if (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
+        set_parameters(q, params, one_round, err) < 0)
         return -1;
     struct outgoing *o = calloc(1, sizeof(*o));
     if (!o)
         return error_nomem(err);
     *o = (struct outgoing){.q = q, .events = *events, .arg = arg, .ours = -1,
-                           .limited = params->max_bandwidth != 0};
+                           .limited = params->max_bandwidth != 0, .one_round = one_round};
     if (open_stream(o, params, err) < 0 || migrate(o, err) < 0) {
         qemu_forget_fd(q, fd_name);
         free_outgoing(o);
@@ -306,11 +328,13 @@ int qemu_source_progress(struct guest *g, struct guest_source_progress *ret_prog
     struct qemu *q = qemu_from_guest(g);
     struct qemu_source_counters counters;
     CLEANUP(json) json_t *info = NULL;
+    bool one_round;
     {
         SCOPE_LOCK(&q->source_lock);
         if (!q->outgoing)
             return error_set(err, VM_ERROR_CONFLICT, "this VM is not being migrated");
         qemu_source_counters(q->outgoing->source, &counters);
+        one_round = q->outgoing->one_round;
     }
     if (qmp_execute(q->qmp, "query-migrate", NULL, PROGRESS_TIMEOUT_MS, &info, err) < 0)
         return qemu_explain(q, err);
@@ -325,7 +349,10 @@ int qemu_source_progress(struct guest *g, struct guest_source_progress *ret_prog
         .zero_pages = counters.zero_pages,
         .bytes_out = counters.bytes_read,
         .throttle_percent = (unsigned)counter(info, "cpu-throttle-percentage"),
+        .one_round = one_round,
     };
+    SCOPE_LOCK(&q->lock);
+    ret_progress->paused_at_ns = q->stopped_at_ns;
     return 0;
 }
 

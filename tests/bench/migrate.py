@@ -116,6 +116,10 @@ class Race:
         self.last = json.loads(said)
         return total, last - used + cpu_of(target)
 
+    def ended(self, pid):
+        self.here.host.reap()
+        return not os.path.exists(f'/proc/{pid}')
+
     def native(self, capabilities, parameters):
         source, target = self.vm.qmp(self.here.host), self.start_destination()
         source_pid = next(pid for pid, argv in self.here.host.processes().items() if 'qemu-system' in argv[0])
@@ -153,7 +157,7 @@ class Race:
         eventually('the guest', lambda: target('query-status')['status'] == 'running')
         cpu = cpu_of(source_pid) - used + cpu_of(target_pid)
         os.kill(source_pid, 9)
-        eventually('the end of the source', lambda: not os.path.exists(f'/proc/{source_pid}'))
+        eventually('the end of the source', lambda: self.ended(source_pid))
         for path in (self.vm.qmp_path, self.vm.judge_path):
             os.unlink(self.here.host.path(path))
         return total, cpu

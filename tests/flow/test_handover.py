@@ -73,13 +73,18 @@ class Pair:
         other = next(agent for agent in self.cluster.agents if agent.host.name != host)
         eventually('nothing left', lambda: not judge.leftovers(other.host, self.name, [other.process.pid]))
 
+    @staticmethod
+    def ended(agent, pid):
+        agent.host.reap()
+        return not os.path.exists(f'/proc/{pid}')
+
     def end(self):
         for agent in self.cluster.agents:
             for vm in agent.json('list')['vms']:
                 if vm['vm'] == self.name:
                     if vm['presence'] == 'present':
                         os.kill(vm['pid'], 9)
-                        eventually('its end', lambda: not os.path.exists(f'/proc/{vm["pid"]}'))
+                        eventually('its end', lambda: self.ended(agent, vm['pid']))
                     agent.vmmig('detach', self.name)
 
 

@@ -26,6 +26,11 @@ def boot(cluster, vm, agent=None):
     return console
 
 
+def ended(agent, pid):
+    agent.host.reap()
+    return not os.path.exists(f'/proc/{pid}')
+
+
 def end(cluster, name):
     """Ends the guest wherever it is, and looks for what it left behind."""
     for agent in cluster.agents:
@@ -34,7 +39,7 @@ def end(cluster, name):
                 continue
             if vm['presence'] == 'present':
                 os.kill(vm['pid'], 9)
-                eventually('the end of the guest', lambda: not os.path.exists(f'/proc/{vm["pid"]}'))
+                eventually('the end of the guest', lambda: ended(agent, vm['pid']))
             agent.vmmig('detach', name)
 
 
@@ -281,7 +286,7 @@ def test_linux_goes_back_and_forth(cluster, linux, full):
     console.check(after=mark)
     console.send('poweroff')
     pid = here.json('status', 'linux')['pid']
-    eventually('the end of the guest', lambda: not os.path.exists(f'/proc/{pid}'), timeout=30)
+    eventually('the end of the guest', lambda: ended(here, pid), timeout=30)
     check_disk(disk)
     for agent in cluster.agents:
         if any(v['vm'] == 'linux' for v in agent.json('list')['vms']):
