@@ -360,13 +360,22 @@ void pair_end(struct pair *p)
     pair_check(p);
 }
 
+/* The thread number i, if there is one; the listener's thread adds to them until it is joined. */
+static bool thread_at(struct pair *p, unsigned i, pthread_t *ret_thread)
+{
+    SCOPE_LOCK(&p->lock);
+    *ret_thread = p->threads[i];
+    return i < p->n_threads;
+}
+
 void pair_stop(struct pair *p)
 {
+    pthread_t thread;
     channel_sender_destroy(p->sender);
     p->sender = NULL;
     io_latch_set(p->stop);
-    for (unsigned i = 0; i < p->n_threads; i++) /* the listener's adds to them until it is joined */
-        pthread_join(p->threads[i], NULL);
+    for (unsigned i = 0; thread_at(p, i, &thread); i++)
+        pthread_join(thread, NULL);
     p->n_threads = 0;
     close_fd(&p->listener);
 }
