@@ -115,9 +115,10 @@ static int take_line(struct qmp *q, const char *line, size_t n, struct vm_error 
     CLEANUP(json) json_t *message = json_loadb(line, n, 0, &where);
     if (!json_is_object(message))
         return error_set(err, VM_ERROR_PROTOCOL, "%s does not speak QMP: malformed JSON", q->name);
-    if (!q->greeted)
-        return take_greeting(q, message, err);
     const char *event = json_string_value(json_object_get(message, "event"));
+    /* A QEMU that starts can send an event before it greets. */
+    if (!q->greeted && !event)
+        return take_greeting(q, message, err);
     if (event) {
         if (q->on_event)
             q->on_event(event, json_object_get(message, "data"), q->event_arg);

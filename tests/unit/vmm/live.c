@@ -151,7 +151,7 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
                       page_addr_number(p->addr) * GUEST_PAGE_SIZE;
         if (p->data)
             memcpy(to, p->data, GUEST_PAGE_SIZE);
-        else if (memchr(to, 1, 1) || *(uint64_t *)(void *)to)
+        else
             memset(to, 0, GUEST_PAGE_SIZE);
     }
     page_batch_unref(batch);

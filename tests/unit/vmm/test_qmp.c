@@ -124,6 +124,7 @@ static void expect_failure(struct peer *p, struct qmp *q, struct vm_error *err,
 static void script_commands(struct peer *p)
 {
     char command[64];
+    say(p, "{\"event\": \"RESUME\"}\n"); /* as a QEMU that starts may do */
     greet(p);
     int refused = hear(p, command);
     say(p, "{\"event\": \"TEST\", \"data\": {\"n\": 0}, \"timestamp\": {}}\r\n");
