@@ -15,7 +15,7 @@ struct page_decoder {
     uint8_t *packed; /* received bytes of compressed units */
     uint8_t *plain;  /* what they decompress to, where that does not go into guest memory at once */
     bool begun, failed;
-    struct page_meta meta; /* of the batch under way */
+    struct page_meta meta;          /* of the batch under way */
     uint8_t *pages[PAGE_BATCH_MAX]; /* where each of its pages is */
     struct page_decoder_stats stats;
 };
@@ -68,8 +68,8 @@ const struct page_decoder_stats *page_decoder_stats(const struct page_decoder *d
 /* ---- begin ---- */
 
 /* Where the pages of a run are; each must be mapped, in its region and of this channel. */
-static int locate_run(const struct page_decoder *dec, const struct page_run *run, uint8_t **ret_pages,
-                      struct vm_error **err)
+static int locate_run(const struct page_decoder *dec, const struct page_run *run,
+                      uint8_t **ret_pages, struct vm_error **err)
 {
     unsigned number = page_addr_region(run->addr);
     uint64_t first = page_addr_number(run->addr);
@@ -192,10 +192,10 @@ static bool decode_block(struct page_decoder *dec, const struct page_unit *unit,
 static bool decode_delta(struct page_decoder *dec, const struct page_unit *unit,
                          const uint8_t *packed, uint8_t *page)
 {
-    int n = LZ4_decompress_safe_usingDict((const char *)packed + PAGE_DELTA_CHECK_SIZE,
-                                          (char *)dec->plain,
-                                          (int)unit->len - PAGE_DELTA_CHECK_SIZE, GUEST_PAGE_SIZE,
-                                          (const char *)page, GUEST_PAGE_SIZE);
+    int n =
+        LZ4_decompress_safe_usingDict((const char *)packed + PAGE_DELTA_CHECK_SIZE,
+                                      (char *)dec->plain, (int)unit->len - PAGE_DELTA_CHECK_SIZE,
+                                      GUEST_PAGE_SIZE, (const char *)page, GUEST_PAGE_SIZE);
     if (n != (int)GUEST_PAGE_SIZE ||
         (uint32_t)XXH3_128bits(dec->plain, GUEST_PAGE_SIZE).low64 != get_le32(packed))
         return false;

@@ -13,17 +13,18 @@
  * begin validates meta completely; from then on nothing that the payload holds can make the decoder
  * write anywhere but into the pages named. commit checks that each unit yields exactly its pages.
  *
- * A connection that is cut. Between begin and commit the payload may stop at any byte. The next begin
- * forgets the batch under way. If it is then received again, completely and with the same bytes, the
- * result is as if nothing had happened: the raw pages are written again from the beginning; no page is
- * named twice, so no delta of this batch depends on them; and deltas, blocks and zeros take effect in
- * commit only. What is not allowed is to commit a batch twice (a delta applies to the page as it was
- * before), or to let a cut batch go and continue with another: the channel numbers batches, applies
- * them in order, and drops those below the number that it has committed. A commit that fails leaves
- * the pages of that batch undefined and the decoder unusable: the migration has failed.
+ * A connection that is cut. Between begin and commit the payload may stop at any byte. The next
+ * begin forgets the batch under way. If it is then received again, completely and with the same
+ * bytes, the result is as if nothing had happened: the raw pages are written again from the
+ * beginning; no page is named twice, so no delta of this batch depends on them; and deltas, blocks
+ * and zeros take effect in commit only. What is not allowed is to commit a batch twice (a delta
+ * applies to the page as it was before), or to let a cut batch go and continue with another: the
+ * channel numbers batches, applies them in order, and drops those below the number that it has
+ * committed. A commit that fails leaves the pages of that batch undefined and the decoder unusable:
+ * the migration has failed.
  *
- * Zero pages. Reading a hole of a shared mapping allocates a page just as writing does. An encoder that
- * knows the memory to begin as zero does not name such pages. For the others: a run of
+ * Zero pages. Reading a hole of a shared mapping allocates a page just as writing does. An encoder
+ * that knows the memory to begin as zero does not name such pages. For the others: a run of
  * PAGE_DECODER_PUNCH_MIN pages or more is given back to the system with MADV_REMOVE if `may_punch`
  * (not for memory that was preallocated, locked or is hugetlb); what is left is compared, and
  * cleared only if need be.
@@ -33,7 +34,7 @@
  *
  * Memory: PAGE_DECODER_MEMORY_MAX bytes, whatever arrives. Threads: one at a time per decoder; two
  * decoders may work on one guest at once, since their pages differ: a page of another channel's
- * stripe is refused. Errors: PROTOCOL for whatever the peer got wrong, FAILED without memory.
+ * stripe is refused. Errors: PROTOCOL for whatever the peer got wrong, NO_SPACE without memory.
  */
 #ifndef VMMIG_MIGRATE_PAGE_DECODER_H
 #define VMMIG_MIGRATE_PAGE_DECODER_H
@@ -55,7 +56,8 @@
 struct page_decoder;
 
 struct page_decoder_config {
-    const struct guest_region *regions; /* copied; a page of a region whose base is NULL is refused */
+    /* Copied. A page of a region whose base is NULL is refused. */
+    const struct guest_region *regions;
     unsigned n_regions;
     unsigned channel, n_channels;
     bool may_punch;
@@ -76,9 +78,9 @@ void page_decoder_destroy(struct page_decoder *dec);
 DEFINE_CLEANUP(page_decoder, struct page_decoder *, page_decoder_destroy)
 
 /*
- * A new batch. ret_iov (PAGE_DECODER_IOV_MAX entries) says where its payload_len bytes go, in order;
- * valid until commit or the next begin. *ret_n may be 0 (only zero pages): then commit at once. The
- * meta is not needed any more after return.
+ * A new batch. ret_iov (PAGE_DECODER_IOV_MAX entries) says where its payload_len bytes go, in
+ * order; valid until commit or the next begin. *ret_n may be 0 (only zero pages): then commit at
+ * once. The meta is not needed any more after return.
  */
 int page_decoder_begin(struct page_decoder *dec, const void *meta, size_t meta_len,
                        size_t payload_len, struct iovec *ret_iov, unsigned *ret_n,

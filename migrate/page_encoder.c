@@ -54,11 +54,11 @@ struct page_encoder {
     struct page_hash zero_hash;
     LZ4_stream_t *lz4;
     ZSTD_CCtx *zstd;
-    uint8_t *gather;   /* pages of a block, side by side */
-    uint8_t *packed;   /* compressed bytes of the batch */
-    uint8_t *snapshot; /* of the batch's pages, if mapped_source */
+    uint8_t *gather;                   /* pages of a block, side by side */
+    uint8_t *packed;                   /* compressed bytes of the batch */
+    uint8_t *snapshot;                 /* of the batch's pages, if mapped_source */
     unsigned delta_tries, delta_skips; /* failures in a row; pages skipped since */
-    double block_bytes; /* per page in compressed blocks, moving average */
+    double block_bytes;                /* per page in compressed blocks, moving average */
     struct page_encoder_stats stats;
     struct job job;
     struct page_meta meta;
@@ -116,8 +116,8 @@ struct page_encoder *page_encoder_create(const struct page_encoder_config *confi
         error_nomem(err);
         return NULL;
     }
-    size_t share = (config->memory ? config->memory : PAGE_ENCODER_MEMORY_DEFAULT) /
-                   config->n_channels;
+    size_t share =
+        (config->memory ? config->memory : PAGE_ENCODER_MEMORY_DEFAULT) / config->n_channels;
     if (share < PAGE_ENCODER_MEMORY_MIN)
         share = PAGE_ENCODER_MEMORY_MIN;
     if (page_history_init(&enc->history, config->regions, config->n_regions, config->channel,
@@ -238,9 +238,9 @@ static bool encode_delta(struct page_encoder *enc, const struct pending *p, cons
         return false;
     uint8_t *out = enc->packed + job->packed_len;
     LZ4_loadDict(enc->lz4, (const char *)former, GUEST_PAGE_SIZE);
-    int n = LZ4_compress_fast_continue(enc->lz4, (const char *)p->data,
-                                       (char *)out + PAGE_DELTA_CHECK_SIZE, GUEST_PAGE_SIZE, limit,
-                                       1);
+    int n =
+        LZ4_compress_fast_continue(enc->lz4, (const char *)p->data,
+                                   (char *)out + PAGE_DELTA_CHECK_SIZE, GUEST_PAGE_SIZE, limit, 1);
     page_history_praise(&enc->history, p->index, n > 0);
     if (n <= 0) {
         enc->delta_tries++;
@@ -257,8 +257,8 @@ static bool encode_delta(struct page_encoder *enc, const struct pending *p, cons
 }
 
 /*
- * Take the pages that a delta does for out of the pending ones, and keep the new versions. A page sent
- * for the first time is not kept: the first pass over all memory must not wipe out the cache.
+ * Take the pages that a delta does for out of the pending ones, and keep the new versions. A page
+ * sent for the first time is not kept: the first pass over all memory must not wipe out the cache.
  */
 static unsigned encode_deltas(struct page_encoder *enc, const struct pending **ret_rest)
 {
@@ -311,8 +311,8 @@ static void encode_block(struct page_encoder *enc, const struct pending **pages,
     size_t len = (size_t)n * GUEST_PAGE_SIZE;
     size_t packed = compress(enc, gather(enc, pages, n), len, enc->packed + job->packed_len,
                              len * WORTH_PERCENT / 100);
-    enc->block_bytes += ((double)(packed ? packed : len) / n - enc->block_bytes) *
-                        BLOCK_BYTES_WEIGHT;
+    enc->block_bytes +=
+        ((double)(packed ? packed : len) / n - enc->block_bytes) * BLOCK_BYTES_WEIGHT;
     if (!packed) {
         memcpy(job->raw + job->n_raw, pages, n * sizeof(*pages));
         job->n_raw += n;
@@ -375,8 +375,8 @@ static void build_meta(struct page_encoder *enc)
     for (unsigned i = 0; i < job->n_raw; i++)
         meta_add_page(meta, job->raw[i]->addr);
     if (job->n_raw)
-        meta_add_unit(meta, (struct page_unit){PAGE_RAW, (uint16_t)job->n_raw,
-                                               job->n_raw * GUEST_PAGE_SIZE});
+        meta_add_unit(
+            meta, (struct page_unit){PAGE_RAW, (uint16_t)job->n_raw, job->n_raw * GUEST_PAGE_SIZE});
     for (unsigned i = 0; i < job->n_packed; i++)
         meta_add_page(meta, job->packed[i]->addr);
     for (unsigned i = 0; i < job->n_units; i++)
@@ -393,7 +393,7 @@ static void add_iovec(struct iovec *iov, unsigned *n, const uint8_t *data, size_
         iov[(*n)++] = (struct iovec){(void *)(uintptr_t)data, len};
 }
 
-/* One allocation, exactly as large as needed: iovecs, meta, snapshots of raw pages, compressed bytes. */
+/* One allocation of exactly the size: iovecs, meta, snapshots of raw pages, compressed bytes. */
 static int assemble(struct page_encoder *enc, struct encoded_batch *out, struct vm_error **err)
 {
     struct job *job = &enc->job;

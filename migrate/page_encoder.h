@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page_encoder: batches of guest pages in, encoded batches (migrate/page_format.h) out. One per channel.
+ * page_encoder: batches of guest pages in, encoded batches (migrate/page_format.h) out. One per
+ * channel.
  *
  *     struct page_encoder_config config = {.regions = r, .n_regions = n, .channel = i,
  *                                          .n_channels = channels, .destination_zero = true};
@@ -10,7 +11,7 @@
  *     page_encoder_encode(enc, batch, policy_choose(...), &out, &err);
  *     if (!out.borrows_input)
  *         page_batch_unref(batch);              // else when the batch is acknowledged
- *     ... send out.meta and out.payload, keep them until acknowledged, send them again if need be ...
+ *     ... send meta and payload, again if need be, until they are acknowledged ...
  *     encoded_batch_finish(&out);
  *
  * What becomes of a page, cheapest first:
@@ -20,10 +21,11 @@
  *   delta       against the page as last sent, if that is at hand (not in raw mode)
  *   lz4, zstd   with its neighbours in the batch, as the mode says, where that saves 3 % or more
  *   raw         a pointer to the caller's bytes
- * A batch in which nothing is left to send has meta_len 0: there is nothing to be sent or acknowledged.
+ * A batch in which nothing is left to send has meta_len 0: there is nothing to be sent or
+ * acknowledged.
  *
- * Contract with the channel: what is encoded is applied, exactly once and in the order of encoding. The
- * encoder remembers each page as sent from the moment that encode returns; if a batch can be
+ * Contract with the channel: what is encoded is applied, exactly once and in the order of encoding.
+ * The encoder remembers each page as sent from the moment that encode returns; if a batch can be
  * neither sent nor sent again, then the migration has failed, and so it has when encode fails.
  *
  * The hash is XXH3-128, stored whole and mixed with the page's address instead of a tag, so that an
@@ -31,16 +33,18 @@
  * there is no birthday), but a wrong "same" is silent corruption and the other half costs only
  * memory that is bounded anyway.
  *
- * Source memory that changes under the encoder (`mapped_source`): each page is copied once before it
- * is looked at, and everything, raw pages too, comes from the copy: what the encoder remembers is
- * what was sent, and the batch is never borrowed. The guest's later version is dirty and comes again.
+ * Source memory that changes under the encoder (`mapped_source`): each page is copied once before
+ * it is looked at, and everything, raw pages too, comes from the copy: what the encoder remembers
+ * is what was sent, and the batch is never borrowed. The guest's later version is dirty and comes
+ * again.
  *
  * Memory. All encoders of a migration share `memory` bytes: hashes first (16 bytes a page), former
  * versions in the rest; one bit per page, or per 2^k pages of a large guest. An entry that had to
  * make room costs bytes on the wire, nothing else.
  *
  * Threads: one at a time per encoder. Different encoders are independent.
- * Errors: PROTOCOL for a page that is in no region or belongs to another channel; FAILED without memory.
+ * Errors: PROTOCOL for a page that is in no region or belongs to another channel; NO_SPACE without
+ * memory.
  */
 #ifndef VMMIG_MIGRATE_PAGE_ENCODER_H
 #define VMMIG_MIGRATE_PAGE_ENCODER_H
@@ -79,8 +83,8 @@ struct page_encoder_config {
     /* Bytes for all encoders of the migration together; 0: the default. At least
      * PAGE_ENCODER_MEMORY_MIN per channel are taken. */
     size_t memory;
-    bool destination_zero;        /* the destination's memory begins as all zero */
-    bool mapped_source;           /* the bytes behind a batch may change while they are encoded */
+    bool destination_zero; /* the destination's memory begins as all zero */
+    bool mapped_source;    /* the bytes behind a batch may change while they are encoded */
 };
 
 /* An encoded batch. Zero-initialised is empty and valid. */
@@ -97,10 +101,10 @@ struct encoded_batch {
     /* What policy_note_batch wants to know: pages that took the way of the mode, and their cost. */
     struct page_sample {
         enum page_mode mode;
-        unsigned pages;   /* raw, delta, lz4, zstd */
-        uint64_t bytes;   /* of meta and payload */
-        int64_t scan_ns;  /* CPU time to find what need not be sent: the same in every mode */
-        int64_t cpu_ns;   /* CPU time, scan included */
+        unsigned pages;  /* raw, delta, lz4, zstd */
+        uint64_t bytes;  /* of meta and payload */
+        int64_t scan_ns; /* CPU time to find what need not be sent: the same in every mode */
+        int64_t cpu_ns;  /* CPU time, scan included */
         int64_t wall_ns;
     } sample;
 };

@@ -24,7 +24,8 @@ bool page_is_zero(const uint8_t *page)
     enum { VECTORS = GUEST_PAGE_SIZE / sizeof(*v), STEP = 16 };
 
     /* Nearly all other pages show it at their begin, middle or end. */
-    if (get_le64(page) | get_le64(page + GUEST_PAGE_SIZE / 2) | get_le64(page + GUEST_PAGE_SIZE - 8))
+    if (get_le64(page) | get_le64(page + GUEST_PAGE_SIZE / 2) |
+        get_le64(page + GUEST_PAGE_SIZE - 8))
         return false;
     for (unsigned i = 0; i < VECTORS; i += STEP) {
         page_vector any = v[i];
@@ -101,7 +102,7 @@ static int read_runs(struct cursor *c, struct page_meta *meta, struct vm_error *
     return left ? invalid(err, "runs do not add up") : 0;
 }
 
-/* The runs hold at most PAGE_BATCH_MAX pages together, so that a small hash set of them is quick. */
+/* All runs together hold at most PAGE_BATCH_MAX pages: a small hash set of them is quick. */
 static int check_duplicates(const struct page_meta *meta, struct vm_error **err)
 {
     enum { SLOTS = 2 * PAGE_BATCH_MAX };

@@ -3,8 +3,8 @@
  * page_format: an encoded batch of guest pages, as it travels between two agents.
  * docs/migration-pages.md has the same with an example.
  *
- * A batch is two byte strings: `meta` says which pages come and how, `payload` holds their bytes. The
- * channel carries both lengths and the number of the batch. All integers are little endian.
+ * A batch is two byte strings: `meta` says which pages come and how, `payload` holds their bytes.
+ * The channel carries both lengths and the number of the batch. All integers are little endian.
  *
  *     meta    u32 magic        PAGE_META_MAGIC
  *             u16 n_pages      1 .. PAGE_BATCH_MAX
@@ -16,20 +16,23 @@
  *             n_units times    u8 kind, u8 reserved (0), u16 pages (>= 1), u32 length in payload
  *     payload the units' bytes, one after the other
  *
- * The runs name the pages, in the order of the contents: the first unit describes the first pages of the
- * first run, and so on; a unit may end inside a run and may span several. Both add up to n_pages.
- * No page is named twice, no run leaves its region. Addresses are those of vmm/page_batch.h.
+ * The runs name the pages, in the order of the contents: the first unit describes the first pages
+ * of the first run, and so on; a unit may end inside a run and may span several. Both add up to
+ * n_pages. No page is named twice, no run leaves its region. Addresses are those of
+ * vmm/page_batch.h.
  *
  *     kind   pages    length            payload
  *     zero   1..256   0                 nothing: the pages become zero
  *     raw    1..256   4096 * pages      the pages
  *     lz4    1..16    < 4096 * pages    one LZ4 block
- *     delta  1        < 4096            u32 check, then one LZ4 block whose dictionary is the page as the
- *                                       receiver has it; check: the low 32 bits of XXH3-128 of the result
+ *     delta  1        < 4096            u32 check, then one LZ4 block with a dictionary
  *     zstd   1..256   < 4096 * pages    one zstd frame
  *
- * Every compressed unit stands for itself, except that a delta depends on what was applied before. So
- * batches of a channel are applied in the order in which they were encoded, each exactly once;
+ * The dictionary of a delta is the page as the receiver has it; check is the low 32 bits of
+ * XXH3-128 of the page that comes out.
+ *
+ * Every compressed unit stands for itself, except that a delta depends on what was applied before.
+ * So batches of a channel are applied in the order in which they were encoded, each exactly once;
  * migrate/page_decoder.h says what becomes of a batch that was cut on its way.
  *
  * Threads: functions without state.
@@ -55,8 +58,8 @@
 
 /* What may become of a page. X(id, name, number in a unit or 0 if it is not sent at all). */
 #define PAGE_KINDS(X)                                                                              \
-    X(FRESH_ZERO, "fresh-zero", 0) /* zero, and zero at the destination already */                \
-    X(SAME, "same", 0)             /* as it was last sent */                                      \
+    X(FRESH_ZERO, "fresh-zero", 0) /* zero, and zero at the destination already */                 \
+    X(SAME, "same", 0)             /* as it was last sent */                                       \
     X(ZERO, "zero", 1)                                                                             \
     X(RAW, "raw", 2)                                                                               \
     X(LZ4, "lz4", 3)                                                                               \
@@ -67,7 +70,7 @@ enum page_kind {
 #define X(id, name, number) PAGE_##id,
     PAGE_KINDS(X)
 #undef X
-    PAGE_KIND_COUNT
+        PAGE_KIND_COUNT
 };
 
 struct page_run {

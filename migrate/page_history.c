@@ -47,7 +47,8 @@ int page_history_init(struct page_history *h, const struct guest_region *regions
                       unsigned n_regions, unsigned channel, unsigned n_channels, size_t memory,
                       bool all_sent, struct vm_error **err)
 {
-    *h = (struct page_history){.n_channels = n_channels, .channel = channel, .n_regions = n_regions};
+    *h =
+        (struct page_history){.n_channels = n_channels, .channel = channel, .n_regions = n_regions};
     if (init_regions(h, regions, err) < 0) {
         page_history_finish(h);
         return -1;
@@ -91,8 +92,8 @@ bool page_history_locate(const struct page_history *h, uint64_t addr, uint64_t *
         page_stripe_channel(addr, h->n_channels) != h->channel)
         return false;
     uint64_t stripe = page / PAGE_STRIPE_PAGES / h->n_channels;
-    *ret_index = h->regions[region].first_index + stripe * PAGE_STRIPE_PAGES +
-                 page % PAGE_STRIPE_PAGES;
+    *ret_index =
+        h->regions[region].first_index + stripe * PAGE_STRIPE_PAGES + page % PAGE_STRIPE_PAGES;
     return true;
 }
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page_history: what the encoder of one channel remembers of the pages that it sent, in bounded memory.
+ * page_history: what the encoder of one channel remembers of the pages that it sent, in bounded
+ * memory.
  *
  *   sent bits   may the page be anything but zero at the destination? One bit per page, or per 2^k
  *               neighbours of a large guest. A wrong "yes" costs bytes; there is no wrong "no".
@@ -24,7 +25,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* XXH3-128 of a page, mixed with its address: equal only for the same page with the same contents. */
+/* XXH3-128 of a page, mixed with its address: equal only for the same page and contents. */
 struct page_hash {
     uint64_t low, high;
 };
@@ -46,15 +47,15 @@ struct page_history {
 
     uint8_t *former; /* n_former pages */
     struct page_former_slot {
-        uint64_t owner;  /* index + 1, 0: free */
-        uint8_t merits;  /* how many newcomers are refused */
+        uint64_t owner; /* index + 1, 0: free */
+        uint8_t merits; /* how many newcomers are refused */
     } *slots;
     uint64_t n_former;
 };
 
 /*
  * At most `memory` bytes are taken, never more than the guest's size makes sense of. all_sent: the
- * destination's memory may be anything to begin with. FAILED without memory.
+ * destination's memory may be anything to begin with. NO_SPACE without memory.
  */
 int page_history_init(struct page_history *h, const struct guest_region *regions,
                       unsigned n_regions, unsigned channel, unsigned n_channels, size_t memory,
@@ -98,7 +99,7 @@ static inline bool page_history_same(struct page_history *h, uint64_t index, str
 const uint8_t *page_history_former(const struct page_history *h, uint64_t index);
 /* The former version was of use / was not. */
 void page_history_praise(struct page_history *h, uint64_t index, bool useful);
-/* The page is sent with these contents: keep them if there is room, and in any case no older ones. */
+/* The page is sent with these contents: keep them if there is room, and in no case older ones. */
 void page_history_keep(struct page_history *h, uint64_t index, const uint8_t *page);
 /* The page is sent, and what is kept of it (if anything) becomes void. */
 void page_history_drop(struct page_history *h, uint64_t index);

@@ -103,7 +103,7 @@ static void bar_mode(struct policy *p, enum page_mode mode)
     m->bar_ns = m->bar_ns < POLICY_BAR_MAX ? 2 * m->bar_ns : POLICY_BAR_MAX;
 }
 
-/* `failed` was slower than `than`: then whatever costs more than that is not to be trusted either. */
+/* `failed` was slower than `than`: then whatever costs more than that is not trusted either. */
 static void bar_failed(struct policy *p, enum page_mode failed, enum page_mode than)
 {
     bar_mode(p, failed);
@@ -259,8 +259,8 @@ static void challenge(struct policy *p)
     const struct policy_mode *raw = &p->modes[PAGE_MODE_RAW];
     if (!is_eligible(p, PAGE_MODE_RAW) || p->mode == PAGE_MODE_RAW || p->trial.active)
         return;
-    double interval_ns = POLICY_LINK_BATCHES * PAGE_BATCH_MAX * raw->bytes_per_page *
-                         NSEC_PER_SEC / p->link_rate;
+    double interval_ns =
+        POLICY_LINK_BATCHES * PAGE_BATCH_MAX * raw->bytes_per_page * NSEC_PER_SEC / p->link_rate;
     if (interval_ns < POLICY_LINK_INTERVAL)
         interval_ns = POLICY_LINK_INTERVAL;
     if (p->sample_credit < interval_ns * POLICY_TRIAL_LENGTH)

@@ -14,28 +14,28 @@
  *         policy_note_link(&policy, &(struct policy_link_sample){...});
  *
  * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
- * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page are
- * moving averages of what the encoders measured. It changes to a mode that promises POLICY_GAIN times
- * as much, and to raw as soon as raw is as good: compression that would make the migration slower turns
- * itself off, on a fast link as well as for pages that do not compress.
+ * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page
+ * are moving averages of what the encoders measured. It changes to a mode that promises POLICY_GAIN
+ * times as much, and to raw as soon as raw is as good: compression that would make the migration
+ * slower turns itself off, on a fast link as well as for pages that do not compress.
  *
- * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then fewer
- * pages a second are acknowledged than before, it is taken back, and all modes that cost more than
- * the former one are barred for POLICY_BAR, each time twice as long. And where compression looks good
- * because the link looks slow, raw is tried in truth now and then: it may be the other end that is
- * slow.
+ * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
+ * fewer pages a second are acknowledged than before, it is taken back, and all modes that cost more
+ * than the former one are barred for POLICY_BAR, each time twice as long. And where compression
+ * looks good because the link looks slow, raw is tried in truth now and then: it may be the other
+ * end that is slow.
  *
- * Samples. Modes not in use are tried on one batch now and then, so that what is known of them stays
- * fresh. The time that samples and trials of raw cost is paid from a credit of POLICY_SAMPLE_SHARE
- * of the time passed; so a short migration has no trial of raw.
+ * Samples. Modes not in use are tried on one batch now and then, so that what is known of them
+ * stays fresh. The time that samples and trials of raw cost is paid from a credit of
+ * POLICY_SAMPLE_SHARE of the time passed; so a short migration has no trial of raw.
  *
  * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
  * While hardly anybody waits and the encoders are busy, the link is faster than believed, and the
  * estimate grows step by step until somebody waits or the mode changes. While pages are lacking
  * nothing is learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
  *
- * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share one
- * policy under a lock of the caller's.
+ * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share
+ * one policy under a lock of the caller's.
  */
 #ifndef VMMIG_MIGRATE_POLICY_H
 #define VMMIG_MIGRATE_POLICY_H
@@ -45,18 +45,18 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define POLICY_LINK_INITIAL 125e6     /* bytes a second: 1 Gbit/s */
+#define POLICY_LINK_INITIAL 125e6 /* bytes a second: 1 Gbit/s */
 /* The link is judged after so many ns and batches, or after the longer time. */
 #define POLICY_LINK_INTERVAL 20000000
 #define POLICY_LINK_BATCHES 4
 #define POLICY_LINK_INTERVAL_MAX 2000000000
-#define POLICY_GAIN 1.03              /* a change of mode must promise this */
-#define POLICY_SAMPLE_SHARE 0.025     /* of the time, for sampling other modes */
-#define POLICY_SAMPLE_GAP 16          /* batches between two samples, at least */
-#define POLICY_TRIAL_SETTLE 1         /* intervals after a change that are not judged, */
-#define POLICY_TRIAL_LENGTH 4         /* and after which the trial ends */
-#define POLICY_BAR 2000000000         /* ns */
-#define POLICY_BAR_MAX 64000000000    /* ns */
+#define POLICY_GAIN 1.03           /* a change of mode must promise this */
+#define POLICY_SAMPLE_SHARE 0.025  /* of the time, for sampling other modes */
+#define POLICY_SAMPLE_GAP 16       /* batches between two samples, at least */
+#define POLICY_TRIAL_SETTLE 1      /* intervals after a change that are not judged, */
+#define POLICY_TRIAL_LENGTH 4      /* and after which the trial ends */
+#define POLICY_BAR 2000000000      /* ns */
+#define POLICY_BAR_MAX 64000000000 /* ns */
 
 enum policy_compress { POLICY_AUTO, POLICY_LZ4, POLICY_ZSTD, POLICY_NONE };
 
@@ -69,17 +69,17 @@ struct policy_config {
 /* What happened on the link in an interval. */
 struct policy_link_sample {
     int64_t interval_ns;
-    uint64_t bytes;     /* acknowledged, meta and payload */
-    uint64_t pages;     /* acknowledged: the sum of page_sample.pages */
-    int64_t blocked_ns; /* that all workers together waited: socket full, or too much unacknowledged */
+    uint64_t bytes; /* acknowledged, meta and payload */
+    uint64_t pages; /* acknowledged: the sum of page_sample.pages */
+    int64_t blocked_ns; /* that all workers together waited to be allowed to send */
 };
 
 /* What is known about a mode. */
 struct policy_mode {
     double bytes_per_page;
-    double ns_per_page;  /* CPU time beyond the scan, which is the same in every mode */
-    bool measured;       /* else these are defaults */
-    uint64_t last_batch; /* number of the batch that was last encoded in this mode */
+    double ns_per_page;              /* CPU time beyond the scan, which is the same in every mode */
+    bool measured;                   /* else these are defaults */
+    uint64_t last_batch;             /* number of the batch that was last encoded in this mode */
     int64_t barred_until_ns, bar_ns; /* the next bar lasts bar_ns */
 };
 
@@ -103,10 +103,10 @@ struct policy {
     double page_rate; /* acknowledged a second while the pages were not lacking; 0: unknown */
     struct {
         bool active;
-        bool forced; /* of raw, against the prediction */
+        bool forced;               /* of raw, against the prediction */
         enum page_mode from, left; /* the mode at its begin, and that before the present one */
         double rate_before;        /* in `from` */
-        unsigned intervals; /* since the change */
+        unsigned intervals;        /* since the change */
         double rate_sum;
     } trial;
 };

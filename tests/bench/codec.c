@@ -5,9 +5,9 @@
  *     build/tests/bench/codec                    synthetic contents
  *     build/tests/bench/codec MEMORY.raw         the pages of a file, e.g. QMP pmemsave of a guest
  *
- * Per contents and mode: MB/s of guest memory in and out, bytes per page, ratio. Then what it costs to
- * find zero and unchanged pages, deltas of pages with a few changed bytes, and blocks against single pages.
- * Pages lie apart by eight bytes, as in QEMU's stream. Best of three runs, CPU time.
+ * Per contents and mode: MB/s of guest memory in and out, bytes per page, ratio. Then what it costs
+ * to find zero and unchanged pages, deltas of pages with a few changed bytes, and blocks against
+ * single pages. Pages lie apart by eight bytes, as in QEMU's stream. Best of three runs, CPU time.
  */
 #include "page_fixture.h"
 
@@ -57,7 +57,7 @@ static struct memory synthetic(enum page_content content)
     return m;
 }
 
-/* A third each of slabs and text, the rest of all kinds, in stretches as an allocator leaves them. */
+/* A third each of slabs and text, the rest of all kinds, in stretches. */
 static struct memory mixture(void)
 {
     struct memory m = new_memory("mixture", PAGES);
@@ -125,7 +125,8 @@ static void codec_init(struct codec *c, const struct memory *m)
                                                                .destination_zero = true},
                                  &err);
     c->dec = page_decoder_create(
-        &(struct page_decoder_config){.regions = &c->region, .n_regions = 1, .n_channels = 1}, &err);
+        &(struct page_decoder_config){.regions = &c->region, .n_regions = 1, .n_channels = 1},
+        &err);
     if (!c->guest || !c->enc || !c->dec)
         check(-1, err);
 }

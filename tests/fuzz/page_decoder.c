@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Fuzzer of migrate/page_decoder: batches as a hostile peer may send them, some cut off, into a guest of
- * three small regions. Asserted: no byte is written but those of pages that an accepted meta names;
- * the pieces for the payload add up and lie in those pages or in memory that is not the guest's; a
- * decoder that refused a payload takes no more.
+ * Fuzzer of migrate/page_decoder: batches as a hostile peer may send them, some cut off, into a
+ * guest of three small regions. Asserted: no byte is written but those of pages that an accepted
+ * meta names; the pieces for the payload add up and lie in those pages or in memory that is not the
+ * guest's; a decoder that refused a payload takes no more.
  *
  * Input: any number of  u16 length of meta, u32 length of payload, u8 (odd: cut), meta, payload;
  * what is missing at the end is zero.
@@ -67,8 +67,8 @@ static size_t fill(const struct iovec *iov, unsigned n, struct cursor *payload, 
     for (unsigned i = 0; i < n; i++) {
         assert(iov[i].iov_len > 0);
         size_t wanted = total + iov[i].iov_len <= limit ? iov[i].iov_len
-                        : total < limit                ? limit - total
-                                                       : 0;
+                        : total < limit                 ? limit - total
+                                                        : 0;
         size_t given = wanted < cursor_left(payload) ? wanted : cursor_left(payload);
         memcpy(iov[i].iov_base, cursor_take(payload, given), given);
         memset((uint8_t *)iov[i].iov_base + given, 0, wanted - given);

@@ -95,8 +95,8 @@ static void map_region(struct guest_region *region, unsigned number, unsigned pa
     *region = (struct guest_region){.size = (uint64_t)pages * GUEST_PAGE_SIZE,
                                     .page_size = GUEST_PAGE_SIZE};
     snprintf(region->name, sizeof(region->name), "ram%u", number);
-    region->base = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
-                        0);
+    region->base =
+        mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     assert(region->base != MAP_FAILED);
 }
 

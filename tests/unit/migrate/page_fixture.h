@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page_fixture: a guest to encode from and one to decode into, pages of many kinds, and batches of them.
- * Random, but the same for the same seed.
+ * page_fixture: a guest to encode from and one to decode into, pages of many kinds, and batches of
+ * them. Random, but the same for the same seed.
  */
 #ifndef VMMIG_TESTS_PAGE_FIXTURE_H
 #define VMMIG_TESTS_PAGE_FIXTURE_H

@@ -35,10 +35,10 @@ static void link_init(struct link *l, struct page_encoder_config config)
     config.n_regions = FIXTURE_REGIONS;
     config.n_channels = 1;
     l->enc = page_encoder_create(&config, &err);
-    l->dec = page_decoder_create(
-        &(struct page_decoder_config){
-            .regions = l->guest.destination, .n_regions = FIXTURE_REGIONS, .n_channels = 1},
-        &err);
+    l->dec = page_decoder_create(&(struct page_decoder_config){.regions = l->guest.destination,
+                                                               .n_regions = FIXTURE_REGIONS,
+                                                               .n_channels = 1},
+                                 &err);
     assert_non_null(l->enc);
     assert_non_null(l->dec);
 }
@@ -213,7 +213,41 @@ static void small_changes_travel_as_deltas(void **state)
     link_finish(&l);
 }
 
-/* A raw page changes the destination without a former version being kept: that must be forgotten. */
+static void touch_pages(struct link *l, uint64_t first, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++)
+        touch_page(&rng, source_page(l, first + i));
+}
+
+/* More pages than the cache holds pass through: those whose deltas work keep their place. */
+static void a_sweep_leaves_former_versions_of_hot_pages(void **state)
+{
+    const uint64_t hot = 160, other = page_addr(2, 0);
+    struct link l;
+    link_init(&l, (struct page_encoder_config){.destination_zero = true, .memory = 1});
+    for (unsigned i = 0; i < 256; i++) {
+        fill_page(&rng, source_page(&l, hot + i), CONTENT_TEXT);
+        fill_page(&rng, source_page(&l, other + i), CONTENT_TEXT);
+    }
+    for (unsigned round = 0; round < 3; round++) {
+        touch_pages(&l, hot, 256);
+        transfer(&l, hot, 256, PAGE_MODE_LZ4);
+    }
+    assert_int_equal(pages_of(&l, PAGE_DELTA), 256);
+    for (unsigned round = 0; round < 5; round++) {
+        touch_pages(&l, other, 256);
+        transfer(&l, other, 256, PAGE_MODE_LZ4);
+    }
+    /* Some of them found no room: otherwise this test says nothing. */
+    uint64_t before = pages_of(&l, PAGE_DELTA);
+    assert_true(before < 256 + 3 * 256);
+    touch_pages(&l, hot, 256);
+    transfer(&l, hot, 256, PAGE_MODE_LZ4);
+    assert_int_equal(pages_of(&l, PAGE_DELTA), before + 256);
+    link_finish(&l);
+}
+
+/* A raw page changes the destination, and no former version is kept: an old one is forgotten. */
 static void deltas_never_refer_to_an_outdated_version(void **state)
 {
     struct link l;
@@ -280,7 +314,8 @@ static void a_mapped_source_is_sent_as_it_was_when_encoded(void **state)
         struct link l;
         struct vm_error *err = NULL;
         uint8_t former[8 * GUEST_PAGE_SIZE];
-        link_init(&l, (struct page_encoder_config){.destination_zero = true, .mapped_source = true});
+        link_init(&l,
+                  (struct page_encoder_config){.destination_zero = true, .mapped_source = true});
         for (unsigned i = 0; i < 8; i++)
             fill_page(&rng, source_page(&l, i), i % 2 ? CONTENT_RANDOM : CONTENT_TEXT);
         memcpy(former, source_page(&l, 0), sizeof(former));
@@ -325,7 +360,8 @@ static void a_page_that_changes_while_it_is_read_is_right_at_the_end(void **stat
         struct scribbler s = {0};
         struct vm_error *err = NULL;
         pthread_t thread;
-        link_init(&l, (struct page_encoder_config){.destination_zero = true, .mapped_source = true});
+        link_init(&l,
+                  (struct page_encoder_config){.destination_zero = true, .mapped_source = true});
         s.page = source_page(&l, 0);
         fill_page(&rng, s.page, trial % 2 ? CONTENT_RANDOM : CONTENT_TEXT);
         assert_int_equal(pthread_create(&thread, NULL, scribble, &s), 0);
@@ -458,8 +494,7 @@ static void coarse_bits_cost_bytes_only(void **state)
 
 static void pages_from_nowhere_are_refused(void **state)
 {
-    static const uint64_t addresses[] = {512, (uint64_t)1 << 48 | 3, (uint64_t)3 << 48,
-                                         UINT64_MAX};
+    static const uint64_t addresses[] = {512, (uint64_t)1 << 48 | 3, (uint64_t)3 << 48, UINT64_MAX};
     struct link l;
     link_init(&l, (struct page_encoder_config){.destination_zero = true});
     for (unsigned i = 0; i < sizeof(addresses) / sizeof(addresses[0]); i++) {
@@ -506,13 +541,13 @@ static void soup_init(struct soup *s, bool destination_zero, bool mapped_source)
                                           .destination_zero = destination_zero,
                                           .mapped_source = mapped_source},
             &err);
-        s->dec[i] = page_decoder_create(
-            &(struct page_decoder_config){.regions = s->guest.destination,
-                                          .n_regions = FIXTURE_REGIONS,
-                                          .channel = i,
-                                          .n_channels = SOUP_CHANNELS,
-                                          .may_punch = destination_zero},
-            &err);
+        s->dec[i] =
+            page_decoder_create(&(struct page_decoder_config){.regions = s->guest.destination,
+                                                              .n_regions = FIXTURE_REGIONS,
+                                                              .channel = i,
+                                                              .n_channels = SOUP_CHANNELS,
+                                                              .may_punch = destination_zero},
+                                &err);
         assert_true(s->enc[i] && s->dec[i]);
     }
 }
@@ -638,6 +673,7 @@ int main(void)
         cmocka_unit_test(equal_contents_at_two_addresses_are_two_pages),
         cmocka_unit_test(pages_that_share_an_entry_are_told_apart),
         cmocka_unit_test(small_changes_travel_as_deltas),
+        cmocka_unit_test(a_sweep_leaves_former_versions_of_hot_pages),
         cmocka_unit_test(deltas_never_refer_to_an_outdated_version),
         cmocka_unit_test(pages_that_do_not_compress_are_sent_from_where_they_are),
         cmocka_unit_test(compressible_pages_shrink),

@@ -17,31 +17,31 @@ static const unsigned guest_pages[FIXTURE_REGIONS] = {600, 20, 64};
 static struct page_decoder *new_decoder(struct fixture *guest, unsigned n_channels, bool may_punch)
 {
     struct vm_error *err = NULL;
-    struct page_decoder *dec = page_decoder_create(
-        &(struct page_decoder_config){.regions = guest->destination,
-                                      .n_regions = FIXTURE_REGIONS,
-                                      .n_channels = n_channels,
-                                      .may_punch = may_punch},
-        &err);
+    struct page_decoder *dec =
+        page_decoder_create(&(struct page_decoder_config){.regions = guest->destination,
+                                                          .n_regions = FIXTURE_REGIONS,
+                                                          .n_channels = n_channels,
+                                                          .may_punch = may_punch},
+                            &err);
     assert_non_null(dec);
     return dec;
 }
 
 /*
- * Three batches by a real encoder, over every second page. Two are delivered, the third is returned: it
- * has zero and raw pages, blocks and deltas.
+ * Three batches by a real encoder, over every second page. Two are delivered, the third is
+ * returned: it has zero and raw pages, blocks and deltas.
  */
 static struct encoded_batch make_batch(struct fixture *guest, struct page_decoder *dec,
                                        enum page_mode mode)
 {
     struct vm_error *err = NULL;
     struct encoded_batch out = {0};
-    struct page_encoder *enc = page_encoder_create(
-        &(struct page_encoder_config){.regions = guest->source,
-                                      .n_regions = FIXTURE_REGIONS,
-                                      .n_channels = 1,
-                                      .destination_zero = true},
-        &err);
+    struct page_encoder *enc =
+        page_encoder_create(&(struct page_encoder_config){.regions = guest->source,
+                                                          .n_regions = FIXTURE_REGIONS,
+                                                          .n_channels = 1,
+                                                          .destination_zero = true},
+                            &err);
     assert_non_null(enc);
     uint8_t *pages = guest->source[0].base;
     for (unsigned round = 0; round < 3; round++) {
@@ -211,8 +211,8 @@ static void meta_survives_a_round_trip(void **state)
     struct vm_error *err = NULL;
     uint8_t bytes[PAGE_META_MAX];
     page_meta_write(&meta, bytes);
-    assert_int_equal(
-        page_meta_read(bytes, page_meta_size(&meta), meta.payload_len, &again, &err), 0);
+    assert_int_equal(page_meta_read(bytes, page_meta_size(&meta), meta.payload_len, &again, &err),
+                     0);
     assert_int_equal(again.n_pages, meta.n_pages);
     for (unsigned i = 0; i < meta.n_runs; i++) {
         assert_int_equal(again.runs[i].addr, meta.runs[i].addr);
@@ -229,12 +229,13 @@ static void meta_survives_a_round_trip(void **state)
 static void meta_is_these_bytes(void **state)
 {
     static const uint8_t expected[] = {
-        0x56, 0x50, 0x42, 0x31, 5, 0, 3, 0, 2, 0, 0, 0, 0, 0x20, 0, 0, /* header */
-        10,   0,    0,    0,    0, 0, 0, 0, 3, 0, 0, 0,                /* runs */
-        2,    0,    0,    0,    0, 0, 1, 0, 1, 0, 0, 0,                /* */
-        5,    0,    0,    0,    0, 0, 1, 0, 1, 0, 0, 0,                /* */
-        1,    0,    3,    0,    0, 0, 0, 0,                            /* units */
-        2,    0,    2,    0,    0, 0x20, 0, 0};
+        /* header */ 0x56, 0x50, 0x42, 0x31, 5, 0, 3, 0, 2, 0, 0, 0, 0, 0x20, 0, 0,
+        /* runs */ 10, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, //
+        2, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0,             //
+        5, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0,             //
+        /* units */ 1, 0, 3, 0, 0, 0, 0, 0,             //
+        2, 0, 2, 0, 0, 0x20, 0, 0,
+    };
     struct fixture guest;
     struct vm_error *err = NULL;
     struct encoded_batch out = {0};
@@ -274,7 +275,7 @@ static void pages_that_are_not_this_decoders_are_refused(void **state)
     struct fixture guest;
     struct vm_error *err = NULL;
     fixture_init(&guest, guest_pages);
-    /* Region 1 begins with a stripe of another channel: region << 40 is a multiple of 2, so use 3. */
+    /* With three channels region 1 begins with a stripe of another one. */
     struct page_decoder *dec = new_decoder(&guest, 3, false);
     assert_int_equal(begin_plain(dec, &err), -1);
     assert_non_null(strstr(err->message, "another channel"));
@@ -303,8 +304,8 @@ static uint64_t sum_others(const struct fixture *guest, const struct page_meta *
             bool named = false;
             for (unsigned i = 0; i < meta->n_runs && !named; i++)
                 named = page_addr(r, p) - meta->runs[i].addr < meta->runs[i].count;
-            const uint64_t *w = (const uint64_t *)(const void *)(guest->destination[r].base +
-                                                                 p * GUEST_PAGE_SIZE);
+            const uint64_t *w =
+                (const uint64_t *)(const void *)(guest->destination[r].base + p * GUEST_PAGE_SIZE);
             for (unsigned i = 0; i < GUEST_PAGE_SIZE / 8 && !named; i++)
                 sum = sum * 31 + w[i];
         }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The policy in front of simulated links, cores and pages: what it chooses, how fast, at what cost. */
+/* The policy on simulated links, cores and pages: what it chooses, how soon, at what cost. */
 #include "migrate/policy.h"
 
 #include "base/clock.h"
@@ -34,14 +34,14 @@ static const struct content text = {{4112, 180, 120, 118, 116}, {60, 500, 1200, 
 struct world {
     struct policy policy;
     const struct content *content;
-    double link;          /* bytes a second */
+    double link; /* bytes a second */
     double cores;
     unsigned workers;
     double source, given; /* pages a second that the VMM gives, 0: any; those not yet taken */
     double receiver[PAGE_MODE_COUNT]; /* pages a second that the other end applies; 0: any */
-    double send_ns;       /* CPU time per byte */
+    double send_ns;                   /* CPU time per byte */
     double time, pages;
-    double sampled;       /* seconds lost to batches in other modes than the chosen one */
+    double sampled; /* seconds lost to batches in other modes than the chosen one */
     unsigned changes;
 };
 
@@ -54,8 +54,8 @@ static double min_double(double a, double b)
 static double true_rate(const struct world *w, enum page_mode mode)
 {
     double ns = SCAN_NS + w->content->ns[mode] + w->content->bytes[mode] * w->send_ns;
-    double rate = min_double(w->link / w->content->bytes[mode],
-                             min_double(w->cores, w->workers) * 1e9 / ns);
+    double rate =
+        min_double(w->link / w->content->bytes[mode], min_double(w->cores, w->workers) * 1e9 / ns);
     if (w->receiver[mode])
         rate = min_double(rate, w->receiver[mode]);
     return rate;
@@ -162,8 +162,8 @@ static const struct {
 static void each_link_gets_its_mode(void **state)
 {
     for (unsigned i = 0; i < sizeof(table) / sizeof(table[0]); i++) {
-        struct world w = new_world(table[i].content, table[i].link, table[i].cores,
-                                   table[i].compress);
+        struct world w =
+            new_world(table[i].content, table[i].link, table[i].cores, table[i].compress);
         run(&w, 3);
         if (!(table[i].expected & 1u << w.policy.mode))
             fail_msg("%s: %s; link %.0f", table[i].name, page_mode_name(w.policy.mode),
@@ -172,8 +172,7 @@ static void each_link_gets_its_mode(void **state)
         w.pages = 0;
         double start = w.time;
         run(&w, 10);
-        if (table[i].compress == POLICY_AUTO &&
-            w.pages / (w.time - start) < 0.94 * best_rate(&w))
+        if (table[i].compress == POLICY_AUTO && w.pages / (w.time - start) < 0.94 * best_rate(&w))
             fail_msg("%s: %.0f pages/s of %.0f", table[i].name, w.pages / (w.time - start),
                      best_rate(&w));
         if (w.sampled > 0.03 * w.time)
