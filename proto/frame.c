@@ -14,13 +14,19 @@ static int broken(struct frame_decoder *d, struct vm_error **err, const char *wh
                      what);
 }
 
+/* At most `want` of what is there, all of it moved to `to`; returns how much. */
+static size_t move(struct cursor *in, size_t want, uint8_t *to)
+{
+    size_t n = want < cursor_left(in) ? want : cursor_left(in);
+    if (n)
+        memcpy(to, cursor_take(in, n), n);
+    return n;
+}
+
 /* 1 once the header is complete and allowed. */
 static int read_header(struct frame_decoder *d, struct cursor *in, struct vm_error **err)
 {
-    size_t want = FRAME_HEADER_SIZE - d->n_header;
-    size_t n = want < cursor_left(in) ? want : cursor_left(in);
-    memcpy(d->header + d->n_header, cursor_take(in, n), n);
-    d->n_header += n;
+    d->n_header += move(in, FRAME_HEADER_SIZE - d->n_header, d->header + d->n_header);
     /* Garbage is told from its first bytes, not after twelve that may never come. */
     uint8_t magic[4];
     put_le32(magic, FRAME_MAGIC);
@@ -58,11 +64,12 @@ int frame_decode(struct frame_decoder *d, struct cursor *in, struct frame *ret_f
     }
     size_t want = d->length - d->payload.len;
     size_t n = want < cursor_left(in) ? want : cursor_left(in);
-    buffer_put(&d->payload, cursor_take(in, n), n);
-    if (d->payload.failed) {
+    uint8_t *to = n ? buffer_grow(&d->payload, n) : NULL;
+    if (n && !to) {
         d->broken = true;
         return error_nomem(err);
     }
+    move(in, n, to);
     if (d->payload.len < d->length)
         return 0;
     d->complete = true;

@@ -406,7 +406,7 @@ BAD_INPUT = [
 ]
 
 
-@pytest.mark.parametrize('words,status,message', BAD_INPUT, ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
+@pytest.mark.parametrize('words,status,message', BAD_INPUT, ids=[' '.join(row[0]) or 'nothing' for row in BAD_INPUT])
 def test_bad_input_gets_one_clear_line(h1, words, status, message):
     done = h1.run(*words)
     assert (done.returncode, done.stderr, done.stdout) == (status, f'vmmig: {message}\n', '')
@@ -512,20 +512,20 @@ def kinds(answer):
 
 
 @pytest.mark.parametrize('data,expected', [
-    (HELLO + frame(12), [2, 41]),                              # LIST: VMS
-    (HELLO + frame(12) + frame(15), [2, 41, 42]),              # one after the other
-    (frame(12), [3]),                                          # no HELLO
-    (frame(1, b'\x08\x09\x10\x09'), [3]),                      # versions 9 to 9
-    (HELLO + HELLO, [2, 3]),
-    (HELLO + frame(999) + frame(12), [2, 3, 41]),              # unknown: told so, and it goes on
-    (HELLO + frame(41), [2, 3]),                               # an answer is not a request
-    (HELLO + frame(13, b'\x0a\x03a/b') + frame(12), [2, 3]),   # a name that is none
-    (HELLO + frame(13, b'\xff\xff') + frame(12), [2, 3]),
-    (HELLO + b'GET / HTTP/1.1\r\n\r\n', [2, 3]),
-    (HELLO + struct.pack('<4sIHH', b'VMMG', 0xffffffff, 12, 0), [2, 3]),
-    (HELLO + frame(12)[:-3], [2, 3]),                          # cut off
-    (b'\x00' * 4096, [3]),
-    (b'', []),
+    pytest.param(HELLO + frame(12), [2, 41], id='list'),
+    pytest.param(HELLO + frame(12) + frame(15), [2, 41, 42], id='one after the other'),
+    pytest.param(frame(12), [3], id='no hello'),
+    pytest.param(frame(1, b'\x08\x09\x10\x09'), [3], id='versions 9 to 9'),
+    pytest.param(HELLO + HELLO, [2, 3], id='two hellos'),
+    pytest.param(HELLO + frame(999) + frame(12), [2, 3, 41], id='unknown: told so, and it goes on'),
+    pytest.param(HELLO + frame(41), [2, 3], id='an answer is not a request'),
+    pytest.param(HELLO + frame(13, b'\x0a\x03a/b') + frame(12), [2, 3], id='a name that is none'),
+    pytest.param(HELLO + frame(13, b'\xff\xff') + frame(12), [2, 3], id='malformed'),
+    pytest.param(HELLO + b'GET / HTTP/1.1\r\n\r\n', [2, 3], id='another protocol'),
+    pytest.param(HELLO + struct.pack('<4sIHH', b'VMMG', 0xffffffff, 12, 0), [2, 3], id='a huge length'),
+    pytest.param(HELLO + frame(12)[:-3], [2, 3], id='cut off'),
+    pytest.param(b'\x00' * 4096, [3], id='zeroes'),
+    pytest.param(b'', [], id='nothing'),
 ])
 def test_hostile_bytes_are_answered_and_the_agent_goes_on(h1, data, expected):
     assert kinds(talk(h1, data)) == expected

@@ -92,6 +92,16 @@ static void what_is_no_frame_is_refused_at_the_first_wrong_byte(void **state)
     assert_refused(header, sizeof(header), "no type");
 }
 
+static void nothing_is_not_an_end(void **state)
+{
+    (void)state;
+    cleanup_frame_decoder struct frame_decoder d = {0};
+    struct cursor nothing = {0};
+    struct frame frame;
+    assert_int_equal(frame_decode(&d, &nothing, &frame, NULL), 0);
+    assert_true(frame_decoder_is_idle(&d));
+}
+
 static void memory_follows_what_arrived_not_what_was_claimed(void **state)
 {
     (void)state;
@@ -145,6 +155,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(frames_come_out_however_the_bytes_are_cut),
         cmocka_unit_test(what_is_no_frame_is_refused_at_the_first_wrong_byte),
+        cmocka_unit_test(nothing_is_not_an_end),
         cmocka_unit_test(memory_follows_what_arrived_not_what_was_claimed),
         cmocka_unit_test(a_payload_that_is_too_long_is_not_sent),
         cmocka_unit_test(a_message_travels),
