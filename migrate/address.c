@@ -262,8 +262,7 @@ static int listen_at(const struct address *a, int family, const struct sockaddr 
     int on = 1, off = 0;
     if (fd < 0)
         return error_errno(err, errno, "cannot make a socket");
-    if (family != AF_UNIX &&
-        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) < 0)
+    if (family != AF_UNIX && setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on)) < 0)
         return error_errno(err, errno, "cannot set SO_REUSEADDR");
     if (family == AF_INET6 && setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off)) < 0)
         return error_errno(err, errno, "cannot clear IPV6_V6ONLY");

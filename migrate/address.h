@@ -2,8 +2,8 @@
 /*
  * address: from HOST[:PORT] or unix:PATH to a connected or listening socket.
  *
- * Names are resolved in a thread of their own, because the system's resolver knows neither deadlines
- * nor cancelling; one that is given up ends by itself later.
+ * Names are resolved in a thread of their own, because the system's resolver knows neither
+ * deadlines nor cancelling; one that is given up ends by itself later.
  */
 #ifndef VMMIG_MIGRATE_ADDRESS_H
 #define VMMIG_MIGRATE_ADDRESS_H

@@ -15,18 +15,19 @@
  *     channel_sender_destroy(s)                     channel_receiver_destroy(r)
  *
  * The wire (docs/migration-wire.md). The sender connects and says hello: the attempt, the
- * channel's number and the session's secret token. The receiver answers with the number of the last
- * frame that it applied; the sender drops frames up to there and goes on behind. Then frames flow one
- * way, and acknowledgements the other: `applied`, cumulative, at once when the receiver has caught up
- * and every few frames otherwise, and in any case every CHANNEL_BEAT_MS, so that a receiver that is
- * busy applying a frame is told apart from a link that is dead.
+ * channel's number and the session's secret token. The receiver answers with the number of the
+ * last frame that it applied; the sender drops frames up to there and goes on behind. Then frames
+ * flow one way, and acknowledgements the other: `applied`, cumulative, at once when the receiver
+ * has caught up and every few frames otherwise, and in any case every CHANNEL_BEAT_MS, so that a
+ * receiver that is busy applying a frame is told apart from a link that is dead.
  *
  * When a connection breaks, or for CHANNEL_STALL_MS neither a message of the receiver came nor a
- * byte left this host while something is outstanding, the sender drops it and connects again, every
- * CHANNEL_RETRY_MS, until `outage_limit` is over: then TIMEOUT. The clock of an outage stops when a
- * frame is acknowledged, not when a connection is made. A slow link is not a dead one: what counts is
- * that bytes leave. What a new connection does not mend (DENIED, VERSION, PROTOCOL, REFUSED, NOT_FOUND,
- * CORRUPT, the receiver's own error) ends the channel at once, with that error.
+ * byte left this host while something is outstanding, the sender drops it and connects again,
+ * every CHANNEL_RETRY_MS, until `outage_limit` is over: then TIMEOUT. The clock of an outage stops
+ * when a frame is acknowledged, not when a connection is made. A slow link is not a dead one: what
+ * counts is that bytes leave. What a new connection does not mend (DENIED, VERSION, PROTOCOL,
+ * REFUSED, NOT_FOUND, CORRUPT, the receiver's own error) ends the channel at once, with that
+ * error.
  *
  * A receiver serves one connection at a time: a new one takes over from a former one, half open or
  * not, and is answered once the frame that was being applied is finished.
@@ -116,13 +117,13 @@ struct channel_sender_stats {
     uint64_t frames_acked;
     uint64_t bytes_sent;        /* headers, meta and payload of frames, those sent again included */
     uint64_t bytes_acked;       /* each frame counted once */
-    uint64_t bytes_resent;      /* sent before on a connection that was lost, and not acknowledged */
-    uint64_t bytes_acked_resent; /* written after they were acknowledged: a broken promise unless 0 */
+    uint64_t bytes_resent;      /* sent again, after a connection was lost, not acknowledged */
+    uint64_t bytes_acked_resent; /* sent again though acknowledged: broken promise unless 0 */
     uint64_t reconnects;        /* connections made after the first */
     uint64_t bytes_unacked;     /* now: given to send, not acknowledged */
     uint64_t window;            /* now, bytes */
     uint64_t rate;              /* bytes a second acknowledged while busy, smoothed; 0: unknown */
-    int64_t ack_delay_ns;       /* smoothed: from a frame's last byte written to its acknowledgement */
+    int64_t ack_delay_ns;       /* smoothed: from a frame's last byte to its acknowledgement */
     int64_t rtt_ns;             /* the least round trip that the kernel saw; 0: unknown */
     int64_t outage_ns;          /* now without a working connection for so long; 0: connected */
 };
@@ -136,8 +137,8 @@ void channel_sender_destroy(struct channel_sender *s);
 int channel_sender_wait_open(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);
 /*
  * Give a frame to the channel. Blocks while the unacknowledged bytes exceed the window, also
- * throughout an outage; so what is in flight is bounded by the window plus one frame. send, flush and
- * end are for one thread at a time. Once the channel failed, each returns that error.
+ * throughout an outage; so what is in flight is bounded by the window plus one frame. send, flush
+ * and end are for one thread at a time. Once the channel failed, each returns that error.
  */
 int channel_sender_send(struct channel_sender *s, const struct channel_frame *frame,
                         struct vm_error **err);
@@ -151,9 +152,10 @@ int channel_sender_end(struct channel_sender *s, int64_t deadline_ns, struct vm_
 /* Bound of the unacknowledged bytes. A job gives each of its channels an equal share. */
 void channel_sender_set_window(struct channel_sender *s, size_t bytes);
 /*
- * Bound it by time instead: what is acknowledged in `ms` at the measured rate, within [min, max]. All
- * that is in flight when a guest is paused adds to its pause. Each channel measures its own rate, so
- * together they hold the link's. Never less than two round trips' worth, which would starve the link.
+ * Bound it by time instead: what is acknowledged in `ms` at the measured rate, within [min, max].
+ * All that is in flight when a guest is paused adds to its pause. Each channel measures its own
+ * rate, so together they hold the link's. Never less than two round trips' worth, which would
+ * starve the link.
  */
 void channel_sender_set_window_time(struct channel_sender *s, unsigned ms, size_t min, size_t max);
 void channel_sender_get_stats(struct channel_sender *s, struct channel_sender_stats *ret_stats);
@@ -168,9 +170,9 @@ struct channel_receiver;
  */
 struct channel_receiver_ops {
     /*
-     * A frame begins. Its header and meta are verified (sum, length), its payload is not. Say where
-     * payload_len bytes go: fill ret_iov (room for CHANNEL_IOV_MAX; the lengths add up to payload_len)
-     * and return the number of entries, or -1. meta is valid until commit or abort.
+     * A frame begins. Its header and meta are verified (sum, length), its payload is not. Say
+     * where payload_len bytes go: fill ret_iov (room for CHANNEL_IOV_MAX; the lengths add up to
+     * payload_len) and return the number of entries, or -1. meta is valid until commit or abort.
      */
     int (*begin)(void *arg, uint16_t type, const void *meta, size_t meta_len, size_t payload_len,
                  struct iovec *ret_iov, struct vm_error **err);
@@ -190,7 +192,7 @@ struct channel_receiver_params {
 struct channel_receiver_stats {
     uint64_t frames_applied;
     uint64_t bytes_applied;   /* headers, meta, payload */
-    uint64_t frames_repeated; /* came again though applied: not from a sender that keeps the promise */
+    uint64_t frames_repeated; /* came again though applied; our sender never does that */
     uint64_t connections;
 };
 
@@ -218,11 +220,11 @@ enum channel_run_result {
 };
 
 /*
- * Serve a connection until it ends, breaks, or another takes over. Verifies the hello (a wrong token
- * is DENIED, said to the peer and returned as CHANNEL_LOST: it does not harm the channel). conn stays
- * the caller's. After CHANNEL_ENDED keep answering connections for as long as the session lives: the
- * last acknowledgement may be lost, and the sender asks again.
- * Returns enum channel_run_result, or -1: an error of an op, PROTOCOL, or CANCELLED. Any thread may call.
+ * Serve a connection until it ends, breaks, or another takes over. Verifies the hello (a wrong
+ * token is DENIED, said to the peer and returned as CHANNEL_LOST: it does not harm the channel).
+ * conn stays the caller's. After CHANNEL_ENDED keep answering connections for as long as the
+ * session lives: the last acknowledgement may be lost, and the sender asks again. Returns enum
+ * channel_run_result, or -1: an error of an op, PROTOCOL, or CANCELLED. Any thread may call.
  */
 int channel_receiver_run(struct channel_receiver *r, struct conn *conn,
                          const struct channel_hello *hello, struct vm_error **err);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The receiving side of a channel. The thread in channel_receiver_run reads frames and applies them;
- * a second one per connection, the acker, writes acknowledgements, so that the sender hears from us
- * also while a frame is being applied.
+ * The receiving side of a channel. The thread in channel_receiver_run reads frames and applies
+ * them; a second one per connection, the acker, writes acknowledgements, so that the sender hears
+ * from us also while a frame is being applied.
  */
 #include "migrate/channel.h"
 
@@ -19,10 +19,10 @@
 #include <xxhash.h>
 
 enum {
-    BUFFER_SIZE = 64 << 10,  /* read ahead */
-    ACK_FRAMES = 8,          /* acknowledge after so many frames */
-    ACK_BYTES = 1 << 20,     /* or so many bytes, if the sender never pauses */
-    ACK_TIMEOUT_MS = 5000,   /* a sender that takes no acknowledgement for so long is gone */
+    BUFFER_SIZE = 64 << 10, /* read ahead */
+    ACK_FRAMES = 8,         /* acknowledge after so many frames */
+    ACK_BYTES = 1 << 20,    /* or so many bytes, if the sender never pauses */
+    ACK_TIMEOUT_MS = 5000,  /* a sender that takes no acknowledgement for so long is gone */
     REFUSAL_TIMEOUT_MS = 2000,
 };
 
@@ -33,9 +33,9 @@ struct channel_receiver {
     /* Guarded by the lock: */
     uint64_t applied;
     bool ended;
-    bool serving;          /* a thread owns everything below the line */
-    uint64_t newest;       /* counts calls of run; only the newest may wait for its turn */
-    struct conn *conn;     /* of the serving thread */
+    bool serving;           /* a thread owns everything below the line */
+    uint64_t newest;        /* counts calls of run; only the newest may wait for its turn */
+    struct conn *conn;      /* of the serving thread */
     struct vm_error *error; /* the channel is at its end */
     bool ack_wanted, acker_stop;
     struct channel_receiver_stats stats;

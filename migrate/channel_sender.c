@@ -122,7 +122,8 @@ static size_t window_now(const struct channel_sender *s)
 
 static bool has_room(const struct channel_sender *s)
 {
-    return !s->head || (s->stats.bytes_unacked <= window_now(s) && s->n_pending < CHANNEL_FRAMES_MAX);
+    return !s->head ||
+           (s->stats.bytes_unacked <= window_now(s) && s->n_pending < CHANNEL_FRAMES_MAX);
 }
 
 /* Wait for a change: 0, or -1 at the deadline. The lock is held. */
@@ -298,6 +299,5 @@ void channel_sender_get_stats(struct channel_sender *s, struct channel_sender_st
     *ret_stats = s->stats;
     ret_stats->window = window_now(s);
     ret_stats->rate = s->meter.rate;
-    ret_stats->outage_ns =
-        s->disconnected_since ? clock_mono_ns() - s->disconnected_since : 0;
+    ret_stats->outage_ns = s->disconnected_since ? clock_mono_ns() - s->disconnected_since : 0;
 }

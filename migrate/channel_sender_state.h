@@ -3,8 +3,8 @@
  * channel_sender_state: what the two halves of a channel's sending side share, and nobody else.
  * channel_sender.c is the user's half: it appends to the queue and waits for room in it.
  * channel_sender_thread.c is the channel's thread, which owns the connection: it connects, writes
- * frames, reads acknowledgements, watches for a stall and makes the connection again. So encoding and
- * encrypting overlap, and frames are released while the user is busy elsewhere.
+ * frames, reads acknowledgements, watches for a stall and makes the connection again. So encoding
+ * and encrypting overlap, and frames are released while the user is busy elsewhere.
  */
 #ifndef VMMIG_MIGRATE_CHANNEL_SENDER_STATE_H
 #define VMMIG_MIGRATE_CHANNEL_SENDER_STATE_H

@@ -20,7 +20,8 @@ enum {
 
 /* ---- Acknowledgements ---- */
 
-/* Remove what is acknowledged up to seq. The lock is held; the caller releases the list without it. */
+/* Remove what is acknowledged up to seq. The lock is held; the caller releases the list without it.
+ */
 static struct pending *take_acked(struct channel_sender *s, uint64_t seq, int64_t now)
 {
     struct pending *list = s->head, *last = NULL;
@@ -41,8 +42,7 @@ static struct pending *take_acked(struct channel_sender *s, uint64_t seq, int64_
     s->stats.bytes_unacked -= bytes;
     s->stats.bytes_acked += bytes;
     int64_t delay = now - last->written_at;
-    s->stats.ack_delay_ns =
-        s->stats.ack_delay_ns ? (3 * s->stats.ack_delay_ns + delay) / 4 : delay;
+    s->stats.ack_delay_ns = s->stats.ack_delay_ns ? (3 * s->stats.ack_delay_ns + delay) / 4 : delay;
     rate_meter_acked(&s->meter, now, bytes, s->head != NULL);
     s->finished = s->ending && !s->head;
     pthread_cond_broadcast(&s->changed);
@@ -121,8 +121,8 @@ static int next_message(struct channel_sender *s, struct channel_message *ret_me
 }
 
 /*
- * The receiver has ended the channel. Its words become the error; a kind that a new connection would
- * mend must not keep the channel alive.
+ * The receiver has ended the channel. Its words become the error; a kind that a new connection
+ * would mend must not keep the channel alive.
  */
 static int set_refused(struct channel_sender *s, const struct channel_message *m,
                        struct vm_error **err)
@@ -420,17 +420,16 @@ static int connect_again(struct channel_sender *s, struct vm_error **err)
     while (!halted(s)) {
         int64_t now = clock_mono_ns();
         if (now >= last_deadline)
-            return error_set(err, VM_ERROR_TIMEOUT,
-                             "channel %u had no working connection for %lld ms (%s)",
-                             s->params.id.number,
-                             (long long)(s->params.outage_limit_ns / NSEC_PER_MSEC),
-                             why ? error_message(why) : "each broke before a frame got through");
+            return error_set(
+                err, VM_ERROR_TIMEOUT, "channel %u had no working connection for %lld ms (%s)",
+                s->params.id.number, (long long)(s->params.outage_limit_ns / NSEC_PER_MSEC),
+                why ? error_message(why) : "each broke before a frame got through");
         int64_t deadline = now + s->attempt_ns;
         error_clear(&why);
         if (connect_once(s, deadline < last_deadline ? deadline : last_deadline, last_deadline,
                          &why) == 0) {
-            log_debug("channel connected", "attempt=%s channel=%u", uuid_text(&s->params.id.attempt),
-                      s->params.id.number);
+            log_debug("channel connected", "attempt=%s channel=%u",
+                      uuid_text(&s->params.id.attempt), s->params.id.number);
             return 0;
         }
         if (halted(s))
@@ -576,4 +575,3 @@ void *channel_sender_thread(void *arg)
         fail(s, err);
     return NULL;
 }
-

@@ -160,7 +160,8 @@ ssize_t channel_message_parse(const uint8_t *in, size_t len, struct channel_mess
     if (message_sum(in, text_len) != get_le64(in + MESSAGE_SUM_AT))
         return set_damaged("channel's acknowledgement", err);
     if (kind < CHANNEL_ANSWER || kind > CHANNEL_REFUSED)
-        return error_set(err, VM_ERROR_PROTOCOL, "an acknowledgement has the unknown kind %u", kind);
+        return error_set(err, VM_ERROR_PROTOCOL, "an acknowledgement has the unknown kind %u",
+                         kind);
     ret_message->kind = kind;
     ret_message->applied = get_le64(in + 8);
     ret_message->error_kind = kind_of_status(get_le16(in + 6));

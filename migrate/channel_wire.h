@@ -9,7 +9,7 @@
  * outside: it checks magic, bounds and sums before it gives anything out. Two kinds of failure:
  *
  *     PROTOCOL      the other side sends what the protocol does not allow
- *     UNREACHABLE   a sum does not match: bytes were damaged on the way, the connection is of no use
+ *     UNREACHABLE   a sum does not match: damaged on the way; the connection is of no use
  */
 #ifndef VMMIG_MIGRATE_CHANNEL_WIRE_H
 #define VMMIG_MIGRATE_CHANNEL_WIRE_H

@@ -73,8 +73,7 @@ struct conn_context *conn_context_create(const struct conn_settings *settings,
         log_warn("connections between agents are NOT ENCRYPTED (insecure-plain)");
         return ctx;
     }
-    ctx->tls =
-        tls_context_create(settings->ca_file, settings->cert_file, settings->key_file, err);
+    ctx->tls = tls_context_create(settings->ca_file, settings->cert_file, settings->key_file, err);
     if (!ctx->tls) {
         free(ctx);
         return NULL;
@@ -195,8 +194,7 @@ uint64_t conn_bytes_queued(const struct conn *conn)
 uint64_t conn_bytes_drained(const struct conn *conn)
 {
     uint64_t queued = conn_bytes_queued(conn);
-    uint64_t written =
-        conn->tls ? tls_bytes_written(conn->tls) : atomic_load(&conn->plain_written);
+    uint64_t written = conn->tls ? tls_bytes_written(conn->tls) : atomic_load(&conn->plain_written);
     return written > queued ? written - queued : 0;
 }
 
@@ -422,8 +420,7 @@ static int check_preamble(struct conn *conn, const uint8_t *in, struct vm_error 
     return 0;
 }
 
-static int read_answer(struct conn *conn, int64_t deadline_ns, int cancel_fd,
-                       struct vm_error **err)
+static int read_answer(struct conn *conn, int64_t deadline_ns, int cancel_fd, struct vm_error **err)
 {
     uint8_t in[PREAMBLE_SIZE];
     if (conn_read_full(conn, in, sizeof(in), deadline_ns, cancel_fd, err) < 0 ||

@@ -10,14 +10,15 @@
  *                 switch (conn_purpose(conn)) ...
  *     both:       conn_read_full, conn_writev_full, ...; conn_shutdown; conn_destroy
  *
- * Plain or TLS. **Plain is spoken if and only if `insecure_plain` is set in the settings**, then by
- * every connection of that context, over any address; it is for tests and benchmarks, on loopback and
- * between network namespaces. Without the flag every connection is TLS: a plain peer is refused on
- * either side, and no code path falls back. TLS is 1.3 only. Both sides show a certificate of the
- * cluster's CA; the dialling side also verifies that the listener's certificate names the host that it
- * dialled (DNS name or IP address in the SAN). There is no session resumption, so each connection
- * verifies certificates anew. The three files are read again when they change; while the new ones do
- * not load (half written), the old ones stay in use and a warning is logged.
+ * Plain or TLS. **Plain is spoken if and only if `insecure_plain` is set in the settings**, then
+ * by every connection of that context, over any address; it is for tests and benchmarks, on
+ * loopback and between network namespaces. Without the flag every connection is TLS: a plain peer
+ * is refused on either side, and no code path falls back. TLS is 1.3 only. Both sides show a
+ * certificate of the cluster's CA; the dialling side also verifies that the listener's certificate
+ * names the host that it dialled (DNS name or IP address in the SAN). There is no session
+ * resumption, so each connection verifies certificates anew. The three files are read again when
+ * they change; while the new ones do not load (half written), the old ones stay in use and a
+ * warning is logged.
  *
  * When conn_dial or conn_accept returns, both sides have verified each other: after TLS each sends
  * a preamble (docs/migration-wire.md) with the protocol's version and the connection's purpose.
@@ -30,7 +31,7 @@
  *
  *     UNREACHABLE  name unknown, no route, port closed, the peer closed or reset the connection
  *     TIMEOUT      no answer within the deadline, or TCP gave up (CONN_USER_TIMEOUT_MS)
- *     DENIED       a certificate is missing, expired, of another CA, or not for that host; a plain peer
+ *     DENIED       certificate missing, expired, of another CA, not for that host; or a plain peer
  *     VERSION      the peer speaks another version of the protocol
  *     PROTOCOL     the peer is no vmmig agent
  *     USAGE        a malformed address, credentials missing
@@ -111,7 +112,7 @@ ssize_t conn_read_some(struct conn *conn, void *out, size_t n, int64_t deadline_
 /* Exactly n bytes; an end before that is UNREACHABLE. */
 int conn_read_full(struct conn *conn, void *out, size_t n, int64_t deadline_ns, int cancel_fd,
                    struct vm_error **err);
-/* All of it is given to the kernel. After a failure (TIMEOUT, too) part may have been: shut down. */
+/* All of it is given to the kernel. After a failure, TIMEOUT too, part may have been: shut down. */
 int conn_write_full(struct conn *conn, const void *data, size_t n, int64_t deadline_ns,
                     int cancel_fd, struct vm_error **err);
 /* All of iov, which is consumed (modified). */

@@ -207,10 +207,10 @@ struct tls_stream {
     char *host, *peer; /* host: NULL on the listening side */
     char *ca_file;     /* for messages */
     char *peer_name;
-    bool established;  /* the handshake is over */
+    bool established;        /* the handshake is over */
     char refused_names[512]; /* of the certificate that was not accepted */
     char refused_end[32];
-    int read_errno;    /* of the last failed recv */
+    int read_errno; /* of the last failed recv */
     bool read_eof;
     struct vm_error *read_error; /* met after bytes that had to be returned first */
     uint32_t records;            /* written with the present key */
@@ -599,8 +599,8 @@ ssize_t tls_readv(struct tls_stream *s, const struct iovec *iov, int n, struct v
             offset = 0;
             continue;
         }
-        int ret = SSL_read_ex(s->ssl, (char *)iov[i].iov_base + offset, iov[i].iov_len - offset,
-                              &step);
+        int ret =
+            SSL_read_ex(s->ssl, (char *)iov[i].iov_base + offset, iov[i].iov_len - offset, &step);
         if (ret == 1) {
             got += step;
             offset += step;
@@ -608,7 +608,8 @@ ssize_t tls_readv(struct tls_stream *s, const struct iovec *iov, int n, struct v
         }
         struct vm_error *why = NULL;
         ret = explain(s, ret, &why);
-        flush_locked(s, NULL); /* an alert or an answer to a key change; a broken pipe shows elsewhere */
+        flush_locked(
+            s, NULL); /* an alert or an answer to a key change; a broken pipe shows elsewhere */
         if (!got && ret == -1)
             return error_propagate(err, why);
         if (!got)
@@ -619,7 +620,8 @@ ssize_t tls_readv(struct tls_stream *s, const struct iovec *iov, int n, struct v
     return (ssize_t)got;
 }
 
-/* The next record's worth of iov from (*index, *offset) on: in place, or gathered from small pieces. */
+/* The next record's worth of iov from (*index, *offset) on: in place, or gathered from small
+ * pieces. */
 static size_t next_record(struct tls_stream *s, const struct iovec *iov, int n, int *index,
                           size_t *offset, const uint8_t **ret_data)
 {
@@ -682,7 +684,8 @@ ssize_t tls_writev(struct tls_stream *s, const struct iovec *iov, int n, struct 
         if (ret != 1 || put != len) {
             if (explain(s, ret, err) == -1)
                 return -1;
-            return error_set(err, VM_ERROR_UNREACHABLE, "the connection to %s is shut down", s->peer);
+            return error_set(err, VM_ERROR_UNREACHABLE, "the connection to %s is shut down",
+                             s->peer);
         }
         taken += len;
     }

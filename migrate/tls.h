@@ -7,8 +7,8 @@
  * and POLLOUT while tls_has_output). Encrypted bytes are gathered in a buffer of TLS_OUT_MAX, so
  * that many records leave with one system call; tls_flush pushes what the kernel did not take yet.
  *
- * Threads: one stream may be read by one thread and written by another; OpenSSL's state is guarded by
- * a mutex that is never held across a wait. A context may be used by all threads.
+ * Threads: one stream may be read by one thread and written by another; OpenSSL's state is guarded
+ * by a mutex that is never held across a wait. A context may be used by all threads.
  */
 #ifndef VMMIG_MIGRATE_TLS_H
 #define VMMIG_MIGRATE_TLS_H
@@ -34,8 +34,8 @@ struct tls_context *tls_context_create(const char *ca_file, const char *cert_fil
 void tls_context_destroy(struct tls_context *ctx);
 
 /*
- * host: whom the dialling side expects at the other end; NULL: the listening side. peer: how messages
- * name the other end. fd stays the caller's.
+ * host: whom the dialling side expects at the other end; NULL: the listening side. peer: how
+ * messages name the other end. fd stays the caller's.
  */
 struct tls_stream *tls_stream_create(struct tls_context *ctx, int fd, const char *host,
                                      const char *peer, struct vm_error **err);

@@ -141,7 +141,8 @@ static int load_authority(const char *dir, struct authority *ret_ca, struct vm_e
     if (!ret_ca->key)
         return error_set(err, VM_ERROR_CORRUPT, "%s is no key in PEM form, or has a pass phrase",
                          key_path);
-    if (X509_check_private_key(ret_ca->cert, ret_ca->key) != 1 || X509_check_ca(ret_ca->cert) != 1) {
+    if (X509_check_private_key(ret_ca->cert, ret_ca->key) != 1 ||
+        X509_check_ca(ret_ca->cert) != 1) {
         ERR_clear_error();
         return error_set(err, VM_ERROR_CORRUPT, "%s and %s are not a CA's certificate and its key",
                          cert_path, key_path);
@@ -302,7 +303,8 @@ static X509 *new_host_cert(const struct pki_host *host, EVP_PKEY *key, const str
     snprintf(common_name, sizeof(common_name), "%.*s", COMMON_NAME_MAX, host->name);
     unsigned days = host->days ? host->days : PKI_HOST_DAYS;
     cleanup_cert X509 *cert = new_cert(key, common_name, days, ca->cert, err);
-    if (!cert || add_extension(cert, ca->cert, NID_basic_constraints, "critical,CA:FALSE", err) < 0 ||
+    if (!cert ||
+        add_extension(cert, ca->cert, NID_basic_constraints, "critical,CA:FALSE", err) < 0 ||
         add_extension(cert, ca->cert, NID_key_usage, "critical,digitalSignature", err) < 0 ||
         add_extension(cert, ca->cert, NID_ext_key_usage, "serverAuth,clientAuth", err) < 0 ||
         add_extension(cert, ca->cert, NID_subject_key_identifier, "hash", err) < 0 ||
@@ -322,8 +324,8 @@ int pki_issue(const char *dir, const struct pki_host *host, struct vm_error **er
         make_path(dir, host->name, ".key", &key_path, err) < 0)
         return -1;
     const char *advice = "to renew it, ask for replacement";
-    if (!host->replace && (refuse_existing(cert_path, advice, err) < 0 ||
-                           refuse_existing(key_path, advice, err) < 0))
+    if (!host->replace &&
+        (refuse_existing(cert_path, advice, err) < 0 || refuse_existing(key_path, advice, err) < 0))
         return -1;
     cleanup_key EVP_PKEY *key = new_key(err);
     if (!key)

@@ -3,9 +3,9 @@
  * pki: certificates for a new cluster, behind `vmmig pki init DIR` and `vmmig pki issue DIR HOST`.
  *
  * DIR holds ca.crt and ca.key (the key that admits hosts to the cluster: keep it off the hosts),
- * and HOST.crt and HOST.key for each host. Keys are EC P-256, key files of mode 0600; DIR is made with
- * 0700. Every host's certificate serves both ends of a connection (EKU serverAuth and clientAuth) and
- * names HOST in its SAN, as an IP address if HOST is one.
+ * and HOST.crt and HOST.key for each host. Keys are EC P-256, key files of mode 0600; DIR is made
+ * with 0700. Every host's certificate serves both ends of a connection (EKU serverAuth and
+ * clientAuth) and names HOST in its SAN, as an IP address if HOST is one.
  *
  * A file that exists is never replaced unless asked: CONFLICT. Writes are durable, the key before
  * its certificate; a crash between the two leaves a key alone, which the next call with

@@ -4,10 +4,10 @@
  *
  *     channel [MIB [CONNECTIONS...]]        default: 2048 MiB over 1 and 2 connections
  *
- * Sender and receiver are two processes; each row is one run, plain or TLS, with frames of 256 KiB in
- * one piece (compressed pages) or in pages of 4 KiB (raw ones). CPU seconds per GiB are those of the
- * sending and of the receiving process. The table goes to standard output, one line of JSON per row to
- * standard error.
+ * Sender and receiver are two processes; each row is one run, plain or TLS, with frames of 256 KiB
+ * in one piece (compressed pages) or in pages of 4 KiB (raw ones). CPU seconds per GiB are those
+ * of the sending and of the receiving process. The table goes to standard output, one line of JSON
+ * per row to standard error.
  */
 #include "base/cleanup.h"
 #include "base/clock.h"
@@ -89,11 +89,10 @@ static void *lane_thread(void *arg)
     CLEANUP(conn) struct conn *conn = conn_accept(l->ctx, l->fd, INT64_MAX, -1, &err);
     must(conn ? 0 : -1, err);
     must(channel_hello_receive(conn, &hello, INT64_MAX, -1, &err), err);
-    struct channel_receiver_params params = {
-        .id = hello.id,
-        .ops = {.begin = lane_begin, .commit = lane_commit},
-        .arg = l,
-        .cancel_fd = -1};
+    struct channel_receiver_params params = {.id = hello.id,
+                                             .ops = {.begin = lane_begin, .commit = lane_commit},
+                                             .arg = l,
+                                             .cancel_fd = -1};
     CLEANUP(channel_receiver)
     struct channel_receiver *receiver = channel_receiver_create(&params, &err);
     must(channel_receiver_run(receiver, conn, &hello, &err), err);
@@ -139,11 +138,10 @@ static void *stream_thread(void *arg)
 {
     struct stream *s = arg;
     struct vm_error *err = NULL;
-    struct channel_sender_params params = {
-        .id = {attempt, token, (uint16_t)s->number},
-        .connect = stream_connect,
-        .connect_arg = s,
-        .cancel_fd = -1};
+    struct channel_sender_params params = {.id = {attempt, token, (uint16_t)s->number},
+                                           .connect = stream_connect,
+                                           .connect_arg = s,
+                                           .cancel_fd = -1};
     CLEANUP(channel_sender) struct channel_sender *sender = channel_sender_create(&params, &err);
     must(sender ? 0 : -1, err);
     struct iovec iov[FRAME / PAGE];
@@ -152,8 +150,8 @@ static void *stream_thread(void *arg)
         const uint8_t *from = s->source + i * FRAME % SOURCE;
         for (int k = 0; k < n; k++)
             iov[k] = (struct iovec){(void *)(uintptr_t)(from + k * (FRAME / n)), FRAME / (size_t)n};
-        struct channel_frame frame = {.type = 1, .meta = "m", .meta_len = 1, .payload = iov,
-                                      .n_payload = n};
+        struct channel_frame frame = {
+            .type = 1, .meta = "m", .meta_len = 1, .payload = iov, .n_payload = n};
         must(channel_sender_send(sender, &frame, &err), err);
     }
     must(channel_sender_end(sender, INT64_MAX, &err), err);
@@ -190,7 +188,10 @@ static void run(bool tls, bool pages, unsigned connections, unsigned mib, uint8_
     pthread_t threads[MAX_CONNECTIONS];
     int64_t begin = clock_mono_ns();
     for (unsigned i = 0; i < connections; i++) {
-        streams[i] = (struct stream){.ctx = ctx, .address = address, .number = i, .pages = pages,
+        streams[i] = (struct stream){.ctx = ctx,
+                                     .address = address,
+                                     .number = i,
+                                     .pages = pages,
                                      .source = source,
                                      .frames = (uint64_t)mib * (1 << 20) / FRAME / connections};
         pthread_create(&threads[i], NULL, stream_thread, &streams[i]);

@@ -118,8 +118,7 @@ static void mend_frames(uint8_t *in, size_t size)
         if (header[24] & 1)
             put_le64(header + 24, XXH3_64bits(meta + h.meta_len, h.payload_len));
         if (header[39] & 1)
-            put_le64(header + 32,
-                     XXH3_64bits_withSeed(meta, h.meta_len, XXH3_64bits(header, 32)));
+            put_le64(header + 32, XXH3_64bits_withSeed(meta, h.meta_len, XXH3_64bits(header, 32)));
         at += CHANNEL_HEADER_SIZE + h.meta_len + h.payload_len;
     }
 }

@@ -36,7 +36,8 @@ static void make_cluster(const char *name)
     struct vm_error *err = NULL;
     const char *dir = PATH(name, "");
     must(pki_init(dir, &err), err);
-    must(pki_issue(dir, &(struct pki_host){.name = "localhost", .ips = ips, .n_ips = 2}, &err), err);
+    must(pki_issue(dir, &(struct pki_host){.name = "localhost", .ips = ips, .n_ips = 2}, &err),
+         err);
     must(pki_issue(dir, &(struct pki_host){.name = "elsewhere"}, &err), err);
     must(pki_issue(dir, &(struct pki_host){.name = "old", .ips = ips, .n_ips = 2}, &err), err);
     must(pki_issue(dir, &(struct pki_host){.name = "early", .ips = ips, .n_ips = 2}, &err), err);

@@ -23,8 +23,8 @@ void certs_make_expired(const char *cluster, const char *host);
 void certs_make_early(const char *cluster, const char *host);
 
 /*
- * One handshake over fd as a stranger: TLS 1.2 only, or 1.3; with cluster a's credentials of `host`, or
- * none (NULL). Returns whether it was completed; fd is closed.
+ * One handshake over fd as a stranger: TLS 1.2 only, or 1.3; with cluster a's credentials of
+ * `host`, or none (NULL). Returns whether it was completed; fd is closed.
  */
 bool certs_stranger(int fd, bool dial, int tls_minor, const char *host);
 

@@ -282,8 +282,8 @@ struct pair *pair_create(const struct pair_settings *settings)
                                            .connect_arg = p,
                                            .limit = settings->limit,
                                            .outage_limit_ns = settings->outage_limit_ns,
-                                           .cancel_fd = settings->cancel_fd ? settings->cancel_fd
-                                                                            : -1};
+                                           .cancel_fd =
+                                               settings->cancel_fd ? settings->cancel_fd : -1};
     if (settings->wrong_token)
         sender.id.token = channel_token_new();
     p->receiver = channel_receiver_create(&receiver, NULL);

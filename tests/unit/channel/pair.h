@@ -8,8 +8,8 @@
  *     pair_check(p);                          all applied, once, in order, unharmed
  *     pair_destroy(p);
  *
- * Frames are numbered by their meta, and their payload follows from the number, so the receiving end
- * notices whatever is lost, repeated, reordered or damaged, at once.
+ * Frames are numbered by their meta, and their payload follows from the number, so the receiving
+ * end notices whatever is lost, repeated, reordered or damaged, at once.
  */
 #ifndef VMMIG_TESTS_CHANNEL_PAIR_H
 #define VMMIG_TESTS_CHANNEL_PAIR_H
@@ -25,7 +25,7 @@
 struct link_plan {
     uint64_t cut_forward;   /* cut when so many bytes have gone from sender to receiver */
     uint64_t cut_backward;  /* the other way */
-    uint64_t hang_forward;  /* from there on nothing passes, in either direction, and nobody is told */
+    uint64_t hang_forward;  /* from there on nothing passes, either way, and nobody is told */
     uint64_t flip_forward;  /* the byte there is damaged */
     uint64_t hold_backward; /* from there on nothing passes back, for hold_ms */
     int hold_ms;

@@ -70,8 +70,8 @@ static struct link_plan no_link(void *arg, unsigned n)
 
 static void test_an_outage_beyond_the_limit_ends_the_channel(void **state)
 {
-    struct pair *p = pair_create(
-        &(struct pair_settings){.plan = no_link, .outage_limit_ns = NSEC_PER_SEC});
+    struct pair *p =
+        pair_create(&(struct pair_settings){.plan = no_link, .outage_limit_ns = NSEC_PER_SEC});
     struct vm_error *err = NULL;
     int64_t begin = clock_mono_ns();
     pair_send(p, 1, 10);
@@ -99,8 +99,8 @@ static struct link_plan useless_link(void *arg, unsigned n)
 
 static void test_useless_connections_do_not_extend_an_outage(void **state)
 {
-    struct pair *p = pair_create(
-        &(struct pair_settings){.plan = useless_link, .outage_limit_ns = NSEC_PER_SEC});
+    struct pair *p =
+        pair_create(&(struct pair_settings){.plan = useless_link, .outage_limit_ns = NSEC_PER_SEC});
     struct vm_error *err = NULL;
     pair_send(p, 1, 10);
     assert_int_equal(channel_sender_flush(p->sender, in_ms(10000), &err), -1);
@@ -118,8 +118,7 @@ static void test_a_wrong_token_is_denied(void **state)
     struct vm_error *err = NULL;
     assert_int_equal(channel_sender_wait_open(p->sender, in_ms(5000), &err), -1);
     assert_int_equal(err->kind, VM_ERROR_DENIED);
-    assert_string_equal(err->message,
-                        "the receiver ended channel 3: the channel's token is wrong");
+    assert_string_equal(err->message, "the receiver ended channel 3: the channel's token is wrong");
     error_free(err);
     pair_stop(p);
     assert_null(p->receiver_error);
@@ -158,8 +157,8 @@ static void *set_latch_thread(void *arg)
 static void test_cancel(void **state)
 {
     int cancel = io_latch_new(NULL), go = io_latch_new(NULL);
-    struct pair *p = pair_create(&(struct pair_settings){
-        .cancel_fd = cancel, .on_commit = block_commit, .commit_arg = &go});
+    struct pair *p = pair_create(
+        &(struct pair_settings){.cancel_fd = cancel, .on_commit = block_commit, .commit_arg = &go});
     channel_sender_set_window(p->sender, 10000);
     struct vm_error *err = NULL;
     pthread_t thread;

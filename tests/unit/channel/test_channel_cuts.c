@@ -36,8 +36,7 @@ static void run_through_cuts(struct cuts cuts[LANES], unsigned frame_len)
 {
     struct pair *pairs[LANES];
     for (unsigned i = 0; i < LANES; i++)
-        pairs[i] = pair_create(
-            &(struct pair_settings){.plan = cut_plan, .plan_arg = &cuts[i]});
+        pairs[i] = pair_create(&(struct pair_settings){.plan = cut_plan, .plan_arg = &cuts[i]});
     bool busy = true;
     for (unsigned round = 0; busy; round++) {
         busy = false;

@@ -38,9 +38,8 @@ static void end(struct pair *p, const char *spec)
 static void test_faults_that_cost_a_connection(void **state)
 {
     static const char *const specs[] = {
-        "channel.send=drop@7",   "channel.send=error@7",
-        "channel.send=corrupt@7", "channel.ack=error@1",
-        "channel.ack=corrupt@1", "conn.read=error:ECONNRESET@1",
+        "channel.send=drop@7",           "channel.send=error@7",  "channel.send=corrupt@7",
+        "channel.ack=error@1",           "channel.ack=corrupt@1", "conn.read=error:ECONNRESET@1",
         "conn.write=error:ECONNRESET@1",
     };
     for (size_t i = 0; i < sizeof(specs) / sizeof(*specs); i++) {

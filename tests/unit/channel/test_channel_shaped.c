@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Channels over TCP on a link of the kernel's: slow, and cut without anybody being told. The link is
- * the loopback of a network namespace of this process, shaped by tc; without permission the
+ * Channels over TCP on a link of the kernel's: slow, and cut without anybody being told. The link
+ * is the loopback of a network namespace of this process, shaped by tc; without permission the
  * tests are skipped, loudly.
  */
 #include "certs.h"

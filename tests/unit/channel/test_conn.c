@@ -365,14 +365,19 @@ static void test_addresses(void **state)
     static const struct {
         const char *text, *host, *port;
     } good[] = {
-        {"host2", "host2", "1"},          {"host2:77", "host2", "77"},
-        {"a-b.c_d", "a-b.c_d", "1"},      {"192.0.2.1", "192.0.2.1", "1"},
-        {"192.0.2.1:9", "192.0.2.1", "9"}, {"2001:db8::1", "2001:db8::1", "1"},
-        {"[2001:db8::1]:9", "2001:db8::1", "9"}, {"[::1]", "::1", "1"},
+        {"host2", "host2", "1"},
+        {"host2:77", "host2", "77"},
+        {"a-b.c_d", "a-b.c_d", "1"},
+        {"192.0.2.1", "192.0.2.1", "1"},
+        {"192.0.2.1:9", "192.0.2.1", "9"},
+        {"2001:db8::1", "2001:db8::1", "1"},
+        {"[2001:db8::1]:9", "2001:db8::1", "9"},
+        {"[::1]", "::1", "1"},
     };
     static const char *const bad[] = {
-        "", ":", ":77", "host:", "host:x", "host:65536", "host:123456", "[::1", "[::1]x", "[::1]:",
-        "1:2:3", "[host]:1x", "ho st", "host/x", "[fe80::zz]:1", "unix:", "a:-1", "a:+1",
+        "",       ":",      ":77",   "host:",     "host:x", "host:65536", "host:123456",  "[::1",
+        "[::1]x", "[::1]:", "1:2:3", "[host]:1x", "ho st",  "host/x",     "[fe80::zz]:1", "unix:",
+        "a:-1",   "a:+1",
     };
     struct address a;
     for (size_t i = 0; i < sizeof(good) / sizeof(*good); i++) {
@@ -587,8 +592,8 @@ static void *hammer_writer(void *arg)
     for (unsigned turn = 0; at < HAMMER_BYTES && !h->failed; turn++) {
         size_t n = sizes[turn % 8];
         n = n < HAMMER_BYTES - at ? n : HAMMER_BYTES - at;
-        struct iovec iov[3] = {{data + at, n / 3}, {data + at + n / 3, 0},
-                               {data + at + n / 3, n - n / 3}};
+        struct iovec iov[3] = {
+            {data + at, n / 3}, {data + at + n / 3, 0}, {data + at + n / 3, n - n / 3}};
         h->failed = conn_writev_full(h->conn, iov, 3, in_ms(20000), -1, NULL) < 0;
         at += n;
     }
@@ -616,8 +621,10 @@ static void hammer(struct conn_context *near, struct conn_context *far)
 {
     struct meeting m;
     meet(&m, near, far);
-    struct hammer h[4] = {{m.dialled, 1, false}, {m.accepted, 1, false},
-                          {m.accepted, 2, false}, {m.dialled, 2, false}};
+    struct hammer h[4] = {{m.dialled, 1, false},
+                          {m.accepted, 1, false},
+                          {m.accepted, 2, false},
+                          {m.dialled, 2, false}};
     pthread_t threads[4];
     for (int i = 0; i < 4; i++)
         pthread_create(&threads[i], NULL, i % 2 ? hammer_reader : hammer_writer, &h[i]);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Channels against peers made by hand, who send what the protocol does not allow: to a receiver, to a
- * sender, and to the parsers.
+ * Channels against peers made by hand, who send what the protocol does not allow: to a receiver,
+ * to a sender, and to the parsers.
  */
 #include "pair.h"
 
@@ -96,8 +96,8 @@ static struct channel_message get(struct victim *v)
     uint8_t in[CHANNEL_MESSAGE_SIZE + CHANNEL_TEXT_MAX];
     assert_int_equal(io_read_full(v->fd, in, CHANNEL_MESSAGE_SIZE, in_ms(5000), -1, NULL), 0);
     size_t text = get_le32(in + 16);
-    assert_int_equal(
-        io_read_full(v->fd, in + CHANNEL_MESSAGE_SIZE, text, in_ms(5000), -1, NULL), 0);
+    assert_int_equal(io_read_full(v->fd, in + CHANNEL_MESSAGE_SIZE, text, in_ms(5000), -1, NULL),
+                     0);
     assert_int_equal(channel_message_parse(in, CHANNEL_MESSAGE_SIZE + text, &m, NULL),
                      CHANNEL_MESSAGE_SIZE + text);
     return m;
@@ -485,7 +485,8 @@ static void test_receivers_that_lie(void **state)
     assert_sender_fails((struct dupe){.say = {answer}, .n_say = 1, .damaged = true},
                         VM_ERROR_TIMEOUT, "was damaged on the way");
     /* Silence. */
-    assert_sender_fails((struct dupe){.n_say = 0}, VM_ERROR_TIMEOUT, "no working connection for 1000 ms");
+    assert_sender_fails((struct dupe){.n_say = 0}, VM_ERROR_TIMEOUT,
+                        "no working connection for 1000 ms");
 }
 
 /* A receiver that forgot what it had acknowledged (it was started anew) ends the channel. */
@@ -517,7 +518,8 @@ static void test_a_receiver_that_forgot(void **state)
 static void test_messages(void **state)
 {
     uint8_t out[CHANNEL_MESSAGE_SIZE + CHANNEL_TEXT_MAX];
-    struct channel_message m = {.kind = CHANNEL_REFUSED, .error_kind = VM_ERROR_NO_SPACE, .applied = 7};
+    struct channel_message m = {
+        .kind = CHANNEL_REFUSED, .error_kind = VM_ERROR_NO_SPACE, .applied = 7};
     memset(m.text, 'x', CHANNEL_TEXT_MAX);
     size_t len = channel_message_write(out, &m);
     struct channel_message got;

@@ -167,8 +167,9 @@ static void test_nothing_is_replaced_unasked(void **state)
 
 static void test_what_is_no_host(void **state)
 {
-    static const char *const names[] = {"", "a b", "../../etc/x", "a/b", ".", "..", "-x", "a..b",
-                                        "x,IP:1.2.3.4", "a\nb", "*", "*.example.com", "ca", "x."};
+    static const char *const names[] = {"",   "a b",  "../../etc/x",  "a/b",  ".", "..",
+                                        "-x", "a..b", "x,IP:1.2.3.4", "a\nb", "*", "*.example.com",
+                                        "ca", "x."};
     static const char *const bad_ip[] = {"192.0.2"};
     init("names");
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++) {
@@ -178,8 +179,8 @@ static void test_what_is_no_host(void **state)
         assert_int_equal(err->kind, VM_ERROR_USAGE);
         error_free(err);
     }
-    assert_int_equal(issue("names", (struct pki_host){.name = "a", .ips = bad_ip, .n_ips = 1}, NULL),
-                     -1);
+    assert_int_equal(
+        issue("names", (struct pki_host){.name = "a", .ips = bad_ip, .n_ips = 1}, NULL), -1);
     assert_int_equal(issue("names", (struct pki_host){.name = "a", .days = PKI_CA_DAYS + 1}, NULL),
                      -1);
 }
