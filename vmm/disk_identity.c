@@ -45,20 +45,22 @@ static int proof_of(const struct qemu_disk *disk, enum disk_proof *ret, struct v
             *ret = proofs[i].proof;
             return 0;
         }
-    return error_set(err, VM_ERROR_REFUSED,
-                     "disk %s (%s): there is no way to prove that both hosts have the same one; say "
-                     "--assume-shared if they do",
-                     disk->name, disk->driver);
+    return error_set(
+        err, VM_ERROR_REFUSED,
+        "disk %s (%s): there is no way to prove that both hosts have the same one; say "
+        "--assume-shared if they do",
+        disk->name, disk->driver);
 }
 
 /* "ROOT/CWD/FILE", or "ROOT/FILE" for an absolute name. */
-static int full_path(const char *root, const char *cwd, const char *file,
-                     char out[QEMU_STRING_MAX], struct vm_error **err)
+static int full_path(const char *root, const char *cwd, const char *file, char out[QEMU_STRING_MAX],
+                     struct vm_error **err)
 {
     bool absolute = *file == '/';
     int n = snprintf(out, QEMU_STRING_MAX, "%s%s%s%s", root, absolute ? "" : cwd,
                      absolute ? "" : "/", file);
-    return n < QEMU_STRING_MAX ? 0 : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
+    return n < QEMU_STRING_MAX ? 0
+                               : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
 }
 
 /*
@@ -111,7 +113,7 @@ static void remove_stale(int folder)
     closedir(dir);
 }
 
-static int write_nonce(int folder, struct disk_offer *offer, struct vm_error **err)
+static int write_nonce(int folder, const struct disk_offer *offer, struct vm_error **err)
 {
     char name[64], text[UUID_TEXT_SIZE];
     nonce_name(&offer->nonce, name);
@@ -121,38 +123,46 @@ static int write_nonce(int folder, struct disk_offer *offer, struct vm_error **e
         return error_errno(err, errno, "cannot write a proof");
     uuid_format(&offer->secret, text);
     /* On NFS another host sees what was written once it was synced. */
-    if (io_write_full(fd, text, UUID_TEXT_SIZE - 1, INT64_MAX, -1, err) == 0 && fsync(fd) == 0)
+    if (write(fd, text, UUID_TEXT_SIZE - 1) == UUID_TEXT_SIZE - 1 && fsync(fd) == 0)
         return 0;
     int saved = errno;
     unlinkat(folder, name, 0);
-    return err && *err ? -1 : error_errno(err, saved, "cannot write a proof");
+    return error_errno(err, saved, "cannot write a proof");
+}
+
+/* Where the proof is: in the folder that was opened, or, in another mount namespace, by the image's
+ * name. */
+static int name_proof(int folder, const char *image, const char *root, struct disk_offer *offer,
+                      struct vm_error **err)
+{
+    char proc[32], name[64], place[QEMU_STRING_MAX];
+    ssize_t n = strrchr(image, '/') - image;
+    nonce_name(&offer->nonce, name);
+    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", folder);
+    memcpy(place, image, (size_t)n);
+    if (!*root)
+        n = readlink(proc, place, sizeof(place) - 1);
+    if (n < 0)
+        return error_errno(err, errno, "cannot find the folder of %s", image);
+    place[n] = 0;
+    if (snprintf(offer->path, sizeof(offer->path), "%s/%s", place, name) >=
+        (int)sizeof(offer->path))
+        return error_set(err, VM_ERROR_USAGE, "the name %s is too long", image);
+    return 0;
 }
 
 static int offer_nonce(const struct qemu_disk *disk, const char *cwd, const char *root,
                        struct disk_offer *offer, struct vm_error **err)
 {
-    char path[QEMU_STRING_MAX], base[NAME_MAX + 1], name[64], proc[32];
+    char path[QEMU_STRING_MAX], base[NAME_MAX + 1];
     if (full_path(root, cwd, disk->file, path, err) < 0)
         return -1;
     cleanup_close int folder = open_folder(path, root, base, err);
     if (folder < 0)
         return -1;
     remove_stale(folder);
-    /* Kept as a path, so that an offer is plain data. */
-    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", folder);
-    ssize_t n = readlink(proc, offer->path, sizeof(offer->path) - sizeof(name) - 1);
-    if (n < 0)
-        return error_errno(err, errno, "cannot find the folder of %s", path);
-    nonce_name(&offer->nonce, name);
-    if (*root) /* what the link says is true in there only */
-        n = (ssize_t)(strrchr(path, '/') - path), memcpy(offer->path, path, (size_t)n);
-    if ((size_t)n + sizeof(name) + 1 > sizeof(offer->path))
-        return error_set(err, VM_ERROR_USAGE, "the name %s is too long", path);
-    snprintf(offer->path + n, sizeof(name) + 1, "/%s", name);
-    if (write_nonce(folder, offer, err) < 0) {
-        offer->path[0] = 0;
+    if (name_proof(folder, path, root, offer, err) < 0 || write_nonce(folder, offer, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
-    }
     return 0;
 }
 
@@ -199,7 +209,8 @@ static void read_sysfs(const char *path, char out[SYSFS_TEXT_MAX])
     out[strcspn(out, "\n")] = 0;
 }
 
-/* An identifier that travels with the device: world-wide name, or device mapper's UUID (LVM, multipath). */
+/* An identifier that travels with the device: world-wide name, or device mapper's UUID (LVM,
+ * multipath). */
 static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
 {
     static const char *const files[] = {"dm/uuid", "wwid", "device/wwid"};
@@ -263,10 +274,11 @@ static int describe_rbd(const struct qemu_disk *disk, const char *root, struct d
         io_read_file(path, CONF_MAX, &conf, &n, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
     if (!find_fsid(conf, &fsid))
-        return error_set(err, VM_ERROR_REFUSED,
-                         "disk %s: %s does not say which cluster it is (fsid); say --assume-shared if "
-                         "both hosts mean the same one",
-                         disk->name, path);
+        return error_set(
+            err, VM_ERROR_REFUSED,
+            "disk %s: %s does not say which cluster it is (fsid); say --assume-shared if "
+            "both hosts mean the same one",
+            disk->name, path);
     snprintf(a->text, sizeof(a->text), "%s/%.128s/%.128s/%.128s", uuid_text(&fsid), name.pool,
              name.space, name.image);
     return 0;
@@ -299,10 +311,11 @@ static int read_nonce(const struct qemu_disk *disk, const char *cwd, const struc
     nonce_name(&offer->nonce, name);
     cleanup_close int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "disk %s: %s is not the one of the other host: the proof beside that one is "
-                         "not here",
-                         disk->name, path);
+        return error_set(
+            err, VM_ERROR_REFUSED,
+            "disk %s: %s is not the one of the other host: the proof beside that one is "
+            "not here",
+            disk->name, path);
     if (read(fd, text, UUID_TEXT_SIZE - 1) != UUID_TEXT_SIZE - 1 || !uuid_parse(text, &a->secret))
         return error_set(err, VM_ERROR_REFUSED, "disk %s: the proof beside %s is damaged",
                          disk->name, path);
@@ -329,9 +342,10 @@ int disk_identity_answer(const struct qemu_disk *disk, const char *cwd,
 
 static int not_the_same(const struct qemu_disk *disk, const char *what, struct vm_error **err)
 {
-    return error_set(err, VM_ERROR_REFUSED,
-                     "disk %s: %s is not the same one on both hosts: %s (--assume-shared overrides this)",
-                     disk->name, disk->file, what);
+    return error_set(
+        err, VM_ERROR_REFUSED,
+        "disk %s: %s is not the same one on both hosts: %s (--assume-shared overrides this)",
+        disk->name, disk->file, what);
 }
 
 int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,

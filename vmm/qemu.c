@@ -58,13 +58,14 @@ int qemu_set_capabilities(struct qemu *q, const char *const *on, struct vm_error
         return -1;
     size_t i;
     json_t *capability;
-    json_array_foreach(known, i, capability) {
+    json_array_foreach(known, i, capability)
+    {
         const char *name = qmp_string(capability, "capability");
         bool state = false;
         for (const char *const *c = on; *c; c++)
             state |= !strcmp(*c, name);
-        if (json_array_append_new(list, json_pack("{s:s, s:b}", "capability", name, "state",
-                                                  state)) < 0)
+        if (json_array_append_new(list,
+                                  json_pack("{s:s, s:b}", "capability", name, "state", state)) < 0)
             return error_nomem(err);
     }
     return qemu_command(q, "migrate-set-capabilities", json_pack("{s:O}", "capabilities", list),
@@ -157,9 +158,9 @@ static enum guest_run_state run_state(const char *name)
         const char *name;
         enum guest_run_state state;
     } states[] = {
-        {"running", GUEST_RUNNING},      {"paused", GUEST_PAUSED},
-        {"prelaunch", GUEST_PAUSED},     {"finish-migrate", GUEST_PAUSED},
-        {"save-vm", GUEST_PAUSED},       {"inmigrate", GUEST_INCOMING},
+        {"running", GUEST_RUNNING},         {"paused", GUEST_PAUSED},
+        {"prelaunch", GUEST_PAUSED},        {"finish-migrate", GUEST_PAUSED},
+        {"save-vm", GUEST_PAUSED},          {"inmigrate", GUEST_INCOMING},
         {"postmigrate", GUEST_POSTMIGRATE},
     };
     for (size_t i = 0; i < sizeof(states) / sizeof(*states); i++)
@@ -199,8 +200,9 @@ static unsigned count_resumes(struct qemu *q)
 }
 
 /*
- * `cont` was refused, or the guest does not run after it. REFUSED is said only if surely no vCPU ran in
- * between: QEMU answers, the guest stands, and no RESUME was reported (events come before the answer).
+ * `cont` was refused, or the guest does not run after it. REFUSED is said only if surely no vCPU
+ * ran in between: QEMU answers, the guest stands, and no RESUME was reported (events come before
+ * the answer).
  */
 static int resume_failed(struct qemu *q, unsigned resumes, struct vm_error **err)
 {
@@ -239,8 +241,8 @@ static int qemu_resume(struct guest *g, struct vm_error **err)
 
 static int qemu_announce(struct guest *g, struct vm_error **err)
 {
-    json_t *timing = json_pack("{s:i, s:i, s:i, s:i}", "initial", 50, "max", 550, "rounds", 5,
-                               "step", 100);
+    json_t *timing =
+        json_pack("{s:i, s:i, s:i, s:i}", "initial", 50, "max", 550, "rounds", 5, "step", 100);
     return qemu_command(of(g), "announce-self", timing, NULL, err);
 }
 
@@ -368,7 +370,8 @@ static int prove_process(struct qemu *q, pid_t pid, struct vm_error **err)
     qemu_forget_fd(q, name);
     if (!found)
         return error_set(err, VM_ERROR_REFUSED,
-                         "process %d listens on the QMP socket, but is not the QEMU behind it", pid);
+                         "process %d listens on the QMP socket, but is not the QEMU behind it",
+                         pid);
     return 0;
 }
 

@@ -68,8 +68,8 @@ static int check_text(const char *what, const char *text, size_t max, struct vm_
         return error_set(err, VM_ERROR_PROTOCOL, "%s of the definition is too long", what);
     for (const char *c = text; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 0x7f)
-            return error_set(err, VM_ERROR_PROTOCOL,
-                             "%s of the definition has control characters", what);
+            return error_set(err, VM_ERROR_PROTOCOL, "%s of the definition has control characters",
+                             what);
     return 0;
 }
 
@@ -163,7 +163,8 @@ int qemu_definition_validate(const struct qemu_definition *d, struct vm_error **
         check_text("the CPU's features", d->cpu_features, 4 * QEMU_STRING_MAX, err) < 0)
         return -1;
     if (strchr(d->binary, '/'))
-        return error_set(err, VM_ERROR_PROTOCOL, "the binary '%.64s' is not a file name", d->binary);
+        return error_set(err, VM_ERROR_PROTOCOL, "the binary '%.64s' is not a file name",
+                         d->binary);
     if (d->cwd[0] != '/')
         return error_set(err, VM_ERROR_PROTOCOL, "the working folder is not an absolute path");
     if (d->state != GUEST_RUNNING && d->state != GUEST_PAUSED)

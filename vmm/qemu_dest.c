@@ -24,15 +24,14 @@ static int find_machine(struct qemu *q, const struct qemu_definition *d, struct 
     json_t *machine;
     if (qemu_command(q, "query-machines", NULL, &machines, err) < 0)
         return -1;
-    json_array_foreach(machines, i, machine)
-        if (!strcmp(qmp_string(machine, "name"), d->machine))
-            return 0;
+    json_array_foreach(machines, i,
+                       machine) if (!strcmp(qmp_string(machine, "name"), d->machine)) return 0;
     const struct qmp_version *v = qmp_version(qemu_qmp(q));
-    return error_set(err, VM_ERROR_REFUSED,
-                     "QEMU %d.%d.%d of this host does not have the machine type %s (the VM runs under "
-                     "QEMU %d.%d.%d)",
-                     v->major, v->minor, v->micro, d->machine, d->version[0], d->version[1],
-                     d->version[2]);
+    return error_set(
+        err, VM_ERROR_REFUSED,
+        "QEMU %d.%d.%d of this host does not have the machine type %s (the VM runs under "
+        "QEMU %d.%d.%d)",
+        v->major, v->minor, v->micro, d->machine, d->version[0], d->version[1], d->version[2]);
 }
 
 static int probe(const struct qemu_definition *d, const struct qemu_host *host,
@@ -47,9 +46,13 @@ static int probe(const struct qemu_definition *d, const struct qemu_host *host,
     char *argv[] = {program, machine, none, nodefaults, no_user_config, display, none, NULL};
     struct uuid unique = uuid_new();
     snprintf(qmp_path, sizeof(qmp_path), "%.60s/p%.12s.qmp", host->scratch_dir, uuid_text(&unique));
-    snprintf(log_path, sizeof(log_path), "%.200s/p%.12s.log", host->scratch_dir, uuid_text(&unique));
-    struct qemu_launch launch = {.binary = host->binary, .argv = argv, .qmp_path = qmp_path,
-                                 .log_path = log_path, .user = host->user,
+    snprintf(log_path, sizeof(log_path), "%.200s/p%.12s.log", host->scratch_dir,
+             uuid_text(&unique));
+    struct qemu_launch launch = {.binary = host->binary,
+                                 .argv = argv,
+                                 .qmp_path = qmp_path,
+                                 .log_path = log_path,
+                                 .user = host->user,
                                  .timeout_ms = PROBE_TIMEOUT_MS};
     struct qemu *q = qemu_spawn(&launch, err);
     int rc = q ? find_machine(q, d, err) : -1;
@@ -68,8 +71,8 @@ static int check_accel(const struct qemu_definition *d, struct vm_error **err)
         return 0;
     cleanup_close int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (fd < 0)
-        return error_set(err, VM_ERROR_REFUSED, "the VM needs KVM, and /dev/kvm cannot be opened: %s",
-                         strerror(errno));
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the VM needs KVM, and /dev/kvm cannot be opened: %s", strerror(errno));
     return 0;
 }
 
@@ -147,11 +150,12 @@ static int check_disk(const struct qemu_definition *d, const struct qemu_host *h
     if (stat(path, &st) < 0)
         return error_errno(err, errno, "disk %s: %s", disk->name, path);
     if (disk->writable && disk->cached && !same_host && !host->assume_shared)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "disk %s (%s) goes through the source's page cache: start the VM with "
-                         "cache=none (cache.direct=on), or say --assume-shared if the file system keeps "
-                         "both hosts' caches alike",
-                         disk->name, disk->file);
+        return error_set(
+            err, VM_ERROR_REFUSED,
+            "disk %s (%s) goes through the source's page cache: start the VM with "
+            "cache=none (cache.direct=on), or say --assume-shared if the file system keeps "
+            "both hosts' caches alike",
+            disk->name, disk->file);
     return 0;
 }
 
@@ -182,8 +186,8 @@ int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *hos
 static int differ(struct vm_error **err, const char *what, const char *there, const char *here)
 {
     return error_set(err, VM_ERROR_REFUSED,
-                     "the destination's QEMU is not the same machine: %s is '%.200s', not '%.200s'", what,
-                     here, there);
+                     "the destination's QEMU is not the same machine: %s is '%.200s', not '%.200s'",
+                     what, here, there);
 }
 
 /* Both lists are sorted by path: the lesser path is the one that the other side lacks. */
@@ -260,12 +264,12 @@ static int verify_ram(struct qemu *q, const struct qemu_definition *d, struct vm
         if (!block)
             return differ(err, "a memory block", ram->block, "missing");
         if (block->used != ram->size || block->page_size != ram->page_size)
-            return error_set(err, VM_ERROR_REFUSED,
-                             "the destination's QEMU is not the same machine: memory block %s has %" PRIu64
-                             " MiB in pages of %" PRIu64 " KiB, not %" PRIu64 " MiB in pages of %" PRIu64
-                             " KiB",
-                             ram->block, block->used >> 20, block->page_size >> 10, ram->size >> 20,
-                             ram->page_size >> 10);
+            return error_set(
+                err, VM_ERROR_REFUSED,
+                "the destination's QEMU is not the same machine: memory block %s has %" PRIu64
+                " MiB in pages of %" PRIu64 " KiB, not %" PRIu64 " MiB in pages of %" PRIu64 " KiB",
+                ram->block, block->used >> 20, block->page_size >> 10, ram->size >> 20,
+                ram->page_size >> 10);
     }
     return 0;
 }

@@ -17,25 +17,18 @@ static const struct {
     const char *driver;
     enum kind kind;
 } drivers[] = {
-    {"raw", KIND_LAYER},          {"qcow2", KIND_LAYER},
-    {"qcow", KIND_LAYER},         {"qed", KIND_LAYER},
-    {"vmdk", KIND_LAYER},         {"vdi", KIND_LAYER},
-    {"vhdx", KIND_LAYER},         {"vpc", KIND_LAYER},
-    {"luks", KIND_LAYER},         {"parallels", KIND_LAYER},
-    {"dmg", KIND_LAYER},          {"bochs", KIND_LAYER},
-    {"cloop", KIND_LAYER},        {"throttle", KIND_LAYER},
-    {"copy-on-read", KIND_LAYER}, {"quorum", KIND_LAYER},
-    {"preallocate", KIND_LAYER},  {"blkdebug", KIND_LAYER},
-    {"blklogwrites", KIND_LAYER}, {"blkreplay", KIND_LAYER},
-    {"blkverify", KIND_LAYER},
-    {"file", KIND_PATH},          {"host_device", KIND_PATH},
-    {"host_cdrom", KIND_PATH},
-    {"rbd", KIND_OTHER},          {"nbd", KIND_OTHER},
-    {"iscsi", KIND_OTHER},        {"nfs", KIND_OTHER},
-    {"http", KIND_OTHER},         {"https", KIND_OTHER},
-    {"ftp", KIND_OTHER},          {"ftps", KIND_OTHER},
-    {"ssh", KIND_OTHER},          {"gluster", KIND_OTHER},
-    {"null-co", KIND_NONE},       {"null-aio", KIND_NONE},
+    {"raw", KIND_LAYER},          {"qcow2", KIND_LAYER},       {"qcow", KIND_LAYER},
+    {"qed", KIND_LAYER},          {"vmdk", KIND_LAYER},        {"vdi", KIND_LAYER},
+    {"vhdx", KIND_LAYER},         {"vpc", KIND_LAYER},         {"luks", KIND_LAYER},
+    {"parallels", KIND_LAYER},    {"dmg", KIND_LAYER},         {"bochs", KIND_LAYER},
+    {"cloop", KIND_LAYER},        {"throttle", KIND_LAYER},    {"copy-on-read", KIND_LAYER},
+    {"quorum", KIND_LAYER},       {"preallocate", KIND_LAYER}, {"blkdebug", KIND_LAYER},
+    {"blklogwrites", KIND_LAYER}, {"blkreplay", KIND_LAYER},   {"blkverify", KIND_LAYER},
+    {"file", KIND_PATH},          {"host_device", KIND_PATH},  {"host_cdrom", KIND_PATH},
+    {"rbd", KIND_OTHER},          {"nbd", KIND_OTHER},         {"iscsi", KIND_OTHER},
+    {"nfs", KIND_OTHER},          {"http", KIND_OTHER},        {"https", KIND_OTHER},
+    {"ftp", KIND_OTHER},          {"ftps", KIND_OTHER},        {"ssh", KIND_OTHER},
+    {"gluster", KIND_OTHER},      {"null-co", KIND_NONE},      {"null-aio", KIND_NONE},
 };
 
 static enum kind kind_of(const char *driver)
@@ -48,8 +41,8 @@ static enum kind kind_of(const char *driver)
 
 static bool is_image_option(const char *name)
 {
-    static const char *const names[] = {"",    "fda", "fdb",   "hda",    "hdb",
-                                        "hdc", "hdd", "cdrom", "pflash", "mtdblock", "sd"};
+    static const char *const names[] = {"",    "fda",   "fdb",    "hda",      "hdb", "hdc",
+                                        "hdd", "cdrom", "pflash", "mtdblock", "sd"};
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
         if (!strcmp(names[i], name))
             return true;
@@ -61,7 +54,8 @@ static const char *without_protocol(const char *file)
     return strncmp(file, "file:", 5) ? file : file + 5;
 }
 
-/* Absolute, without "." components and doubled slashes; ".." stays. False without memory or room. */
+/* Absolute, without "." components and doubled slashes; ".." stays. False without memory or room.
+ */
 static bool normal_path(const char *cwd, const char *file, char out[QEMU_STRING_MAX])
 {
     char whole[QEMU_STRING_MAX];
@@ -95,8 +89,8 @@ static void match_text(struct search *s, const char *text)
 {
     char a[QEMU_STRING_MAX], b[QEMU_STRING_MAX];
     if (kind_of(s->driver) == KIND_PATH)
-        s->found |= normal_path(s->d->cwd, text, a) && normal_path(s->d->cwd, s->file, b) &&
-                    !strcmp(a, b);
+        s->found |=
+            normal_path(s->d->cwd, text, a) && normal_path(s->d->cwd, s->file, b) && !strcmp(a, b);
     else
         s->found |= !strcmp(text, s->file);
     struct rbd_name x, y;
@@ -124,8 +118,8 @@ static void match_rbd(struct search *s, const struct qemu_props *p, const char *
     struct rbd_name x, y;
     snprintf(prefix, sizeof(prefix), "%.*s", (int)(strlen(driver_key) - strlen("driver")),
              driver_key);
-    s->found |= rbd_name_from_props(p, prefix, &x) && rbd_name_parse(s->file, &y) &&
-                rbd_name_equal(&x, &y);
+    s->found |=
+        rbd_name_from_props(p, prefix, &x) && rbd_name_parse(s->file, &y) && rbd_name_equal(&x, &y);
 }
 
 static int match_props(struct search *s, const char *option, const struct qemu_props *p,
@@ -179,7 +173,8 @@ static const json_t *find_backend(const json_t *backends, const char *file, bool
 {
     size_t i;
     json_t *b;
-    json_array_foreach((json_t *)(uintptr_t)backends, i, b) {
+    json_array_foreach((json_t *)(uintptr_t)backends, i, b)
+    {
         const json_t *inserted = json_object_get(b, "inserted");
         const json_t *image = json_object_get(inserted, "image");
         *ret_behind = false;
@@ -233,16 +228,18 @@ static int refuse_stale(const struct qemu_argv *argv, const struct qemu_definiti
     if (find_stale(argv, d, backend, &stale, err) < 0)
         return -1;
     if (*stale)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "disk %s: the command line names %s, but the VM runs on %s (a snapshot taken "
-                         "since it started?): prepare the destination yourself and name it with "
-                         "--dest-qmp",
-                         disk->name, stale, disk->file);
-    return error_set(err, VM_ERROR_REFUSED,
-                     "disk %s: the VM has %s open, which its command line does not name (plugged or "
-                     "changed since it started?): prepare the destination yourself and name it with "
-                     "--dest-qmp",
-                     disk->name, disk->file);
+        return error_set(
+            err, VM_ERROR_REFUSED,
+            "disk %s: the command line names %s, but the VM runs on %s (a snapshot taken "
+            "since it started?): prepare the destination yourself and name it with "
+            "--dest-qmp",
+            disk->name, stale, disk->file);
+    return error_set(
+        err, VM_ERROR_REFUSED,
+        "disk %s: the VM has %s open, which its command line does not name (plugged or "
+        "changed since it started?): prepare the destination yourself and name it with "
+        "--dest-qmp",
+        disk->name, disk->file);
 }
 
 static int fill_disk(struct qemu_disk *disk, const json_t *node, const json_t *backend,
@@ -307,14 +304,16 @@ static int check_open(const struct qemu_definition *d, const char *file, struct 
             normal_path(d->cwd, d->disks[i].file, b) && !strcmp(a, b))
             return 0;
         struct rbd_name x, y;
-        if (rbd_name_parse(file, &x) && rbd_name_parse(d->disks[i].file, &y) && rbd_name_equal(&x, &y))
+        if (rbd_name_parse(file, &x) && rbd_name_parse(d->disks[i].file, &y) &&
+            rbd_name_equal(&x, &y))
             return 0;
     }
-    return error_set(err, VM_ERROR_REFUSED,
-                     "the command line names %s, which the VM has not open any more (a medium ejected "
-                     "or a disk unplugged?): prepare the destination yourself and name it with "
-                     "--dest-qmp",
-                     file);
+    return error_set(
+        err, VM_ERROR_REFUSED,
+        "the command line names %s, which the VM has not open any more (a medium ejected "
+        "or a disk unplugged?): prepare the destination yourself and name it with "
+        "--dest-qmp",
+        file);
 }
 
 static int check_option_open(const struct qemu_definition *d, const struct qemu_option *o,
@@ -340,9 +339,8 @@ int qemu_disks_compare(const struct qemu_argv *argv, const json_t *nodes, const 
 {
     size_t i;
     json_t *node;
-    json_array_foreach((json_t *)(uintptr_t)nodes, i, node)
-        if (take_node(argv, node, backends, d, err) < 0)
-            return -1;
+    json_array_foreach((json_t *)(uintptr_t)nodes, i,
+                       node) if (take_node(argv, node, backends, d, err) < 0) return -1;
     for (unsigned k = 0; k < argv->n; k++)
         if (check_option_open(d, &argv->options[k], err) < 0)
             return -1;

@@ -54,9 +54,10 @@ static int format_features(const json_t *words, struct buffer *out)
     size_t i;
     json_t *w;
     char text[96];
-    json_array_foreach(words, i, w) {
-        int n = snprintf(text, sizeof(text), "%" JSON_INTEGER_FORMAT ".%" JSON_INTEGER_FORMAT
-                         ".%.8s=%08" PRIx64 ";",
+    json_array_foreach(words, i, w)
+    {
+        int n = snprintf(text, sizeof(text),
+                         "%" JSON_INTEGER_FORMAT ".%" JSON_INTEGER_FORMAT ".%.8s=%08" PRIx64 ";",
                          qmp_integer(w, "cpuid-input-eax"), qmp_integer(w, "cpuid-input-ecx"),
                          qmp_string(w, "cpuid-register"), (uint64_t)qmp_integer(w, "features"));
         buffer_put(out, text, (size_t)n);
@@ -96,7 +97,8 @@ static int add_device(struct qemu_definition *d, const char *folder, const json_
     if (strncmp(type, "child<", strlen("child<")))
         return 0;
     if (d->n_devices == QEMU_DEVICES_MAX)
-        return error_set(err, VM_ERROR_REFUSED, "the VM has more than %d devices", QEMU_DEVICES_MAX);
+        return error_set(err, VM_ERROR_REFUSED, "the VM has more than %d devices",
+                         QEMU_DEVICES_MAX);
     struct qemu_device *device = qemu_definition_add_device(d);
     if (!device)
         return error_nomem(err);
@@ -121,9 +123,8 @@ int qemu_inspect_devices(struct qemu *q, struct qemu_definition *d, struct vm_er
         json_t *member;
         if (qemu_command(q, "qom-list", json_pack("{s:s}", "path", folders[i]), &members, err) < 0)
             return -1;
-        json_array_foreach(members, k, member)
-            if (add_device(d, folders[i], member, err) < 0)
-                return -1;
+        json_array_foreach(members, k,
+                           member) if (add_device(d, folders[i], member, err) < 0) return -1;
     }
     if (d->n_devices)
         qsort(d->devices, d->n_devices, sizeof(*d->devices), by_path);
@@ -137,8 +138,10 @@ static bool parse_ram_block(const char *line, struct qemu_ram_block *ret)
     unsigned long long psize, offset, used;
     if (sscanf(line, " %255s %llu %7s %llx %llx", name, &psize, unit, &offset, &used) != 5)
         return false;
-    unsigned shift = !strcmp(unit, "KiB") ? 10 : !strcmp(unit, "MiB") ? 20
-                     : !strcmp(unit, "GiB") ? 30 : 0;
+    unsigned shift = !strcmp(unit, "KiB")   ? 10
+                     : !strcmp(unit, "MiB") ? 20
+                     : !strcmp(unit, "GiB") ? 30
+                                            : 0;
     memcpy(ret->name, name, sizeof(name));
     ret->page_size = psize << shift;
     ret->used = used;

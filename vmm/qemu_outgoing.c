@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The source half of the QEMU driver. Three threads meet here: the reader of the stream (qemu_source)
- * calls the engine with pages and bytes; the QMP reader notes passes and states in struct qemu; and one
- * thread per migration (watch_main) tells the engine of rounds, finds out how it ended, and says so.
+ * The source half of the QEMU driver. Three threads meet here: the reader of the stream
+ * (qemu_source) calls the engine with pages and bytes; the QMP reader notes passes and states in
+ * struct qemu; and one thread per migration (watch_main) tells the engine of rounds, finds out how
+ * it ended, and says so.
  */
 #include "base/clock.h"
 #include "vmm/qemu_internal.h"
@@ -30,7 +31,7 @@ struct outgoing {
 
     /* Under q->lock. */
     bool ended, stopping;
-    struct vm_error *end_error; /* of the stream */
+    struct vm_error *end_error;    /* of the stream */
     struct vm_error *settle_error; /* QEMU did not give the migration up */
 };
 
@@ -97,7 +98,8 @@ static int confirm(struct outgoing *o, struct vm_error **err)
     return 0;
 }
 
-/* Have QEMU give up. First the stream: QEMU answers nobody while it cannot write device state into it. */
+/* Have QEMU give up. First the stream: QEMU answers nobody while it cannot write device state into
+ * it. */
 static void give_up(struct outgoing *o)
 {
     char status[32];
@@ -196,9 +198,10 @@ static int check_can_start(struct qemu *q, struct vm_error **err)
 }
 
 /*
- * Before QEMU 9.0 TCG does not notice that the dirty log was read: a page that its TLB knows as dirty
- * is written on and never marked again. So what is written after the second reading is lost, unless
- * the guest stands. (Fixed by "physmem: Fix migration dirty bitmap coherency with TCG memory access".)
+ * Before QEMU 9.0 TCG does not notice that the dirty log was read: a page that its TLB knows as
+ * dirty is written on and never marked again. So what is written after the second reading is lost,
+ * unless the guest stands. (Fixed by "physmem: Fix migration dirty bitmap coherency with TCG memory
+ * access".)
  */
 static int loses_writes(struct qemu *q, bool *ret_loses, struct vm_error **err)
 {
@@ -210,8 +213,8 @@ static int loses_writes(struct qemu *q, bool *ret_loses, struct vm_error **err)
 }
 
 /*
- * With a downtime limit of 0 QEMU reads its log again only when everything was sent, and then it has
- * paused the guest: one round. With 1 ms it goes on, round by round, until we pause the guest.
+ * With a downtime limit of 0 QEMU reads its log again only when everything was sent, and then it
+ * has paused the guest: one round. With 1 ms it goes on, round by round, until we pause the guest.
  */
 static int set_parameters(struct qemu *q, const struct guest_source_params *params, bool one_round,
                           struct vm_error **err)
@@ -219,12 +222,10 @@ static int set_parameters(struct qemu *q, const struct guest_source_params *para
     static const char *const on[] = {"events", "auto-converge", NULL};
     if (qemu_set_capabilities(q, on, err) < 0)
         return -1;
-    json_t *values =
-        json_pack("{s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "max-bandwidth",
-                  (json_int_t)params->max_bandwidth, "downtime-limit", one_round ? 0 : 1,
-                  "cpu-throttle-initial",
-                  20, "cpu-throttle-increment", 10, "max-cpu-throttle", 99, "tls-creds", "",
-                  "tls-hostname", "");
+    json_t *values = json_pack(
+        "{s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "max-bandwidth", (json_int_t)params->max_bandwidth,
+        "downtime-limit", one_round ? 0 : 1, "cpu-throttle-initial", 20, "cpu-throttle-increment",
+        10, "max-cpu-throttle", 99, "tls-creds", "", "tls-hostname", "");
     return qemu_command(q, "migrate-set-parameters", values, NULL, err);
 }
 
@@ -293,8 +294,12 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     struct outgoing *o = calloc(1, sizeof(*o));
     if (!o)
         return error_nomem(err);
-    *o = (struct outgoing){.q = q, .events = *events, .arg = arg, .ours = -1,
-                           .limited = params->max_bandwidth != 0, .one_round = one_round};
+    *o = (struct outgoing){.q = q,
+                           .events = *events,
+                           .arg = arg,
+                           .ours = -1,
+                           .limited = params->max_bandwidth != 0,
+                           .one_round = one_round};
     if (open_stream(o, params, err) < 0 || migrate(o, err) < 0) {
         qemu_forget_fd(q, fd_name);
         free_outgoing(o);

@@ -59,8 +59,8 @@ static const char *const fd_paths[] = {"/dev/fdset/", "/dev/fd/", "/proc/self/fd
 
 static int refuse(struct vm_error **err, const char *option, const char *value, const char *why)
 {
-    return error_set(err, VM_ERROR_REFUSED, "-%s%s%.200s cannot move: %s", option, *value ? " " : "",
-                     value, why);
+    return error_set(err, VM_ERROR_REFUSED, "-%s%s%.200s cannot move: %s", option,
+                     *value ? " " : "", value, why);
 }
 
 static bool is_memory_object(const struct qemu_option *o, const struct qemu_props *p)
@@ -71,16 +71,18 @@ static bool is_memory_object(const struct qemu_option *o, const struct qemu_prop
 
 static bool is_own_monitor(const struct qemu_option *o, const struct qemu_props *p)
 {
-    const char *key = !strcmp(o->name, "chardev") ? "id" : !strcmp(o->name, "mon") ? "chardev" : NULL;
+    const char *key = !strcmp(o->name, "chardev") ? "id"
+                      : !strcmp(o->name, "mon")   ? "chardev"
+                                                  : NULL;
     return key && !strcmp(or_empty(qemu_props_get(p, key)), QEMU_SPAWN_MONITOR_ID);
 }
 
 /* One whose value is properties; the others are taken as text. */
 static bool has_props(const char *name)
 {
-    static const char *const names[] = {"machine", "device", "object",  "netdev", "nic",  "net",
-                                        "chardev", "mon",    "blockdev", "drive",  "fsdev", "virtfs",
-                                        "numa",    "run-with", "m",      NULL};
+    static const char *const names[] = {
+        "machine",  "device", "object", "netdev", "nic",  "net",      "chardev", "mon",
+        "blockdev", "drive",  "fsdev",  "virtfs", "numa", "run-with", "m",       NULL};
     return in_list(name, names);
 }
 
@@ -126,7 +128,8 @@ static int check_option(const struct qemu_option *o, struct vm_error **err)
         return -1;
     if (is_own_monitor(o, &p))
         return 0;
-    if (!strcmp(o->name, "device") && check_type(o, or_empty(qemu_props_get(&p, "driver")), err) < 0)
+    if (!strcmp(o->name, "device") &&
+        check_type(o, or_empty(qemu_props_get(&p, "driver")), err) < 0)
         return -1;
     if (!strcmp(o->name, "object") &&
         check_type(o, or_empty(qemu_props_get(&p, "qom-type")), err) < 0)
@@ -166,9 +169,9 @@ struct builder {
 /* Belongs to a host, to one start of QEMU, or is decided anew by the destination. */
 static bool is_dropped(const char *name)
 {
-    static const char *const names[] = {"daemonize", "S",        "incoming",     "loadvm",
-                                        "runas",     "mem-path", "mem-prealloc", "pidfile",
-                                        NULL};
+    static const char *const names[] = {"daemonize",    "S",       "incoming",
+                                        "loadvm",       "runas",   "mem-path",
+                                        "mem-prealloc", "pidfile", NULL};
     return in_list(name, names);
 }
 
@@ -226,11 +229,10 @@ static int emit_backend(struct builder *b, unsigned index, const struct qemu_pro
     const struct qemu_backend_fact *f = &b->facts->backends[index];
     cleanup_qemu_props struct qemu_props p = {0};
     if (qemu_props_set(&p, "qom-type", "memory-backend-file", err) < 0 ||
-        qemu_props_set(&p, "id", f->id, err) < 0 ||
-        set_number(&p, "size", f->size, err) < 0 ||
+        qemu_props_set(&p, "id", f->id, err) < 0 || set_number(&p, "size", f->size, err) < 0 ||
         qemu_props_set(&p, "share", "on", err) < 0 ||
-        qemu_props_set(&p, "x-use-canonical-path-for-ramblock-id",
-                       is_path_name(f) ? "on" : "off", err) < 0)
+        qemu_props_set(&p, "x-use-canonical-path-for-ramblock-id", is_path_name(f) ? "on" : "off",
+                       err) < 0)
         return -1;
     for (unsigned i = 0; given && i < given->n; i++)
         if (is_kept_of_backend(given->list[i].key) &&
@@ -332,7 +334,8 @@ static int emit_machine_type(struct builder *b, struct vm_error **err)
     return add_props(b->to, "machine", &p, err);
 }
 
-/* Memory that was plugged while the VM ran: the backend, then the device where the guest sees it. */
+/* Memory that was plugged while the VM ran: the backend, then the device where the guest sees it.
+ */
 static int emit_plugged(struct builder *b, unsigned index, struct vm_error **err)
 {
     const char *id = b->facts->backends[index].id;
@@ -411,8 +414,10 @@ static int match_ram(const struct qemu_definition *d, const struct qemu_props *p
         return error_set(err, VM_ERROR_PROTOCOL, "memory backend '%.64s' is not portable", id);
     if (!qemu_size_parse(or_empty(qemu_props_get(p, "size")), 1, &size) ||
         size != d->ram[index].size)
-        return error_set(err, VM_ERROR_PROTOCOL, "memory backend '%.64s' has another size than its "
-                         "region", id);
+        return error_set(err, VM_ERROR_PROTOCOL,
+                         "memory backend '%.64s' has another size than its "
+                         "region",
+                         id);
     return index;
 }
 

@@ -67,11 +67,13 @@ static int check_blockers(struct qemu *q, struct vm_error **err)
     if (qemu_query_migration(q, status, &info, err) < 0 ||
         qemu_command(q, "query-block-jobs", NULL, &jobs, err) < 0)
         return -1;
-    const char *why = json_string_value(json_array_get(json_object_get(info, "blocked-reasons"), 0));
+    const char *why =
+        json_string_value(json_array_get(json_object_get(info, "blocked-reasons"), 0));
     if (why)
         return error_set(err, VM_ERROR_REFUSED, "QEMU does not let this VM migrate: %.400s", why);
     if (json_array_size(jobs))
-        return error_set(err, VM_ERROR_REFUSED, "the block job '%s' (%s) is running: wait for it, or "
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the block job '%s' (%s) is running: wait for it, or "
                          "cancel it",
                          qmp_string(json_array_get(jobs, 0), "device"),
                          qmp_string(json_array_get(jobs, 0), "type"));
@@ -138,10 +140,11 @@ static int check_unplugged(const struct qemu_argv *argv, const struct qemu_defin
             return -1;
         const char *id = qemu_props_get(&p, "id");
         if (id && !qemu_props_get(&p, "memdev") && !has_device(d, id))
-            return error_set(err, VM_ERROR_REFUSED,
-                             "device %s of the command line was unplugged while the VM ran: prepare "
-                             "the destination yourself and name it with --dest-qmp",
-                             id);
+            return error_set(
+                err, VM_ERROR_REFUSED,
+                "device %s of the command line was unplugged while the VM ran: prepare "
+                "the destination yourself and name it with --dest-qmp",
+                id);
     }
     return 0;
 }
@@ -200,7 +203,8 @@ static int take_memory_devices(struct memory *m, struct vm_error **err)
 {
     size_t i;
     json_t *entry;
-    json_array_foreach(m->devices, i, entry) {
+    json_array_foreach(m->devices, i, entry)
+    {
         const json_t *data = json_object_get(entry, "data");
         const char *type = qmp_string(entry, "type");
         bool dimm = !strcmp(type, "dimm");
@@ -254,7 +258,8 @@ static int take_backends(struct memory *m, const struct qemu_argv *argv, struct 
 {
     size_t i;
     json_t *entry;
-    json_array_foreach(m->backends, i, entry) {
+    json_array_foreach(m->backends, i, entry)
+    {
         const char *id = qmp_string(entry, "id");
         if (!is_used(m, argv, id))
             continue;
@@ -288,7 +293,8 @@ static int check_whole(struct qemu *q, const struct qemu_definition *d, struct v
                      (uint64_t)qmp_integer(sizes, "plugged-memory");
     if (d->memory < whole)
         return error_set(err, VM_ERROR_REFUSED,
-                         "only %" PRIu64 " MiB of the guest's %" PRIu64 " MiB of memory are in memory "
+                         "only %" PRIu64 " MiB of the guest's %" PRIu64
+                         " MiB of memory are in memory "
                          "backends",
                          d->memory >> 20, whole >> 20);
     return 0;
@@ -316,7 +322,8 @@ static int compare_disks(struct qemu *q, const struct qemu_argv *argv, struct qe
 {
     CLEANUP(json) json_t *nodes = NULL;
     CLEANUP(json) json_t *backends = NULL;
-    if (qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) < 0 ||
+    if (qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) <
+            0 ||
         qemu_command(q, "query-block", NULL, &backends, err) < 0)
         return -1;
     return qemu_disks_compare(argv, nodes, backends, d, err);

@@ -57,15 +57,16 @@ static int make_ready(struct qemu *q, const struct qemu_definition *d, struct vm
         qemu_query_migration(q, migration, NULL, err) < 0)
         return -1;
     if (strcmp(state, "inmigrate"))
-        return error_set(err, VM_ERROR_REFUSED,
-                         "the QEMU prepared for the guest is '%s': it must wait with -incoming defer",
-                         state);
+        return error_set(
+            err, VM_ERROR_REFUSED,
+            "the QEMU prepared for the guest is '%s': it must wait with -incoming defer", state);
     if (*migration && strcmp(migration, "none"))
         return error_set(err, VM_ERROR_REFUSED,
                          "the QEMU prepared for the guest already listens for a migration: it must "
                          "wait with -incoming defer");
     if (qemu_set_capabilities(q, on, err) < 0 ||
-        qemu_command(q, "migrate-set-parameters", json_pack("{s:s}", "tls-creds", ""), NULL, err) < 0)
+        qemu_command(q, "migrate-set-parameters", json_pack("{s:s}", "tls-creds", ""), NULL, err) <
+            0)
         return -1;
     /* While it waits, this only takes back that it would run by itself. */
     if (qemu_command(q, "stop", NULL, NULL, err) < 0)
@@ -166,8 +167,8 @@ static int load_failed(struct qemu *q, struct vm_error **err)
     return *why ? error_wrap(err, "QEMU cannot load the guest: %.400s", why) : -1;
 }
 
-int qemu_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
-                    int cancel_fd, struct vm_error **err)
+int qemu_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns, int cancel_fd,
+                    struct vm_error **err)
 {
     struct qemu *q = qemu_from_guest(g);
     struct sink *s;

@@ -37,7 +37,8 @@ struct plan {
     int n_groups;
 };
 
-/* What the child says when it fails before exec: the step, then errno. The grandchild's pid first. */
+/* What the child says when it fails before exec: the step, then errno. The grandchild's pid first.
+ */
 enum step { STEP_FORK, STEP_FDS, STEP_CGROUP, STEP_CWD, STEP_USER, STEP_EXEC };
 
 struct report {
@@ -146,7 +147,8 @@ static _Noreturn void child_main(const struct plan *p)
     child_fail(p, STEP_EXEC);
 }
 
-/* In between: its end makes init the parent of the QEMU, as it will be after a restart of the agent. */
+/* In between: its end makes init the parent of the QEMU, as it will be after a restart of the
+ * agent. */
 static _Noreturn void middle_main(const struct plan *p)
 {
     struct report r = {.pid = _Fork()};
@@ -242,7 +244,8 @@ static int remove_stale(const struct sockaddr_un *address, struct vm_error **err
         return -1;
     if (io_set_nonblocking(fd, true, err) < 0)
         return -1;
-    if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 || errno != ECONNREFUSED)
+    if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 ||
+        errno != ECONNREFUSED)
         return error_set(err, VM_ERROR_CONFLICT, "another VM has the QMP socket %s",
                          address->sun_path);
     unlink(address->sun_path);
@@ -272,7 +275,8 @@ static int find_user(const char *user, struct plan *p, struct vm_error **err)
                   : error_set(err, VM_ERROR_NOT_FOUND, "there is no user %s", user);
     p->n_groups = GROUPS_MAX;
     if (getgrouplist(user, entry.pw_gid, p->groups, &p->n_groups) < 0)
-        return error_set(err, VM_ERROR_USAGE, "user %s is in more than %d groups", user, GROUPS_MAX);
+        return error_set(err, VM_ERROR_USAGE, "user %s is in more than %d groups", user,
+                         GROUPS_MAX);
     p->uid = entry.pw_uid;
     p->gid = entry.pw_gid;
     p->change_user = true;
@@ -292,8 +296,9 @@ static int open_cgroup(const char *folder, struct vm_error **err)
 }
 
 /*
- * The user's argv and one more monitor on the listener. It daemonizes here: if QEMU did so once more, the
- * process that was started would not be the VM. One allocation; `extra` has the two values.
+ * The user's argv and one more monitor on the listener. It daemonizes here: if QEMU did so once
+ * more, the process that was started would not be the VM. One allocation; `extra` has the two
+ * values.
  */
 static char **make_argv(char *const *argv, int listener, char extra[2][96])
 {
@@ -306,7 +311,8 @@ static char **make_argv(char *const *argv, int listener, char extra[2][96])
     for (size_t i = 0; i < count; i++)
         if (strcmp(argv[i], "-daemonize") && strcmp(argv[i], "--daemonize"))
             all[n++] = argv[i];
-    snprintf(extra[0], 96, "socket,id=%s,fd=%d,server=on,wait=off", QEMU_SPAWN_MONITOR_ID, listener);
+    snprintf(extra[0], 96, "socket,id=%s,fd=%d,server=on,wait=off", QEMU_SPAWN_MONITOR_ID,
+             listener);
     snprintf(extra[1], 96, "chardev=%s,mode=control", QEMU_SPAWN_MONITOR_ID);
     static char chardev[] = "-chardev", mon[] = "-mon";
     all[n] = chardev;
@@ -327,8 +333,8 @@ static int connect_qmp(const struct sockaddr_un *address, struct vm_error **err)
 }
 
 /*
- * The process is there; is it known? One that died at once is not an error here: its connection ends, and
- * whoever opens QMP on it says why. Its identity then is one that runs no more.
+ * The process is there; is it known? One that died at once is not an error here: its connection
+ * ends, and whoever opens QMP on it says why. Its identity then is one that runs no more.
  */
 static int identify(pid_t pid, struct process_identity *ret, struct vm_error **err)
 {

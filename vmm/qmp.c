@@ -157,8 +157,8 @@ static int read_messages(struct qmp *q, struct vm_error **err)
     for (;;) {
         uint8_t *to = buffer_grow(&in, READ_CHUNK);
         if (!to)
-            return error_set(err, VM_ERROR_PROTOCOL, "%s sent a line of more than %u bytes", q->name,
-                             QMP_LINE_MAX);
+            return error_set(err, VM_ERROR_PROTOCOL, "%s sent a line of more than %u bytes",
+                             q->name, QMP_LINE_MAX);
         ssize_t n = io_read_some(q->fd, to, READ_CHUNK, INT64_MAX, -1, err);
         in.len -= READ_CHUNK - (size_t)(n > 0 ? n : 0);
         if (n < 0)

@@ -85,16 +85,21 @@ static void test_isolation(void **state)
 {
     struct vm_error *err = NULL;
     char fd_text[32], proc_path[64], expected[128];
-    char *argv[] = {(char[]){"qemu"}, (char[]){"-accel"}, (char[]){"tcg"}, (char[]){"-nodefaults"},
-                    (char[]){"-display"}, (char[]){"none"}, (char[]){"-m"}, (char[]){"32"}, NULL};
+    char *argv[] = {(char[]){"qemu"},        (char[]){"-accel"},   (char[]){"tcg"},
+                    (char[]){"-nodefaults"}, (char[]){"-display"}, (char[]){"none"},
+                    (char[]){"-m"},          (char[]){"32"},       NULL};
     int given[2], hidden[2];
     assert_int_equal(pipe(given), 0); /* not even close-on-exec */
     assert_int_equal(pipe(hidden), 0);
     setenv("VMMIG_TEST_SECRET", "x", 1);
     signal(SIGPIPE, SIG_IGN);
     assert_int_equal(chmod(live_dir, 0711), 0);
-    struct qemu_launch launch = {.binary = LIVE_BINARY, .argv = argv, .fds = given, .n_fds = 1,
-                                 .user = "nobody", .qmp_path = live_path("a", ".qmp"),
+    struct qemu_launch launch = {.binary = LIVE_BINARY,
+                                 .argv = argv,
+                                 .fds = given,
+                                 .n_fds = 1,
+                                 .user = "nobody",
+                                 .qmp_path = live_path("a", ".qmp"),
                                  .log_path = live_path("a", ".log")};
     struct qemu *q = live_note(qemu_spawn(&launch, &err));
     if (!q)
@@ -288,10 +293,12 @@ static void test_callback_fails(void **state)
     struct vm_error *err = NULL;
     struct qemu *q = spawn_with_memory(true);
     assert_ok(live_prepare(&m, q, "b", why));
-    struct guest_source_params params = {.channels = 1, .regions = m.regions,
-                                         .n_regions = m.n_regions};
-    struct guest_source_events events = {.pages = refuse_pages, .bytes = ignore_bytes,
-                                         .memory_done = ignore_memory_done, .done = note_done};
+    struct guest_source_params params = {
+        .channels = 1, .regions = m.regions, .n_regions = m.n_regions};
+    struct guest_source_events events = {.pages = refuse_pages,
+                                         .bytes = ignore_bytes,
+                                         .memory_done = ignore_memory_done,
+                                         .done = note_done};
     assert_ok(guest_source_start(qemu_guest(q), &params, &events, &m, why));
     assert_int_equal(live_wait(&m, &err), -1);
     assert_error(&err, VM_ERROR_NO_SPACE, "no room for pages");
@@ -355,8 +362,8 @@ static void test_qemu_refuses(void **state)
     struct live_move m = {0};
     struct vm_error *err = NULL;
     struct qemu *q = live_spawn("a", &err, "-M", "q35", "-m", "64", "-drive",
-                   "driver=null-co,read-zeroes=on,if=none,id=n0", "-device",
-                   "nvme,drive=n0,serial=1,id=nv", "-S", NULL);
+                                "driver=null-co,read-zeroes=on,if=none,id=n0", "-device",
+                                "nvme,drive=n0,serial=1,id=nv", "-S", NULL);
     if (!q)
         fail_msg("%s", error_message(err));
     assert_int_equal(live_move(&m, q, "b", &err), -1);
@@ -366,7 +373,8 @@ static void test_qemu_refuses(void **state)
     live_move_finish(&m);
 }
 
-/* An idle guest that nobody pauses is given away completely, too, and never comes back by itself. */
+/* An idle guest that nobody pauses is given away completely, too, and never comes back by itself.
+ */
 static void test_idle_guest_completes(void **state)
 {
     struct live_move m = {0};
@@ -463,7 +471,8 @@ static void test_memory_is_charged_to_the_vm(void **state)
     struct stat st;
     char cgroup[128];
     bool v1 = stat("/sys/fs/cgroup/memory/memory.stat", &st) == 0;
-    snprintf(cgroup, sizeof(cgroup), "/sys/fs/cgroup/%svmmig-test-%d", v1 ? "memory/" : "", getpid());
+    snprintf(cgroup, sizeof(cgroup), "/sys/fs/cgroup/%svmmig-test-%d", v1 ? "memory/" : "",
+             getpid());
     if (mkdir(cgroup, 0755) < 0) {
         print_message("SKIPPED: cannot make a memory cgroup: %s\n", strerror(errno));
         skip();

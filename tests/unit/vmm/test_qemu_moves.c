@@ -5,6 +5,7 @@
  */
 #include "live.h"
 
+#include "base/clock.h"
 #include "base/io.h"
 
 #include <errno.h>
@@ -79,8 +80,8 @@ static void test_mem_path(void **state)
 
 static void test_vga_and_cpus(void **state)
 {
-    move_twice(SPAWN("-M", "q35", "-m", "64", "-smp", "2", "-vga", "std", "-device", "virtio-rng-pci",
-                     "-device", "qemu-xhci,id=usb", "-device", loader(), "-S"),
+    move_twice(SPAWN("-M", "q35", "-m", "64", "-smp", "2", "-vga", "std", "-device",
+                     "virtio-rng-pci", "-device", "qemu-xhci,id=usb", "-device", loader(), "-S"),
                64 * MIB);
 }
 
@@ -106,13 +107,16 @@ static char *map_memfd_of(struct qemu *q, size_t size)
 static void test_hot_plugged_memory(void **state)
 {
     struct qemu *q = SPAWN("-M", "q35", "-m", "64,slots=4,maxmem=1G", "-device", loader(), "-S");
-    json_decref(live_qmp(q, "object-add", "{\"qom-type\": \"memory-backend-memfd\", "
-                                          "\"id\": \"plugged\", \"size\": 134217728}"));
-    json_decref(live_qmp(q, "device_add", "{\"driver\": \"pc-dimm\", \"id\": \"dimm9\", "
-                                          "\"memdev\": \"plugged\", \"slot\": 2}"));
+    json_decref(live_qmp(q, "object-add",
+                         "{\"qom-type\": \"memory-backend-memfd\", "
+                         "\"id\": \"plugged\", \"size\": 134217728}"));
+    json_decref(live_qmp(q, "device_add",
+                         "{\"driver\": \"pc-dimm\", \"id\": \"dimm9\", "
+                         "\"memdev\": \"plugged\", \"slot\": 2}"));
     /* A backend that nothing uses is no memory of the guest. */
-    json_decref(live_qmp(q, "object-add", "{\"qom-type\": \"memory-backend-ram\", "
-                                          "\"id\": \"unused\", \"size\": 134217728}"));
+    json_decref(live_qmp(q, "object-add",
+                         "{\"qom-type\": \"memory-backend-ram\", "
+                         "\"id\": \"unused\", \"size\": 134217728}"));
     char *memory = map_memfd_of(q, 128 * MIB);
     for (int i = 0; i < 128 * MIB; i += 4096)
         memory[i] = (char)(i / 4096 % 251);
@@ -153,9 +157,9 @@ static void test_huge_pages(void **state)
         print_message("SKIPPED: cannot get %d huge pages\n", PAGES);
         skip();
     }
-    struct qemu *q = SPAWN("-m", "64", "-object",
-                           "memory-backend-memfd,id=h,size=64M,hugetlb=on,hugetlbsize=2M", "-machine",
-                           "memory-backend=h", "-device", loader(), "-S");
+    struct qemu *q =
+        SPAWN("-m", "64", "-object", "memory-backend-memfd,id=h,size=64M,hugetlb=on,hugetlbsize=2M",
+              "-machine", "memory-backend=h", "-device", loader(), "-S");
     struct live_move m = {0};
     assert_ok(live_move(&m, q, "b", why));
     assert_int_equal(m.regions[0].page_size, 2 * MIB);
@@ -202,13 +206,32 @@ static void test_ovmf_and_disks(void **state)
     live_move_finish(&m);
 }
 
+/*
+ * The hand-over is undone: the loaded destination has not touched the disks, so the source goes on.
+ * Then the destination cannot start any more, and says that no vCPU ran.
+ */
+static void test_undone_with_a_disk(void **state)
+{
+    struct live_move m = {0};
+    struct vm_error *err = NULL;
+    cleanup_close int fd = open(live_path("disk", ".raw"), O_CREAT | O_RDWR, 0600);
+    assert_int_equal(ftruncate(fd, 16 * MIB), 0);
+    struct qemu *q = SPAWN("-m", "64", "-drive", "file=disk.raw,format=raw,if=virtio");
+    assert_ok(live_move(&m, q, "b", why));
+    assert_ok(guest_resume(qemu_guest(q), why));
+    assert_run_state(q, GUEST_RUNNING);
+    assert_int_equal(guest_resume(qemu_guest(m.to), &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED, "the guest stays paused");
+    assert_run_state(m.to, GUEST_PAUSED);
+    live_move_finish(&m);
+}
+
 /* A section of a device before RAM's end: the stream is relayed as it is. */
 static void test_virtio_mem(void **state)
 {
-    struct qemu *q = SPAWN("-M", "q35", "-m", "64,maxmem=1G", "-object",
-                           "memory-backend-ram,id=vm0,size=256M", "-device",
-                           "virtio-mem-pci,id=vmem,memdev=vm0,requested-size=0", "-device", loader(),
-                           "-S");
+    struct qemu *q = SPAWN(
+        "-M", "q35", "-m", "64,maxmem=1G", "-object", "memory-backend-ram,id=vm0,size=256M",
+        "-device", "virtio-mem-pci,id=vmem,memdev=vm0,requested-size=0", "-device", loader(), "-S");
     struct live_move m = {0};
     assert_ok(live_move(&m, q, "b", why));
     assert_same_memory(q, m.to, 0, 64 * MIB);
@@ -229,6 +252,26 @@ static void test_prepared_destination(void **state)
     assert_null(m.regions[0].base);
     assert_run_state(m.to, GUEST_PAUSED);
     assert_same_memory(q, m.to, 0, 64 * MIB);
+    live_move_finish(&m);
+}
+
+/* Its owner did not say -S, and the guest was never paused: it must not start at the end of
+ * loading. */
+static void test_prepared_destination_waits(void **state)
+{
+    struct vm_error *err = NULL;
+    struct qemu *q = SPAWN("-m", "64", "-device", loader());
+    qemu_destroy(
+        live_spawn("p", &err, "-m", "64", "-device", loader(), "-incoming", "defer", NULL));
+    struct live_move m = {.dest_qmp = live_path("p", ".qmp")};
+    assert_ok(live_prepare(&m, q, "p", why));
+    assert_ok(live_start(&m, why));
+    assert_ok(live_wait(&m, why));
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_ok(guest_sink_finish(qemu_guest(m.to), clock_mono_ns() + 20 * NSEC_PER_SEC, -1, why));
+    assert_run_state(m.to, GUEST_PAUSED);
+    assert_ok(guest_resume(qemu_guest(m.to), why));
+    assert_run_state(m.to, GUEST_RUNNING);
     live_move_finish(&m);
 }
 
@@ -272,11 +315,12 @@ static void test_unfit_destinations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        live_test(test_default_machine),      live_test(test_two_numa_nodes),
-        live_test(test_named_backend),        live_test(test_mem_path),
-        live_test(test_vga_and_cpus),         live_test(test_hot_plugged_memory),
-        live_test(test_huge_pages),           live_test(test_ovmf_and_disks),
-        live_test(test_virtio_mem),           live_test(test_prepared_destination),
+        live_test(test_default_machine),    live_test(test_two_numa_nodes),
+        live_test(test_named_backend),      live_test(test_mem_path),
+        live_test(test_vga_and_cpus),       live_test(test_hot_plugged_memory),
+        live_test(test_huge_pages),         live_test(test_ovmf_and_disks),
+        live_test(test_undone_with_a_disk), live_test(test_prepared_destination_waits),
+        live_test(test_virtio_mem),         live_test(test_prepared_destination),
         live_test(test_unfit_destinations),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);

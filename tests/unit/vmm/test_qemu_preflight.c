@@ -14,8 +14,8 @@ enum { MIB = 1 << 20 };
 #define SPAWN(...)                                                                                 \
     ({                                                                                             \
         struct vm_error *spawn_err_ = NULL;                                                        \
-        struct qemu *spawned_ = live_spawn("a", &spawn_err_, "-M", "q35", "-m", "64,slots=2,maxmem=1G", \
-                                           "-S", __VA_ARGS__, NULL);                               \
+        struct qemu *spawned_ = live_spawn("a", &spawn_err_, "-M", "q35", "-m",                    \
+                                           "64,slots=2,maxmem=1G", "-S", __VA_ARGS__, NULL);       \
         if (!spawned_)                                                                             \
             fail_msg("%s", error_message(spawn_err_));                                             \
         spawned_;                                                                                  \
@@ -68,10 +68,10 @@ static void test_definition(void **state)
 {
     cleanup_qemu_definition struct qemu_definition d = {0};
     const char *disk = make_disk("d0");
-    struct qemu *q = SPAWN("-drive", text("file=%s,format=raw,if=none,id=root,cache=none", disk),
-                           "-device", "virtio-blk-pci,drive=root,id=vda", "-smp", "2", "-netdev",
-                           "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-cdrom",
-                           make_disk("cd"));
+    struct qemu *q =
+        SPAWN("-drive", text("file=%s,format=raw,if=none,id=root,cache=none", disk), "-device",
+              "virtio-blk-pci,drive=root,id=vda", "-smp", "2", "-netdev", "user,id=n0", "-device",
+              "virtio-net-pci,netdev=n0", "-cdrom", make_disk("cd"));
     assert_ok(qemu_preflight(q, &d, why));
     assert_string_equal(d.binary, "qemu-system-x86_64");
     assert_string_equal(d.cwd, live_dir);
@@ -102,11 +102,11 @@ static void test_definition(void **state)
 static void test_stale_disks(void **state)
 {
     const char *disk = make_disk("d0"), *other = make_disk("d1");
-    struct qemu *q = SPAWN("-blockdev", text("driver=raw,node-name=n0,file.driver=file,file.filename=%s",
-                                             disk),
-                           "-device", "virtio-blk-pci,drive=n0,id=vda", "-drive",
-                           text("if=none,id=cd,media=cdrom,file=%s", make_disk("iso")), "-device",
-                           "ide-cd,drive=cd,id=cd0");
+    struct qemu *q =
+        SPAWN("-blockdev", text("driver=raw,node-name=n0,file.driver=file,file.filename=%s", disk),
+              "-device", "virtio-blk-pci,drive=n0,id=vda", "-drive",
+              text("if=none,id=cd,media=cdrom,file=%s", make_disk("iso")), "-device",
+              "ide-cd,drive=cd,id=cd0");
     expect_pass(q);
     /* A live snapshot: the command line's file is only the base now. */
     run(q, "blockdev-snapshot-sync",
@@ -117,9 +117,10 @@ static void test_stale_disks(void **state)
     live_end(q);
 
     q = SPAWN("-blockdev", text("driver=file,node-name=n0,filename=%s", disk));
-    run(q, "blockdev-add", text("{\"driver\": \"file\", \"node-name\": \"n1\", \"filename\": \"%s\"}",
-                                other));
-    expect_refusal(q, text("disk n1: the VM has %s open, which its command line does not name", other));
+    run(q, "blockdev-add",
+        text("{\"driver\": \"file\", \"node-name\": \"n1\", \"filename\": \"%s\"}", other));
+    expect_refusal(
+        q, text("disk n1: the VM has %s open, which its command line does not name", other));
     run(q, "blockdev-del", "{\"node-name\": \"n1\"}");
     expect_pass(q);
     run(q, "blockdev-del", "{\"node-name\": \"n0\"}");
@@ -138,11 +139,10 @@ static void test_stale_disks(void **state)
 
 static void test_plugged_devices(void **state)
 {
-    struct qemu *q = SPAWN("-device", "pcie-root-port,id=rp1,chassis=1", "-device",
-                           "virtio-rng-pci,id=cold");
+    struct qemu *q =
+        SPAWN("-device", "pcie-root-port,id=rp1,chassis=1", "-device", "virtio-rng-pci,id=cold");
     expect_pass(q);
-    run(q, "device_add",
-        "{\"driver\": \"virtio-rng-pci\", \"id\": \"hot\", \"bus\": \"rp1\"}");
+    run(q, "device_add", "{\"driver\": \"virtio-rng-pci\", \"id\": \"hot\", \"bus\": \"rp1\"}");
     expect_refusal(q, "device hot (virtio-rng-pci) was plugged while the VM ran");
     live_end(q);
 }
@@ -155,7 +155,8 @@ static void test_anonymous_device(void **state)
     struct qemu *q = SPAWN("-device", "pcie-root-port,id=rp1,chassis=1");
     run(q, "device_add", "{\"driver\": \"virtio-rng-pci\", \"bus\": \"rp1\"}");
     assert_int_equal(live_prepare(&m, q, "b", &err), -1);
-    assert_error(&err, VM_ERROR_REFUSED, "it lacks /machine/peripheral-anon/device[0] child<virtio-rng-pci>");
+    assert_error(&err, VM_ERROR_REFUSED,
+                 "it lacks /machine/peripheral-anon/device[0] child<virtio-rng-pci>");
     live_move_finish(&m);
 }
 
@@ -164,8 +165,9 @@ static void test_plugged_cpu(void **state)
     struct live_move m = {0};
     struct vm_error *err = NULL;
     struct qemu *q = SPAWN("-smp", "1,sockets=2,maxcpus=2");
-    run(q, "device_add", "{\"driver\": \"qemu64-x86_64-cpu\", \"socket-id\": 1, \"core-id\": 0, "
-                         "\"thread-id\": 0}");
+    run(q, "device_add",
+        "{\"driver\": \"qemu64-x86_64-cpu\", \"socket-id\": 1, \"core-id\": 0, "
+        "\"thread-id\": 0}");
     assert_int_equal(live_prepare(&m, q, "b", &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, "the number of CPUs is '1', not '2'");
     live_move_finish(&m);
@@ -192,9 +194,10 @@ static void test_block_job(void **state)
     const char *disk = make_disk("d0"), *target = make_disk("d1");
     struct qemu *q = SPAWN("-drive", text("file=%s,format=raw,if=none,id=root", disk), "-drive",
                            text("file=%s,format=raw,if=none,id=other", target));
-    run(q, "drive-mirror", text("{\"device\": \"root\", \"job-id\": \"copy\", \"sync\": \"full\", "
-                                "\"target\": \"%s\", \"speed\": 1}",
-                                live_path("mirror", ".raw")));
+    run(q, "drive-mirror",
+        text("{\"device\": \"root\", \"job-id\": \"copy\", \"sync\": \"full\", "
+             "\"target\": \"%s\", \"speed\": 1}",
+             live_path("mirror", ".raw")));
     expect_refusal(q, "the block job 'copy' (mirror) is running");
     live_end(q);
 }
@@ -275,9 +278,13 @@ static int prove(const struct qemu_disk *there, const struct qemu_disk *here, st
 
 static struct qemu_disk disk_named(const char *driver, const char *file)
 {
-    return (struct qemu_disk){(char *)(uintptr_t)"root", (char *)(uintptr_t)"n0",
-                              (char *)(uintptr_t)file, (char *)(uintptr_t)driver,
-                              (char *)(uintptr_t)"raw", true, false};
+    return (struct qemu_disk){(char *)(uintptr_t) "root",
+                              (char *)(uintptr_t) "n0",
+                              (char *)(uintptr_t)file,
+                              (char *)(uintptr_t)driver,
+                              (char *)(uintptr_t) "raw",
+                              true,
+                              false};
 }
 
 static void expect_other(const struct qemu_disk *there, const struct qemu_disk *here,
@@ -337,20 +344,27 @@ static void test_file_identity(void **state)
 
 static void test_rbd_identity(void **state)
 {
-    static const char conf_a[] = "[global]\n fsid = 0c6ba9ae-9f9c-4d47-9d3a-3d5c3a3d6a11\nmon_host = a\n";
+    static const char conf_a[] =
+        "[global]\n fsid = 0c6ba9ae-9f9c-4d47-9d3a-3d5c3a3d6a11\nmon_host = a\n";
     static const char conf_b[] = "[global]\nfsid=1c6ba9ae-9f9c-4d47-9d3a-3d5c3a3d6a11\n";
     static const char conf_c[] = "[global]\nmon_host = a\n";
     assert_ok(io_write_file_durably(live_path("a", ".conf"), conf_a, strlen(conf_a), 0600, why));
     assert_ok(io_write_file_durably(live_path("b", ".conf"), conf_b, strlen(conf_b), 0600, why));
     assert_ok(io_write_file_durably(live_path("c", ".conf"), conf_c, strlen(conf_c), 0600, why));
-    struct qemu_disk a = disk_named("rbd", text("rbd:vms/web1:id=x:conf=%s", live_path("a", ".conf")));
+    struct qemu_disk a =
+        disk_named("rbd", text("rbd:vms/web1:id=x:conf=%s", live_path("a", ".conf")));
     struct qemu_disk same = disk_named(
-        "rbd", text("json:{\"driver\": \"rbd\", \"pool\": \"vms\", \"image\": \"web1\", \"conf\": \"%s\"}",
-                    live_path("a", ".conf")));
-    struct qemu_disk image = disk_named("rbd", text("rbd:vms/web2:conf=%s", live_path("a", ".conf")));
-    struct qemu_disk space = disk_named("rbd", text("rbd:vms/ns/web1:conf=%s", live_path("a", ".conf")));
-    struct qemu_disk cluster = disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("b", ".conf")));
-    struct qemu_disk unknown = disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("c", ".conf")));
+        "rbd",
+        text("json:{\"driver\": \"rbd\", \"pool\": \"vms\", \"image\": \"web1\", \"conf\": \"%s\"}",
+             live_path("a", ".conf")));
+    struct qemu_disk image =
+        disk_named("rbd", text("rbd:vms/web2:conf=%s", live_path("a", ".conf")));
+    struct qemu_disk space =
+        disk_named("rbd", text("rbd:vms/ns/web1:conf=%s", live_path("a", ".conf")));
+    struct qemu_disk cluster =
+        disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("b", ".conf")));
+    struct qemu_disk unknown =
+        disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("c", ".conf")));
     assert_ok(prove(&a, &same, why));
     expect_other(&a, &image, "cluster, pool or image differ");
     expect_other(&a, &space, "cluster, pool or image differ");

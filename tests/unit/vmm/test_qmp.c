@@ -19,7 +19,8 @@
 #include <cmocka.h>
 
 #define GREETING                                                                                   \
-    "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}, \"package\": "    \
+    "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 22, \"minor\": 2, \"major\": 7}, "             \
+    "\"package\": "                                                                                \
     "\"Debian\"}, \"capabilities\": [\"oob\"]}}\r\n"
 
 /* The peer: a thread that follows a script on its end of a socket pair. */
@@ -336,8 +337,8 @@ static void test_descriptor(void **state)
     struct stat st;
     assert_int_equal(pipe(pipe_fds), 0);
     assert_int_equal(fstat(pipe_fds[1], &st), 0);
-    assert_int_equal(qmp_execute_fd(q, "getfd", json_pack("{s:s}", "fdname", "x"), pipe_fds[1], 5000,
-                                    NULL, &err),
+    assert_int_equal(qmp_execute_fd(q, "getfd", json_pack("{s:s}", "fdname", "x"), pipe_fds[1],
+                                    5000, NULL, &err),
                      0);
     assert_int_equal(received_inode, st.st_ino);
     close(pipe_fds[0]);
