@@ -14,11 +14,9 @@ enum { CLAIMS_MAX = 64 };
 struct job {
     struct job_table *table;
     struct job *next; /* newer first */
-    pthread_t thread;
     int cancel_fd; /* latch: end early */
     int done_fd;   /* latch: the job ended */
     unsigned waiters;
-    bool joined;
     job_run_fn *run;
     void *arg;
     void (*free_arg)(void *arg);
@@ -117,14 +115,6 @@ static bool has_ended(const struct job *job)
     return job->status.state != JOB_STATE_RUNNING;
 }
 
-/* Join the thread of a job that ended; it has nothing left to do but return. */
-static void join(struct job *job)
-{
-    if (!job->joined)
-        pthread_join(job->thread, NULL);
-    job->joined = true;
-}
-
 void job_table_destroy(struct job_table *t)
 {
     if (!t)
@@ -132,7 +122,6 @@ void job_table_destroy(struct job_table *t)
     while (t->first) {
         struct job *job = t->first;
         t->first = job->next;
-        join(job);
         job_destroy(job);
     }
     pthread_cond_destroy(&t->ended);
@@ -171,7 +160,6 @@ static void prune(struct job_table *t)
         struct job *job = *oldest;
         *oldest = job->next;
         t->n_ended--;
-        join(job);
         job_destroy(job);
     }
 }
@@ -231,7 +219,7 @@ void job_release(struct job_table *t, const char *vm)
         *c = t->claims[--t->n_claims];
 }
 
-/* The job's result becomes visible; its thread touches the job no more after that. */
+/* The job's result becomes visible; its thread touches neither job nor table after that. */
 static void end(struct job *job, int result, struct vm_error *err)
 {
     struct job_table *t = job->table;
@@ -267,6 +255,18 @@ static void *job_thread(void *arg)
         job->free_arg(job->arg);
     end(job, result, err);
     return NULL;
+}
+
+/* Detached: a thread that ended gives its stack back at once, not when the history forgets the job. */
+static int start_thread(struct job *job, struct vm_error **err)
+{
+    pthread_t thread;
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    int failed = pthread_create(&thread, &detached, job_thread, job);
+    pthread_attr_destroy(&detached);
+    return failed ? error_errno(err, failed, "cannot start a thread") : 0;
 }
 
 static struct job *make_job(struct job_table *t, const struct job_params *p, struct vm_error **err)
@@ -322,9 +322,8 @@ int job_start(struct job_table *t, const struct job_params *params, struct uuid 
         return error_set(err, VM_ERROR_CONFLICT,
                          "%u jobs are under way already (max-jobs); wait for one to end",
                          t->n_running);
-    int failed = pthread_create(&job->thread, NULL, job_thread, job);
-    if (failed)
-        return error_errno(err, failed, "cannot start a thread");
+    if (start_thread(job, err) < 0)
+        return -1;
     job->next = t->first;
     t->first = steal_ptr(&job);
     t->n_running++;
