@@ -66,7 +66,7 @@ static void get_text(struct cursor *c, char *out, size_t max)
 {
     size_t n = cursor_u8(c);
     const uint8_t *text = n <= max ? cursor_take(c, n) : NULL;
-    if (text)
+    if (text && !memchr(text, 0, n))
         memcpy(out, text, n);
     else
         c->failed = true;
@@ -100,7 +100,8 @@ int image_read(const char *name, const void *data, size_t len, struct image *ret
     image->writer = cursor_le64(&c);
     image->bytes_added = cursor_le64(&c);
     get_text(&c, image->parent, IMAGE_NAME_MAX);
-    bool good = version == VERSION && !zero && image->n_files && image->n_files <= IMAGE_FILES_MAX &&
+    bool good = version == VERSION && !zero &&
+                (!image->parent[0] || !image_name_check(image->parent, NULL)) && image->n_files && image->n_files <= IMAGE_FILES_MAX &&
                 strlen(name) <= IMAGE_NAME_MAX;
     for (unsigned i = 0; good && i < image->n_files; i++)
         read_file(&c, &image->files[i]);

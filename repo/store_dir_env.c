@@ -290,7 +290,7 @@ static int scan_with(MDB_cursor *cursor, struct store_op *op, struct vm_error **
         size_t len = key->mv_size - skip;
         if (!len || (op->after && len == strlen(op->after) && !memcmp(text, op->after, len)))
             continue;
-        if (len < prefix || memcmp(text, op->prefix, prefix))
+        if (len < prefix || (prefix && memcmp(text, op->prefix, prefix)))
             return 0;
         if (op->n_ret_pairs == op->max) {
             op->ret_more = true;
