@@ -63,7 +63,7 @@ DEFINE_ADD(device, devices, n_devices)
 static int check_text(const char *what, const char *text, size_t max, struct vm_error **err)
 {
     if (!text)
-        return error_set(err, VM_ERROR_PROTOCOL, "the definition has no %s", what);
+        return error_set(err, VM_ERROR_PROTOCOL, "the definition does not name %s", what);
     if (strlen(text) > max)
         return error_set(err, VM_ERROR_PROTOCOL, "%s of the definition is too long", what);
     for (const char *c = text; *c; c++)

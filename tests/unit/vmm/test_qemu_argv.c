@@ -49,7 +49,8 @@ static void test_parse_and_format(void **state)
         {"qemu", NULL},
         {"qemu -m 512 -S", NULL},
         {"qemu --m 512 --daemonize", "qemu -m 512 -daemonize"},
-        {"qemu -M q35 -enable-kvm -nographic disk.img", "qemu -machine q35 -enable-kvm -nographic disk.img"},
+        {"qemu -M q35 -enable-kvm -nographic disk.img",
+         "qemu -machine q35 -enable-kvm -nographic disk.img"},
         {"qemu -append -S", NULL}, /* a value that looks like an option */
         {"qemu -D log -d int -s -h", NULL},
     };
@@ -141,10 +142,17 @@ static void test_sizes(void **state)
         const char *text;
         uint64_t unit, bytes; /* 0: not a size */
     } cases[] = {
-        {"512", 1 << 20, 512 << 20}, {"512M", 1, 512 << 20}, {"1g", 1, 1 << 30},
-        {"0x1000", 1, 4096},         {"1.5G", 1, 3ULL << 29}, {"4096", 1, 4096},
-        {"-1", 1, 0},                {"12Q", 1, 0},          {"12MB", 1, 0},
-        {"", 1, 0},                  {"99999999999E", 1, 0},
+        {"512", 1 << 20, 512 << 20},
+        {"512M", 1, 512 << 20},
+        {"1g", 1, 1 << 30},
+        {"0x1000", 1, 4096},
+        {"1.5G", 1, 3ULL << 29},
+        {"4096", 1, 4096},
+        {"-1", 1, 0},
+        {"12Q", 1, 0},
+        {"12MB", 1, 0},
+        {"", 1, 0},
+        {"99999999999E", 1, 0},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
         uint64_t bytes = 0;
@@ -156,9 +164,12 @@ static void test_sizes(void **state)
 
 /* Portable command lines. */
 
-#define MAIN {"pc.ram", "pc.ram", 64 << 20, 4096, false}
+#define MAIN                                                                                       \
+    {                                                                                              \
+        "pc.ram", "pc.ram", 64 << 20, 4096, false                                                  \
+    }
 #define RAM(id, size)                                                                              \
-    "-object memory-backend-file,id=" id ",size=" size                                              \
+    "-object memory-backend-file,id=" id ",size=" size                                             \
     ",share=on,x-use-canonical-path-for-ramblock-id=off"
 
 struct portable_case {
@@ -168,65 +179,133 @@ struct portable_case {
     const char *main_backend;
 };
 
-static const struct portable_case portable_cases[] = {
-    {"qemu -m 64 -daemonize -pidfile /run/a.pid -S -incoming tcp:0:4444 -loadvm s -runas u",
-     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -m 64 " RAM("pc.ram", "67108864"), {MAIN}, {{0}},
-     "pc.ram"},
-    /* The version replaces the alias; the rest of -machine stays. */
-    {"qemu -M q35,accel=kvm -machine smm=off -cpu host,-arch-capabilities",
-     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -machine accel=kvm -machine smm=off -cpu "
-     "host,-arch-capabilities " RAM("pc.ram", "67108864"), {MAIN}, {{0}}, "pc.ram"},
-    {"qemu -mem-path /dev/hugepages -mem-prealloc",
-     "qemu -machine pc-q35-7.2,memory-backend=pc.ram " RAM("pc.ram", "67108864") ",prealloc=on",
-     {{"pc.ram", "pc.ram", 64 << 20, 2 << 20, false}}, {{0}}, "pc.ram"},
-    /* Two nodes; a backend that is not there any more goes. */
-    {"qemu -object memory-backend-ram,id=m0,size=32M -object "
-     "memory-backend-memfd,id=m1,size=32M,share=on,hugetlb=on,prealloc=on,host-nodes=0,policy=bind -object "
-     "memory-backend-ram,id=gone,size=1G -numa node,memdev=m0 -numa node,memdev=m1 -object "
-     "rng-random,id=r",
-     "qemu -machine pc-q35-7.2 " RAM("m0", "33554432") " " RAM("m1", "33554432")
-     ",prealloc=on,host-nodes=0,policy=bind -numa node,memdev=m0 -numa node,memdev=m1 -object "
-     "rng-random,id=r",
-     {{"m0", "m0", 32 << 20, 4096, false}, {"m1", "m1", 32 << 20, 2 << 20, true}}, {{0}}, ""},
-    /* Blocks named after the QOM path. */
-    {"qemu -object memory-backend-ram,id=x,size=64M -machine memory-backend=x",
-     "qemu -machine pc-q35-7.2,memory-backend=x -object memory-backend-file,id=x,size=67108864,"
-     "share=on,x-use-canonical-path-for-ramblock-id=on",
-     {{"x", "/objects/x", 64 << 20, 4096, false}}, {{0}}, "x"},
-    /* A DIMM of the command line keeps its place, a plugged one gets its own. */
-    {"qemu -object memory-backend-ram,id=d0,size=64M -device pc-dimm,memdev=d0,id=dimm0",
-     "qemu -machine pc-q35-7.2,memory-backend=pc.ram " RAM("d0", "67108864")
-     " -device pc-dimm,memdev=d0,id=dimm0,slot=0,addr=4294967296 " RAM("pc.ram", "67108864") " "
-     RAM("d1", "67108864")
-     " -device pc-dimm,id=dimm1,memdev=d1,slot=3,addr=8589934592,node=1",
-     {{"d0", "d0", 64 << 20, 4096, false}, MAIN, {"d1", "d1", 64 << 20, 4096, false}},
-     {{"dimm0", "pc-dimm", "d0", 4ULL << 30, 0, 0}, {"dimm1", "pc-dimm", "d1", 8ULL << 30, 3, 1}},
-     "pc.ram"},
-    {"qemu -object memory-backend-ram,id=vm0,size=64M -device "
-     "virtio-mem-pci,id=v,memdev=vm0,requested-size=1G",
-     "qemu -machine pc-q35-7.2 " RAM("vm0", "67108864") " -device "
-     "virtio-mem-pci,id=v,memdev=vm0,requested-size=1G,memaddr=4294967296",
-     {{"vm0", "0000:00:01.0/vm0", 64 << 20, 4096, false}},
-     {{"v", "virtio-mem-pci", "vm0", 4ULL << 30, -1, 0}}, ""},
-    /* Files that QEMU would empty. */
-    {"qemu -serial file:/log,1 -monitor none -chardev file,id=c,path=/x -chardev null,id=n -serial "
-     "stdio",
-     "qemu -machine pc-q35-7.2 -chardev file,id=vmmig-file0,path=/log,,1,append=on -serial "
-     "chardev:vmmig-file0 -monitor none -chardev file,id=c,path=/x,append=on -chardev null,id=n "
-     "-serial stdio",
-     {{0}}, {{0}}, ""},
-    /* What vmmig added at the source. */
-    {"qemu -qmp unix:/u,server=on -chardev socket,id=vmmig-qmp,fd=9,server=on,wait=off -mon "
-     "chardev=vmmig-qmp,mode=control -object memory-backend-file,id=pc.ram,size=64M,share=on,mem-path="
-     "/proc/self/fd/8 -incoming defer -S",
-     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -qmp unix:/u,server=on " RAM("pc.ram", "67108864"),
-     {MAIN}, {{0}}, "pc.ram"},
+static const struct
+    portable_case
+        portable_cases
+            [] =
+                {
+                    {"qemu -m 64 -daemonize -pidfile /run/a.pid -S -incoming tcp:0:4444 -loadvm s "
+                     "-runas u",
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -m 64 " RAM("pc.ram",
+                                                                                 "67108864"),
+                     {MAIN},
+                     {{0}},
+                     "pc.ram"},
+                    /* The version replaces the alias; the rest of -machine stays. */
+                    {"qemu -M q35,accel=kvm -machine smm=off -cpu host,-arch-capabilities",
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -machine accel=kvm -machine "
+                     "smm=off -cpu "
+                     "host,-arch-capabilities " RAM("pc.ram", "67108864"),
+                     {MAIN},
+                     {{0}},
+                     "pc.ram"},
+                    {"qemu -mem-path /dev/hugepages -mem-prealloc",
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram " RAM(
+                         "pc.ram", "67108864") ",prealloc=on",
+                     {{"pc.ram", "pc.ram", 64 << 20, 2 << 20, false}},
+                     {{0}},
+                     "pc.ram"},
+                    /* Two nodes; a backend that is not there any more goes. */
+                    {"qemu -object memory-backend-ram,id=m0,size=32M -object "
+                     "memory-backend-memfd,id=m1,size=32M,share=on,hugetlb=on,prealloc=on,host-"
+                     "nodes=0,policy=bind -object "
+                     "memory-backend-ram,id=gone,size=1G -numa node,memdev=m0 -numa node,memdev=m1 "
+                     "-object "
+                     "rng-random,id=r",
+                     "qemu -machine pc-q35-7.2 " RAM("m0", "33554432") " " RAM(
+                         "m1", "33554432") ",prealloc=on,host-nodes=0,policy=bind -numa "
+                                           "node,memdev=m0 -numa node,memdev=m1 -object "
+                                           "rng-random,id=r",
+                     {{"m0", "m0", 32 << 20, 4096, false}, {"m1", "m1", 32 << 20, 2 << 20, true}},
+                     {{0}},
+                     ""},
+                    /* Blocks named after the QOM path. */
+                    {"qemu -object memory-backend-ram,id=x,size=64M -machine memory-backend=x",
+                     "qemu -machine pc-q35-7.2,memory-backend=x -object "
+                     "memory-backend-file,id=x,size=67108864,"
+                     "share=on,x-use-canonical-path-for-ramblock-id=on",
+                     {{"x", "/objects/x", 64 << 20, 4096, false}},
+                     {{0}},
+                     "x"},
+                    /* A DIMM of the command line keeps its place, a plugged one gets its own. */
+                    {
+                        "qemu -object memory-backend-ram,id=d0,size=64M -device "
+                        "pc-dimm,memdev=d0,id=dimm0",
+                        "qemu -machine pc-q35-7.2,memory-backend=pc.ram " RAM(
+                            "d0", "67108864") " -device "
+                                              "pc-dimm,memdev=d0,id=dimm0,slot=0,addr="
+                                              "4294967296 " RAM("pc.ram",
+                                                                "67108864") " " RAM("d1", "6710886"
+                                                                                          "4") " -"
+                                                                                               "dev"
+                                                                                               "ice"
+                                                                                               " pc"
+                                                                                               "-di"
+                                                                                               "mm,"
+                                                                                               "id="
+                                                                                               "dim"
+                                                                                               "m1,"
+                                                                                               "mem"
+                                                                                               "dev"
+                                                                                               "=d1"
+                                                                                               ",sl"
+                                                                                               "ot="
+                                                                                               "3,"
+                                                                                               "add"
+                                                                                               "r="
+                                                                                               "858"
+                                                                                               "993"
+                                                                                               "459"
+                                                                                               "2,"
+                                                                                               "nod"
+                                                                                               "e="
+                                                                                               "1",
+                        {{"d0", "d0", 64 << 20, 4096, false},
+                         MAIN,
+                         {"d1", "d1", 64 << 20, 4096, false}},
+                        {{"dimm0", "pc-dimm", "d0", 4ULL << 30, 0, 0},
+                         {"dimm1", "pc-dimm", "d1", 8ULL << 30, 3, 1}},
+                        "pc.ram"},
+                    {"qemu -object memory-backend-ram,id=vm0,size=64M -device "
+                     "virtio-mem-pci,id=v,memdev=vm0,requested-size=1G",
+                     "qemu -machine pc-q35-7.2 " RAM(
+                         "vm0", "67108864") " -device "
+                                            "virtio-mem-pci,id=v,memdev=vm0,requested-size=1G,"
+                                            "memaddr=4294967296",
+                     {{"vm0", "0000:00:01.0/vm0", 64 << 20, 4096, false}},
+                     {{"v", "virtio-mem-pci", "vm0", 4ULL << 30, -1, 0}},
+                     ""},
+                    /* Files that QEMU would empty. */
+                    {"qemu -serial file:/log,1 -monitor none -chardev file,id=c,path=/x -chardev "
+                     "null,id=n -serial "
+                     "stdio",
+                     "qemu -machine pc-q35-7.2 -chardev file,id=vmmig-file0,path=/log,,1,append=on "
+                     "-serial "
+                     "chardev:vmmig-file0 -monitor none -chardev file,id=c,path=/x,append=on "
+                     "-chardev null,id=n "
+                     "-serial stdio",
+                     {{0}},
+                     {{0}},
+                     ""},
+                    /* What vmmig added at the source. */
+                    {"qemu -qmp unix:/u,server=on -chardev "
+                     "socket,id=vmmig-qmp,fd=9,server=on,wait=off -mon "
+                     "chardev=vmmig-qmp,mode=control -object "
+                     "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path="
+                     "/proc/self/fd/8 -incoming defer -S",
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -qmp unix:/u,server=on " RAM(
+                         "pc.ram", "67108864"),
+                     {MAIN},
+                     {{0}},
+                     "pc.ram"},
 };
 
 static struct qemu_memory_facts facts_of(const struct portable_case *c)
 {
-    struct qemu_memory_facts f = {.machine = "pc-q35-7.2", .main_backend = c->main_backend,
-                                  .backends = c->backends, .devices = c->devices};
+    struct qemu_memory_facts f = {.machine = "pc-q35-7.2",
+                                  .main_backend = c->main_backend,
+                                  .backends = c->backends,
+                                  .devices = c->devices};
     while (f.n_backends < 4 && c->backends[f.n_backends].id)
         f.n_backends++;
     while (f.n_devices < 4 && c->devices[f.n_devices].id)
@@ -318,8 +397,12 @@ static void test_plugged_virtio_mem_is_refused(void **state)
 {
     struct qemu_backend_fact backend = {"vm0", "vm0", 64 << 20, 4096, false};
     struct qemu_memory_device_fact device = {"v", "virtio-mem-pci", "vm0", 4ULL << 30, -1, 0};
-    struct qemu_memory_facts facts = {.machine = "m", .main_backend = "", .backends = &backend,
-                                      .n_backends = 1, .devices = &device, .n_devices = 1};
+    struct qemu_memory_facts facts = {.machine = "m",
+                                      .main_backend = "",
+                                      .backends = &backend,
+                                      .n_backends = 1,
+                                      .devices = &device,
+                                      .n_devices = 1};
     struct vm_error *err = NULL;
     assert_null(make_portable("qemu", &facts, &err));
     assert_non_null(strstr(error_message(err), "memory device v (virtio-mem-pci) was plugged"));
@@ -331,22 +414,32 @@ static void test_plugged_virtio_mem_is_refused(void **state)
 static struct qemu_definition make_definition(const char *argv)
 {
     static struct qemu_ram ram[2];
-    static char a[] = "pc.ram", b[] = "d1", binary[] = "qemu", cwd[] = "/", machine[] = "pc-q35-7.2",
-                accel[] = "tcg", cpu[] = "qemu64-x86_64-cpu", features[] = "";
+    static char a[] = "pc.ram", b[] = "d1", binary[] = "qemu", cwd[] = "/",
+                machine[] = "pc-q35-7.2", accel[] = "tcg", cpu[] = "qemu64-x86_64-cpu",
+                features[] = "";
     ram[0] = (struct qemu_ram){a, a, 64 << 20, 4096};
     ram[1] = (struct qemu_ram){b, b, 32 << 20, 4096};
-    return (struct qemu_definition){.binary = binary, .argv = split(argv), .cwd = cwd,
-                                    .machine = machine, .accel = accel, .cpu_model = cpu,
-                                    .cpu_features = features, .n_cpus = 1, .state = GUEST_PAUSED,
-                                    .memory = 96 << 20, .ram = ram, .n_ram = 2};
+    return (struct qemu_definition){.binary = binary,
+                                    .argv = split(argv),
+                                    .cwd = cwd,
+                                    .machine = machine,
+                                    .accel = accel,
+                                    .cpu_model = cpu,
+                                    .cpu_features = features,
+                                    .n_cpus = 1,
+                                    .state = GUEST_PAUSED,
+                                    .memory = 96 << 20,
+                                    .ram = ram,
+                                    .n_ram = 2};
 }
 
 static void test_destination(void **state)
 {
     struct vm_error *err = NULL;
-    struct qemu_definition d = make_definition(
-        "qemu -machine pc-q35-7.2 " RAM("d1", "33554432") " " RAM("pc.ram", "67108864")
-        " -netdev tap,id=n0,ifname=tap7,br=br0 -nic bridge,br=br9 -netdev user,id=u -daemonize");
+    struct qemu_definition d =
+        make_definition("qemu -machine pc-q35-7.2 " RAM("d1", "33554432") " " RAM(
+            "pc.ram", "67108864") " -netdev tap,id=n0,ifname=tap7,br=br0 -nic bridge,br=br9 "
+                                  "-netdev user,id=u -daemonize");
     const int fds[] = {11, 12};
     const struct qemu_name_map maps[] = {{"tap7", "vnet3"}, {"br9", "lan"}};
     struct qemu_place place = {fds, maps, 2};
@@ -357,8 +450,9 @@ static void test_destination(void **state)
     assert_string_equal(
         text, "qemu -machine pc-q35-7.2 " RAM("d1", "33554432") ",mem-path=/proc/self/fd/12 " RAM(
                   "pc.ram", "67108864") ",mem-path=/proc/self/fd/11 "
-              "-netdev tap,id=n0,ifname=vnet3,br=br0 -nic bridge,br=lan -netdev user,id=u "
-              "-incoming defer -S");
+                                        "-netdev tap,id=n0,ifname=vnet3,br=br0 -nic bridge,br=lan "
+                                        "-netdev user,id=u "
+                                        "-incoming defer -S");
     free(text);
     free(argv);
     free(d.argv);
@@ -376,7 +470,8 @@ static void test_hostile_definitions(void **state)
         {"qemu " RAM("pc.ram", "67108864") " " RAM("d1", "33554432") " " RAM("d1", "33554432"),
          "'d1' is there twice"},
         {"qemu " RAM("pc.ram", "67108864") " " RAM("d1", "33554433"), "another size"},
-        {"qemu " RAM("pc.ram", "67108864") " -object memory-backend-ram,id=d1,size=32M", "not portable"},
+        {"qemu " RAM("pc.ram", "67108864") " -object memory-backend-ram,id=d1,size=32M",
+         "not portable"},
         {"qemu " RAM("pc.ram", "67108864") " " RAM("d1", "33554432") ",mem-path=/etc/shadow",
          "not portable"},
         {"qemu -bogus", "does not know"},
@@ -393,6 +488,56 @@ static void test_hostile_definitions(void **state)
     }
 }
 
+static void expect_invalid(const struct qemu_definition *d, const char *text)
+{
+    struct vm_error *err = NULL;
+    assert_int_equal(qemu_definition_validate(d, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_PROTOCOL);
+    if (!strstr(error_message(err), text))
+        fail_msg("expected '%s', got '%s'", text, error_message(err));
+    error_free(err);
+}
+
+static void test_hostile_fields(void **state)
+{
+    static char slash[] = "bin/qemu", relative[] = "tmp", huge[QEMU_STRING_MAX + 1];
+    const struct qemu_definition good =
+        make_definition("qemu " RAM("pc.ram", "67108864") " " RAM("d1", "33554432"));
+    struct qemu_definition d = good;
+    struct vm_error *err = NULL;
+    assert_int_equal(qemu_definition_validate(&d, &err), 0);
+    memset(huge, 'x', QEMU_STRING_MAX);
+#define WITH(change, text)                                                                         \
+    d = good;                                                                                      \
+    change;                                                                                        \
+    expect_invalid(&d, text)
+    WITH(d.memory--, "do not add up");
+    WITH(d.binary = slash, "not a file name");
+    WITH(d.binary = NULL, "does not name the binary");
+    WITH(d.cwd = relative, "not an absolute path");
+    WITH(d.cwd = huge, "too long");
+    WITH(d.state = GUEST_BROKEN, "neither running nor paused");
+    WITH(d.n_ram = GUEST_REGIONS_MAX + 1, "more than 256 memory regions");
+    WITH(d.n_disks = QEMU_DISKS_MAX + 1, "more than 256 disks");
+    WITH(d.n_devices = QEMU_DEVICES_MAX + 1, "too many devices");
+    WITH(d.argv = NULL, "no command line");
+    struct qemu_ram *ram = good.ram, saved = *ram;
+    WITH(ram->page_size = 3000, "impossible size");
+    *ram = saved;
+    WITH(ram->page_size = 2048, "impossible size");
+    *ram = saved;
+    WITH(ram->size += 1, "impossible size");
+    *ram = saved;
+    WITH(ram->size = 1ULL << 63, "impossible size");
+    *ram = saved;
+    WITH(ram->block = NULL, "does not name a memory block");
+    *ram = saved;
+    WITH(ram->block = good.ram[1].block, "there twice");
+    *ram = saved;
+#undef WITH
+    free(good.argv);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -405,6 +550,7 @@ int main(void)
         cmocka_unit_test(test_plugged_virtio_mem_is_refused),
         cmocka_unit_test(test_destination),
         cmocka_unit_test(test_hostile_definitions),
+        cmocka_unit_test(test_hostile_fields),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

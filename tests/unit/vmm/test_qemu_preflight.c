@@ -342,6 +342,69 @@ static void test_file_identity(void **state)
     assert_int_equal(count_proofs(), 0);
 }
 
+/* A QEMU in a mount namespace of its own, where this process sees another file under that name, or
+ * none. */
+static void test_mount_namespace(void **state)
+{
+    char script[600], folder[160], disk[200], drive[260];
+    snprintf(folder, sizeof(folder), "%s", live_path("ns", ""));
+    snprintf(disk, sizeof(disk), "%s/d.raw", folder);
+    snprintf(drive, sizeof(drive), "file=%s,format=raw,if=virtio,id=root", disk);
+    snprintf(script, sizeof(script),
+             "mount -t tmpfs none %s && truncate -s 4M %s && exec " LIVE_BINARY " \"$@\"", folder,
+             disk);
+    assert_int_equal(mkdir(folder, 0700), 0);
+    char *argv[] = {(char[]){"unshare"},
+                    (char[]){"-m"},
+                    (char[]){"sh"},
+                    (char[]){"-c"},
+                    script,
+                    (char[]){"sh"},
+                    (char[]){"-accel"},
+                    (char[]){"tcg"},
+                    (char[]){"-nodefaults"},
+                    (char[]){"-display"},
+                    (char[]){"none"},
+                    (char[]){"-S"},
+                    (char[]){"-drive"},
+                    drive,
+                    NULL};
+    struct qemu_launch launch = {.binary = "/usr/bin/unshare",
+                                 .argv = argv,
+                                 .qmp_path = live_path("a", ".qmp"),
+                                 .log_path = live_path("a", ".log")};
+    struct vm_error *err = NULL;
+    struct qemu *q = live_note(qemu_spawn(&launch, &err));
+    if (!q)
+        fail_msg("%s", error_message(err));
+    qemu_destroy(q);
+    q = qemu_attach(launch.qmp_path, 5000, &err);
+    if (!q)
+        fail_msg("%s", error_message(err));
+    cleanup_qemu_definition struct qemu_definition d = {0};
+    assert_ok(qemu_preflight(q, &d, why));
+    assert_string_equal(d.binary, "qemu-system-x86_64");
+    assert_int_equal(d.n_disks, 1);
+
+    char root[64];
+    snprintf(root, sizeof(root), "/proc/%d/root", qemu_guest(q)->process.pid);
+    struct disk_offer offer;
+    struct disk_answer answer;
+    assert_ok(disk_identity_offer(&d.disks[0], d.cwd, root, &offer, why));
+    assert_int_equal(strncmp(offer.path, root, strlen(root)), 0);
+    cleanup_close int other = open(disk, O_CREAT | O_RDWR, 0600);
+    assert_int_equal(ftruncate(other, 4 * MIB), 0);
+    assert_int_equal(disk_identity_answer(&d.disks[0], d.cwd, &offer, &answer, &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED, "the proof beside that one is not here");
+    char proof[QEMU_STRING_MAX];
+    struct stat st;
+    strcpy(proof, offer.path);
+    assert_int_equal(stat(proof, &st), 0);
+    disk_identity_withdraw(&offer);
+    assert_int_equal(stat(proof, &st), -1);
+    live_end(q);
+}
+
 static void test_rbd_identity(void **state)
 {
     static const char conf_a[] =
@@ -383,12 +446,12 @@ static void test_other_identities(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        live_test(test_definition),       live_test(test_stale_disks),
-        live_test(test_plugged_devices),  live_test(test_anonymous_device),
-        live_test(test_plugged_cpu),      live_test(test_refused_by_command_line),
-        live_test(test_block_job),        live_test(test_destination_host),
-        live_test(test_file_identity),    live_test(test_rbd_identity),
-        live_test(test_other_identities),
+        live_test(test_definition),      live_test(test_stale_disks),
+        live_test(test_plugged_devices), live_test(test_anonymous_device),
+        live_test(test_plugged_cpu),     live_test(test_refused_by_command_line),
+        live_test(test_block_job),       live_test(test_destination_host),
+        live_test(test_file_identity),   live_test(test_mount_namespace),
+        live_test(test_rbd_identity),    live_test(test_other_identities),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
 }
