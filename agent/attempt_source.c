@@ -256,10 +256,16 @@ static void fail_when_late(struct attempt *a, int64_t since_ns, int limit_ms, co
 
 static void tick(struct attempt *a)
 {
+    struct sender_progress copy_progress = {0};
     pthread_mutex_lock(&a->lock);
     int64_t offline = a->source.offline_since_ns;
+    if (a->source.sender)
+        sender_progress(a->source.sender, &copy_progress);
     pthread_mutex_unlock(&a->lock);
-    if (a->machine.state == HANDOVER_SRC_PREPARING) {
+    if (a->machine.state == HANDOVER_SRC_SENDING && copy_progress.outage_ns) {
+        fail_when_late(a, clock_mono_ns() - copy_progress.outage_ns, STANDING_OFFLINE_MS,
+                       "the link was lost while the guest stood,");
+    } else if (a->machine.state == HANDOVER_SRC_PREPARING) {
         fail_when_late(a, a->state_since_ns, PREPARE_TIMEOUT_MS,
                        "the destination did not become ready");
     } else if (a->machine.state == HANDOVER_SRC_SENT) {

@@ -219,6 +219,15 @@ void job_release(struct job_table *t, const char *vm)
         *c = t->claims[--t->n_claims];
 }
 
+/* With the lock held: an ended job that nobody waits for needs no descriptors any more. */
+static void close_latches(struct job *job)
+{
+    if (!has_ended(job) || job->waiters)
+        return;
+    close_fd(&job->cancel_fd);
+    close_fd(&job->done_fd);
+}
+
 /* The job's result becomes visible; its thread touches neither job nor table after that. */
 static void end(struct job *job, int result, struct vm_error *err)
 {
@@ -234,6 +243,7 @@ static void end(struct job *job, int result, struct vm_error *err)
     t->n_running--;
     t->n_ended++;
     io_latch_set(job->done_fd);
+    close_latches(job);
     pthread_cond_broadcast(&t->ended);
 }
 
@@ -440,6 +450,7 @@ static void unpin(struct job *job)
 {
     SCOPE_LOCK(&job->table->lock);
     job->waiters--;
+    close_latches(job);
 }
 
 int job_wait(struct job_table *t, const struct uuid *id, int64_t deadline_ns, int cancel_fd,
@@ -448,7 +459,7 @@ int job_wait(struct job_table *t, const struct uuid *id, int64_t deadline_ns, in
     struct job *job = pin(t, id, err);
     if (!job)
         return -1;
-    int r = io_wait(job->done_fd, POLLIN, deadline_ns, cancel_fd, err);
+    int r = job->done_fd < 0 ? 0 : io_wait(job->done_fd, POLLIN, deadline_ns, cancel_fd, err);
     unpin(job);
     return r;
 }

@@ -15,6 +15,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/file.h>
@@ -241,6 +242,10 @@ static int run(int argc, char **argv, struct vm_error **err)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
+    /* What a migration held goes back when it ends, instead of staying in some thread's arena. */
+    mallopt(M_MMAP_THRESHOLD, 512 << 10);
+    mallopt(M_TRIM_THRESHOLD, 1 << 20);
+    mallopt(M_ARENA_MAX, 4);
     int r = run(argc, argv, &err);
     if (fflush(stdout) == EOF)
         return 1;

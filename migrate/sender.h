@@ -20,8 +20,8 @@
  * Channel 0 carries, besides bytes, a barrier: "all pages up to these numbers of the other channels
  * must be in place before the bytes behind me are loaded" (migrate/stream_frames.h).
  *
- * Failure: sender_run returns -1 and the reason. If it had paused the guest, *paused_by_us of the
- * progress says so; resuming is the caller's.
+ * Failure: sender_run returns -1 and the reason; the guest may stand then, and resuming it is the
+ * caller's. How long a lost link is waited for while the guest stands is the caller's as well.
  */
 #ifndef VMMIG_MIGRATE_SENDER_H
 #define VMMIG_MIGRATE_SENDER_H
@@ -67,7 +67,8 @@ struct sender_progress {
     unsigned connected, reconnects;
     unsigned throttle_max_percent;
     int64_t predicted_pause_ns;  /* -1: unknown */
-    int64_t paused_at_ns;        /* monotonic; 0: not paused by us yet */
+    int64_t paused_at_ns;        /* monotonic; 0: the guest runs */
+    int64_t outage_ns;           /* since the guest stands: some channel is without a connection */
     bool limit_missed;           /* paused at the best minimum, above the limit */
     enum page_mode mode;         /* how pages are compressed at the moment */
     struct page_encoder_stats pages; /* sums over the channels */
