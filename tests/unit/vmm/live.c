@@ -195,7 +195,7 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
     m->from = from;
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->changed, NULL);
-    struct qemu_host host = {.binary = LIVE_BINARY, .scratch_dir = live_dir};
+    struct qemu_host host = {.binary = LIVE_BINARY, .scratch_dir = live_dir, .user = m->user};
     if (qemu_preflight(from, &m->definition, err) < 0 ||
         qemu_definition_validate(&m->definition, err) < 0 ||
         qemu_dest_check(&m->definition, &host, err) < 0)
@@ -205,7 +205,8 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
                                     .launch = {.binary = LIVE_BINARY,
                                                .qmp_path = live_path(name, ".qmp"),
                                                .log_path = live_path(name, ".log"),
-                                               .cgroup = m->cgroup}};
+                                               .cgroup = m->cgroup,
+                                               .user = m->user}};
     m->to = m->dest_qmp ? qemu_sink_attach(&m->definition, m->dest_qmp, 5000, err)
                         : live_note(qemu_sink_spawn(&sink, err));
     return m->to ? guest_sink_regions(qemu_guest(m->to), &m->regions, &m->n_regions) : -1;

@@ -58,6 +58,7 @@ struct live_move {
     const char *dest_qmp; /* instead of starting one: attach to this */
     bool populate;        /* as the engine does */
     const char *cgroup;   /* of the destination; NULL: none */
+    const char *user;     /* of the destination; NULL: this one */
 
     pthread_mutex_t lock;
     pthread_cond_t changed;

@@ -169,6 +169,20 @@ static void test_move_and_back(void **state)
     live_move_finish(&m);
 }
 
+/* A destination of another user gets at its memory and its monitor through what it inherits. */
+static void test_move_to_another_user(void **state)
+{
+    struct live_move m = {.user = "nobody", .populate = true};
+    struct vm_error *err = NULL;
+    assert_int_equal(chmod(live_dir, 0777), 0); /* for what the comparison writes */
+    struct qemu *q = live_spawn("a", &err, "-m", "64", NULL);
+    assert_non_null(q);
+    assert_ok(live_move(&m, q, "b", why));
+    assert_string_equal(proc_line(m.to, "status", "Uid:\t"), "65534\t65534\t65534\t65534");
+    assert_same_memory(q, m.to, 0, 64 << 20);
+    live_move_finish(&m);
+}
+
 /* What a migration leaves behind when it does not come to its end. */
 
 static struct qemu *spawn_with_memory(bool running)
@@ -491,6 +505,7 @@ int main(void)
         live_test(test_isolation),
         live_test(test_pause_resume),
         live_test(test_move_and_back),
+        live_test(test_move_to_another_user),
         live_test(test_stop_leaves_running),
         live_test(test_stop_leaves_paused),
         live_test(test_stop_of_a_paused_guest),
