@@ -360,7 +360,7 @@ const char *config_find_vmm(const struct config *c, const char *argv0)
     for (unsigned i = 0; i < c->vmms.n; i++) {
         const char *path = c->vmms.list[i];
         const char *slash = strrchr(path, '/');
-        if (!strcmp(path, argv0) || (!strchr(argv0, '/') && !strcmp(slash + 1, argv0)))
+        if (!strcmp(path, argv0) || !strcmp(slash + 1, argv0))
             return path;
     }
     return NULL;

@@ -532,6 +532,10 @@ def test_hostile_bytes_are_answered_and_the_agent_goes_on(h1, data, expected):
     assert h1.run('list').returncode == 0
 
 
+def test_hello_comes_first(h1):
+    assert b'HELLO is expected first, not LIST' in talk(h1, frame(12))
+
+
 def test_clients_are_bounded(tmp_path):
     agent = Agent(tmp_path, 'small', **{'max-clients': '2', 'listen': 'none'}).start()
     try:
@@ -564,6 +568,7 @@ def test_who_may_drive_the_agent(h1):
     assert done.returncode == 7
     assert done.stderr.startswith('vmmig: ') and done.stderr.count('\n') == 1
     # The file's mode is the first gate; the credentials are the second one, on their own.
+    assert os.stat(h1.socket).st_mode & 0o777 == 0o600
     os.chmod(h1.socket, 0o666)
     done = h1.run('list', **other_user())
     assert done.returncode == 7

@@ -82,7 +82,8 @@ static void text_that_is_shown(void **state)
     static const char *const bad[] = {"a\nb",         "\x1b[31m",         "a\x7f",
                                       "\xc3",         "\xc0\x80",         "\xed\xa0\x80",
                                       "\xf8\x88\x80", "\xf4\x90\x80\x80", "\xc2\x9b",
-                                      "\xe2\x80\xae", "\xff"};
+                                      "\xe2\x80\xae", "\xff",             "\xe0\x9f\xbf",
+                                      "\xf0\x8f\xbf\xbf"};
     for (size_t i = 0; i < sizeof(good) / sizeof(*good); i++)
         assert_int_equal(field_check_text("it", good[i], 1, 10, NULL), 0);
     for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
