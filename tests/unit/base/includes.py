@@ -31,7 +31,7 @@ OWNERS = {
     'event2/*': ['base/loop.c'],
     'openssl/*': ['migrate/tls.c', 'tools/pki.c', 'repo/*'],
     'rados/*': ['repo/store_rados.c'],
-    'jansson.h': ['vmm/*', 'tools/*', 'snapshot/*'],
+    'jansson.h': ['vmm/*', 'tools/*', 'snapshot/*', 'repo/*'],
     'lmdb.h': ['migrate/journal.c', 'repo/*'],
     'vmm/qmp.h': ['vmm/*'],
     'getopt.h': [],
