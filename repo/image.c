@@ -100,9 +100,9 @@ int image_read(const char *name, const void *data, size_t len, struct image *ret
     image->writer = cursor_le64(&c);
     image->bytes_added = cursor_le64(&c);
     get_text(&c, image->parent, IMAGE_NAME_MAX);
-    bool good = version == VERSION && !zero &&
-                (!image->parent[0] || !image_name_check(image->parent, NULL)) && image->n_files && image->n_files <= IMAGE_FILES_MAX &&
-                strlen(name) <= IMAGE_NAME_MAX;
+    bool good = version == VERSION && !zero && image->n_files &&
+                image->n_files <= IMAGE_FILES_MAX && strlen(name) <= IMAGE_NAME_MAX &&
+                (!image->parent[0] || !image_name_check(image->parent, NULL));
     for (unsigned i = 0; good && i < image->n_files; i++)
         read_file(&c, &image->files[i]);
     if (!good || c.failed || cursor_left(&c))

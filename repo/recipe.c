@@ -44,7 +44,7 @@ static bool continues(const struct recipe_page *a, const struct recipe_page *b)
 {
     if (page_is_hole(a) || page_is_hole(b))
         return page_is_hole(a) && page_is_hole(b);
-    return a->pack == b->pack && a->offset == b->offset && b->page == a->page + 1;
+    return a->pack == b->pack && a->offset == b->offset && a->len == b->len && b->page == a->page + 1;
 }
 
 static unsigned run_length(const struct recipe_leaf *leaf, unsigned from, unsigned end)
