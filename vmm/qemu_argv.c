@@ -12,12 +12,36 @@
 
 /* Options without a value, of QEMU 7.2 to 10.x. */
 static const char *const flags[] = {
-    "S",           "async-teardown", "audio-help",   "daemonize",         "enable-kvm",
-    "enable-sync-profile", "full-screen", "h",       "help",              "mem-prealloc",
-    "no-acpi",     "no-fd-bootchk",  "no-hpet",      "no-reboot",         "no-shutdown",
-    "no-user-config", "nodefaults",  "nographic",    "old-param",         "only-migratable",
-    "portrait",    "preconfig",      "s",            "semihosting",       "singlestep",
-    "snapshot",    "usb",            "version",      "win2k-hack",        "xen-attach",
+    "S",
+    "async-teardown",
+    "audio-help",
+    "daemonize",
+    "enable-kvm",
+    "enable-sync-profile",
+    "full-screen",
+    "h",
+    "help",
+    "mem-prealloc",
+    "no-acpi",
+    "no-fd-bootchk",
+    "no-hpet",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefaults",
+    "nographic",
+    "old-param",
+    "only-migratable",
+    "portrait",
+    "preconfig",
+    "s",
+    "semihosting",
+    "singlestep",
+    "snapshot",
+    "usb",
+    "version",
+    "win2k-hack",
+    "xen-attach",
     "xen-domid-restrict",
 };
 
@@ -331,27 +355,40 @@ bool qemu_props_is_on(const struct qemu_props *p, const char *key)
     return v && (!strcmp(v, "on") || !strcmp(v, "yes") || !strcmp(v, "true") || !strcmp(v, "y"));
 }
 
-/* One "key=value", "key" or, first of all, "value" up to a comma that is not doubled. */
-static int parse_prop(const char **at, const char *implied_key, struct qemu_props *p,
-                      struct vm_error **err)
+/* A value up to a comma that is not doubled, NUL behind it; *at moves behind that comma. */
+static int take_value(const char **at, struct buffer *value, struct vm_error **err)
 {
-    cleanup_buffer struct buffer part = {0};
     const char *c = *at;
     for (; *c && (*c != ',' || c[1] == ','); c++) {
-        buffer_put_u8(&part, (uint8_t)*c);
+        buffer_put_u8(value, (uint8_t)*c);
         c += *c == ',';
     }
     *at = *c ? c + 1 : c;
-    buffer_put_u8(&part, 0);
-    if (part.failed)
-        return error_nomem(err);
-    const char *text = (const char *)part.data;
-    const char *equals = strchr(text, '=');
-    if (equals)
-        return add_prop(p, text, (size_t)(equals - text), equals + 1, err);
-    if (implied_key)
-        return add_prop(p, implied_key, strlen(implied_key), text, err);
-    return *text ? add_prop(p, text, strlen(text), "on", err) : 0;
+    buffer_put_u8(value, 0);
+    return value->failed ? error_nomem(err) : 0;
+}
+
+/* One "key=value", a lone "key", or, where a key is implied, a lone value: as QEMU tells them
+ * apart. */
+static int parse_prop(const char **at, const char *implied_key, struct qemu_props *p,
+                      struct vm_error **err)
+{
+    cleanup_buffer struct buffer value = {0};
+    const char *key = *at;
+    size_t key_len = strcspn(key, "=,");
+    if (key[key_len] != '=' && implied_key) {
+        if (take_value(at, &value, err) < 0)
+            return -1;
+        return add_prop(p, implied_key, strlen(implied_key), (const char *)value.data, err);
+    }
+    if (!key_len)
+        return error_set(err, VM_ERROR_USAGE, "malformed option in the command line: %.80s", key);
+    *at = key + key_len + (key[key_len] != 0);
+    if (key[key_len] != '=')
+        return add_prop(p, key, key_len, "on", err);
+    if (take_value(at, &value, err) < 0)
+        return -1;
+    return add_prop(p, key, key_len, (const char *)value.data, err);
 }
 
 static int add_json(struct qemu_props *p, const char *prefix, const json_t *value,
@@ -376,12 +413,12 @@ static int add_json(struct qemu_props *p, const char *prefix, const json_t *valu
     size_t i;
     switch (json_typeof(value)) {
     case JSON_OBJECT:
-        json_object_foreach((json_t *)(uintptr_t)value, key, member)
-            if (add_json_member(p, prefix, key, member, err) < 0)
-                return -1;
+        json_object_foreach((json_t *)(uintptr_t)value, key,
+                            member) if (add_json_member(p, prefix, key, member, err) < 0) return -1;
         return 0;
     case JSON_ARRAY:
-        json_array_foreach(value, i, member) {
+        json_array_foreach(value, i, member)
+        {
             snprintf(text, sizeof(text), "%zu", i);
             if (add_json_member(p, prefix, text, member, err) < 0)
                 return -1;
@@ -412,8 +449,9 @@ int qemu_props_parse(const char *text, const char *implied_key, struct qemu_prop
     if (text[0] == '{') {
         json_error_t where;
         json_t *j = json_loads(text, 0, &where);
-        int rc = j ? add_json(&p, "", j, err)
-                   : error_set(err, VM_ERROR_USAGE, "malformed JSON in the command line: %.80s", text);
+        int rc =
+            j ? add_json(&p, "", j, err)
+              : error_set(err, VM_ERROR_USAGE, "malformed JSON in the command line: %.80s", text);
         json_decref(j);
         if (rc < 0)
             return -1;
@@ -452,8 +490,8 @@ char *qemu_props_format(const struct qemu_props *p, const char *implied_key)
 {
     cleanup_buffer struct buffer out = {0};
     const char *first = implied_key ? qemu_props_get(p, implied_key) : NULL;
-    /* A value with an equals sign, or an empty one, cannot stand without its key. */
-    bool bare = first && *first && !strchr(first, '=');
+    /* What would be read as something else keeps its key. */
+    bool bare = first && *first && *first != '{' && first[strcspn(first, "=,")] != '=';
     if (first)
         put_prop(&out, bare ? NULL : implied_key, first);
     for (unsigned i = 0; i < p->n; i++)

@@ -103,6 +103,11 @@ static void test_props(void **state)
         {"file=a,,b=c,if=none", NULL, "file", "a,b=c"},
         {"file=x,readonly", NULL, "readonly", "on"},
         {"a=1,a=2", NULL, "a", "2"},
+        {"a,,b=c,d=e", "type", "type", "a,b=c"},
+        {"a,fd=7", NULL, "fd", "7"},
+        {"a=1,", NULL, "a", "1"},
+        {"a=1,,,b", NULL, "a", "1,"},
+        {"b=2,type={x", "type", "type", "{x"},
         {"", "type", "type", NULL},
         {"socket,id=c,path=/x,server=on", "backend", "path", "/x"},
         {"{\"driver\": \"raw\", \"file\": {\"driver\": \"file\", \"filename\": \"a,b\"}}", "driver",
@@ -129,11 +134,14 @@ static void test_props(void **state)
             assert_string_equal(value, cases[i].value);
         free(text);
     }
-    struct vm_error *err = NULL;
-    struct qemu_props p;
-    assert_int_equal(qemu_props_parse("{\"a\": ", NULL, &p, &err), -1);
-    assert_int_equal(err->kind, VM_ERROR_USAGE);
-    error_free(err);
+    static const char *const malformed[] = {"{\"a\": ", "a,,fd=7", "=x"};
+    for (size_t i = 0; i < sizeof(malformed) / sizeof(*malformed); i++) {
+        struct vm_error *err = NULL;
+        cleanup_qemu_props struct qemu_props p = {0};
+        assert_int_equal(qemu_props_parse(malformed[i], NULL, &p, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_USAGE);
+        error_free(err);
+    }
 }
 
 static void test_sizes(void **state)
