@@ -163,17 +163,17 @@ static void *watch_main(void *arg)
 {
     struct outgoing *o = arg;
     struct qemu *q = o->q;
-    unsigned told = 1;
+    unsigned told = 1; /* round 1 is there from the beginning */
     for (;;) {
         unsigned pass;
         {
             SCOPE_LOCK(&q->lock);
             while (!o->ended && !q->closed && q->pass <= told)
                 pthread_cond_wait(&q->changed, &q->lock);
-            if (o->ended || q->closed)
-                break;
             pass = q->pass;
         }
+        if (pass <= told)
+            break;
         told = pass;
         if (o->events.round)
             o->events.round(o->arg, pass);

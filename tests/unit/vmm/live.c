@@ -212,16 +212,22 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
     return m->to ? guest_sink_regions(qemu_guest(m->to), &m->regions, &m->n_regions) : -1;
 }
 
-int live_start(struct live_move *m, struct vm_error **err)
+int live_start_with(struct live_move *m, const struct guest_source_params *params,
+                    struct vm_error **err)
 {
-    struct guest_source_params params = {
-        .channels = 2, .regions = m->regions, .n_regions = m->dest_qmp ? 0 : m->n_regions};
     struct guest_source_events events = {.pages = on_pages,
                                          .bytes = on_bytes,
                                          .memory_done = on_memory_done,
                                          .done = on_done,
                                          .round = on_round};
-    return guest_source_start(qemu_guest(m->from), &params, &events, m, err);
+    return guest_source_start(qemu_guest(m->from), params, &events, m, err);
+}
+
+int live_start(struct live_move *m, struct vm_error **err)
+{
+    struct guest_source_params params = {
+        .channels = 2, .regions = m->regions, .n_regions = m->dest_qmp ? 0 : m->n_regions};
+    return live_start_with(m, &params, err);
 }
 
 int live_wait(struct live_move *m, struct vm_error **err)

@@ -75,6 +75,8 @@ struct live_move {
 int live_prepare(struct live_move *m, struct qemu *from, const char *name, struct vm_error **err);
 /* Start the source. */
 int live_start(struct live_move *m, struct vm_error **err);
+int live_start_with(struct live_move *m, const struct guest_source_params *params,
+                    struct vm_error **err);
 /* Wait for `done`; the error of the migration. */
 int live_wait(struct live_move *m, struct vm_error **err);
 /* prepare, start, pause, wait, stop, finish the sink. */

@@ -396,12 +396,59 @@ static void test_idle_guest_completes(void **state)
     assert_ok(live_prepare(&m, q, "b", why));
     assert_ok(live_start(&m, why));
     assert_ok(live_wait(&m, why));
+    assert_true(m.rounds >= 2); /* the dirty log was read again before the end */
     assert_run_state(q, GUEST_POSTMIGRATE);
     assert_ok(guest_source_stop(qemu_guest(q), why));
     assert_run_state(q, GUEST_POSTMIGRATE);
     assert_ok(guest_sink_finish(qemu_guest(m.to), clock_mono_ns() + 20 * NSEC_PER_SEC, -1, why));
     assert_run_state(m.to, GUEST_PAUSED);
     assert_same_memory(q, m.to, 0, 128 << 20);
+    live_move_finish(&m);
+}
+
+static json_int_t parameter(struct qemu *q, const char *name)
+{
+    CLEANUP(json) json_t *parameters = live_qmp(q, "query-migrate-parameters", "");
+    return qmp_integer(parameters, name);
+}
+
+static bool capability(struct qemu *q, const char *name)
+{
+    CLEANUP(json) json_t *list = live_qmp(q, "query-migrate-capabilities", "");
+    size_t i;
+    json_t *c;
+    json_array_foreach(list, i, c) if (!strcmp(qmp_string(c, "capability"), name)) return qmp_bool(
+        c, "state");
+    return false;
+}
+
+/* Whatever was set before, QEMU migrates as the driver wants; the limit ends with the pause. */
+static void test_parameters(void **state)
+{
+    struct live_move m = {.on_batch = block_third_batch};
+    struct qemu *q = spawn_with_memory(true);
+    json_decref(live_qmp(q, "migrate-set-capabilities",
+                         "{\"capabilities\": [{\"capability\": \"xbzrle\", \"state\": true}, "
+                         "{\"capability\": \"pause-before-switchover\", \"state\": true}, "
+                         "{\"capability\": \"x-ignore-shared\", \"state\": true}]}"));
+    json_decref(live_qmp(q, "migrate-set-parameters",
+                         "{\"downtime-limit\": 2000, \"tls-creds\": \"other\"}"));
+    assert_ok(live_prepare(&m, q, "b", why));
+    struct guest_source_params params = {
+        .channels = 1, .regions = m.regions, .n_regions = m.n_regions, .max_bandwidth = 50 << 20};
+    assert_ok(live_start_with(&m, &params, why));
+    wait_blocked(&m);
+    assert_int_equal(parameter(q, "max-bandwidth"), 50 << 20);
+    struct guest_source_progress progress;
+    assert_ok(guest_source_progress(qemu_guest(q), &progress, why));
+    assert_int_equal(parameter(q, "downtime-limit"), progress.one_round ? 0 : 1);
+    assert_true(capability(q, "auto-converge") && capability(q, "events"));
+    assert_false(capability(q, "xbzrle") || capability(q, "pause-before-switchover") ||
+                 capability(q, "x-ignore-shared"));
+    assert_ok(guest_pause(qemu_guest(q), why));
+    assert_int_equal(parameter(q, "max-bandwidth"), 0);
+    unblock(&m);
+    assert_ok(live_wait(&m, why));
     live_move_finish(&m);
 }
 
@@ -515,6 +562,7 @@ int main(void)
         live_test(test_sink_waits_no_longer),
         live_test(test_qemu_refuses),
         live_test(test_idle_guest_completes),
+        live_test(test_parameters),
         live_test(test_attach_through_a_relay),
         live_test(test_memory_is_charged_to_the_vm),
     };
