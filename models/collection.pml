@@ -1,0 +1,396 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Collection in a repository: two catalogue shards, two writers, two collectors, users who delete names and
+ * take leases. docs/repository-collection.md is the protocol in words; the step names here are its.
+ *
+ * One step is one operation on one object of the store (a guarded update, a read, a scan of one kind of
+ * key), since there is nothing larger that is atomic. A process that crashes is one that takes no further step;
+ * one that is slow takes its next step arbitrarily late: both are among the interleavings, so the model
+ * needs neither clocks nor crashes of its own. Fencing may happen to any writer at any time.
+ *
+ *   packs     P0 is old data; P1 is written by writer 1, P2 by writer 2. (Recipe trees are collected
+ *             in the same way: "pack" stands for both.)
+ *   shard 0   name B, which writer 1 commits
+ *   shard 1   name A, which is there from the start and holds P0; name C, which writer 2 commits; leases
+ *   writer 1  registers in shard 0, then pins A in shard 1 as its parent; shares what A holds, and what it
+ *             finds
+ *   writer 2  registers in shard 1; shares what it finds
+ *
+ * Properties:
+ *   P1  What a name or a lease holds exists: checked at every commit, lease, and removal of a pack.
+ *   P2  Nobody waits for ever: writers and users have a step at any time, a collector waits only for what
+ *       it could fence, and all come to their end.
+ *
+ * -DMISTAKE_... seeds a mistake, which must be caught.
+ */
+#ifndef LISTS
+#define LISTS 2
+#endif
+#define NONE 255
+
+#define P0 1
+#define P1 2
+#define P2 4
+
+/* The store. */
+byte packs = P0;               /* objects that exist */
+byte epoch[2];                 /* of each shard */
+byte name_a = P0, name_b, name_c; /* what they hold; 0: no such name */
+byte lease[2];                 /* in shard 1, by ascending number */
+/* Registrations: 0 none, else 1 + the epoch acknowledged. */
+byte register_1, register_2;
+byte pin_1;                    /* what writer 1 pins as its parent in shard 1; 0: nothing */
+/* The condemned lists. An entry is condemned, being deleted, or gone. */
+byte condemned[LISTS], deleting[LISTS], target[LISTS];
+byte open = NONE;              /* the list that is open */
+byte next_list, done_epoch;    /* in the same map as `open` */
+
+#define HELD (name_a | name_b | name_c | lease[0] | lease[1])
+#define MISSING (HELD & ~packs)
+
+/* ---- Writers ---- */
+
+/* Values that are not needed any more are forgotten, here and below, so that fewer states differ. */
+#define FORGET known = 0; known_list = 0; seen = 0
+
+/*
+ * Register in a shard: read its epoch, then the open list, then one update guarded by the epoch. Sharing
+ * is decided only after that.
+ */
+inline look(shard)
+{
+    seen = epoch[shard]
+}
+
+inline look_list()
+{
+    atomic {
+        known_list = open;
+        if
+        :: open != NONE -> known = condemned[open] | deleting[open]
+        :: else -> known = 0
+        fi
+    }
+}
+
+/* One pack is condemned and wanted: off the list with it, if it still can; or store its pages again. */
+inline rescue(pack)
+{
+    atomic {
+        if
+        :: (mask & known & pack) ->
+           if
+#ifdef MISTAKE_RESCUE_UNGUARDED
+           :: true -> condemned[known_list] = condemned[known_list] & ~pack
+#else
+           :: (condemned[known_list] & pack) ->
+              condemned[known_list] = condemned[known_list] & ~pack;
+           :: !(condemned[known_list] & pack) -> mask = mask & ~pack
+#endif
+           fi
+        :: else
+        fi
+    }
+}
+
+inline rescue_all()
+{
+    rescue(P0);
+    rescue(P1);
+    rescue(P2)
+}
+
+/* What footers that were read since the registration name may be shared, if it is not condemned. */
+inline share(others)
+{
+    if
+    :: mask = mask | ((others) & packs & ~known)
+    :: mask = mask | ((others) & packs); rescue_all() /* or rescued first */
+    :: skip
+    fi
+}
+
+#ifdef MISTAKE_OLD_FOOTERS
+#define OLD_FOOTERS old = packs
+#define SHARE(others) mask = mask | ((others) & old & ~known)
+#else
+#define OLD_FOOTERS skip
+#define SHARE(others) share(others)
+#endif
+
+#ifdef MISTAKE_REGISTRATION_NOT_GUARDED
+#define EPOCH_SAME(shard) true
+#define EPOCH_REGISTERED(shard) epoch[shard]
+#else
+#define EPOCH_SAME(shard) (epoch[shard] == seen)
+#define EPOCH_REGISTERED(shard) seen
+#endif
+#ifdef MISTAKE_COMMIT_NOT_GUARDED
+#define COMMIT_EPOCH(shard, registration) true
+#else
+#define COMMIT_EPOCH(shard, registration) (registration == epoch[shard] + 1)
+#endif
+#ifdef MISTAKE_FENCE_DOES_NOT_HOLD
+#define REGISTERED(registration) true
+#undef COMMIT_EPOCH
+#define COMMIT_EPOCH(shard, registration) (acknowledged == epoch[shard] + 1)
+#else
+#define REGISTERED(registration) (registration != 0)
+#endif
+
+proctype writer_1()
+{
+    byte mask, known, known_list, seen, acknowledged, parent;
+#ifdef MISTAKE_OLD_FOOTERS
+    byte old;
+    OLD_FOOTERS;
+#endif
+#ifdef MISTAKE_PARENT_FIRST
+    if
+    :: atomic { name_a != 0 -> pin_1 = name_a; parent = name_a }
+    :: atomic { name_a == 0 -> goto out }
+    fi;
+#endif
+own:
+    look(0);
+    look_list();
+    if
+    :: atomic { EPOCH_SAME(0) -> register_1 = EPOCH_REGISTERED(0) + 1; acknowledged = register_1 }
+    :: atomic { !EPOCH_SAME(0) -> goto own }
+    fi;
+#ifndef MISTAKE_PARENT_FIRST
+    /* Then the parent, whose existence is compared in the same update. */
+    if
+    :: atomic { name_a != 0 -> pin_1 = name_a; parent = name_a }
+    :: atomic { name_a == 0 -> goto ended }
+    fi;
+#endif
+    /* The parent's subtrees are walked: what is condemned of them is rescued, or stored again. */
+    if
+    :: atomic { mask = parent; parent = 0 }; rescue_all()
+    :: parent = 0
+    fi;
+    SHARE(P0 | P2);
+    atomic { parent = 0; FORGET; packs = packs | P1; mask = mask | P1 };
+commit:
+    if
+    :: atomic { COMMIT_EPOCH(0, register_1) && REGISTERED(register_1) ->
+        name_b = mask; register_1 = 0; mask = 0; acknowledged = 0;
+        assert(MISSING == 0) /* P1 */ }
+    :: atomic { !REGISTERED(register_1) -> mask = 0; acknowledged = 0; goto ended } /* fenced */
+    :: atomic { REGISTERED(register_1) && !COMMIT_EPOCH(0, register_1) -> skip };
+       look(0);
+       look_list();
+       rescue_all();
+       if
+       :: atomic { epoch[0] == seen && REGISTERED(register_1) ->
+            register_1 = seen + 1; acknowledged = register_1; FORGET }
+       :: atomic { epoch[0] != seen || !REGISTERED(register_1) -> FORGET }
+       fi;
+       goto commit
+    :: atomic { mask = 0; acknowledged = 0; goto ended } /* gives up */
+    fi;
+ended:
+    if
+    :: register_1 = 0; pin_1 = 0
+    :: skip /* crashed: both stay until they are fenced */
+    fi;
+out:
+    skip
+}
+
+proctype writer_2()
+{
+    byte mask, known, known_list, seen, acknowledged;
+#ifdef MISTAKE_OLD_FOOTERS
+    byte old;
+    OLD_FOOTERS;
+#endif
+own:
+    look(1);
+    look_list();
+    if
+    :: atomic { EPOCH_SAME(1) -> register_2 = EPOCH_REGISTERED(1) + 1; acknowledged = register_2 }
+    :: atomic { !EPOCH_SAME(1) -> goto own }
+    fi;
+    SHARE(P0 | P1);
+    atomic { FORGET; packs = packs | P2; mask = mask | P2 };
+commit:
+    if
+    :: atomic { COMMIT_EPOCH(1, register_2) && REGISTERED(register_2) ->
+        name_c = mask; register_2 = 0; mask = 0; acknowledged = 0;
+        assert(MISSING == 0) /* P1 */ }
+    :: atomic { !REGISTERED(register_2) -> mask = 0; acknowledged = 0; goto out }
+    :: atomic { REGISTERED(register_2) && !COMMIT_EPOCH(1, register_2) -> skip };
+       look(1);
+       look_list();
+       rescue_all();
+       if
+       :: atomic { epoch[1] == seen && REGISTERED(register_2) ->
+            register_2 = seen + 1; acknowledged = register_2; FORGET }
+       :: atomic { epoch[1] != seen || !REGISTERED(register_2) -> FORGET }
+       fi;
+       goto commit
+    :: atomic { register_2 = 0; mask = 0; acknowledged = 0 } /* gives up */
+    fi;
+out:
+    skip
+}
+
+/* ---- Users ---- */
+
+proctype users()
+{
+end:
+    do
+    :: atomic { name_a != 0 -> name_a = 0 }
+    :: atomic { name_b != 0 -> name_b = 0 }
+    :: atomic { name_c != 0 -> name_c = 0 }
+    /* A lease of a name, in the name's shard; or of a lease, with a greater number. */
+    :: atomic { name_a != 0 && lease[0] == 0 -> lease[0] = name_a; assert(MISSING == 0) /* P1 */ }
+    :: atomic { name_c != 0 && lease[0] == 0 -> lease[0] = name_c; assert(MISSING == 0) /* P1 */ }
+    :: atomic { lease[0] != 0 && lease[1] == 0 -> lease[1] = lease[0]; assert(MISSING == 0) /* P1 */ }
+    :: atomic { lease[0] != 0 && lease[1] != 0 -> lease[0] = 0 }
+    od
+}
+
+/* ---- Collectors ---- */
+
+/* Scan what can be a root, one kind of key after the other: names, then leases, then registrations. */
+inline mark()
+{
+    marked = name_b;
+    marked = marked | name_a;
+    marked = marked | name_c;
+#ifndef MISTAKE_LEASES_NOT_MARKED
+    marked = marked | lease[0];
+    marked = marked | lease[1];
+#endif
+    marked = marked | pin_1
+}
+
+#ifdef MISTAKE_LEASES_BEFORE_NAMES
+#define MARK_AGAIN marked = lease[0]; marked = marked | lease[1]; marked = marked | name_b; \
+    marked = marked | name_a; marked = marked | name_c; \
+    marked = marked | pin_1
+#else
+#define MARK_AGAIN mark()
+#endif
+
+/* Wait for an acknowledgement, or fence: a removal guarded by the registration's value. */
+inline await_or_fence(registration)
+{
+    if
+    :: registration == 0 || registration >= target[list] + 1
+    :: atomic { registration != 0 && registration < target[list] + 1 -> registration = 0 }
+    fi
+}
+
+/* One entry: claim it, remove the pack, erase it. Whoever comes second finds nothing to do. */
+inline delete(p)
+{
+#ifdef MISTAKE_DELETE_UNGUARDED
+    if
+    :: (condemned[list] & p) -> deleting[list] = deleting[list] | p;
+       condemned[list] = condemned[list] & ~p
+    :: else
+    fi;
+#else
+    atomic {
+        if
+        :: (condemned[list] & p) -> condemned[list] = condemned[list] & ~p;
+           deleting[list] = deleting[list] | p
+        :: else
+        fi
+    };
+#endif
+    if
+    :: (deleting[list] & p) ->
+       atomic { packs = packs & ~p; assert(MISSING == 0) /* P1 */ };
+       deleting[list] = deleting[list] & ~p
+    :: else
+    fi
+}
+
+proctype collector()
+{
+    byte list, candidates, marked, started;
+begin:
+    if
+#ifdef MISTAKE_TWO_LISTS
+    :: true -> started = done_epoch
+#else
+    :: atomic { open != NONE -> list = open; goto adopt } /* crashed or slow: it is gone on with */
+    :: atomic { open == NONE && next_list < LISTS -> started = done_epoch }
+#endif
+    :: atomic { open == NONE && next_list >= LISTS -> goto out }
+    fi;
+    candidates = packs;
+    /* Read after the packs were listed: whose pack was there and who is not registered has ended. */
+    candidates = candidates & ~(register_1 != 0 -> P1 : 0);
+    candidates = candidates & ~(register_2 != 0 -> P2 : 0);
+    atomic { mark(); candidates = candidates & ~marked; marked = 0 };
+    if
+    :: candidates == 0 -> candidates = 0; goto out
+    :: else
+    fi;
+    if
+#ifdef MISTAKE_TWO_LISTS
+    :: atomic { next_list < LISTS ->
+#else
+    :: atomic { open == NONE && done_epoch == started && next_list < LISTS ->
+#endif
+        list = next_list; next_list++;
+        condemned[list] = candidates;
+        target[list] = done_epoch + 1;
+#ifdef MISTAKE_TWO_LISTS
+        target[list] = epoch[0] + 1;
+#endif
+        open = list;
+        candidates = 0; started = 0 }
+    :: atomic { open != NONE || done_epoch != started || next_list >= LISTS ->
+        candidates = 0; started = 0; goto begin }
+    fi;
+adopt:
+    /* The next epoch in every shard; not again where it was done. */
+    atomic { epoch[0] = (epoch[0] < target[list] -> target[list] : epoch[0]) };
+    atomic { epoch[1] = (epoch[1] < target[list] -> target[list] : epoch[1]) };
+#ifndef MISTAKE_NO_SECOND_MARK
+    MARK_AGAIN;
+    condemned[list] = condemned[list] & ~marked;
+    marked = 0;
+#endif
+#ifndef MISTAKE_NO_WAIT
+    await_or_fence(register_1);
+    await_or_fence(register_2);
+    /* A pin whose writer is not registered any more. */
+    if
+    :: atomic { register_1 == 0 && pin_1 != 0 -> pin_1 = 0 }
+    :: skip
+    fi;
+#endif
+    delete(P0);
+    delete(P1);
+    delete(P2);
+    atomic {
+        if
+        :: open == list && condemned[list] == 0 && deleting[list] == 0 ->
+           open = NONE;
+           done_epoch = target[list]
+        :: else
+        fi;
+        list = 0
+    };
+out:
+    skip
+}
+
+init {
+    atomic {
+        run writer_1();
+        run writer_2();
+        run collector();
+        run collector();
+        run users()
+    }
+}
