@@ -526,20 +526,30 @@ static uint64_t charge_of_move(const char *cgroup, bool populate)
     return charged;
 }
 
+static char test_cgroup[128];
+
+static int remove_cgroup(void **state)
+{
+    int rc = live_kill_all(state);
+    if (*test_cgroup)
+        rc |= rmdir(test_cgroup);
+    return rc;
+}
+
 /* Guest memory is charged to the VMM's cgroup, not to that of whoever decodes pages. */
 static void test_memory_is_charged_to_the_vm(void **state)
 {
     struct stat st;
-    char cgroup[128];
     bool v1 = stat("/sys/fs/cgroup/memory/memory.stat", &st) == 0;
-    snprintf(cgroup, sizeof(cgroup), "/sys/fs/cgroup/%svmmig-test-%d", v1 ? "memory/" : "",
-             getpid());
-    if (mkdir(cgroup, 0755) < 0) {
+    snprintf(test_cgroup, sizeof(test_cgroup), "/sys/fs/cgroup/%svmmig-test-%d",
+             v1 ? "memory/" : "", getpid());
+    if (mkdir(test_cgroup, 0755) < 0) {
         print_message("SKIPPED: cannot make a memory cgroup: %s\n", strerror(errno));
+        test_cgroup[0] = 0;
         skip();
     }
-    uint64_t with = charge_of_move(cgroup, true), without = charge_of_move(cgroup, false);
-    assert_int_equal(rmdir(cgroup), 0);
+    uint64_t with = charge_of_move(test_cgroup, true);
+    uint64_t without = charge_of_move(test_cgroup, false);
     assert_true(with >= 8 << 20);
     assert_true(without < 2 << 20); /* why populate is there */
 }
@@ -564,7 +574,7 @@ int main(void)
         live_test(test_idle_guest_completes),
         live_test(test_parameters),
         live_test(test_attach_through_a_relay),
-        live_test(test_memory_is_charged_to_the_vm),
+        cmocka_unit_test_teardown(test_memory_is_charged_to_the_vm, remove_cgroup),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
 }

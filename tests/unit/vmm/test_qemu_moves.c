@@ -136,24 +136,36 @@ static void test_hot_plugged_memory(void **state)
     live_move_finish(&first);
 }
 
-static long change_huge_pages(long by)
+static long huge_pages_before = -1;
+
+static long read_huge_pages(void)
 {
-    cleanup_fclose FILE *f = fopen(HUGE_PAGES, "r+");
     long n = -1;
-    if (!f || fscanf(f, "%ld", &n) != 1)
-        return -1;
-    rewind(f);
-    fprintf(f, "%ld\n", n + by);
-    fflush(f);
-    rewind(f);
-    long now = -1;
-    return fscanf(f, "%ld", &now) == 1 && now == n + by ? n : -1;
+    cleanup_fclose FILE *f = fopen(HUGE_PAGES, "re");
+    return f && fscanf(f, "%ld", &n) == 1 ? n : -1;
+}
+
+static void write_huge_pages(long n)
+{
+    cleanup_fclose FILE *f = fopen(HUGE_PAGES, "we");
+    if (f)
+        fprintf(f, "%ld\n", n);
+}
+
+static int give_back_huge_pages(void **state)
+{
+    int rc = live_kill_all(state);
+    if (huge_pages_before >= 0)
+        write_huge_pages(huge_pages_before);
+    return rc;
 }
 
 static void test_huge_pages(void **state)
 {
     enum { PAGES = 3 * 32 };
-    if (change_huge_pages(PAGES) < 0) {
+    huge_pages_before = read_huge_pages();
+    write_huge_pages(huge_pages_before + PAGES);
+    if (huge_pages_before < 0 || read_huge_pages() != huge_pages_before + PAGES) {
         print_message("SKIPPED: cannot get %d huge pages\n", PAGES);
         skip();
     }
@@ -165,7 +177,6 @@ static void test_huge_pages(void **state)
     assert_int_equal(m.regions[0].page_size, 2 * MIB);
     assert_same_memory(q, m.to, 0, 64 * MIB);
     live_move_finish(&m);
-    assert_true(change_huge_pages(-PAGES) >= 0);
 }
 
 static void copy_file(const char *from, const char *to)
@@ -315,12 +326,18 @@ static void test_unfit_destinations(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        live_test(test_default_machine),    live_test(test_two_numa_nodes),
-        live_test(test_named_backend),      live_test(test_mem_path),
-        live_test(test_vga_and_cpus),       live_test(test_hot_plugged_memory),
-        live_test(test_huge_pages),         live_test(test_ovmf_and_disks),
-        live_test(test_undone_with_a_disk), live_test(test_prepared_destination_waits),
-        live_test(test_virtio_mem),         live_test(test_prepared_destination),
+        live_test(test_default_machine),
+        live_test(test_two_numa_nodes),
+        live_test(test_named_backend),
+        live_test(test_mem_path),
+        live_test(test_vga_and_cpus),
+        live_test(test_hot_plugged_memory),
+        cmocka_unit_test_teardown(test_huge_pages, give_back_huge_pages),
+        live_test(test_ovmf_and_disks),
+        live_test(test_undone_with_a_disk),
+        live_test(test_prepared_destination_waits),
+        live_test(test_virtio_mem),
+        live_test(test_prepared_destination),
         live_test(test_unfit_destinations),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
