@@ -195,6 +195,7 @@ int catalogue_delete(struct store *s, const char *name, struct vm_error **err)
         if (FAULT("repo.delete") == FAULT_ERROR)
             return error_errno(err, fault_errno(), "cannot delete image %s", name);
         enum store_result r = apply(s, &c, err);
+        (void)FAULT("repo.deleted");
         if (r == STORE_DONE)
             return 0;
         if (r == STORE_FAILED)
@@ -365,6 +366,7 @@ struct registration *catalogue_register(struct store *s, const char *name,
         if (!done && explain(r, parent, err) < 0)
             done = -1;
     }
+    (void)FAULT("repo.register");
     if (done > 0)
         return r;
     if (!done)

@@ -24,22 +24,8 @@ extern char **environ;
 
 /* ---- what qemu-img says ---- */
 
-static int spawn_info(const char *path, const char *format, int out, pid_t *ret_pid,
-                      struct vm_error **err)
+static int spawn_tool(char *const argv[], int out, pid_t *ret_pid, struct vm_error **err)
 {
-    char *argv[10] = {(char[]){"qemu-img"}, (char[]){"info"}, (char[]){"--output=json"},
-                      (char[]){"--backing-chain"}, (char[]){"--force-share"}};
-    int n = 5;
-    cleanup_free char *path_copy = strdup(path);
-    cleanup_free char *format_copy = strdup(format ? format : "");
-    if (!path_copy || !format_copy)
-        return error_nomem(err);
-    if (format) {
-        argv[n++] = (char[]){"-f"};
-        argv[n++] = format_copy;
-    }
-    argv[n++] = (char[]){"--"};
-    argv[n] = path_copy;
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, out, 1);
@@ -74,14 +60,28 @@ static const char *last_line(char *text)
     return at ? at + 1 : text;
 }
 
-static int run_info(const char *path, const char *format, struct buffer *out, struct vm_error **err)
+/* Run `qemu-img VERB --output=json -U [EXTRA] [-f FORMAT] -- PATH`; its exit status, -1 with an error. */
+static int run_tool(const char *verb, const char *extra, const char *path, const char *format,
+                    struct buffer *out, struct vm_error **err)
 {
+    const char *words[12] = {"qemu-img", verb, "--output=json", "-U"};
+    size_t n = 4;
+    if (extra)
+        words[n++] = extra;
+    if (format) {
+        words[n++] = "-f";
+        words[n++] = format;
+    }
+    words[n++] = "--";
+    words[n] = path;
+    char *argv[12];
+    memcpy(argv, words, sizeof(argv)); /* exec takes char *, and changes nothing */
     int fds[2], status = 0;
     pid_t pid;
     if (pipe2(fds, O_CLOEXEC) < 0)
         return error_errno(err, errno, "cannot make a pipe");
     cleanup_close int from = fds[0], to = fds[1];
-    if (spawn_info(path, format, to, &pid, err) < 0)
+    if (spawn_tool(argv, to, &pid, err) < 0)
         return -1;
     close_fd(&to);
     int done = read_all(from, out, err);
@@ -90,10 +90,9 @@ static int run_info(const char *path, const char *format, struct buffer *out, st
     buffer_put_u8(out, 0);
     if (done < 0 || out->failed)
         return done < 0 ? -1 : error_nomem(err);
-    if (!WIFEXITED(status) || WEXITSTATUS(status))
-        return error_set(err, VM_ERROR_CORRUPT, "%s cannot be read: %s", path,
-                         last_line((char *)out->data));
-    return 0;
+    if (!WIFEXITED(status))
+        return error_set(err, VM_ERROR_FAILED, "qemu-img died on %s", path);
+    return WEXITSTATUS(status);
 }
 
 /* Does the description of one file name further ones? */
@@ -106,25 +105,50 @@ static const char *further_file(const json_t *info)
     return backing ? backing : json_string_value(data);
 }
 
+/* QEMU reads what a truncated image lacks as zeros: so its structure is checked first. */
+static int check_structure(const char *path, const char *format, struct vm_error **err)
+{
+    enum { CHECK_GOOD = 0, CHECK_LEAKS = 3, CHECK_UNSUPPORTED = 63 };
+    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
+    int status = run_tool("check", NULL, path, format, &out, err);
+    if (status < 0)
+        return -1;
+    if (status == CHECK_GOOD || status == CHECK_LEAKS || status == CHECK_UNSUPPORTED)
+        return 0;
+    return error_set(err, VM_ERROR_CORRUPT,
+                     "%s is damaged: \"qemu-img check\" finds parts of it missing or inconsistent",
+                     path);
+}
+
+static int take_format(const char *path, const char *format, const json_t *info, char **ret_format,
+                       struct vm_error **err)
+{
+    const char *name = json_string_value(json_object_get(info, "format"));
+    const char *further = further_file(info);
+    if (!name)
+        return error_set(err, VM_ERROR_CORRUPT, "qemu-img does not say what %s is", path);
+    if (further && !format)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "%s is a %s image that builds upon %s; say its format explicitly if that "
+                         "is meant",
+                         path, name, further);
+    if (strcmp(name, "raw") != 0 && check_structure(path, name, err) < 0)
+        return -1;
+    *ret_format = strdup(name);
+    return *ret_format ? 0 : error_nomem(err);
+}
+
 int source_probe(const char *path, const char *format, char **ret_format, struct vm_error **err)
 {
     cleanup_buffer struct buffer out = {.limit = INFO_MAX};
-    if (run_info(path, format, &out, err) < 0)
+    int status = run_tool("info", "--backing-chain", path, format, &out, err);
+    if (status < 0)
         return -1;
+    if (status)
+        return error_set(err, VM_ERROR_CORRUPT, "%s cannot be read: %s", path,
+                         last_line((char *)out.data));
     json_t *chain = json_loads((const char *)out.data, 0, NULL);
-    const json_t *info = json_array_get(chain, 0);
-    const char *name = json_string_value(json_object_get(info, "format"));
-    const char *further = further_file(info);
-    int result = 0;
-    if (!name)
-        result = error_set(err, VM_ERROR_CORRUPT, "qemu-img does not say what %s is", path);
-    else if (further && !format)
-        result = error_set(err, VM_ERROR_REFUSED,
-                           "%s is a %s image that builds upon %s; say its format explicitly if that "
-                           "is meant",
-                           path, name, further);
-    else if (!(*ret_format = strdup(name)))
-        result = error_nomem(err);
+    int result = take_format(path, format, json_array_get(chain, 0), ret_format, err);
     json_decref(chain);
     return result;
 }

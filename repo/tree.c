@@ -159,6 +159,7 @@ static int store_tree(struct tree_writer *tw, struct vm_error **err)
         return error_set(err, VM_ERROR_CORRUPT, "tree %016" PRIx64 " exists already", tw->number);
     if (r != STORE_DONE)
         return -1;
+    (void)FAULT("repo.tree-stored");
     tw->stat.bytes += tw->tree.len;
     tw->number = 0;
     buffer_reset(&tw->tree);

@@ -226,6 +226,14 @@ class CephCluster:
             f.write(original.read().replace(f"keyring = {self.keyring}", f"keyring = {keyring}"))
         return conf
 
+    def set_full(self, full, ratio=0.95):
+        """Make the cluster full (writes get ENOSPC), or no longer."""
+        for name, value in (('nearfull', 0.85), ('backfillfull', 0.9), ('full', ratio)):
+            self.command(f"osd set-{name}-ratio", ratio=0.0001 if full else value)
+        self._wait("full OSDs" if full else "OSDs that are not full", lambda: full == any(
+            "full" in osd["state"] and "nearfull" not in osd["state"]
+            for osd in self.command("osd dump")["osds"]))
+
     # -- helpers
 
     def _run(self, *argv):

@@ -10,6 +10,7 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/io.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -39,6 +40,17 @@ static int diff_one(const struct image_difference *d, void *arg, struct vm_error
     return 0;
 }
 
+/* The most memory that was resident; getrusage would count what the parent had before exec. */
+static long peak_kib(void)
+{
+    cleanup_free char *status = NULL;
+    size_t len;
+    if (io_read_file("/proc/self/status", 1 << 16, &status, &len, NULL) < 0)
+        return -1;
+    const char *line = strstr(status, "VmHWM:");
+    return line ? atol(line + 6) : -1;
+}
+
 static void print_usage(int64_t started_ns)
 {
     struct rusage u;
@@ -47,7 +59,7 @@ static void print_usage(int64_t started_ns)
            (double)(clock_mono_ns() - started_ns) / 1e9,
            (double)u.ru_utime.tv_sec + (double)u.ru_stime.tv_sec +
                (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6,
-           u.ru_maxrss);
+           peak_kib());
 }
 
 static int run_import(struct repo *r, int argc, char **argv, struct vm_error **err)

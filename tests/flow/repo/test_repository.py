@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disk images in and out of a repository, as a user sees it."""
+import filecmp
+import os
+import random
+import subprocess
+
+import pytest
+
+from .conftest import Failed, Repository
+
+MIB = 1 << 20
+
+
+def disk(path, mib, seed=1):
+    """A disk as disks are: text-like blocks, some random ones, holes and written zeros."""
+    rng = random.Random(seed)
+    with open(path, 'wb') as f:
+        for at in range(0, mib * MIB, 64 << 10):
+            kind = rng.randrange(8)
+            f.seek(at)
+            if kind < 5:
+                words = [rng.randbytes(rng.randrange(3, 12)) for _ in range(400)]
+                f.write(b''.join(rng.choices(words, k=10000))[:64 << 10].ljust(64 << 10, b'.'))
+            elif kind == 5:
+                f.write(rng.randbytes(64 << 10))
+            elif kind == 6:
+                f.write(bytes(64 << 10))
+        f.truncate(mib * MIB)
+    return path
+
+
+def same(a, b):
+    return filecmp.cmp(a, b, shallow=False)
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return disk(tmp_path / 'disk.raw', 32)
+
+
+def test_raw_goes_in_and_comes_out_with_its_holes(repository, raw, tmp_path):
+    report, = repository.run('import', raw, 'debian12')
+    assert report['size'] == 32 * MIB
+    assert report['zero'] > 0
+    out = tmp_path / 'out.raw'
+    repository.run('export', 'debian12', out)
+    assert same(raw, out)
+    assert os.stat(out).st_blocks <= os.stat(raw).st_blocks
+    assert repository.names() == ['debian12']
+
+
+def test_a_second_reader_reads_it(repository, raw, tmp_path):
+    repository.run('import', raw, 'debian12')
+    out = tmp_path / 'out.raw'
+    repository.second_reader('read', 'debian12', 'disk0.raw', out)
+    assert same(raw, out)
+
+
+def test_sizes_that_are_no_multiple_of_anything(repository, tmp_path):
+    for size in (1, 4097, 5 * MIB - 1):
+        path = tmp_path / f'{size}.raw'
+        path.write_bytes(random.Random(size).randbytes(size))
+        repository.run('import', path, f'size-{size}')
+        repository.run('export', f'size-{size}', tmp_path / f'{size}.out')
+        assert same(path, tmp_path / f'{size}.out')
+
+
+@pytest.mark.parametrize('form', ['qcow2', 'vmdk', 'qcow2-compressed'])
+def test_other_formats_are_the_same_image(dir_repository, raw, tmp_path, form):
+    path = tmp_path / f'disk.{form}'
+    options = ['-c', '-O', 'qcow2'] if form == 'qcow2-compressed' else ['-O', form]
+    subprocess.run(['qemu-img', 'convert', *options, raw, path], check=True)
+    dir_repository.run('import', raw, 'raw')
+    report, = dir_repository.run('import', path, 'other')
+    assert report['new'] * 4096 < 32 * MIB / 100
+    assert dir_repository.run('diff', 'raw', 'other') == []
+    dir_repository.run('export', 'other', tmp_path / 'out.raw')
+    assert same(raw, tmp_path / 'out.raw')
+
+
+def test_an_image_upon_another_is_taken_only_when_asked(dir_repository, raw, tmp_path):
+    top = tmp_path / 'top.qcow2'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', raw, '-F', 'raw', top], check=True)
+    with pytest.raises(Failed) as failed:
+        dir_repository.run('import', top, 'top')
+    assert failed.value.kind == 'refused'
+    assert str(raw) in failed.value.message and '\n' not in failed.value.text
+    dir_repository.run('import', top, 'top', 'qcow2')
+    dir_repository.run('export', 'top', tmp_path / 'out.raw')
+    assert same(raw, tmp_path / 'out.raw')
+
+
+def test_a_raw_disk_that_poses_as_qcow2(dir_repository, raw, tmp_path):
+    """What a guest wrote into its raw disk does not open files of the host."""
+    evil = tmp_path / 'evil.raw'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', raw, '-F', 'raw', evil, '64M'],
+                   check=True)
+    with pytest.raises(Failed) as failed:
+        dir_repository.run('import', evil, 'evil')
+    assert failed.value.kind == 'refused'
+    dir_repository.run('import', evil, 'evil', 'raw')
+    dir_repository.run('export', 'evil', tmp_path / 'out.raw')
+    assert same(evil, tmp_path / 'out.raw')
+
+
+def broken_qcow2(tmp_path, raw, how):
+    path = tmp_path / 'broken.qcow2'
+    subprocess.run(['qemu-img', 'convert', '-O', 'qcow2', raw, path], check=True)
+    if how == 'truncated':
+        os.truncate(path, 300)
+    elif how == 'cut':
+        os.truncate(path, os.path.getsize(path) // 2)
+    elif how == 'looping':
+        subprocess.run(['qemu-img', 'rebase', '-u', '-f', 'qcow2', '-b', path, '-F', 'qcow2', path],
+                       check=True)
+    return path
+
+
+@pytest.mark.parametrize('how', ['truncated', 'cut', 'looping'])
+def test_a_broken_qcow2_is_one_clear_line(dir_repository, raw, tmp_path, how):
+    path = broken_qcow2(tmp_path, raw, how)
+    with pytest.raises(Failed) as failed:
+        dir_repository.run('import', path, 'broken', 'qcow2')
+    assert '\n' not in failed.value.text and 'broken.qcow2' in failed.value.text
+    assert dir_repository.names() == []
+
+
+@pytest.mark.parametrize('words, kind', [
+    (['import', '/nonexistent', 'a'], 'not-found'),
+    (['import', '/etc', 'a', 'raw'], 'usage'),
+    (['import', '/dev/null', 'a', 'raw'], 'usage'),
+    (['import', '{raw}', '../a'], 'usage'),
+    (['import', '{raw}', 'a', 'raw', 'nobody'], 'not-found'),
+    (['export', 'nobody', '/tmp/x'], 'not-found'),
+    (['export', 'there', '{raw}'], 'conflict'),
+    (['export', 'there', '/nonexistent/x'], 'not-found'),
+    (['import', '{raw}', 'there'], 'conflict'),
+    (['delete', 'nobody'], 'not-found'),
+    (['show', 'nobody'], 'not-found'),
+])
+def test_bad_input_is_one_clear_line(dir_repository, raw, words, kind):
+    dir_repository.run('import', raw, 'there')
+    with pytest.raises(Failed) as failed:
+        dir_repository.run(*[word.format(raw=raw) for word in words])
+    assert failed.value.kind == kind and '\n' not in failed.value.text
+    assert dir_repository.names() == ['there']
+
+
+def test_a_version_shares_with_its_parent(repository, raw, tmp_path):
+    repository.run('import', raw, 'monday')
+    with open(raw, 'r+b') as f:
+        f.seek(10 * MIB)
+        f.write(os.urandom(4096))
+    report, = repository.run('import', raw, 'tuesday', '-', 'monday')
+    assert report['new'] == 1
+    diff = repository.run('diff', 'monday', 'tuesday')
+    assert diff == [{'file': 'disk0.raw', 'offset': 10 * MIB, 'len': 4096}]
+    repository.run('delete', 'monday')
+    repository.run('export', 'tuesday', tmp_path / 'out.raw')
+    assert same(raw, tmp_path / 'out.raw')
+    show, = repository.run('show', 'tuesday')
+    assert show['parent'] == 'monday' and show['shared'] == 0
+
+
+CRASH_POINTS = ['repo.register', 'repo.pack', 'repo.pack-stored', 'repo.tree', 'repo.tree-stored',
+                'repo.commit', 'repo.committed']
+
+
+@pytest.mark.parametrize('point', CRASH_POINTS)
+def test_an_import_killed_at_any_point(repository, raw, tmp_path, point):
+    repository.run('import', disk(tmp_path / 'old.raw', 8, seed=2), 'old')
+    with pytest.raises(Failed) as failed:
+        repository.run('import', raw, 'new', faults=f'{point}=crash')
+    assert failed.value.status == -9
+    committed = point == 'repo.committed'
+    assert repository.names() == (['new', 'old'] if committed else ['old'])
+    repository.second_reader('check')
+    if not committed:
+        repository.run('import', raw, 'new')
+    repository.run('export', 'new', tmp_path / 'out.raw')
+    assert same(raw, tmp_path / 'out.raw')
+
+
+def test_a_delete_killed_deletes_nothing_or_all(repository, raw):
+    repository.run('import', raw, 'a')
+    with pytest.raises(Failed):
+        repository.run('delete', 'a', faults='repo.delete=crash')
+    assert repository.names() == ['a']
+    with pytest.raises(Failed):
+        repository.run('delete', 'a', faults='repo.deleted=crash')
+    assert repository.names() == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 40 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip('mounting a small file system needs root')
+    folder = tmp_path / 'small'
+    folder.mkdir()
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=40m', 'tmpfs', folder], check=True)
+    yield folder
+    subprocess.run(['umount', folder], check=True)
+
+
+def test_a_full_disk_fails_the_writer_alone(small_disk, tmp_path):
+    repository = Repository(f'dir:{small_disk}/repo')
+    repository.run('init')
+    fits, too_much = tmp_path / 'fits.raw', tmp_path / 'too-much.raw'
+    fits.write_bytes(random.Random(1).randbytes(8 * MIB))
+    too_much.write_bytes(random.Random(2).randbytes(64 * MIB))
+    repository.run('import', fits, 'fits')
+    with pytest.raises(Failed) as failed:
+        repository.run('import', too_much, 'too-much')
+    assert failed.value.kind == 'no-space' and '\n' not in failed.value.text
+    assert repository.names() == ['fits']
+    repository.run('export', 'fits', tmp_path / 'out.raw')
+    assert same(fits, tmp_path / 'out.raw')
+    repository.run('delete', 'fits')
+    assert repository.names() == []
+
+
+def test_memory_is_bounded(dir_repository, tmp_path):
+    """Three hundred MiB of new data do not take more memory than a hundred."""
+    rss = []
+    for mib in (100, 300):
+        path = tmp_path / f'{mib}.raw'
+        with open(path, 'wb') as f:
+            rng = random.Random(mib)
+            for _ in range(mib):
+                f.write(rng.randbytes(MIB // 2) + bytes([rng.randrange(1, 256)]) * (MIB // 2))
+        report, = dir_repository.run('import', path, f'image-{mib}')
+        rss.append(report['rss_kib'])
+        os.unlink(path)
+    assert max(rss) < 110 << 10, rss
+    assert rss[1] < rss[0] + (16 << 10), rss
