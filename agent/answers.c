@@ -97,7 +97,7 @@ static const char *run_state_name(enum guest_run_state state)
 }
 
 /* What it does now: its VMM's answer, or why there is none. */
-static void set_state(struct vm_answer *a)
+static void set_state(struct vm_answer *a, int64_t deadline_ns)
 {
     Vmmig__Control__Vm *m = &a->message;
     struct guest_status status;
@@ -108,7 +108,7 @@ static void set_state(struct vm_answer *a)
     vm_detail(a->vm, a->detail);
     if (presence != VM_PRESENT) {
         m->state = word(presence == VM_ENDED ? "ended" : "unreachable");
-    } else if (guest_status(vm_guest(a->vm), &status, &err) < 0) {
+    } else if (vm_status(a->vm, deadline_ns, &status, &err) < 0) {
         m->presence = VMMIG__CONTROL__PRESENCE__UNREACHABLE;
         m->state = word("unreachable");
         snprintf(a->detail, sizeof(a->detail), "%s", error_message(err));
@@ -150,7 +150,8 @@ static void set_handover(struct vm_answer *a, struct transfer *transfer)
     a->message.handover = m;
 }
 
-void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole)
+void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole,
+                    int64_t deadline_ns)
 {
     const struct vm_definition *d = vm_definition(vm);
     Vmmig__Control__Vm *m = &a->message;
@@ -166,7 +167,7 @@ void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *v
         while (d->argv[m->n_argv])
             m->n_argv++;
     }
-    set_state(a);
+    set_state(a, deadline_ns);
     set_job(a, agent->jobs, whole);
     set_handover(a, agent->transfer);
 }

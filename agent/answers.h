@@ -8,6 +8,7 @@
 
 #include "agent/agent.h"
 #include "agent/transfer.h"
+#include "base/clock.h"
 #include "proto/control.h"
 
 struct job_answer {
@@ -32,11 +33,15 @@ struct vm_answer {
     struct transfer_state transfer;
 };
 
+/* How long a VMM may take to say what it does; then it counts as unreachable. */
+#define ANSWER_VMM_TIMEOUT_NS (2 * NSEC_PER_SEC)
+
 /*
- * Takes the reference over. Asks the VMM for its state, which may take seconds if it hangs. `whole`: with
- * command line, socket and the last job, as the answer to STATUS; else with a running job only.
+ * Takes the reference over. Asks the VMM for its state, until the deadline. `whole`: with command line,
+ * socket and the last job, as the answer to STATUS; else with a running job only.
  */
-void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole);
+void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole,
+                    int64_t deadline_ns);
 /*
  * A VM of that name that is being received and not in the registry yet; false if none is.
  */

@@ -27,7 +27,7 @@ static int reply_vm(struct control_session *s, const char *name, struct vm_error
     if (!vm)
         return -1;
     cleanup_vm_answer struct vm_answer a = {0};
-    vm_answer_init(&a, agent, vm, true);
+    vm_answer_init(&a, agent, vm, true, clock_mono_ns() + ANSWER_VMM_TIMEOUT_NS);
     return control_reply(s, VMMIG__CONTROL__TYPE__VM, &a.message.base, err);
 }
 
@@ -150,12 +150,16 @@ static int handle_list(struct control_session *s, const struct control_message *
     cleanup_free struct vm_answer *answers = calloc(max, sizeof(*answers));
     cleanup_free Vmmig__Control__Vm **messages = calloc(max, sizeof(*messages));
     struct vm_list list = {agent, answers, messages, 0, answers && messages ? max : 0};
+    for (unsigned i = 0; i < n; i++)
+        if (vm_presence(vms[i]) == VM_PRESENT)
+            vm_ask(vms[i]);
+    int64_t deadline_ns = clock_mono_ns() + ANSWER_VMM_TIMEOUT_NS;
     for (unsigned i = 0; i < n; i++) {
         if (list.n == list.max) {
             vm_put(vms[i]);
             continue;
         }
-        vm_answer_init(&answers[list.n], agent, vms[i], false);
+        vm_answer_init(&answers[list.n], agent, vms[i], false, deadline_ns);
         messages[list.n] = &answers[list.n].message;
         list.n++;
     }
@@ -206,7 +210,7 @@ static int detach_claimed(struct control_session *s, const char *name, struct vm
     if (!vm)
         return explain_absence(agent->jobs, name, err);
     cleanup_vm_answer struct vm_answer a = {0};
-    vm_answer_init(&a, agent, vm, true);
+    vm_answer_init(&a, agent, vm, true, clock_mono_ns() + ANSWER_VMM_TIMEOUT_NS);
     if (transfer_check_free(agent->transfer, name, err) < 0 ||
         vms_remove(agent->vms, name, err) < 0)
         return -1;

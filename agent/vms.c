@@ -24,6 +24,11 @@ struct vm {
     enum vm_presence presence;
     struct guest *guest; /* once set, it stays */
     char detail[VM_DETAIL_MAX];
+    pthread_cond_t asked_cond;
+    bool asking;      /* a thread waits for the VMM's answer */
+    unsigned answers; /* how many came, so that a waiter knows a new one */
+    struct guest_status status;    /* the last answer */
+    struct vm_error *status_error; /* or why there was none */
 };
 
 struct vms {
@@ -90,6 +95,23 @@ int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_
     return 0;
 }
 
+/* A condition whose deadlines are monotonic. */
+static void init_cond(pthread_cond_t *cond)
+{
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+}
+
+/* False once the deadline is over. */
+static bool wait_cond(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t deadline_ns)
+{
+    struct timespec until = {deadline_ns / NSEC_PER_SEC, deadline_ns % NSEC_PER_SEC};
+    return pthread_cond_timedwait(cond, lock, &until) == 0;
+}
+
 static struct vm *vm_ref(struct vm *vm)
 {
     atomic_fetch_add(&vm->refs, 1);
@@ -103,6 +125,8 @@ void vm_put(struct vm *vm)
     guest_destroy(vm->guest);
     vm_definition_finish(&vm->definition);
     close_fd(&vm->pidfd);
+    error_free(vm->status_error);
+    pthread_cond_destroy(&vm->asked_cond);
     pthread_mutex_destroy(&vm->lock);
     free(vm);
 }
@@ -143,6 +167,66 @@ static void set_presence(struct vm *vm, enum vm_presence presence, const char *d
     snprintf(vm->detail, sizeof(vm->detail), "%s", detail);
 }
 
+/* Asking a VMM: in a thread, since one that hangs answers late or never. */
+
+static void *ask_thread(void *arg)
+{
+    CLEANUP(vm) struct vm *vm = arg;
+    struct guest_status status = {0};
+    struct vm_error *err = NULL;
+    guest_status(vm_guest(vm), &status, &err);
+    SCOPE_LOCK(&vm->lock);
+    error_free(vm->status_error);
+    vm->status_error = err;
+    vm->status = status;
+    vm->asking = false;
+    vm->answers++;
+    pthread_cond_broadcast(&vm->asked_cond);
+    return NULL;
+}
+
+/* With the lock held: have a thread ask, unless one does. */
+static int ask_locked(struct vm *vm, struct vm_error **err)
+{
+    pthread_t thread;
+    pthread_attr_t detached;
+    if (vm->asking)
+        return 0;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    int failed = pthread_create(&thread, &detached, ask_thread, vm_ref(vm));
+    pthread_attr_destroy(&detached);
+    if (failed) {
+        atomic_fetch_sub(&vm->refs, 1); /* never the last: the caller has one */
+        return error_errno(err, failed, "cannot start a thread");
+    }
+    vm->asking = true;
+    return 0;
+}
+
+void vm_ask(struct vm *vm)
+{
+    SCOPE_LOCK(&vm->lock);
+    ask_locked(vm, NULL);
+}
+
+int vm_status(struct vm *vm, int64_t deadline_ns, struct guest_status *ret_status,
+              struct vm_error **err)
+{
+    SCOPE_LOCK(&vm->lock);
+    unsigned before = vm->answers;
+    if (ask_locked(vm, err) < 0)
+        return -1;
+    while (vm->answers == before && wait_cond(&vm->asked_cond, &vm->lock, deadline_ns))
+        ;
+    if (vm->answers == before)
+        return error_set(err, VM_ERROR_TIMEOUT, "the VMM does not answer");
+    if (vm->status_error)
+        return error_propagate(err, error_copy(vm->status_error));
+    *ret_status = vm->status;
+    return 0;
+}
+
 /* A VM of that definition, with one reference; its presence is UNREACHABLE or ENDED. */
 static struct vm *make_vm(const struct vm_definition *d, struct vm_error **err)
 {
@@ -153,6 +237,7 @@ static struct vm *make_vm(const struct vm_definition *d, struct vm_error **err)
     }
     atomic_init(&vm->refs, 1);
     pthread_mutex_init(&vm->lock, NULL);
+    init_cond(&vm->asked_cond);
     vm->pidfd = -1;
     if (vm_definition_copy(d, &vm->definition, err) < 0)
         return NULL;
@@ -369,7 +454,7 @@ struct vms *vms_open(const struct vms_params *params, struct vm_error **err)
     vms->params = *params;
     vms->wake_fd = -1;
     pthread_mutex_init(&vms->lock, NULL);
-    pthread_cond_init(&vms->settled_cond, NULL);
+    init_cond(&vms->settled_cond);
     vms->list = calloc(params->max, sizeof(*vms->list));
     if (!vms->list || asprintf(&vms->folder, "%s/vms", params->state_dir) < 0) {
         error_nomem(err);
@@ -410,12 +495,10 @@ void vms_close(struct vms *vms)
 
 bool vms_settle(struct vms *vms, int timeout_ms)
 {
-    int64_t deadline = clock_wall_ns() + timeout_ms * NSEC_PER_MSEC;
-    struct timespec until = {deadline / NSEC_PER_SEC, deadline % NSEC_PER_SEC};
+    int64_t deadline = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
     SCOPE_LOCK(&vms->lock);
-    while (!vms->settled)
-        if (pthread_cond_timedwait(&vms->settled_cond, &vms->lock, &until))
-            break;
+    while (!vms->settled && wait_cond(&vms->settled_cond, &vms->lock, deadline))
+        ;
     return vms->settled;
 }
 

@@ -120,6 +120,15 @@ struct guest *vm_guest(const struct vm *vm);
 /* Why it is not PRESENT ("exited with status 1"), in `out`. */
 const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX]);
 
+/*
+ * What the guest does now (guest_status), waiting for the VMM until the deadline only: TIMEOUT then. A VMM
+ * that hangs is asked once, however often this is called. vm_ask begins without waiting, so that many
+ * can be asked at once. Only for a VM with a guest.
+ */
+int vm_status(struct vm *vm, int64_t deadline_ns, struct guest_status *ret_status,
+              struct vm_error **err);
+void vm_ask(struct vm *vm);
+
 const char *vm_origin_name(enum vm_origin origin);
 
 #endif

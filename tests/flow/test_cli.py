@@ -102,6 +102,9 @@ class Agent:
     def clean(self):
         """Ends every VM, and forgets it."""
         for vm in self.json('list')['vms']:
+            if vm['state'] == 'arriving':
+                self.run('cancel', vm['vm'])
+                continue
             if vm['presence'] != 'ended':
                 os.kill(vm['pid'], signal.SIGKILL)
             self.run('detach', vm['vm'])
@@ -199,6 +202,48 @@ def test_vms_outlive_the_agent(h1):
     assert h1.vm('web1')['state'] == 'ended'
 
 
+def test_a_vmm_that_hangs_does_not_take_the_agent_along(h1):
+    pid = h1.boot('web1')
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert h1.vm('web1')['state'] == 'unreachable'
+        assert 'unreachable' in h1.ok('list')
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually('it answers again', lambda: h1.vm('web1')['state'] == 'running')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='needs root to become somebody else')
+def test_vms_run_as_their_own_user(tmp_path_factory):
+    agent = Agent(public_folder(tmp_path_factory, 'user'), 'h4', **{'vm-user': 'nobody', 'listen': 'none'}).start()
+    try:
+        pid = agent.boot('web1')
+        assert os.stat(f'/proc/{pid}').st_uid == pwd.getpwnam('nobody').pw_uid
+        agent.clean()
+    finally:
+        agent.stop()
+
+
+def test_the_supervisor_is_told_when_it_is_ready(tmp_path):
+    agent = Agent(tmp_path, 'h5', listen='none')
+    path = str(tmp_path / 'notify')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(path)
+        notified.settimeout(20)
+        process = subprocess.Popen([built('agent/vmmigd'), '--config', agent.config], stderr=subprocess.DEVNULL,
+                                   env={**os.environ, 'NOTIFY_SOCKET': path})
+        try:
+            assert notified.recv(100) == b'READY=1'
+            assert agent.run('list').returncode == 0  # it is ready indeed
+            process.send_signal(signal.SIGHUP)  # ignored, with a line in the log
+            assert agent.run('list').returncode == 0
+            process.send_signal(signal.SIGTERM)
+            assert notified.recv(100) == b'STOPPING=1'
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
 def test_status_of_the_agent(h1, h2):
     about = h1.json('status')
     assert about['host'] == 'h1' and about['pid'] == h1.process.pid
@@ -242,6 +287,24 @@ def test_send_in_the_background(h1, h2):
     assert said == (f'web1: send to 127.0.0.1:{h2.port} has begun; `vmmig watch web1` follows it\n')
     assert h1.run('watch', 'web1').returncode == 0
     assert h2.vm('web1')['state'] == 'running'
+
+
+def test_a_vm_on_its_way_is_seen_at_both_ends(h1, h2):
+    h1.boot('web1')
+    h1.ok('send', 'web1', '--to', f'127.0.0.1:{h2.port}', '--max-bandwidth', '64KiB', '--background')
+    eventually('the destination has begun', lambda: h2.json('list')['vms'])
+    vm = h2.vm('web1')
+    assert (vm['state'], vm['origin']) == ('arriving', 'received')
+    assert vm['job']['kind'] == 'receive' and vm['job']['state'] == 'running'
+    assert vm['handover']['state'] and not vm['handover']['in_doubt']
+    assert 'arriving' in h2.ok('list') and 'arriving' in h2.ok('status', 'web1')
+    assert h1.vm('web1')['handover']['attempt'] == vm['handover']['attempt']
+    assert h2.run('run', 'web1', '--', QEMU).returncode == 4  # the name is taken while it comes
+    assert h1.run('resolve', 'web1', '--gone').returncode == 5  # nothing is in doubt
+    h1.ok('cancel', 'web1')
+    assert h1.run('watch', 'web1').returncode == 14
+    eventually('the destination is clean', lambda: not h2.json('list')['vms'])
+    assert h1.vm('web1')['state'] == 'running'
 
 
 def test_a_failed_send_is_a_line_and_a_status(h1):
@@ -349,8 +412,8 @@ def test_the_progress_line_of_a_terminal(h1, h2):
     h1.boot('web1', memory=256)
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
-    command = subprocess.Popen(h1.argv('send', 'web1', '--to', f'127.0.0.1:{h2.port}'),
-                               stdin=slave, stdout=slave, stderr=slave)
+    command = subprocess.Popen(h1.argv('send', 'web1', '--to', f'127.0.0.1:{h2.port}',
+                                       '--max-bandwidth', '256KiB'), stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     text = b''
     while select.select([master], [], [], 20)[0]:
@@ -361,7 +424,8 @@ def test_the_progress_line_of_a_terminal(h1, h2):
     assert command.wait(20) == 0
     os.close(master)
     text = text.decode()
-    assert '\x1b[K' in text
+    assert text.count('\x1b[K') > 3
+    assert re.search(r'\r(copying|paused) round \d+, ', text)
     for line in text.split('\r'):
         assert len(line.split('\n')[0].replace('\x1b[K', '')) < 60
     assert text.rsplit('\x1b[K', 1)[1].startswith('web1 runs at')  # progress was wiped
@@ -399,6 +463,7 @@ BAD_INPUT = [
     (['send', 'web9', '--to', 'h2', '--compress', 'gzip'], 2,
      '--compress gzip: one of auto|none|lz4|zstd is expected'),
     (['send', 'web9', '--to', 'h2', '--connections', '99'], 2, '--connections 99: at most 16 is allowed'),
+    (['resolve', 'web9', '--gone'], 3, "no hand-over of VM 'web9' is unfinished"),
     (['resolve', 'web9'], 2, 'one of --here and --gone is required'),
     (['resolve', 'web9', '--here', '--gone'], 2, 'one of --here and --gone is required'),
     (['resolve', 'web9', '--here'], 2,

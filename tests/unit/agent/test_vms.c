@@ -52,7 +52,25 @@ static void guest_free(struct guest *g)
 {
     free(g);
 }
-static const struct guest_ops ops = {.driver = "test", .destroy = guest_free};
+
+/* The VMM answers when this latch is set, or at once if there is none. */
+static int answer_latch = -1;
+static atomic_uint times_asked;
+
+static int guest_answer(struct guest *g, struct guest_status *ret_status, struct vm_error **err)
+{
+    (void)g;
+    atomic_fetch_add(&times_asked, 1);
+    if (answer_latch >= 0)
+        io_wait(answer_latch, POLLIN, INT64_MAX, -1, NULL);
+    if (times_asked == 99)
+        return error_set(err, VM_ERROR_VMM_DIED, "gone");
+    *ret_status = (struct guest_status){.state = GUEST_PAUSED};
+    return 0;
+}
+
+static const struct guest_ops ops = {.driver = "test", .destroy = guest_free,
+                                     .status = guest_answer};
 
 static struct guest *make_guest(pid_t pid)
 {
@@ -298,6 +316,36 @@ static void a_removed_vm_is_forgotten_and_runs_on(void **state)
     vms_close(vms);
 }
 
+static void a_vmm_that_hangs_is_waited_for_until_the_deadline(void **state)
+{
+    struct fixture *f = *state;
+    struct guest_status status;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    struct vm *vm = vms_get(vms, "web1", NULL);
+    atomic_store(&times_asked, 0);
+    assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL), 0);
+    assert_int_equal(status.state, GUEST_PAUSED);
+    assert_int_equal(atomic_load(&times_asked), 1);
+    answer_latch = io_latch_new(NULL);
+    for (int i = 0; i < 3; i++) {
+        cleanup_error struct vm_error *err = NULL;
+        assert_int_equal(vm_status(vm, clock_mono_ns() + NSEC_PER_MSEC, &status, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    }
+    vm_ask(vm);
+    assert_int_equal(atomic_load(&times_asked), 2); /* one thread waits, however often it is asked */
+    io_latch_set(answer_latch);
+    assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL), 0);
+    atomic_store(&times_asked, 98);
+    cleanup_error struct vm_error *err = NULL;
+    assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_VMM_DIED);
+    close_fd(&answer_latch);
+    vm_put(vm);
+    vms_close(vms);
+}
+
 static void record_path(const struct fixture *f, char out[128])
 {
     snprintf(out, 128, "%s/vms/web1.vm", f->dir);
@@ -427,6 +475,7 @@ int main(void)
         WITH_FIXTURE(another_process_at_the_socket_is_not_adopted),
         WITH_FIXTURE(names_and_processes_are_unique),
         WITH_FIXTURE(a_removed_vm_is_forgotten_and_runs_on),
+        WITH_FIXTURE(a_vmm_that_hangs_is_waited_for_until_the_deadline),
         WITH_FIXTURE(damaged_records_are_put_aside),
         WITH_FIXTURE(a_record_under_another_name_is_not_that_vm),
         WITH_FIXTURE(a_write_that_was_cut_off_leaves_nothing),
