@@ -11,7 +11,7 @@
 #define UUID_KEY "uuid"
 #define DATA_POOL_KEY "data-pool"
 
-enum { CACHE_BASE = 8 << 20, CACHE_PER_TIB = 48 << 20, TEXT_MAX = 256 };
+enum { CACHE_BASE = 16 << 20, CACHE_PER_TIB = 48 << 20, TEXT_MAX = 256 };
 
 struct repo {
     struct store *store;

@@ -3,6 +3,7 @@
 #include "tests/unit/repo/repo_test.h"
 #include "repo/names.h"
 #include "repo/repo.h"
+#include "repo/scrub.h"
 #include "repo/store_fault.h"
 
 #include "base/io.h"
@@ -540,6 +541,109 @@ static void damage_is_named_and_never_returned(void **state)
     }
 }
 
+struct findings {
+    char text[2048];
+};
+
+static void note_finding(enum scrub_kind kind, const char *what, void *arg)
+{
+    struct findings *f = arg;
+    size_t n = strlen(f->text);
+    snprintf(f->text + n, sizeof(f->text) - n, "%s%s\n", kind == SCRUB_IMAGE ? "image " : "", what);
+}
+
+static struct scrub_report scrub(struct findings *f)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct scrub_report report;
+    f->text[0] = 0;
+    repo_scrub(repo, NULL, note_finding, f, &report, &err);
+    assert_ok(err);
+    return report;
+}
+
+static void a_scrub_of_a_sound_repository_finds_nothing(void **state)
+{
+    struct findings f;
+    make_content(content, 12 * MIB, 1);
+    store_image("a", NULL, content, 12 * MIB);
+    store_image("b", "a", content, 8 * MIB);
+    struct scrub_report report = scrub(&f);
+    assert_string_equal(f.text, "");
+    assert_int_equal(report.images, 2);
+    assert_true(report.packs > 0 && report.records > 100 && report.pages > 2000);
+    assert_int_equal(report.damaged + report.images_touched, 0);
+}
+
+static void a_scrub_names_damage_and_the_images_it_touches(void **state)
+{
+    static const struct {
+        enum store_area area;
+        const char *prefix;
+        enum damage how;
+        size_t at;
+        const char *says;
+    } cases[] = {
+        {STORE_PACK, "pack.", FLIP, 5000, "its checksum is wrong\n"},
+        {STORE_PACK, "pack.", FLIP, 20, "its header is not that of this pack"},
+        {STORE_PACK, "pack.", CUT, 5000, "it does not end as a pack does\n"},
+        {STORE_PACK, "pack.", CUT, 0, "it is too short\n"},
+        {STORE_PACK, "pack.", LOSE, 0, "which images need, is gone\n"},
+        {STORE_BLOB, "tree.", FLIP, 100, "its checksum is wrong\n"},
+        {STORE_BLOB, "tree.", LOSE, 0, "is gone\n"},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        struct findings f;
+        teardown(NULL);
+        setup(NULL);
+        make_content(content, 3 * MIB, 1);
+        store_image("a", NULL, content, 3 * MIB);
+        damage(cases[i].area, cases[i].prefix, cases[i].how, cases[i].at);
+        store_image("c", NULL, (const uint8_t *)"other", 5);
+        struct scrub_report report = scrub(&f);
+        assert_non_null(strstr(f.text, cases[i].says));
+        assert_non_null(strstr(f.text, "image a\n"));
+        assert_null(strstr(f.text, "image c\n"));
+        assert_int_equal(report.images_touched, 1);
+        assert_true(report.damaged >= 1);
+    }
+}
+
+static void every_image_that_shares_a_damaged_node_is_named(void **state)
+{
+    struct findings f;
+    make_content(content, 9 * MIB, 1);
+    store_image("a", NULL, content, 9 * MIB);
+    store_image("b", NULL, content, 9 * MIB); /* the same nodes */
+    damage(STORE_PACK, "pack.", FLIP, 5000);
+    struct scrub_report report = scrub(&f);
+    assert_int_equal(report.images_touched, 2);
+    assert_int_equal(report.damaged, 1);
+    assert_non_null(strstr(f.text, "image a\n"));
+    assert_non_null(strstr(f.text, "image b\n"));
+}
+
+static void the_index_is_made_anew_from_what_is_there(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    const size_t size = 16 * MIB;
+    struct rebuild_report report;
+    make_content(content, size, 1);
+    store_image("a", NULL, content, size);
+    for (unsigned i = 0; i < INDEX_SHARDS_FIRST; i++) {
+        char name[OBJECT_NAME_SIZE];
+        snprintf(name, sizeof(name), "index.%06x", i);
+        assert_int_equal(store_remove(repo_store(repo), STORE_MAP, name, &err), STORE_DONE);
+    }
+    repo_rebuild_index(repo, NULL, &report, &err);
+    assert_ok(err);
+    assert_true(report.packs > 0 && report.entries > size / EXTENT_BYTES);
+    assert_int_equal(report.unreadable, 0);
+    struct import_report again = store_image("b", NULL, content, size);
+    assert_true(again.written.bytes_stored < size / 1000);
+    assert_true(again.written.nodes_shared > 0);
+}
+
 static void a_pack_under_anothers_name_is_damage(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -716,6 +820,10 @@ int main(void)
         TEST(a_commit_whose_answer_is_lost_is_read_back),
         TEST(what_is_given_up_leaves_no_registration),
         TEST(damage_is_named_and_never_returned),
+        TEST(a_scrub_of_a_sound_repository_finds_nothing),
+        TEST(a_scrub_names_damage_and_the_images_it_touches),
+        TEST(every_image_that_shares_a_damaged_node_is_named),
+        TEST(the_index_is_made_anew_from_what_is_there),
         TEST(a_pack_under_anothers_name_is_damage),
         TEST(writers_at_once_share_one_repository),
         TEST(differences_are_found_by_identity),

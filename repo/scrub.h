@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * scrub: reads everything again, and says what is damaged and which images that touches; and the index, made
+ * anew from what the packs and trees hold.
+ *
+ * A scrub reads every pack whole and compares every record's checksum and every page's SHA-256; then it walks the
+ * recipes of all images and compares every page they name with the footer of its pack. Images that come, and packs
+ * that go, while it runs are no damage.
+ *
+ * Threads: packs are read by as many threads as there are processors. Memory: one pack per thread, 32 MiB of
+ * footers, 8 MiB per TiB of distinct content.
+ */
+#ifndef VMMIG_REPO_SCRUB_H
+#define VMMIG_REPO_SCRUB_H
+
+#include "repo/repo.h"
+
+enum scrub_kind {
+    SCRUB_PACK,  /* something stored is damaged: `what` says what and where */
+    SCRUB_IMAGE, /* an image that refers to damaged or lost data: `what` is its name */
+};
+
+/* Called once per finding, in one thread at a time. */
+typedef void scrub_fn(enum scrub_kind kind, const char *what, void *arg);
+
+struct scrub_report {
+    uint64_t packs, bytes, records, pages; /* read and compared */
+    uint64_t images, nodes;
+    uint64_t damaged;        /* packs, records and nodes with findings */
+    uint64_t images_touched;
+};
+
+/* 0 also if there is damage: ret_report->damaged and images_touched tell. */
+int repo_scrub(struct repo *r, const struct repo_control *control, scrub_fn *found, void *arg,
+               struct scrub_report *ret_report, struct vm_error **err);
+
+struct rebuild_report {
+    uint64_t packs, entries; /* of the index, entered */
+    uint64_t unreadable;     /* packs without a good footer; scrub names them */
+};
+/*
+ * Enter what packs and recipes hold into the index, also into shards that were lost. Writers may be at
+ * work meanwhile.
+ */
+int repo_rebuild_index(struct repo *r, const struct repo_control *control,
+                       struct rebuild_report *ret_report, struct vm_error **err);
+
+#endif
