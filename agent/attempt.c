@@ -189,7 +189,7 @@ static enum handover_event act_journal(struct attempt *a, enum handover_record r
 {
     struct vm_error *err = NULL;
     fault_before(record);
-    if (write_record(a, record, &err) == 0) {
+    if (a->role->before_record(a, record, &err) == 0 && write_record(a, record, &err) == 0) {
         fault_after(record);
         log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
                  handover_record_name(record));
@@ -261,11 +261,16 @@ static void act_resume(struct attempt *a)
     }
 }
 
-/* The source's VMM gave everything away: let it clear up after itself, if it does so at once. */
+/*
+ * The guest stands and will not run here (again): let the VMM clear up after itself, if it does so at
+ * once.
+ */
 static void quit_vmm(struct attempt *a)
 {
     int64_t deadline = clock_mono_ns() + NSEC(QUIT_TIMEOUT_MS);
-    if (guest_quit(a->guest, NULL) < 0)
+    if (!a->guest)
+        a->role->reconnect(a);
+    if (!a->guest || guest_quit(a->guest, NULL) < 0)
         return;
     while (process_alive(&a->record.vmm) && clock_mono_ns() < deadline)
         usleep(1000);
@@ -276,7 +281,7 @@ static void act_kill(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     a->role->stop_transfer(a);
-    if (a->machine.role == HANDOVER_SOURCE && a->guest && process_alive(&a->record.vmm))
+    if (process_alive(&a->record.vmm))
         quit_vmm(a);
     if (a->record.vmm.pid && process_kill(&a->record.vmm, ATTEMPT_KILL_TIMEOUT_MS, &err) < 0) {
         log_error("cannot end the VMM", "pid=%d error=%s", a->record.vmm.pid,
@@ -554,7 +559,9 @@ int attempt_result(struct attempt *a, struct vm_error **err)
             return error_propagate(err, error_copy(a->reason));
         if (a->has_notice && a->notice == HANDOVER_NOTE_LOST)
             return error_set(err, VM_ERROR_VMM_DIED, "%s", handover_notice_text(a->notice));
-        return error_set(err, VM_ERROR_CANCELLED, "cancelled; the VM stays at the source");
+        return error_set(err, a->cancelled ? VM_ERROR_CANCELLED : VM_ERROR_FAILED, "%s",
+                         a->cancelled ? "cancelled; the VM stays at the source"
+                                      : "undone; the VM stays at the source");
     }
 }
 

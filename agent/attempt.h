@@ -43,6 +43,8 @@ struct attempt_role {
     void (*stop_transfer)(struct attempt *a);
     /* Put what the message needs beyond its name into it. Borrows from the attempt. */
     void (*fill)(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out);
+    /* What must be durable before that record is; -1 counts as a record that cannot be written. */
+    int (*before_record)(struct attempt *a, enum handover_record record, struct vm_error **err);
     /* Once, when the machine has settled; again every second while it returns -1. */
     int (*settled)(struct attempt *a, struct vm_error **err);
     /* a->guest is NULL: connect to the VMM of the record, if it answers by now. */
@@ -84,10 +86,10 @@ struct destination_part {
     char *qmp_path;
     char **argv; /* how the VMM was started; one allocation */
     bool prepared_by_user; /* --dest-qmp: the VMM was not started by us */
-    bool registered;
     struct receiver *receiver; /* under lock */
+    bool stopped;              /* no more receiving, also if it has not begun; under lock */
     unsigned serving;          /* connections inside it; under lock */
-    struct vm *vm;             /* once registered */
+    struct vm *vm;             /* once it is in the registry */
     pthread_t work_thread;
     bool work_started;
     Vmmig__Peer__Prepared prepared_message;
@@ -121,6 +123,7 @@ struct attempt {
     bool is_settled, settled_done, stop;
     enum handover_notice notice;
     bool has_notice;
+    bool cancelled;          /* the user wished so */
     struct vm_error *reason; /* the first cause of a failure, for the user */
     int64_t pause_ns;        /* how long the guest stood; -1: it did not, or is not known */
     struct peer_session *session; /* to the peer, NULL while there is none */

@@ -27,7 +27,7 @@ static struct qemu *spawn_sink(struct attempt *a, struct vm_error **err)
     cleanup_driver_place struct driver_place place = {0};
     struct qemu_name_map maps[CONFIG_LIST_MAX];
     struct qemu_sink_params params = {
-        .definition = &d->definition, .maps = maps, .n_maps = c->maps.n};
+        .definition = &d->definition, .vm = a->vm_name, .maps = maps, .n_maps = c->maps.n};
     for (unsigned i = 0; i < c->maps.n; i++)
         maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};
     if (driver_prepare_launch(c, a->vm_name, d->definition.binary, &place, &params.launch, err) < 0)
@@ -131,6 +131,8 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
         return -1;
     SCOPE_LOCK(&a->lock);
     d->receiver = r;
+    if (d->stopped) /* while the VMM was being started */
+        receiver_stop(r);
     return 0;
 }
 
@@ -200,6 +202,7 @@ static void stop_transfer(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
     pthread_mutex_lock(&a->lock);
+    d->stopped = true;
     struct receiver *r = d->receiver;
     pthread_mutex_unlock(&a->lock);
     if (r)
@@ -233,37 +236,47 @@ static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__
         out->duration_ns = (uint64_t)a->resume_took_ns;
 }
 
-/* The VM is this agent's now. */
+/* The registry's own handle, if it has the VM already (from before a restart). */
+static bool use_registered(struct attempt *a)
+{
+    struct destination_part *d = &a->destination;
+    CLEANUP(vm) struct vm *known = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
+    if (!known || !process_identity_equal(&vm_definition(known)->process, &a->record.vmm))
+        return false;
+    if (!d->vm)
+        d->vm = steal_ptr(&known);
+    if (!a->guest)
+        a->guest = vm_guest(d->vm);
+    return true;
+}
+
+/* The VM becomes this agent's own, for good. */
 static int register_vm(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
     struct vms *vms = a->transfer->agent->vms;
-    if (d->registered)
+    if (use_registered(a))
         return 0;
-    CLEANUP(vm) struct vm *known = vms_get(vms, a->vm_name, NULL);
-    if (known && process_identity_equal(&vm_definition(known)->process, &a->record.vmm)) {
-        d->registered = true;
-        return 0;
-    }
     struct vm_definition def = {.origin = VM_ORIGIN_RECEIVED,
                                 .argv = d->argv,
                                 .qmp_path = d->qmp_path,
                                 .process = a->record.vmm,
                                 .since_ns = clock_wall_ns()};
     snprintf(def.name, sizeof(def.name), "%s", a->vm_name);
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (!a->guest)
-        return error_set(err, VM_ERROR_UNREACHABLE, "the VMM does not answer yet");
     struct guest *guest = a->guest;
     if (vms_add(vms, &def, &guest, err) < 0)
         return -1;
-    d->vm = vms_get(vms, a->vm_name, err);
     a->owns_guest = false;
+    d->vm = vms_get(vms, a->vm_name, NULL);
     if (!d->vm)
         a->guest = NULL;
-    d->registered = true;
     return 0;
+}
+
+/* Once RUNNING is on record, the journal forgets how to reach the VM: the registry must know it. */
+static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
+{
+    return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
 }
 
 static void remove_leftovers(struct destination_part *d)
@@ -275,8 +288,6 @@ static void remove_leftovers(struct destination_part *d)
 static int settled(struct attempt *a, struct vm_error **err)
 {
     switch (a->machine.state) {
-    case HANDOVER_DST_RUNNING:
-        return register_vm(a, err);
     case HANDOVER_DST_NEVER:
     case HANDOVER_DST_ENDED:
         remove_leftovers(&a->destination);
@@ -289,6 +300,8 @@ static int settled(struct attempt *a, struct vm_error **err)
 static void reconnect(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
+    if (use_registered(a))
+        return;
     struct qemu *q = a->destination.qmp_path
                          ? qemu_attach(a->destination.qmp_path, ATTACH_TIMEOUT_MS, &err)
                          : NULL;
@@ -342,6 +355,7 @@ const struct attempt_role attempt_destination_role = {.start_vm = start_vm,
                                                       .start_transfer = start_transfer,
                                                       .stop_transfer = stop_transfer,
                                                       .fill = fill,
+                                                      .before_record = before_record,
                                                       .settled = settled,
                                                       .reconnect = reconnect,
                                                       .tick = tick,

@@ -110,6 +110,9 @@ static void pass_cancel(struct job *job, struct attempt *a, bool *passed)
     if (*passed || !job_is_cancelled(job) || job_is_stopping(job))
         return;
     *passed = true;
+    pthread_mutex_lock(&a->lock);
+    a->cancelled = true;
+    pthread_mutex_unlock(&a->lock);
     attempt_post(a, HANDOVER_EV_CANCEL);
 }
 

@@ -234,6 +234,14 @@ static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__
         out->prepare = &a->source.prepare_message;
 }
 
+static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
+{
+    (void)a;
+    (void)record;
+    (void)err;
+    return 0;
+}
+
 static int settled(struct attempt *a, struct vm_error **err)
 {
     if (a->machine.state != HANDOVER_SRC_DONE)
@@ -301,6 +309,7 @@ const struct attempt_role attempt_source_role = {.start_vm = start_vm,
                                                  .start_transfer = start_transfer,
                                                  .stop_transfer = stop_transfer,
                                                  .fill = fill,
+                                                 .before_record = before_record,
                                                  .settled = settled,
                                                  .tick = tick,
                                                  .reconnect = reconnect,

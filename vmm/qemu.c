@@ -15,7 +15,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
-enum { SPAWN_TIMEOUT_MS = 30000, END_TIMEOUT_MS = 5000 };
+enum { SPAWN_TIMEOUT_MS = 30000, END_TIMEOUT_MS = 5000, QUIT_TIMEOUT_MS = 1000 };
 
 /* QMP commands. */
 
@@ -248,7 +248,9 @@ static int qemu_announce(struct guest *g, struct vm_error **err)
 
 static int qemu_quit(struct guest *g, struct vm_error **err)
 {
-    return qemu_command(of(g), "quit", NULL, NULL, err);
+    if (qmp_execute(of(g)->qmp, "quit", NULL, QUIT_TIMEOUT_MS, NULL, err) < 0)
+        return qemu_explain(of(g), err);
+    return 0;
 }
 
 static void destroy(struct guest *g)
