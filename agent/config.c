@@ -165,8 +165,8 @@ static const struct option config_options[] = {
     {"log-dir", "DIR", parse_path, MEMBER(log_dir), .def = "/var/log/vmmig",
      .text = "Where each VM's output goes, NAME.log"},
     {"vm-cgroup", "DIR", parse_path_or_none, MEMBER(vm_cgroup), .def = "none",
-     .text = "A cgroup, as /sys/fs/cgroup/machine.slice, below which each VM gets a cgroup of its own, "
-             "to which its memory is charged; none: VMs share the agent's"},
+     .text = "A cgroup, as /sys/fs/cgroup/vmmig.slice (where the installed unit is), below which each VM "
+             "gets a cgroup of its own, to which its memory is charged; none: VMs share the agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
     {"map", "NAME = NAME", parse_map, MEMBER(maps), .repeatable = true,

@@ -134,3 +134,12 @@ void driver_describe_end(const struct vm_definition *d, char out[VM_DETAIL_MAX],
     if (*line)
         snprintf(out, VM_DETAIL_MAX, "its process ended; the last it said was: %s", line);
 }
+
+void driver_forget_dead(const struct vm_definition *d, void *arg)
+{
+    const struct config *config = arg;
+    cleanup_driver_place struct driver_place place = {0};
+    if (d->origin != VM_ORIGIN_ATTACHED && make_place(config, d->name, &place, NULL) == 0 &&
+        place.cgroup)
+        rmdir(place.cgroup);
+}

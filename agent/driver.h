@@ -43,5 +43,7 @@ int driver_attach(const char *name, const char *qmp_path, struct vm_definition *
 /* For vms_params; arg is the configuration. */
 struct guest *driver_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
 void driver_describe_end(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg);
+/* Removes its cgroup, which cannot be removed while a process is in it. */
+void driver_forget_dead(const struct vm_definition *d, void *arg);
 
 #endif

@@ -139,6 +139,7 @@ static struct vms *open_vms(struct config *config, struct vm_error **err)
         .max = (unsigned)config->max_vms,
         .connect = driver_connect,
         .describe_end = driver_describe_end,
+        .died = driver_forget_dead,
         .arg = config,
     };
     return vms_open(&params, err);

@@ -339,7 +339,7 @@ static void bury(struct vms *vms, struct vm *vm)
         return;
     set_ended(vms, vm);
     if (vms->params.died)
-        vms->params.died(vm->definition.name, &vm->definition.process, vms->params.arg);
+        vms->params.died(&vm->definition, vms->params.arg);
 }
 
 /* References to all VMs now; NULL without memory. */

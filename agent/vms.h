@@ -77,8 +77,8 @@ struct vms_params {
     vm_connect_fn *connect;
     /* Say in `out` how the VMM of that definition ended ("" if nothing is known). May be NULL. */
     void (*describe_end)(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg);
-    /* Called from the registry's own thread when a VM's process is found dead. May be NULL. */
-    void (*died)(const char *name, const struct process_identity *process, void *arg);
+    /* A VM's process was found dead; in the registry's own thread. May be NULL. */
+    void (*died)(const struct vm_definition *d, void *arg);
     void *arg; /* of all three */
 };
 

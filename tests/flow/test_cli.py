@@ -224,6 +224,40 @@ def test_vms_run_as_their_own_user(tmp_path_factory):
         agent.stop()
 
 
+def writable_cgroup():
+    """A fresh cgroup below one that can be written; None if there is none."""
+    for top in ('/sys/fs/cgroup/memory', '/sys/fs/cgroup'):
+        path = f'{top}/vmmig-test-cli-{os.getpid()}'
+        try:
+            os.mkdir(path)
+        except OSError:
+            continue
+        if os.path.exists(f'{path}/cgroup.procs'):
+            return path
+        os.rmdir(path)
+    return None
+
+
+def test_each_vm_has_a_cgroup_of_its_own(tmp_path):
+    cgroup = writable_cgroup()
+    if not cgroup:
+        pytest.skip('no cgroup can be made here')
+    agent = Agent(tmp_path, 'h6', **{'vm-cgroup': cgroup, 'listen': 'none'}).start()
+    try:
+        pid = agent.boot('web1')
+        with open(f'{cgroup}/web1/cgroup.procs', encoding='ascii') as file:
+            assert file.read().split() == [str(pid)]
+        agent.stop(signal.SIGKILL)
+        os.kill(pid, 0)
+        agent.start()
+        os.kill(pid, signal.SIGKILL)
+        eventually('its cgroup is gone', lambda: not os.path.exists(f'{cgroup}/web1'))
+    finally:
+        agent.clean()
+        agent.stop()
+        os.rmdir(cgroup)
+
+
 def test_the_supervisor_is_told_when_it_is_ready(tmp_path):
     agent = Agent(tmp_path, 'h5', listen='none')
     path = str(tmp_path / 'notify')

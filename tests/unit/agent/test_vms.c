@@ -91,11 +91,10 @@ static struct guest *connect_to(const struct vm_definition *d, void *arg, struct
     return make_guest(f->lie ? f->lie : d->process.pid);
 }
 
-static void on_death(const char *name, const struct process_identity *process, void *arg)
+static void on_death(const struct vm_definition *d, void *arg)
 {
     struct fixture *f = arg;
-    (void)process;
-    assert_string_equal(name, "web1");
+    assert_string_equal(d->name, "web1");
     io_latch_set(f->died);
 }
 
