@@ -16,6 +16,10 @@
  *             finds
  *   writer 2  registers in shard 1; shares what it finds
  *
+ * With -DREPACK, P0 holds two records, of which A names one: a collector may repack it, that is, store what
+ * is alive again, make a forwarding of those records durable, and then remove the pack. (Writer 2 alone then,
+ * to keep the number of states small.)
+ *
  * Properties:
  *   P1  What a name or a lease holds exists: checked at every commit, lease, and removal of a pack.
  *   P2  Nobody waits for ever: writers and users have a step at any time, a collector waits only for what
@@ -28,9 +32,20 @@
 #endif
 #define NONE 255
 
+/* Packs, and the records in them: a name or a lease holds records. */
 #define P0 1
 #define P1 2
 #define P2 4
+#ifdef REPACK
+#define UNUSED 8                   /* the record of P0 that A does not name */
+#define IN_P0 (P0 | UNUSED)
+byte forwarded;                    /* records of P0 that its forwarding finds */
+#else
+#define IN_P0 P0
+#define forwarded 0
+#endif
+#define RECORDS(packs_) ((packs_) | (((packs_) & P0) -> IN_P0 : 0))
+#define HOLDING(records) ((records & ~IN_P0) | ((records & IN_P0) -> P0 : 0))
 
 /* The store. */
 byte packs = P0;               /* objects that exist */
@@ -46,7 +61,7 @@ byte open = NONE;              /* the list that is open */
 byte next_list, done_epoch;    /* in the same map as `open` */
 
 #define HELD (name_a | name_b | name_c | lease[0] | lease[1])
-#define MISSING (HELD & ~packs)
+#define MISSING (HELD & ~RECORDS(packs) & ~forwarded)
 
 /* ---- Writers ---- */
 
@@ -74,18 +89,18 @@ inline look_list()
 }
 
 /* One pack is condemned and wanted: off the list with it, if it still can; or store its pages again. */
-inline rescue(pack)
+inline rescue(pack, records)
 {
     atomic {
         if
-        :: (mask & known & pack) ->
+        :: (known & pack) && (mask & records) ->
            if
 #ifdef MISTAKE_RESCUE_UNGUARDED
            :: true -> condemned[known_list] = condemned[known_list] & ~pack
 #else
            :: (condemned[known_list] & pack) ->
               condemned[known_list] = condemned[known_list] & ~pack;
-           :: !(condemned[known_list] & pack) -> mask = mask & ~pack
+           :: !(condemned[known_list] & pack) -> mask = mask & ~(records)
 #endif
            fi
         :: else
@@ -95,17 +110,20 @@ inline rescue(pack)
 
 inline rescue_all()
 {
-    rescue(P0);
-    rescue(P1);
-    rescue(P2)
+    rescue(P0, IN_P0);
+    rescue(P1, P1);
+    rescue(P2, P2)
 }
 
 /* What footers that were read since the registration name may be shared, if it is not condemned. */
 inline share(others)
 {
     if
-    :: mask = mask | ((others) & packs & ~known)
-    :: mask = mask | ((others) & packs); rescue_all() /* or rescued first */
+    :: mask = mask | ((others) & RECORDS(packs & ~known))
+    :: mask = mask | ((others) & RECORDS(packs)); rescue_all() /* or rescued first */
+#ifdef REPACK
+    :: mask = mask | (UNUSED & RECORDS(packs & ~known))
+#endif
     :: skip
     fi
 }
@@ -170,7 +188,7 @@ own:
     :: atomic { mask = parent; parent = 0 }; rescue_all()
     :: parent = 0
     fi;
-    SHARE(P0 | P2);
+    SHARE(IN_P0 | P2);
     atomic { parent = 0; FORGET; packs = packs | P1; mask = mask | P1 };
 commit:
     if
@@ -213,7 +231,7 @@ own:
     :: atomic { EPOCH_SAME(1) -> register_2 = EPOCH_REGISTERED(1) + 1; acknowledged = register_2 }
     :: atomic { !EPOCH_SAME(1) -> goto own }
     fi;
-    SHARE(P0 | P1);
+    SHARE(IN_P0 | P1);
     atomic { FORGET; packs = packs | P2; mask = mask | P2 };
 commit:
     if
@@ -286,6 +304,23 @@ inline await_or_fence(registration)
     fi
 }
 
+/* What is marked, as packs; one that is worth repacking does not count. */
+#ifdef REPACK
+#define USED (HOLDING(marked) & ~((marked & IN_P0) != IN_P0 -> P0 : 0))
+#define FORWARD(p) if :: p == P0 && (packs & P0) -> forwarded = alive :: else fi
+#define FORWARD_GOES(p) forwarded = ((p == P0 && alive == 0) -> 0 : forwarded)
+#ifdef MISTAKE_REMOVE_BEFORE_FORWARDING
+#undef FORWARD
+#define FORWARD(p) skip
+#undef FORWARD_GOES
+#define FORWARD_GOES(p) forwarded = (p == P0 -> alive : forwarded)
+#endif
+#else
+#define USED marked
+#define FORWARD(p) skip
+#define FORWARD_GOES(p) skip
+#endif
+
 /* One entry: claim it, remove the pack, erase it. Whoever comes second finds nothing to do. */
 inline delete(p)
 {
@@ -306,7 +341,9 @@ inline delete(p)
 #endif
     if
     :: (deleting[list] & p) ->
+       FORWARD(p);
        atomic { packs = packs & ~p; assert(MISSING == 0) /* P1 */ };
+       FORWARD_GOES(p);
        deleting[list] = deleting[list] & ~p
     :: else
     fi
@@ -315,6 +352,9 @@ inline delete(p)
 proctype collector()
 {
     byte list, candidates, marked, started;
+#ifdef REPACK
+    byte alive;
+#endif
 begin:
     if
 #ifdef MISTAKE_TWO_LISTS
@@ -325,11 +365,11 @@ begin:
 #endif
     :: atomic { open == NONE && next_list >= LISTS -> goto out }
     fi;
-    candidates = packs;
+    candidates = packs | (forwarded -> P0 : 0);
     /* Read after the packs were listed: whose pack was there and who is not registered has ended. */
     candidates = candidates & ~(register_1 != 0 -> P1 : 0);
     candidates = candidates & ~(register_2 != 0 -> P2 : 0);
-    atomic { mark(); candidates = candidates & ~marked; marked = 0 };
+    atomic { mark(); candidates = candidates & ~USED; marked = 0 };
     if
     :: candidates == 0 -> candidates = 0; goto out
     :: else
@@ -357,8 +397,16 @@ adopt:
     atomic { epoch[1] = (epoch[1] < target[list] -> target[list] : epoch[1]) };
 #ifndef MISTAKE_NO_SECOND_MARK
     MARK_AGAIN;
-    condemned[list] = condemned[list] & ~marked;
-    marked = 0;
+#ifdef REPACK
+    /* A pack with records that nobody names may stay on the list, to be repacked. */
+    atomic {
+        condemned[list] = condemned[list] & ~USED;
+        alive = marked & IN_P0;
+        marked = 0
+    };
+#else
+    atomic { condemned[list] = condemned[list] & ~USED; marked = 0 };
+#endif
 #endif
 #ifndef MISTAKE_NO_WAIT
     await_or_fence(register_1);
@@ -380,6 +428,9 @@ adopt:
         :: else
         fi;
         list = 0
+#ifdef REPACK
+        ; alive = 0
+#endif
     };
 out:
     skip
@@ -387,7 +438,9 @@ out:
 
 init {
     atomic {
+#ifndef REPACK
         run writer_1();
+#endif
         run writer_2();
         run collector();
         run collector();
