@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * agent: what the parts of vmmigd share. Made by agent/main.c, valid for as long as any thread of the
- * agent runs; every member is itself safe to use from any thread.
+ * agent: what the parts of vmmigd share. Made by agent/main.c, valid for as long as any thread of
+ * the agent runs; every member is itself safe to use from any thread.
  */
 #ifndef VMMIG_AGENT_AGENT_H
 #define VMMIG_AGENT_AGENT_H

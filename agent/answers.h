@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * answers: jobs and VMs as messages of the control protocol. An answer holds what its message points
- * to: keep it where it is until the message was sent, then finish it. Threads: any.
+ * answers: jobs and VMs as messages of the control protocol. An answer holds what its message
+ * points to: keep it where it is until the message was sent, then finish it. Threads: any.
  */
 #ifndef VMMIG_AGENT_ANSWERS_H
 #define VMMIG_AGENT_ANSWERS_H
@@ -37,8 +37,8 @@ struct vm_answer {
 #define ANSWER_VMM_TIMEOUT_NS (2 * NSEC_PER_SEC)
 
 /*
- * Takes the reference over. Asks the VMM for its state, until the deadline. `whole`: with command line,
- * socket and the last job, as the answer to STATUS; else with a running job only.
+ * Takes the reference over. Asks the VMM for its state, until the deadline. `whole`: with command
+ * line, socket and the last job, as the answer to STATUS; else with a running job only.
  */
 void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole,
                     int64_t deadline_ns);

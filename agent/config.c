@@ -135,14 +135,16 @@ static int parse_map(const struct option *o, const char *value, void *member,
 
 static const struct option config_options[] = {
     {"host", "NAME", parse_text, MEMBER(host),
-     .text = "What this host calls itself, in logs and towards other agents. The kernel's host name "
-             "if it is not set"},
+     .text =
+         "What this host calls itself, in logs and towards other agents. The kernel's host name "
+         "if it is not set"},
     {"state-dir", "DIR", parse_path, MEMBER(state_dir), .def = "/var/lib/vmmig",
      .text = "What must survive a crash: the VMs and the hand-overs under way. On a local disk"},
     {"runtime-dir", "DIR", parse_path, MEMBER(runtime_dir), .def = "/run/vmmig",
      .text = "Sockets; may be lost when the host boots"},
     {"control-socket", "PATH", parse_socket, MEMBER(control_socket),
-     .text = "Where `vmmig` finds the agent. control.sock in the runtime directory if it is not set"},
+     .text =
+         "Where `vmmig` finds the agent. control.sock in the runtime directory if it is not set"},
     {"control-group", "GROUP", parse_account, MEMBER(control_group), .def = "none",
      .text = "Its members may drive the agent, besides root and the agent's own user. They can run "
              "VMMs of the list below with any arguments"},
@@ -160,13 +162,16 @@ static const struct option config_options[] = {
              "and give VMs. For benchmarks and tests in networks that nobody else is in"},
     {"vmm", "PATH", parse_vmm, MEMBER(vmms), .def = "/usr/bin/qemu-system-x86_64",
      .repeatable = true,
-     .text = "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
-             "default"},
+     .text =
+         "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
+         "default"},
     {"log-dir", "DIR", parse_path, MEMBER(log_dir), .def = "/var/log/vmmig",
      .text = "Where each VM's output goes, NAME.log"},
     {"vm-cgroup", "DIR", parse_path_or_none, MEMBER(vm_cgroup), .def = "none",
-     .text = "A cgroup, as /sys/fs/cgroup/vmmig.slice (where the installed unit is), below which each VM "
-             "gets a cgroup of its own, to which its memory is charged; none: VMs share the agent's"},
+     .text =
+         "A cgroup, as /sys/fs/cgroup/vmmig.slice (where the installed unit is), below which "
+         "each VM gets a cgroup of its own, to which its memory is charged; none: VMs share the "
+         "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
     {"map", "NAME = NAME", parse_map, MEMBER(maps), .repeatable = true,
@@ -175,16 +180,16 @@ static const struct option config_options[] = {
      .def = "256", .unit = "VMs", .text = "How many VMs this agent keeps"},
     {"max-jobs", "N", option_parse_u64, MEMBER(max_jobs), .min = 1, .max = CONFIG_JOBS_MAX,
      .def = "8", .unit = "jobs", .text = "How many migrations may be under way at once"},
-    {"max-clients", "N", option_parse_u64, MEMBER(max_clients), .min = 1,
-     .max = CONFIG_CLIENTS_MAX, .def = "32", .unit = "connections",
-     .text = "How many commands may talk to the agent at once"},
+    {"max-clients", "N", option_parse_u64, MEMBER(max_clients), .min = 1, .max = CONFIG_CLIENTS_MAX,
+     .def = "32", .unit = "connections", .text = "How many commands may talk to the agent at once"},
     {"max-bandwidth", "RATE", option_parse_rate, MEMBER(max_bandwidth), .max = 1ULL << 50,
-     .def = "0", .text = "Most that one migration puts on the wire, as 100M (bytes) or 1gbit; 0: no "
-                         "limit"},
+     .def = "0",
+     .text = "Most that one migration puts on the wire, as 100M (bytes) or 1gbit; 0: no "
+             "limit"},
     {"connect-timeout", "MS", option_parse_u64, MEMBER(connect_timeout_ms), .min = 100,
      .max = 600000, .def = "10000", .unit = "ms", .text = "How long dialling a peer may take"},
-    {"peer-timeout", "MS", option_parse_u64, MEMBER(peer_timeout_ms), .min = 1000,
-     .max = 86400000, .def = "60000", .unit = "ms",
+    {"peer-timeout", "MS", option_parse_u64, MEMBER(peer_timeout_ms), .min = 1000, .max = 86400000,
+     .def = "60000", .unit = "ms",
      .text = "How long a lost peer is waited for before a migration in mid-copy is undone"},
     {"log-level", "LEVEL", parse_log_level, MEMBER(log_level), .def = "info",
      .text = "error, warn, info or debug"},
@@ -203,8 +208,8 @@ static char *trim(char *text)
 }
 
 /*
- * Take `key = value` apart. "map NAME = NAME" has the key "map" and the value "NAME = NAME", which is
- * rebuilt in `value` with single blanks.
+ * Take `key = value` apart. "map NAME = NAME" has the key "map" and the value "NAME = NAME", which
+ * is rebuilt in `value` with single blanks.
  */
 static int split_line(char *line, char **ret_key, char *value, size_t size, struct vm_error **err)
 {

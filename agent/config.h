@@ -1,14 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * config: the agent's configuration. One table (config_options) says of every key its type, unit,
- * bounds, default and meaning; the parser, `vmmigd --help`, the sample file and the manual come from it.
+ * bounds, default and meaning; the parser, `vmmigd --help`, the sample file and the manual come
+ * from it.
  *
  *     CLEANUP(config) struct config *config = config_load("/etc/vmmig/vmmigd.conf", &err);
  *
  * The file has lines `key = value`; `#` begins a comment line. A key that may be repeated adds to a
  * list. `map NAME = NAME` says what a tap or bridge of another host is called here.
- * An unknown key, a value out of bounds and a key given twice are errors (USAGE) that name file and line.
- * Read once at start, constant from then on: any thread may read it.
+ * An unknown key, a value out of bounds and a key given twice are errors (USAGE) that name file
+ * and line. Read once at start, constant from then on: any thread may read it.
  */
 #ifndef VMMIG_AGENT_CONFIG_H
 #define VMMIG_AGENT_CONFIG_H
@@ -50,19 +51,19 @@ struct config {
     char *state_dir;       /* durable: VM records, journal */
     char *runtime_dir;     /* sockets; may be lost in a reboot */
     char *control_socket;
-    char *control_group;   /* its members may drive the agent; "" for root and the agent's user only */
+    char *control_group;   /* its members may drive the agent; "": root and the agent's user */
     struct endpoint listen; /* host "": none, this agent takes no VMs */
     char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_plain */
     bool insecure_plain; /* plain TCP with peers */
     struct config_vmms vmms; /* binaries that may be run as a VM */
     char *log_dir;         /* what VMMs print */
-    char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "" for the agent's own */
+    char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "": the agent's */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
     struct config_maps maps;
     uint64_t max_vms, max_jobs, max_clients;
     uint64_t max_bandwidth;      /* bytes a second of one migration, 0: no limit */
     uint64_t connect_timeout_ms; /* how long dialling a peer may take */
-    uint64_t peer_timeout_ms;    /* how long a lost peer is waited for before a migration is undone */
+    uint64_t peer_timeout_ms;    /* how long a lost peer is waited for; then undone */
     enum log_level log_level;
 };
 

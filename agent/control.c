@@ -92,7 +92,8 @@ static int read_frame(struct control_session *s, struct frame *ret, int64_t dead
         if (n == 0 && frame_decoder_is_idle(&s->decoder))
             return 0;
         if (n == 0)
-            return error_set(err, VM_ERROR_PROTOCOL, "the client closed in the middle of a message");
+            return error_set(err, VM_ERROR_PROTOCOL,
+                             "the client closed in the middle of a message");
         s->in = cursor_init(s->bytes, (size_t)n);
     }
 }
@@ -204,9 +205,9 @@ static int check_peer(const struct control *c, int fd, uid_t *ret_uid, struct vm
     if (peer.uid == 0 || peer.uid == geteuid() ||
         (c->has_group && is_in_group(fd, peer.gid, c->group)))
         return 0;
-    return error_set(err, VM_ERROR_DENIED,
-                     "user %u may not drive this agent; ask to be made a member of its control-group",
-                     peer.uid);
+    return error_set(
+        err, VM_ERROR_DENIED,
+        "user %u may not drive this agent; ask to be made a member of its control-group", peer.uid);
 }
 
 /* One place among the sessions, if there is one. */
@@ -287,7 +288,8 @@ static int set_access(struct control *c, const char *path, struct vm_error **err
         return 0; /* 0600, from the umask at bind */
     const struct group *group = getgrnam(name);
     if (!group)
-        return error_set(err, VM_ERROR_NOT_FOUND, "control-group: there is no group named %s", name);
+        return error_set(err, VM_ERROR_NOT_FOUND, "control-group: there is no group named %s",
+                         name);
     c->has_group = true;
     c->group = group->gr_gid;
     if (chown(path, (uid_t)-1, c->group) < 0 || chmod(path, 0660) < 0)

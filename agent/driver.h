@@ -25,8 +25,8 @@ static inline void driver_place_cleanup(struct driver_place *p)
 #define cleanup_driver_place __attribute__((cleanup(driver_place_cleanup)))
 
 /*
- * What every launch on this host has in common; argv, fds and cwd are the caller's to set. REFUSED if
- * argv0 is not among the binaries that the configuration lists. `place` outlives `launch`.
+ * What every launch on this host has in common; argv, fds and cwd are the caller's to set. REFUSED
+ * if argv0 is not among the binaries that the configuration lists. `place` outlives `launch`.
  */
 int driver_prepare_launch(const struct config *config, const char *name, const char *argv0,
                           struct driver_place *ret_place, struct qemu_launch *ret_launch,

@@ -267,7 +267,8 @@ static void *job_thread(void *arg)
     return NULL;
 }
 
-/* Detached: a thread that ended gives its stack back at once, not when the history forgets the job. */
+/* Detached: a thread that ended gives its stack back at once, not when the history forgets the
+ * job. */
 static int start_thread(struct job *job, struct vm_error **err)
 {
     pthread_t thread;
@@ -389,8 +390,8 @@ int job_cancel(struct job_table *t, const char *vm, struct uuid *ret_id, struct 
     SCOPE_LOCK(&t->lock);
     struct job *job = running_job_of(t, vm);
     if (!job)
-        return error_set(err, VM_ERROR_NOT_FOUND, "%s: nothing is under way that could be cancelled",
-                         vm);
+        return error_set(err, VM_ERROR_NOT_FOUND,
+                         "%s: nothing is under way that could be cancelled", vm);
     if (job->closed)
         return error_set(err, VM_ERROR_REFUSED, "%s: %s", vm, job->closed);
     job->status.cancelling = true;

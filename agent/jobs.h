@@ -13,17 +13,17 @@
  *         job_update(job, &progress);                   as often as it likes; cheap
  *         if (job_close_cancel(job, "too late ...", err) < 0)
  *             return undo();                            it was cancelled before
- *         return 0;                                     or -1 with the error, which is the job's result
+ *         return 0;                                     or -1 with the error: the job's result
  *     }
  *
  * One job per VM at a time; the name need not be that of a VM which exists here (JOB_RECEIVE).
  * job_claim does the same for what is short and needs no thread.
  *
  * Ownership: from a successful job_start on the table owns arg, and calls free_arg in the job's
- * thread after run returned. If job_start fails, arg is still the caller's. Log lines of the job's thread
- * carry the job's id and VM. Bounds: max_running threads, JOB_HISTORY_MAX jobs that ended (oldest
- * forgotten first). Threads: any. A crash of the agent forgets all jobs; what must survive is in the
- * journal.
+ * thread after run returned. If job_start fails, arg is still the caller's. Log lines of the job's
+ * thread carry the job's id and VM. Bounds: max_running threads, JOB_HISTORY_MAX jobs that ended
+ * (oldest forgotten first). Threads: any. A crash of the agent forgets all jobs; what must survive
+ * is in the journal.
  */
 #ifndef VMMIG_AGENT_JOBS_H
 #define VMMIG_AGENT_JOBS_H
@@ -132,7 +132,7 @@ struct job_status {
     int64_t started_ns;       /* wall clock */
     int64_t elapsed_ns;       /* until now, or until it ended */
     struct job_progress progress;
-    struct vm_error *error;   /* of a job that failed or was cancelled; free with job_status_finish */
+    struct vm_error *error;   /* unless it is running or done; freed by job_status_finish */
 };
 
 struct job_table *job_table_create(unsigned max_running, struct vm_error **err);
@@ -140,9 +140,9 @@ struct job_table *job_table_create(unsigned max_running, struct vm_error **err);
 void job_table_destroy(struct job_table *t);
 DEFINE_CLEANUP(job_table, struct job_table *, job_table_destroy)
 /*
- * No new jobs; cancel those that run, also those that closed their latch (a stop of the agent is not
- * a user's wish: they must end soon, and leave to the journal what they cannot finish). True when
- * all ended within the time. If false the threads still run: the process can only exit.
+ * No new jobs; cancel those that run, also those that closed their latch (a stop of the agent is
+ * not a user's wish: they must end soon, and leave to the journal what they cannot finish). True
+ * when all ended within the time. If false the threads still run: the process can only exit.
  */
 bool job_table_stop(struct job_table *t, int timeout_ms);
 

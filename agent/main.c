@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * vmmigd: the agent of one host. Starts in the foreground, logs to standard error, ends on SIGTERM or
- * SIGINT; VMs run on. It can be killed at any instant: what matters is in the state directory.
+ * vmmigd: the agent of one host. Starts in the foreground, logs to standard error, ends on SIGTERM
+ * or SIGINT; VMs run on. It can be killed at any instant: what matters is in the state directory.
  */
 #include "agent/agent.h"
 #include "agent/control.h"
@@ -49,9 +49,10 @@ static const struct option command_line_options[] = {
 #undef MEMBER
 
 static const char description[] =
-    "vmmigd keeps the virtual machines of this host and moves them to other hosts. `vmmig` drives it "
-    "through a Unix socket; other agents reach it over mutual TLS. It runs in the foreground and logs "
-    "to standard error. SIGTERM ends it; the VMs run on, and the next vmmigd adopts them again.";
+    "vmmigd keeps the virtual machines of this host and moves them to other hosts. `vmmig` drives "
+    "it through a Unix socket; other agents reach it over mutual TLS. It runs in the foreground "
+    "and logs to standard error. SIGTERM ends it; the VMs run on, and the next vmmigd adopts them "
+    "again.";
 
 static void print_help(void)
 {
@@ -71,17 +72,19 @@ static void print_manual(void)
     printf("\n## Options\n");
     options_print_manual(stdout, command_line_options, "--");
     printf("\n## Configuration\n\n");
-    text_wrap(stdout,
-              "A file with lines `key = value`; a line that begins with # is a comment. An unknown "
-              "key, a key given twice and a value out of bounds are errors. It is read once, at start. "
-              "`vmmigd --sample-config` prints one with all keys.",
-              0, 0);
+    text_wrap(
+        stdout,
+        "A file with lines `key = value`; a line that begins with # is a comment. An unknown "
+        "key, a key given twice and a value out of bounds are errors. It is read once, at start. "
+        "`vmmigd --sample-config` prints one with all keys.",
+        0, 0);
     config_print_manual(stdout);
     printf("\n## Exit status\n\n");
-    text_wrap(stdout,
-              "0 after SIGTERM or SIGINT; otherwise that of the kind of error, as listed in vmmig(1), "
-              "and 2 for errors in the command line or the configuration.",
-              0, 0);
+    text_wrap(
+        stdout,
+        "0 after SIGTERM or SIGINT; otherwise that of the kind of error, as listed in vmmig(1), "
+        "and 2 for errors in the command line or the configuration.",
+        0, 0);
 }
 
 /* The signals that end it, delivered to the loop alone. */
@@ -110,7 +113,8 @@ static void notify_supervisor(const char *state)
     if (*path == '@')
         address.sun_path[0] = 0;
     cleanup_close int fd = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
-    if (fd < 0 || sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&address, size) < 0)
+    if (fd < 0 ||
+        sendto(fd, state, strlen(state), MSG_NOSIGNAL, (struct sockaddr *)&address, size) < 0)
         log_warn("cannot notify the supervisor", "errno=%d", errno);
 }
 
@@ -164,7 +168,8 @@ static int serve(struct agent *agent, struct vm_error **err)
     bool jobs_ended = job_table_stop(agent->jobs, STOP_TIMEOUT_MS);
     transfer_stop(transfer);
     if (!control_stop(control, STOP_TIMEOUT_MS) || !jobs_ended) {
-        /* Their threads use what would be freed now. Ending here is what the state directory is for. */
+        /* Their threads use what would be freed now. Ending here is what the state directory is
+         * for. */
         log_warn("ending with work under way; the next start takes it up");
         unlink(agent->config->control_socket);
         _exit(r < 0);

@@ -112,7 +112,8 @@ static bool is_in_list(const struct vm_list *l, const char *name)
     return false;
 }
 
-/* Names of VMs that are arriving; bounded, since the job table must not be called while it is walked. */
+/* Names of VMs that are arriving; bounded, since the job table must not be called while it is
+ * walked. */
 struct arriving {
     char names[CONFIG_JOBS_MAX][VM_NAME_MAX + 1];
     unsigned n;

@@ -193,7 +193,8 @@ int vm_record_read_all(const char *folder, unsigned max, struct vm_definition **
         } else {
             vm_definition_finish(&d);
             r = error_set(err, VM_ERROR_NO_SPACE,
-                          "%s has more than %u VMs; raise max-vms in the configuration", folder, max);
+                          "%s has more than %u VMs; raise max-vms in the configuration", folder,
+                          max);
         }
     }
     if (dir)

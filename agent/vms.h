@@ -3,7 +3,7 @@
  * vms: the VMs of this agent, by name. Each has a durable record, so that a new agent finds them
  * again: the process by its identity, the VMM by its control socket.
  *
- *     CLEANUP(vms) struct vms *vms = vms_open(&params, &err);     reads the records, adopts what runs
+ *     CLEANUP(vms) struct vms *vms = vms_open(&params, &err);     reads records, adopts what runs
  *     vms_add(vms, &definition, &guest, &err);                    record on disk before it returns
  *     CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", &err);
  *     guest_pause(vm_guest(vm), &err);
@@ -12,12 +12,13 @@
  * Presence of a VM:
  *     PRESENT      its process runs and its VMM answered when it was adopted
  *     UNREACHABLE  the process runs, but the VMM did not answer yet: tried again every few seconds
- *     ENDED        the process is gone; the record stays until `detach`, or until the name is used again
+ *     ENDED        the process is gone; the record stays until `detach`, or until the name is
+ *                  used again
  *
- * Records: STATE_DIR/vms/NAME.vm, replaced durably (base/io.h), with a checksum. One that is damaged, or
- * whose name does not fit, is reported in the log, kept aside (".damaged" is appended), and does not
- * keep the agent from starting. After a crash at any instant a VM is in the records or not, as the
- * last call that returned says.
+ * Records: STATE_DIR/vms/NAME.vm, replaced durably (base/io.h), with a checksum. One that is
+ * damaged, or whose name does not fit, is reported in the log, kept aside (".damaged" is
+ * appended), and does not keep the agent from starting. After a crash at any instant a VM is in
+ * the records or not, as the last call that returned says.
  *
  * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
  * goes, also after vms_remove. A thread of the registry adopts VMs and notices their deaths. Bound:
@@ -85,7 +86,9 @@ struct vms_params {
 struct vms;
 struct vm;
 
-/* Read the records. Adoption goes on in a thread of its own; vms_settle waits for its first pass. */
+/*
+ * Read the records. Adoption goes on in a thread of its own; vms_settle waits for its first pass.
+ */
 struct vms *vms_open(const struct vms_params *params, struct vm_error **err);
 /* Not in a callback; ends the thread. References that are still held stay valid. */
 void vms_close(struct vms *vms);
@@ -94,8 +97,8 @@ DEFINE_CLEANUP(vms, struct vms *, vms_close)
 bool vms_settle(struct vms *vms, int timeout_ms);
 
 /*
- * Add a VM that runs; takes *guest over (sets it to NULL) on success. CONFLICT if the name is taken by a
- * VM that has not ended, or if the process is already here under another name.
+ * Add a VM that runs; takes *guest over (sets it to NULL) on success. CONFLICT if the name is
+ * taken by a VM that has not ended, or if the process is already here under another name.
  */
 int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
             struct vm_error **err);
@@ -121,9 +124,9 @@ struct guest *vm_guest(const struct vm *vm);
 const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX]);
 
 /*
- * What the guest does now (guest_status), waiting for the VMM until the deadline only: TIMEOUT then. A VMM
- * that hangs is asked once, however often this is called. vm_ask begins without waiting, so that many
- * can be asked at once. Only for a VM with a guest.
+ * What the guest does now (guest_status), waiting for the VMM until the deadline only: TIMEOUT
+ * then. A VMM that hangs is asked once, however often this is called. vm_ask begins without
+ * waiting, so that many can be asked at once. Only for a VM with a guest.
  */
 int vm_status(struct vm *vm, int64_t deadline_ns, struct guest_status *ret_status,
               struct vm_error **err);

@@ -4,7 +4,8 @@
  * the parser, the bounds, the default, the help and the manual; there is no second list of them.
  *
  *     static const struct option rows[] = {
- *         {"downtime-limit", "MS", .parse = option_parse_u64, .min = 1, .max = 3600000, .def = "300",
+ *         {"downtime-limit", "MS", .parse = option_parse_u64, .min = 1, .max = 3600000, .def =
+ * "300",
  *          .offset = offsetof(struct send, downtime_ms), .text = "Longest pause of the guest"},
  *         {NULL}};
  *     options_set_defaults(rows, &send, &err);
@@ -61,8 +62,8 @@ struct positionals {
 
 int options_set_defaults(const struct option *rows, void *target, struct vm_error **err);
 /*
- * Options `--name value`, `--name=value` and `--flag` anywhere before `--`. An unknown one is an error
- * that suggests the nearest; so are one given twice and a required one that is missing.
+ * Options `--name value`, `--name=value` and `--flag` anywhere before `--`. An unknown one is an
+ * error that suggests the nearest; so are one given twice and a required one that is missing.
  */
 int options_parse(const struct option *rows, int argc, char **argv, void *target,
                   struct positionals *ret_positionals, struct vm_error **err);

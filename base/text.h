@@ -17,8 +17,8 @@
 int text_parse_u64(const char *text, uint64_t *ret_value, struct vm_error **err);
 /*
  * Bytes a second: a number, with a fraction if need be, and K M G T (thousands), KiB MiB GiB TiB
- * (1024), or bit kbit mbit gbit (bits, thousands), in either case, "/s" behind if one likes. "MB" and
- * "Mb" are refused, since people mean different things. USAGE.
+ * (1024), or bit kbit mbit gbit (bits, thousands), in either case, "/s" behind if one likes. "MB"
+ * and "Mb" are refused, since people mean different things. USAGE.
  */
 int text_parse_rate(const char *text, uint64_t *ret_bytes_per_second, struct vm_error **err);
 /*

@@ -30,9 +30,10 @@ static int check_hello(const Vmmig__Control__Hello *m, struct vm_error **err)
 static int check_welcome(const Vmmig__Control__Welcome *m, struct vm_error **err)
 {
     if (m->version < CONTROL_VERSION_MIN || m->version > CONTROL_VERSION_MAX)
-        return error_set(err, VM_ERROR_VERSION,
-                         "the agent speaks version %u of the control protocol, this command %d to %d",
-                         m->version, CONTROL_VERSION_MIN, CONTROL_VERSION_MAX);
+        return error_set(
+            err, VM_ERROR_VERSION,
+            "the agent speaks version %u of the control protocol, this command %d to %d",
+            m->version, CONTROL_VERSION_MIN, CONTROL_VERSION_MAX);
     if (check_word("the software's name", m->software, err) < 0)
         return -1;
     return check_word("the host's name", m->host, err);
@@ -252,7 +253,8 @@ static const struct kind {
     bool request;
 } kinds[] = {
 #define X(id, member, Name, request)                                                               \
-    {VMMIG__CONTROL__TYPE__##id, #id, &vmmig__control__##member##__descriptor, check_any_##member, request},
+    {VMMIG__CONTROL__TYPE__##id, #id, &vmmig__control__##member##__descriptor,                     \
+     check_any_##member, request},
     CONTROL_MESSAGES(X)
 #undef X
 };
@@ -269,7 +271,8 @@ int control_check(unsigned type, const ProtobufCMessage *message, struct vm_erro
 {
     const struct kind *k = find_kind(type);
     if (!k)
-        return error_set(err, VM_ERROR_VERSION, "the control protocol has no message %u here", type);
+        return error_set(err, VM_ERROR_VERSION, "the control protocol has no message %u here",
+                         type);
     if (k->check(message, err) < 0)
         return error_wrap(err, "message %s", k->name);
     return 0;

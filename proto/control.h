@@ -8,10 +8,10 @@
  *     ... m.send->vm ...
  *     control_message_finish(&m);
  *
- * A message that control_unpack returns needs no further check: names and addresses are well formed,
- * strings have their maximum and no control characters, bytes their exact size, counts and enums are
- * in range, sub-messages are checked too. What a message means to the agent (does the VM exist?)
- * is not checked here. Threads: any.
+ * A message that control_unpack returns needs no further check: names and addresses are well
+ * formed, strings have their maximum and no control characters, bytes their exact size, counts and
+ * enums are in range, sub-messages are checked too. What a message means to the agent (does the VM
+ * exist?) is not checked here. Threads: any.
  */
 #ifndef VMMIG_PROTO_CONTROL_H
 #define VMMIG_PROTO_CONTROL_H
@@ -71,8 +71,8 @@ struct control_message {
 };
 
 /*
- * PROTOCOL, with the name of the first field that is wrong; VERSION for a type that this version does
- * not know.
+ * PROTOCOL, with the name of the first field that is wrong; VERSION for a type that this version
+ * does not know.
  */
 int control_unpack(unsigned type, const void *data, size_t len, struct control_message *ret_message,
                    struct vm_error **err);

@@ -30,7 +30,8 @@ int vm_name_check(const char *name, struct vm_error **err)
 
 static int bad_endpoint(struct vm_error **err)
 {
-    return error_set(err, VM_ERROR_USAGE, "not an address: HOST, HOST:PORT or [IPV6]:PORT expected");
+    return error_set(err, VM_ERROR_USAGE,
+                     "not an address: HOST, HOST:PORT or [IPV6]:PORT expected");
 }
 
 static bool parse_port(const char *text, uint16_t *ret_port)
@@ -97,7 +98,8 @@ const char *endpoint_format(const struct endpoint *e, char out[ENDPOINT_TEXT_MAX
     return out;
 }
 
-/* Bytes of the UTF-8 sequence at p, or 0: malformed, over-long, a surrogate, or a control character. */
+/* Bytes of the UTF-8 sequence at p, or 0: malformed, over-long, a surrogate, or a control
+ * character. */
 static size_t utf8_length(const unsigned char *p)
 {
     static const uint32_t least[] = {0, 0, 0x80, 0x800, 0x10000};

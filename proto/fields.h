@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * fields: what the validators of all messages, the configuration and the command line agree on: names
- * of VMs, host addresses, text that is shown. Pure functions; any thread.
+ * fields: what the validators of all messages, the configuration and the command line agree on:
+ * names of VMs, host addresses, text that is shown. Pure functions; any thread.
  */
 #ifndef VMMIG_PROTO_FIELDS_H
 #define VMMIG_PROTO_FIELDS_H
@@ -43,11 +43,14 @@ const char *endpoint_format(const struct endpoint *e, char out[ENDPOINT_TEXT_MAX
  */
 int field_check_text(const char *what, const char *text, size_t min, size_t max,
                      struct vm_error **err);
-/* Make `text` pass field_check_text: what is not printable becomes '?', what is beyond max is cut off. */
+/* Make `text` pass field_check_text: what is not printable becomes '?', what is beyond max is cut
+ * off. */
 void field_make_text(char *text, size_t max);
 /* An absolute path of at most FIELD_PATH_MAX bytes; any bytes but NUL and newline. */
 int field_check_path(const char *what, const char *path, struct vm_error **err);
-/* 1 to FIELD_ARGV_MAX arguments, FIELD_ARGV_BYTES together, the first an absolute path or a name. */
+/*
+ * 1 to FIELD_ARGV_MAX arguments, FIELD_ARGV_BYTES together, the first an absolute path or a name.
+ */
 int field_check_argv(const char *what, char *const *argv, size_t n, struct vm_error **err);
 int field_check_uuid(const char *what, const void *data, size_t len, struct vm_error **err);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * frame: messages on a byte stream. The control sockets of both kinds (CLI to agent, agent to agent)
- * use it. No I/O: bytes in, frames out; frames in, bytes out.
+ * frame: messages on a byte stream. The control sockets of both kinds (CLI to agent, agent to
+ * agent) use it. No I/O: bytes in, frames out; frames in, bytes out.
  *
  *     struct frame_decoder d = {0};
  *     struct cursor in = cursor_init(bytes, n);           // as they came from the stream
@@ -16,8 +16,8 @@
  *     le16 type, not 0           le16 0, reserved                  payload
  *
  * Bounded: a decoder holds one frame at most, and never more memory than twice what has arrived of
- * it, whatever the length claims. A stream that broke the rules once stays broken: every further call
- * fails. Threads: one at a time per decoder.
+ * it, whatever the length claims. A stream that broke the rules once stays broken: every further
+ * call fails. Threads: one at a time per decoder.
  */
 #ifndef VMMIG_PROTO_FRAME_H
 #define VMMIG_PROTO_FRAME_H
@@ -53,8 +53,8 @@ struct frame_decoder {
 void frame_decoder_finish(struct frame_decoder *d);
 /*
  * Take bytes from `in` up to the end of the current frame. 1: *ret_frame is a frame, which stays
- * valid until the next call; call again, `in` may hold more. 0: `in` is used up and the frame is not
- * complete. -1: PROTOCOL, or out of memory.
+ * valid until the next call; call again, `in` may hold more. 0: `in` is used up and the frame is
+ * not complete. -1: PROTOCOL, or out of memory.
  */
 int frame_decode(struct frame_decoder *d, struct cursor *in, struct frame *ret_frame,
                  struct vm_error **err);

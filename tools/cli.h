@@ -4,8 +4,8 @@
  * manual page; tests/unit/tools compares them.
  *
  * Output contract. Without --json: what a person reads on standard output; errors as one line
- * "vmmig: ..." on standard error. With --json: exactly one object on standard output, also for an error:
- * {"error": {"kind": ..., "message": ...}}. The exit status is that of the error's kind.
+ * "vmmig: ..." on standard error. With --json: exactly one object on standard output, also for an
+ * error: {"error": {"kind": ..., "message": ...}}. The exit status is that of the error's kind.
  */
 #ifndef VMMIG_TOOLS_CLI_H
 #define VMMIG_TOOLS_CLI_H
@@ -56,8 +56,9 @@ extern const struct cli_command cli_commands[];
 extern const struct option cli_common_options[];
 
 /*
- * Find and parse: *ret_command, *ret_cli. A first word that is no command is USAGE with the nearest one;
- * no word at all gives NULL in *ret_command. Options may also stand before the command.
+ * Find and parse: *ret_command, *ret_cli. A first word that is no command is USAGE with the
+ * nearest one; no word at all gives NULL in *ret_command. Options may also stand before the
+ * command.
  */
 int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
               struct vm_error **err);

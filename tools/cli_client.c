@@ -28,7 +28,8 @@ static int connect_to(struct cli_client *c, const char *path, struct vm_error **
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof(address.sun_path))
-        return error_set(err, VM_ERROR_USAGE, "--socket: the path of a socket has at most %zu bytes",
+        return error_set(err, VM_ERROR_USAGE,
+                         "--socket: the path of a socket has at most %zu bytes",
                          sizeof(address.sun_path) - 1);
     strcpy(address.sun_path, path);
     c->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);

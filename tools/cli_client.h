@@ -3,11 +3,13 @@
  * cli_client: a connection to an agent's control socket.
  *
  *     CLEANUP(cli_client) struct cli_client *c = cli_client_open(path, &err);
- *     cli_client_call(c, VMMIG__CONTROL__TYPE__LIST, &list.base, VMMIG__CONTROL__TYPE__VMS, &answer, &err);
+ *     cli_client_call(c, VMMIG__CONTROL__TYPE__LIST, &list.base, VMMIG__CONTROL__TYPE__VMS,
+ * &answer, &err);
  *     ... answer.vms->n_vms ...
  *     control_message_finish(&answer);
  *
- * An ERROR of the agent becomes the error of the call, with the agent's kind and words. Threads: one.
+ * An ERROR of the agent becomes the error of the call, with the agent's kind and words. Threads:
+ * one.
  */
 #ifndef VMMIG_TOOLS_CLI_CLIENT_H
 #define VMMIG_TOOLS_CLI_CLIENT_H
@@ -20,7 +22,9 @@
 
 struct cli_client;
 
-/* Connect and agree on a version. UNREACHABLE when no agent answers there, DENIED when it may not. */
+/*
+ * Connect and agree on a version. UNREACHABLE when no agent answers there, DENIED when it may not.
+ */
 struct cli_client *cli_client_open(const char *socket_path, struct vm_error **err);
 void cli_client_close(struct cli_client *c);
 DEFINE_CLEANUP(cli_client, struct cli_client *, cli_client_close)
@@ -28,8 +32,8 @@ DEFINE_CLEANUP(cli_client, struct cli_client *, cli_client_close)
 int cli_client_send(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
                     struct vm_error **err);
 /*
- * The next answer, which must be of type `want`. Ends with CANCELLED when cancel_fd (-1: none) becomes
- * readable; the connection stays usable then, and the call can be repeated.
+ * The next answer, which must be of type `want`. Ends with CANCELLED when cancel_fd (-1: none)
+ * becomes readable; the connection stays usable then, and the call can be repeated.
  */
 int cli_client_receive(struct cli_client *c, unsigned want, int64_t deadline_ns, int cancel_fd,
                        struct control_message *ret_answer, struct vm_error **err);

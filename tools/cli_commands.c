@@ -267,7 +267,8 @@ static int run_version(const struct cli *c, struct vm_error **err)
     CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, NULL);
     const char *agent = client ? cli_client_software(client) : NULL;
     if (c->json)
-        return cli_print_json(json_pack("{s:s, s:s?}", "vmmig", VMMIG_VERSION, "agent", agent), err);
+        return cli_print_json(json_pack("{s:s, s:s?}", "vmmig", VMMIG_VERSION, "agent", agent),
+                              err);
     printf("vmmig " VMMIG_VERSION "\nagent: %s\n", agent ? agent : "none answers");
     return 0;
 }
@@ -281,12 +282,14 @@ static const struct option attach_options[] = {
 
 static const struct option send_options[] = {
     {"to", "HOST[:PORT]", option_parse_text, MEMBER(to), .required = true,
-     .text = "The agent that takes it. The certificate there must bear this name. The port is 16550 "
-             "unless another is given"},
+     .text =
+         "The agent that takes it. The certificate there must bear this name. The port is 16550 "
+         "unless another is given"},
     {"downtime-limit", "MS", option_parse_u64, MEMBER(downtime_limit_ms),
      .min = CONTROL_DOWNTIME_MS_MIN, .max = CONTROL_DOWNTIME_MS_MAX, .unit = "ms", .def = "300",
-     .text = "How long the guest may stand at the end. If it dirties memory too fast for that, it is "
-             "slowed down"},
+     .text =
+         "How long the guest may stand at the end. If it dirties memory too fast for that, it is "
+         "slowed down"},
     {"max-bandwidth", "RATE", option_parse_rate, MEMBER(max_bandwidth),
      .min = CONTROL_BANDWIDTH_MIN, .max = CONTROL_BANDWIDTH_MAX,
      .text = "Most to put on the wire, in bytes a second as 100M or 64MiB, in bits as 1gbit. The "
@@ -295,16 +298,15 @@ static const struct option send_options[] = {
      .max = CONTROL_CONNECTIONS_MAX, .unit = "connections",
      .text = "How many data connections. The agent chooses if it is not given"},
     {"compress", "auto|none|lz4|zstd", option_parse_choice, MEMBER(compress), .def = "auto",
-     .choices = "auto|none|lz4|zstd",
-     .text = "auto measures what is fastest, page by page"},
+     .choices = "auto|none|lz4|zstd", .text = "auto measures what is fastest, page by page"},
     {"dest-qmp", "PATH", option_parse_text, MEMBER(dest_qmp),
-     .text = "A VMM that waits at the destination, started with -incoming defer. Without it the agent "
-             "there starts one"},
+     .text =
+         "A VMM that waits at the destination, started with -incoming defer. Without it the agent "
+         "there starts one"},
     {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),
      .text = "Vouch that the disks at both ends are the same, where the agents cannot prove it. If "
              "they are not, the guest's data is destroyed"},
-    {"background", NULL, option_parse_flag, MEMBER(background),
-     .text = "Return when it has begun"},
+    {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
 
 static const struct option resolve_options[] = {
@@ -327,58 +329,61 @@ static const struct option pki_issue_options[] = {
 
 const struct cli_command cli_commands[] = {
     {"run", "NAME -- QEMU [ARGUMENT]...", 1, 1, true, NULL, "start a VM under the agent",
-     "Start a VM from its QEMU command line. The agent adds a QMP socket of its own, nothing else. The "
-     "binary must be one that the agent's configuration lists. The VM outlives the agent. Relative "
-     "paths are those of the current directory.\n\n"
+     "Start a VM from its QEMU command line. The agent adds a QMP socket of its own, nothing "
+     "else. The binary must be one that the agent's configuration lists. The VM outlives the "
+     "agent. Relative paths are those of the current directory.\n\n"
      "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2",
      run_run},
     {"attach", "NAME --qmp PATH", 1, 1, false, attach_options, "adopt a QEMU that already runs",
-     "Adopt a QEMU (7.2 or later) that runs already, through its QMP socket. The VM is not touched.\n\n"
+     "Adopt a QEMU (7.2 or later) that runs already, through its QMP socket. The VM is not "
+     "touched.\n\n"
      "    vmmig attach web1 --qmp /run/web1.qmp",
      run_attach},
     {"list", "", 0, 0, false, NULL, "the VMs of this host",
      "List the VMs of the agent with what they do now.", run_list},
     {"status", "[NAME]", 0, 1, false, NULL, "one VM, or the agent itself",
-     "Tell about one VM: its state, its process, its job, a hand-over that is not finished. Without a "
-     "name, about the agent.",
+     "Tell about one VM: its state, its process, its job, a hand-over that is not finished. "
+     "Without a name, about the agent.",
      run_status},
     {"send", "NAME --to HOST", 1, 1, false, send_options, "live-migrate a VM to another host",
-     "Move a running VM to another host. The guest runs on while its memory is copied, stands for a "
-     "moment, and runs there; if anything fails it runs on here. The command follows the job and prints "
-     "a summary: total time, the guest's pause, bytes on the wire and saved, rounds, throttling.\n\n"
-     "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one within "
-     "three seconds cancels it.\n\n"
+     "Move a running VM to another host. The guest runs on while its memory is copied, stands for "
+     "a moment, and runs there; if anything fails it runs on here. The command follows the job "
+     "and prints a summary: total time, the guest's pause, bytes on the wire and saved, rounds, "
+     "throttling.\n\n"
+     "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one "
+     "within three seconds cancels it.\n\n"
      "    vmmig send web1 --to host2 --downtime-limit 100",
      run_send},
     {"watch", "NAME", 1, 1, false, NULL, "follow a VM's job until it ends",
-     "Follow the job of a VM as `send` does in the foreground, with its exit status. If none runs, the "
-     "last one is shown.",
+     "Follow the job of a VM as `send` does in the foreground, with its exit status. If none "
+     "runs, the last one is shown.",
      run_watch},
     {"jobs", "", 0, 0, false, NULL, "what is and was under way",
-     "List the jobs that run and the last ones that ended, newest first. A restart of the agent forgets "
-     "those that ended.",
+     "List the jobs that run and the last ones that ended, newest first. A restart of the agent "
+     "forgets those that ended.",
      run_jobs},
     {"cancel", "NAME", 1, 1, false, NULL, "cancel the job of a VM",
-     "Ask the job of a VM to end early: a migration is undone and the guest runs on at the source. Once "
-     "the source has committed itself only the destination decides, and the answer is \"too late\".",
+     "Ask the job of a VM to end early: a migration is undone and the guest runs on at the "
+     "source. Once the source has committed itself only the destination decides, and the answer "
+     "is \"too late\".",
      run_cancel},
     {"resolve", "NAME --here|--gone --i-fenced HOST", 1, 1, false, resolve_options,
      "decide a hand-over that is in doubt",
-     "When a host dies in the instant of a hand-over, the other one may not know who owns the guest, and "
-     "leaves it paused. This command decides, and only you can know: make sure that the other host is "
-     "off first. Two copies of a VM on one disk destroy it.\n\n"
+     "When a host dies in the instant of a hand-over, the other one may not know who owns the "
+     "guest, and leaves it paused. This command decides, and only you can know: make sure that "
+     "the other host is off first. Two copies of a VM on one disk destroy it.\n\n"
      "    vmmig resolve web1 --here --i-fenced host2",
      run_resolve},
     {"detach", "NAME", 1, 1, false, NULL, "forget a VM, which runs on",
      "The agent forgets the VM and does not touch it. Also for the record of a VM that has ended.",
      run_detach},
     {"pki init", "DIR", 1, 1, false, NULL, "make a certificate authority for a new cluster",
-     "Make the certificate authority of a cluster: ca.crt and ca.key in DIR. Whoever has ca.key can "
-     "admit hosts; keep it off the hosts.",
+     "Make the certificate authority of a cluster: ca.crt and ca.key in DIR. Whoever has ca.key "
+     "can admit hosts; keep it off the hosts.",
      run_pki_init},
     {"pki issue", "DIR HOST", 2, 2, false, pki_issue_options, "issue a host's certificate",
-     "Issue HOST.crt and HOST.key, with which that host's agent is admitted to the cluster. Copy them "
-     "and ca.crt to the host.\n\n"
+     "Issue HOST.crt and HOST.key, with which that host's agent is admitted to the cluster. Copy "
+     "them and ca.crt to the host.\n\n"
      "    vmmig pki issue pki host2 --ip 10.0.0.2",
      run_pki_issue},
     {"version", "", 0, 0, false, NULL, "versions of this command and of the agent",

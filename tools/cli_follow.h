@@ -6,9 +6,9 @@
  * changes and every few seconds. With --json nothing is said until the end. At the end the summary
  * or the JSON object goes to standard output.
  *
- * Ctrl-C: the job belongs to the agent, so the first one only leaves it. It says so and how to cancel, and
- * stays FOLLOW_GRACE_NS more, in which a second one cancels the job and waits for what comes of it; a
- * third one leaves at once.
+ * Ctrl-C: the job belongs to the agent, so the first one only leaves it. It says so and how to
+ * cancel, and stays FOLLOW_GRACE_NS more, in which a second one cancels the job and waits for what
+ * comes of it; a third one leaves at once.
  */
 #ifndef VMMIG_TOOLS_CLI_FOLLOW_H
 #define VMMIG_TOOLS_CLI_FOLLOW_H
@@ -20,13 +20,13 @@
 #define FOLLOW_GRACE_NS (3 * NSEC_PER_SEC)
 
 /*
- * Block SIGINT, so that cli_follow decides about it; before the job begins. Returns the descriptor for
- * cli_follow (close it), or -1.
+ * Block SIGINT, so that cli_follow decides about it; before the job begins. Returns the descriptor
+ * for cli_follow (close it), or -1.
  */
 int cli_follow_prepare(struct vm_error **err);
 /*
- * Watch that job of the VM; `job` NULL: the one that runs, else the last. 0: done; -1: the job's error,
- * nothing printed but progress; above 0: exit status, everything having been said.
+ * Watch that job of the VM; `job` NULL: the one that runs, else the last. 0: done; -1: the job's
+ * error, nothing printed but progress; above 0: exit status, everything having been said.
  */
 int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
                const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err);

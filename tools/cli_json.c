@@ -82,7 +82,8 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
                                          string(j->error->message))
                              : json_null();
     return json_pack(
-        "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
+        "s:o, "
         "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
         string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
@@ -93,8 +94,8 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
         number(j->resent_bytes), "opaque_bytes", number(j->opaque_bytes), "pages", pages(j),
         "throttle_percent", number(j->throttle_percent), "throttle_max_percent",
         number(j->throttle_max_percent), "connections", number(j->connections), "reconnects",
-        number(j->reconnects), "predicted_pause_ms", milliseconds(j->predicted_pause_ns), "pause_ms",
-        milliseconds(j->pause_ns), "note", string(j->note));
+        number(j->reconnects), "predicted_pause_ms", milliseconds(j->predicted_pause_ns),
+        "pause_ms", milliseconds(j->pause_ns), "note", string(j->note));
 }
 
 json_t *cli_json_jobs(const Vmmig__Control__JobList *jobs)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * cli_print: the agent's answers as text and as JSON. JSON field names are stable; times are
- * milliseconds, sizes bytes, rates bytes a second, instants RFC 3339 in UTC; what is not known is null.
+ * milliseconds, sizes bytes, rates bytes a second, instants RFC 3339 in UTC; what is not known is
+ * null.
  */
 #ifndef VMMIG_TOOLS_CLI_PRINT_H
 #define VMMIG_TOOLS_CLI_PRINT_H

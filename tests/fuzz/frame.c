@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The frame decoder: whatever the bytes are and however they are cut, it never holds more than twice what
- * arrived, and what it gives out encodes to the bytes that it took.
+ * The frame decoder: whatever the bytes are and however they are cut, it never holds more than
+ * twice what arrived, and what it gives out encodes to the bytes that it took.
  */
 #include "proto/frame.h"
 

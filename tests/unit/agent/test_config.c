@@ -146,7 +146,9 @@ static void a_missing_or_huge_file_is_an_error(void **state)
     assert_int_equal(zero->kind, VM_ERROR_REFUSED);
 }
 
-/* Uncomment every key of the sample that has a default: it must be accepted, and be the defaults. */
+/*
+ * Uncomment every key of the sample that has a default: it must be accepted, and be the defaults.
+ */
 static void the_sample_is_valid_and_says_the_defaults(void **state)
 {
     (void)state;

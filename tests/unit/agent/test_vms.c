@@ -333,7 +333,8 @@ static void a_vmm_that_hangs_is_waited_for_until_the_deadline(void **state)
         assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
     }
     vm_ask(vm);
-    assert_int_equal(atomic_load(&times_asked), 2); /* one thread waits, however often it is asked */
+    assert_int_equal(atomic_load(&times_asked),
+                     2); /* one thread waits, however often it is asked */
     io_latch_set(answer_latch);
     assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL), 0);
     atomic_store(&times_asked, 98);
@@ -419,8 +420,8 @@ static void a_write_that_was_cut_off_leaves_nothing(void **state)
 }
 
 /*
- * kill -9 while VMs are added and removed in a loop: the next agent finds each record whole or not at
- * all, and those that were reported as added are there.
+ * kill -9 while VMs are added and removed in a loop: the next agent finds each record whole or not
+ * at all, and those that were reported as added are there.
  */
 static void a_crash_loses_nothing_that_was_reported(void **state)
 {

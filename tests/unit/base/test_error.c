@@ -19,7 +19,8 @@ static void context_is_added_while_unwinding(void **state)
     cleanup_error struct vm_error *err = NULL;
     assert_int_equal(open_disk(&err), -1);
     assert_int_equal(error_wrap(&err, "vm %s", "web1"), -1);
-    assert_string_equal(error_message(err), "vm web1: cannot open /disk: No such file or directory");
+    assert_string_equal(error_message(err),
+                        "vm web1: cannot open /disk: No such file or directory");
     assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
     assert_int_equal(err->sys_errno, ENOENT);
 }

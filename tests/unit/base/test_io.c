@@ -78,8 +78,8 @@ static void waits_end_at_the_deadline_and_on_the_latch(void **state)
     assert_int_equal(cancelled->kind, VM_ERROR_CANCELLED);
     assert_true(io_latch_is_set(latch)); /* for good */
     char *much = calloc(1, 8 << 20);
-    assert_int_equal(io_write_full(fds[0], much, 8 << 20, clock_mono_ns() + NSEC_PER_MSEC, -1, &full),
-                     -1);
+    assert_int_equal(
+        io_write_full(fds[0], much, 8 << 20, clock_mono_ns() + NSEC_PER_MSEC, -1, &full), -1);
     assert_int_equal(full->kind, VM_ERROR_TIMEOUT);
     free(much);
     close(latch);

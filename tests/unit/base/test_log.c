@@ -82,7 +82,8 @@ static void what_is_below_the_level_is_not_said(void **state)
 static void text_from_outside_cannot_forge_a_line(void **state)
 {
     (void)state;
-    log_info("peer said", "text=%s", log_q("a\"b\\c\nts=2026 level=error msg=\"forged\"\x1b[2J\x7f"));
+    log_info("peer said", "text=%s",
+             log_q("a\"b\\c\nts=2026 level=error msg=\"forged\"\x1b[2J\x7f"));
     const char *line = logged();
     assert_ptr_equal(strchr(line, '\n'), line + strlen(line) - 1); /* one line */
     assert_null(strchr(line, '\x1b'));

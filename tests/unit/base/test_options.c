@@ -32,7 +32,8 @@ static const struct option rows[] = {
     {"to", "HOST", option_parse_text, MEMBER(to), .required = true, .text = "Where to"},
     {"limit", "MS", option_parse_u64, MEMBER(limit), .min = 1, .max = 1000, .unit = "ms",
      .def = "300", .text = "How long"},
-    {"rate", "RATE", option_parse_rate, MEMBER(rate), .min = 100, .max = 1000000, .text = "How fast"},
+    {"rate", "RATE", option_parse_rate, MEMBER(rate), .min = 100, .max = 1000000,
+     .text = "How fast"},
     {"compress", "auto|lz4|none", option_parse_choice, MEMBER(compress), .choices = "auto|lz4|none",
      .def = "auto", .text = "How"},
     {"force", NULL, option_parse_flag, MEMBER(force), .text = "Really"},
@@ -162,7 +163,8 @@ static void help_comes_from_the_rows(void **state)
     options_print_help(out, rows, "--");
     options_print_manual(out, rows, "--");
     fclose(out);
-    assert_non_null(strstr(text, "  --limit MS              How long. Between 1 and 1000 ms. Default:"));
+    assert_non_null(
+        strstr(text, "  --limit MS              How long. Between 1 and 1000 ms. Default:"));
     assert_non_null(strstr(text, "`--to HOST`\n:   Where to.\n"));
     for (const struct option *o = rows; o->name; o++)
         assert_non_null(strstr(text, o->name));

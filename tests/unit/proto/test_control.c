@@ -11,7 +11,9 @@
 #define ID_BYTES 16
 static uint8_t id_bytes[ID_BYTES + 1];
 
-/* Pack, unpack: what the other side would say. Returns the kind of the error, or -1 if it is fine. */
+/*
+ * Pack, unpack: what the other side would say. Returns the kind of the error, or -1 if it is fine.
+ */
 static int judge(unsigned type, const ProtobufCMessage *message)
 {
     cleanup_error struct vm_error *err = NULL;

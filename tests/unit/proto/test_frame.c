@@ -23,7 +23,8 @@ static void put_many(struct buffer *out)
     free(payload);
 }
 
-/* Decode all of `bytes`, given to the decoder in pieces of `step`; returns how many frames came out. */
+/* Decode all of `bytes`, given to the decoder in pieces of `step`; returns how many frames came
+ * out. */
 static unsigned decode_in_steps(const struct buffer *bytes, size_t step)
 {
     cleanup_frame_decoder struct frame_decoder d = {0};

@@ -102,7 +102,8 @@ static void options_may_stand_before_the_command(void **state)
     (void)state;
     const struct cli_command *command;
     struct cli c;
-    assert_int_equal(parse("--socket /x --json pki issue dir host --days 5", &command, &c, NULL), 0);
+    assert_int_equal(parse("--socket /x --json pki issue dir host --days 5", &command, &c, NULL),
+                     0);
     assert_string_equal(command->name, "pki issue");
     assert_string_equal(c.socket, "/x");
     assert_true(c.json);
@@ -187,8 +188,9 @@ static void progress_is_one_line(void **state)
     job.throttle_percent = 20;
     job.note = note;
     cli_format_progress(&job, line, sizeof(line));
-    assert_string_equal(line, "copying round 3, 64.0 MiB left, dirty 10.0 MiB/s, link 100 MiB/s, saved "
-                              "zero 50% lz4 25%, pause ~120 ms, throttle 20% (throttling)");
+    assert_string_equal(line,
+                        "copying round 3, 64.0 MiB left, dirty 10.0 MiB/s, link 100 MiB/s, saved "
+                        "zero 50% lz4 25%, pause ~120 ms, throttle 20% (throttling)");
     cli_format_progress(&job, tiny, sizeof(tiny)); /* cut, never written past */
     assert_int_equal(strlen(tiny), sizeof(tiny) - 1);
 }
