@@ -124,6 +124,7 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
                                      .channels = p->channels,
                                      .regions = mapped,
                                      .n_regions = kept,
+                                     .charge_vmm = *a->transfer->agent->config->vm_cgroup != 0,
                                      .cancel_fd = a->cancel};
     memcpy(params.token.bytes, p->token.data, sizeof(params.token.bytes));
     struct receiver *r = receiver_create(&params, err);

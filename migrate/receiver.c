@@ -18,6 +18,8 @@ struct page_lane {
     struct page_decoder *decoder;
     struct channel_receiver *channel;
     uint64_t applied; /* frames; under the receiver's lock */
+    struct page_meta meta; /* of the frame that is being received, for charge_vmm */
+    bool complained;
 };
 
 /* Channel 0: one frame at a time. */
@@ -62,6 +64,33 @@ static void receiver_fail(struct receiver *r, struct vm_error *why)
 
 /* ---- Page channels ---- */
 
+/*
+ * Have the VMM fault in what is about to be written. Pages that become zero are left out: they may
+ * stay holes. Failing costs only the right account, so it is said once and no more.
+ */
+static void charge_vmm(struct page_lane *lane, const void *meta, size_t meta_len, size_t payload_len)
+{
+    struct page_meta *m = &lane->meta;
+    uint64_t addrs[PAGE_BATCH_MAX];
+    unsigned n = 0, unit = 0, left = 0;
+    cleanup_error struct vm_error *err = NULL;
+    if (page_meta_read(meta, meta_len, payload_len, m, NULL) < 0)
+        return;
+    for (unsigned r = 0; r < m->n_runs; r++) {
+        for (uint32_t i = 0; i < m->runs[r].count; i++) {
+            while (!left && unit < m->n_units)
+                left = m->units[unit++].pages;
+            left--;
+            if (m->units[unit - 1].kind != PAGE_ZERO)
+                addrs[n++] = m->runs[r].addr + i;
+        }
+    }
+    if (!n || guest_sink_populate(lane->r->params.guest, addrs, n, &err) == 0 || lane->complained)
+        return;
+    lane->complained = true;
+    log_warn("guest pages are charged to the agent", "error=%s", log_q(error_message(err)));
+}
+
 static int pages_begin(void *arg, uint16_t type, const void *meta, size_t meta_len,
                        size_t payload_len, struct iovec *ret_iov, struct vm_error **err)
 {
@@ -71,6 +100,8 @@ static int pages_begin(void *arg, uint16_t type, const void *meta, size_t meta_l
         return error_set(err, VM_ERROR_PROTOCOL, "a frame of type %u on a page channel", type);
     if (page_decoder_begin(lane->decoder, meta, meta_len, payload_len, ret_iov, &n, err) < 0)
         return -1;
+    if (lane->r->params.charge_vmm)
+        charge_vmm(lane, meta, meta_len, payload_len);
     return (int)n;
 }
 

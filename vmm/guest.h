@@ -113,10 +113,16 @@ struct guest_source_progress {
      * the guest by itself at the end of the first round, whatever the limit.
      */
     bool one_round;
+    uint64_t working_set;     /* bytes written at least once since the first round; 0: not known */
 };
 
 struct guest_ops {
     const char *driver; /* "qemu" */
+    /*
+     * Pages of batches lie in the guest's own memory, and change while it runs: whoever looks at one twice
+     * copies it first. A page that changed is dirty again, and comes again.
+     */
+    bool mapped_source;
     void (*destroy)(struct guest *g);
     int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
     int (*pause)(struct guest *g, struct vm_error **err);
@@ -128,6 +134,7 @@ struct guest_ops {
     int (*source_stop)(struct guest *g, struct vm_error **err);
     int (*announce)(struct guest *g, struct vm_error **err);
     int (*quit)(struct guest *g, struct vm_error **err);
+    int (*sink_populate)(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err);
     int (*sink_regions)(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
     int (*sink_bytes)(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
                       int cancel_fd, struct vm_error **err);
@@ -203,6 +210,17 @@ static inline int guest_sink_regions(struct guest *g, const struct guest_region 
                                      unsigned *ret_n)
 {
     return g->ops->sink_regions(g, ret_regions, ret_n);
+}
+
+/*
+ * Have the pages at `addrs` (vmm/page_batch.h) present before they are written here, so that the VMM's
+ * cgroup is charged for them and not the agent's. Where the driver has no need of that (NULL), nothing
+ * happens. A failure means only that the agent is charged.
+ */
+static inline int guest_sink_populate(struct guest *g, const uint64_t *addrs, unsigned n,
+                                      struct vm_error **err)
+{
+    return g->ops->sink_populate ? g->ops->sink_populate(g, addrs, n, err) : 0;
 }
 
 static inline int guest_sink_bytes(struct guest *g, const void *data, size_t n,

@@ -253,6 +253,11 @@ static int qemu_quit(struct guest *g, struct vm_error **err)
     return 0;
 }
 
+static int sink_populate(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err)
+{
+    return qemu_sink_populate(of(g), addrs, n, err);
+}
+
 static void destroy(struct guest *g)
 {
     struct qemu *q = of(g);
@@ -278,6 +283,7 @@ static const struct guest_ops ops = {
     .source_stop = qemu_source_stop,
     .announce = qemu_announce,
     .quit = qemu_quit,
+    .sink_populate = sink_populate,
     .sink_regions = qemu_sink_regions,
     .sink_bytes = qemu_sink_bytes,
     .sink_finish = qemu_sink_finish,

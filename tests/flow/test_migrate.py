@@ -310,3 +310,24 @@ def test_a_guest_with_firmware_moves(cluster, linux):
     console.wait_ticks(3)
     assert console.check(after=mark) == ['h1', 'h2']
     end(cluster, 'ovmf')
+
+
+def test_guest_pages_are_charged_to_the_vmm():
+    with Cluster(start=False) as cluster:
+        a1, a2 = cluster.agents
+        group = cluster.cgroup('vms')
+        a2.options['vm-cgroup'] = group
+        for agent in cluster.agents:
+            agent.start()
+        vm = BareGuest('charged', mem_mib=256, dirty_mib=16, fill='random')
+        console = boot(cluster, vm)
+        mark = console.mark()
+        send(a1, 'h2', 'charged')
+        console.wait_ticks(5)
+        assert console.check(after=mark) == ['h1', 'h2']
+        qemu = a2.json('status', 'charged')['pid']
+        charged = judge.charged(judge.memory_cgroup(qemu))
+        assert judge.memory_cgroup(qemu).endswith('charged')
+        assert charged > 200 * MIB
+        console.verify()
+        end(cluster, 'charged')

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README and the manuals tell their reader to type does what they say."""
+import os
+import re
+import subprocess
+
+from cluster import Cluster
+from lab import BareGuest
+from lab.guests import ROOT, built
+
+
+def commands(path):
+    """The lines that a reader would type, without the words that explain them."""
+    with open(os.path.join(ROOT, path), encoding='utf-8') as file:
+        text = file.read().replace('\\\n', ' ')
+    return [re.split(r'\s{3,}', line.strip())[0] for line in re.findall(r'^    (?:\S+# )?(vmmig .*)$', text, re.M)]
+
+
+def test_two_hosts_as_in_the_readme(tmp_path):
+    typed = commands('README.md')
+    done = []
+    with Cluster() as cluster:
+        vm = BareGuest('web1', mem_mib=64, dirty_mib=8)
+        console = cluster.console('web1')
+        names = {'host1': 'h1', 'host2': 'h2', '/run/web1.qmp': vm.qmp_path}
+        for line in typed:
+            for said, real in names.items():
+                line = line.replace(said, real)
+            words = line.split()[1:]
+            if words[0] == 'pki':
+                subprocess.run([built('tools/vmmig'), *words], cwd=tmp_path, check=True, capture_output=True)
+            elif words[0] == 'run':
+                cluster.agents[0].vmmig('run', 'web1', '--', *vm.argv())
+                console.wait_for('ready')
+            elif words[0] == 'attach':  # instead of `run`: the VM is here already, and the answer says so
+                assert cluster.agents[0].vmmig(*words, check=False).returncode == 4
+            elif words[0] == 'status':
+                cluster.agents[1].vmmig(*words)
+            else:
+                cluster.agents[0].vmmig(*words)
+            done.append(words[0])
+        console.wait_ticks(5)
+        assert console.check() == ['h1', 'h2']
+    assert {'pki', 'run', 'attach', 'send', 'status'} <= set(done)
+
+
+def test_every_command_of_the_manuals_exists():
+    known = subprocess.run([built('tools/vmmig'), '--help'], capture_output=True, text=True, check=True).stdout
+    for path in ('README.md', 'docs/vmmig.1.md', 'docs/hand-over.md', 'docs/vmmigd.8.md', 'docs/migration-wire.md'):
+        for line in commands(path):
+            word = re.match(r'vmmig (?:\[[^\]]*\] )?([a-z]+)', line)
+            if word and word.group(1) not in ('option', 'command'):
+                assert re.search(rf'^\s+{word.group(1)}\b', known, re.M), f'{path}: {line}'
+
+
+def test_quickstart_moves_a_linux_guest():
+    build = os.path.dirname(os.path.dirname(built('tools/vmmig')))
+    done = subprocess.run([os.path.join(ROOT, 'tools/quickstart'), '--keep-build', build], capture_output=True,
+                          text=True, timeout=240, stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'web1 runs at h2 now' in done.stdout
+    assert 'it ran on h1 then h2' in done.stdout
