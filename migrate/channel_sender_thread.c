@@ -506,6 +506,20 @@ static int wait_for_work(struct channel_sender *s, struct readiness *ret_ready,
     return 0;
 }
 
+/* Write what may be written. A receiver that refused and closed is heard before the broken pipe. */
+static int write_some(struct channel_sender *s, bool to_write, struct vm_error **err)
+{
+    struct vm_error *why = NULL, *said = NULL;
+    if (conn_try_flush(s->conn, &why) != -1 && (!to_write || write_slice(s, &why) == 0))
+        return 0;
+    if (mendable(why) && read_messages(s, &said) < 0 && !mendable(said)) {
+        error_free(why);
+        return error_propagate(err, said);
+    }
+    error_free(said);
+    return error_propagate(err, why);
+}
+
 /* Serve the connection until it breaks (-1), the channel ends, or it is halted. */
 static int serve(struct channel_sender *s, struct vm_error **err)
 {
@@ -519,9 +533,7 @@ static int serve(struct channel_sender *s, struct vm_error **err)
         pthread_mutex_unlock(&s->lock);
         if (finished)
             return 0;
-        if (ready.writable && conn_try_flush(s->conn, err) == -1)
-            return -1;
-        if (ready.writable && to_write && write_slice(s, err) < 0)
+        if (ready.writable && write_some(s, to_write, err) < 0)
             return -1;
         if (check_stall(s, err) < 0 || wait_for_work(s, &ready, err) < 0)
             return -1;

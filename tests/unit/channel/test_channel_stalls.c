@@ -104,6 +104,24 @@ static void test_a_slow_link_is_not_a_dead_one(void **state)
     pair_destroy(p);
 }
 
+static struct link_plan silent_plan(void *arg, unsigned n)
+{
+    struct link_plan plan = slow_plan(arg, n);
+    plan.hold_backward = 8 + CHANNEL_MESSAGE_SIZE; /* nothing behind the answer */
+    plan.hold_ms = 2 * CHANNEL_STALL_MS;
+    return plan;
+}
+
+/* With the way back clogged, bytes that leave are the sign of life. */
+static void test_bytes_that_leave_are_a_sign_of_life(void **state)
+{
+    struct pair *p = pair_create(&(struct pair_settings){.plan = silent_plan});
+    pair_send(p, 1, 600000);
+    pair_end(p);
+    assert_int_equal(p->connections, 1);
+    pair_destroy(p);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -111,6 +129,7 @@ int main(void)
         cmocka_unit_test(test_a_busy_receiver_is_waited_for),
         cmocka_unit_test(test_taking_over_from_a_busy_receiver),
         cmocka_unit_test(test_a_slow_link_is_not_a_dead_one),
+        cmocka_unit_test(test_bytes_that_leave_are_a_sign_of_life),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
