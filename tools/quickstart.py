@@ -7,7 +7,7 @@ import time
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [os.path.join(TOP, 'tests'), os.path.join(TOP, 'tests/flow')]
 
-from cluster import Cluster  # noqa: E402
+from agents import Cluster  # noqa: E402
 from lab import LinuxGuest, linux_guest, make_disk  # noqa: E402
 
 

@@ -5,7 +5,7 @@ import os
 import time
 
 import pytest
-from cluster import Cluster, eventually, fault_build
+from agents import Cluster, eventually, fault_build
 from lab import BareGuest, judge
 
 MIB = 1 << 20

@@ -4,7 +4,7 @@ import os
 import time
 
 import pytest
-from cluster import Cluster, eventually
+from agents import Cluster, eventually
 from lab import (BareGuest, LinuxGuest, check_disk, huge_pages, judge, linux_guest, make_disk, make_vars)
 
 MIB = 1 << 20

@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 
-from cluster import Cluster
+from agents import Cluster
 from lab import BareGuest
 from lab.guests import ROOT, built
 
