@@ -77,7 +77,8 @@ void address_of_peer(int fd, char ret_text[ADDRESS_TEXT_MAX])
 {
     struct sockaddr_storage peer = {0};
     socklen_t len = sizeof(peer);
-    char host[INET6_ADDRSTRLEN] = "", port[8] = "";
+    char host[INET6_ADDRSTRLEN + 16] = "", port[8] = "";
+    const char *shown = host;
     if (getpeername(fd, (struct sockaddr *)&peer, &len) < 0)
         snprintf(ret_text, ADDRESS_TEXT_MAX, "a closed connection");
     else if (peer.ss_family == AF_UNIX)
@@ -85,8 +86,11 @@ void address_of_peer(int fd, char ret_text[ADDRESS_TEXT_MAX])
     else if (getnameinfo((struct sockaddr *)&peer, len, host, sizeof(host), port, sizeof(port),
                          NI_NUMERICHOST | NI_NUMERICSERV))
         snprintf(ret_text, ADDRESS_TEXT_MAX, "an unknown address");
-    else
-        snprintf(ret_text, ADDRESS_TEXT_MAX, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+    else {
+        if (!strncmp(host, "::ffff:", 7) && strchr(host, '.'))
+            shown += 7; /* IPv4 on a socket of both families */
+        snprintf(ret_text, ADDRESS_TEXT_MAX, strchr(shown, ':') ? "[%s]:%s" : "%s:%s", shown, port);
+    }
 }
 
 /* ---- Resolving ---- */

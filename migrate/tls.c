@@ -21,7 +21,7 @@
 enum {
     RECORD_MAX = 16384,
     OUT_SLACK = 64 << 10,  /* a record's overhead, a handshake's flight */
-    IN_MAX = 128 << 10,    /* read ahead from the socket */
+    IN_MAX = 64 << 10,     /* read ahead from the socket */
     READ_STEP = 256 << 10, /* at most, under the lock */
     FILES = 3,
 };

@@ -22,7 +22,7 @@
 #include <sys/uio.h>
 
 #define TLS_AGAIN (-2)
-#define TLS_OUT_MAX (256u << 10)
+#define TLS_OUT_MAX (128u << 10)
 /* AES-GCM keys wear out after 2^24.5 records (RFC 8446, 5.5); ours are changed well before. */
 #define TLS_RECORDS_PER_KEY (1u << 22)
 

@@ -20,6 +20,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 #include <cmocka.h>
 
@@ -54,16 +55,22 @@ static void *accept_thread(void *arg)
 }
 
 /* Listen; `fn` is the thread that accepts. */
+static void meeting_open_at(struct meeting *m, const char *at, struct conn_context *accept_ctx,
+                            void *(*fn)(void *))
+{
+    struct sockaddr_in6 bound; /* the port lies where it does for IPv4 */
+    socklen_t len = sizeof(bound);
+    *m = (struct meeting){.accept_ctx = accept_ctx};
+    m->listener = conn_listen(at, NULL);
+    assert_true(m->listener >= 0);
+    getsockname(m->listener, (struct sockaddr *)&bound, &len);
+    snprintf(m->address, sizeof(m->address), "127.0.0.1:%d", ntohs(bound.sin6_port));
+    pthread_create(&m->thread, NULL, fn, m);
+}
+
 static void meeting_open(struct meeting *m, struct conn_context *accept_ctx, void *(*fn)(void *))
 {
-    struct sockaddr_in at;
-    socklen_t len = sizeof(at);
-    *m = (struct meeting){.accept_ctx = accept_ctx};
-    m->listener = conn_listen("127.0.0.1:0", NULL);
-    assert_true(m->listener >= 0);
-    getsockname(m->listener, (struct sockaddr *)&at, &len);
-    snprintf(m->address, sizeof(m->address), "127.0.0.1:%d", ntohs(at.sin_port));
-    pthread_create(&m->thread, NULL, fn, m);
+    meeting_open_at(m, "127.0.0.1:0", accept_ctx, fn);
 }
 
 static int raw_dial(const struct meeting *m)
@@ -398,6 +405,32 @@ static void test_addresses(void **state)
     assert_int_equal(address_parse(long_name, "1", &a, NULL), -1);
 }
 
+static void test_a_listener_of_both_families(void **state)
+{
+    struct meeting m;
+    struct conn_context *ctx = plain_context();
+    char address[40];
+    if (access("/proc/net/if_inet6", R_OK) < 0) {
+        print_message("SKIPPED: no IPv6\n");
+        skip();
+    }
+    for (int i = 0; i < 2; i++) {
+        meeting_open_at(&m, "[::]:0", ctx, accept_thread);
+        snprintf(address, sizeof(address), "%s%s", i ? "[::1]" : "127.0.0.1",
+                 strchr(m.address, ':'));
+        m.dialled = conn_dial(ctx, address, CONN_CONTROL, in_ms(5000), -1, &m.dial_err);
+        if (!m.dialled)
+            fail_msg("%s", error_message(m.dial_err));
+        assert_string_equal(conn_peer_address(m.dialled), address);
+        pthread_join(m.thread, NULL);
+        assert_non_null(m.accepted);
+        const char *dialler = i ? "[::1]:" : "127.0.0.1:";
+        assert_int_equal(strncmp(conn_peer_address(m.accepted), dialler, strlen(dialler)), 0);
+        part(&m);
+    }
+    conn_context_destroy(ctx);
+}
+
 static void dial_fails(const char *address, int cancel, int ms, enum vm_error_kind kind,
                        const char *text)
 {
@@ -710,6 +743,7 @@ int main(void)
         cmocka_unit_test(test_settings),
         cmocka_unit_test(test_files_are_read_again),
         cmocka_unit_test(test_addresses),
+        cmocka_unit_test(test_a_listener_of_both_families),
         cmocka_unit_test(test_a_closed_port),
         cmocka_unit_test(test_a_host_that_does_not_answer),
         cmocka_unit_test(test_no_route_and_no_such_name),
