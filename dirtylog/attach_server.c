@@ -1,0 +1,455 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The thread that serves agents: proto/attach.proto, V's side. */
+#include "dirtylog/attach_internal.h"
+
+#include "base/io.h"
+#include "proto/fields.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+
+/* ---- The socket ---- */
+
+static int new_socket(struct vm_error **err)
+{
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        error_errno(err, errno, "cannot make a socket");
+    return fd;
+}
+
+/* Remove a socket file behind which nobody listens any more. */
+static int remove_stale(const struct sockaddr_un *address, struct vm_error **err)
+{
+    struct stat st;
+    if (lstat(address->sun_path, &st) < 0)
+        return 0;
+    if (!S_ISSOCK(st.st_mode))
+        return error_set(err, VM_ERROR_CONFLICT, "%s exists and is not a socket",
+                         address->sun_path);
+    cleanup_close int fd = new_socket(err);
+    if (fd < 0)
+        return -1;
+    if (connect(fd, (const struct sockaddr *)address, sizeof(*address)) == 0 || errno != ECONNREFUSED)
+        return error_set(err, VM_ERROR_CONFLICT, "another VM has the socket %s", address->sun_path);
+    unlink(address->sun_path);
+    return 0;
+}
+
+static int listen_at(const char *path, struct vm_error **err)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(address.sun_path, sizeof(address.sun_path), "%s", path);
+    cleanup_close int fd = new_socket(err);
+    if (fd < 0 || remove_stale(&address, err) < 0)
+        return -1;
+    /* Bound with no permission for others from the first instant. */
+    if (fchmod(fd, 0600) < 0 || bind(fd, (const struct sockaddr *)&address, sizeof(address)) < 0 ||
+        listen(fd, ATTACH_CONNECTIONS_MAX) < 0)
+        return error_errno(err, errno, "cannot listen at %s", path);
+    return steal_fd(&fd);
+}
+
+/* ---- Answers ---- */
+
+static int answer_with_fds(struct attach_connection *c, unsigned type,
+                           const ProtobufCMessage *message, const int *fds, int n_fds,
+                           struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {0};
+    if (attach_pack(type, message, &out, err) < 0)
+        return -1;
+    return io_send_fds(c->fd, out.data, out.len, fds, n_fds, err);
+}
+
+static int answer(struct attach_connection *c, unsigned type, const ProtobufCMessage *message,
+                  struct vm_error **err)
+{
+    return answer_with_fds(c, type, message, NULL, 0, err);
+}
+
+static int answer_ok(struct attach_connection *c, struct vm_error **err)
+{
+    return answer(c, VMMIG__ATTACH__TYPE__OK, NULL, err);
+}
+
+/* False: the agent cannot be told either. */
+static bool answer_error(struct attach_connection *c, const struct vm_error *why)
+{
+    char text[ATTACH_TEXT_MAX + 1];
+    Vmmig__Attach__Error m = VMMIG__ATTACH__ERROR__INIT;
+    snprintf(text, sizeof(text), "%s", error_message(why));
+    field_make_text(text, ATTACH_TEXT_MAX);
+    m.kind = (char *)(uintptr_t)error_kind_name(why->kind);
+    m.message = text;
+    return answer(c, VMMIG__ATTACH__TYPE__ERROR, &m.base, NULL) == 0;
+}
+
+/* ---- Requests ---- */
+
+struct request {
+    struct vmmig_attach *attach;
+    struct attach_connection *connection;
+    const struct attach_message *message;
+    int fd; /* that came with it, or -1 */
+};
+
+static int out_of_order(const struct request *r, const char *why, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_CONFLICT, "%s is out of order: %s",
+                     attach_type_name(r->message->type), why);
+}
+
+static enum vmmig_run_state state_of(struct vmmig_attach *a, bool *ret_held)
+{
+    SCOPE_LOCK(&a->state_lock);
+    *ret_held = a->held;
+    return a->state;
+}
+
+static int handle_hello(const struct request *r, struct vm_error **err)
+{
+    const struct vmmig_config *c = &r->attach->config;
+    Vmmig__Attach__Welcome m = VMMIG__ATTACH__WELCOME__INIT;
+    m.version = attach_version_choose(r->message->hello);
+    if (!m.version)
+        return error_set(err, VM_ERROR_VERSION,
+                         "this VMM speaks versions %d to %d of the attach protocol, the agent %u to %u",
+                         ATTACH_VERSION_MIN, ATTACH_VERSION_MAX, r->message->hello->version_min,
+                         r->message->hello->version_max);
+    m.vmm = (char *)(uintptr_t)c->vmm;
+    m.machine = (char *)(uintptr_t)c->machine;
+    m.pid = getpid();
+    m.n_vcpus = c->n_vcpus;
+    m.tracking = (char *)(uintptr_t)vmmig_tracking_name(c->tracking);
+    m.incoming_argv = (char **)(uintptr_t)c->incoming_argv;
+    while (c->incoming_argv && c->incoming_argv[m.n_incoming_argv])
+        m.n_incoming_argv++;
+    if (answer(r->connection, VMMIG__ATTACH__TYPE__WELCOME, &m.base, err) < 0)
+        return -1;
+    r->connection->greeted = true;
+    return 0;
+}
+
+static int handle_status(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    char detail[ATTACH_DETAIL_MAX];
+    Vmmig__Attach__State m = VMMIG__ATTACH__STATE__INIT;
+    pthread_mutex_lock(&a->state_lock);
+    m.state = (Vmmig__Attach__RunState)a->state;
+    m.held = a->held;
+    memcpy(detail, a->detail, sizeof(detail));
+    pthread_mutex_unlock(&a->state_lock);
+    field_make_text(detail, sizeof(detail) - 1);
+    m.detail = detail;
+    m.tracking = atomic_load(&a->memory.tracking);
+    pthread_mutex_lock(&a->throttle.lock);
+    m.throttle_percent = a->throttle.percent;
+    pthread_mutex_unlock(&a->throttle.lock);
+    return answer(r->connection, VMMIG__ATTACH__TYPE__STATE, &m.base, err);
+}
+
+static int handle_get_memory(const struct request *r, struct vm_error **err)
+{
+    struct attach_memory *m = &r->attach->memory;
+    Vmmig__Attach__Memory out = VMMIG__ATTACH__MEMORY__INIT;
+    Vmmig__Attach__Slot slots[VMMIG_SLOTS_MAX], *list[VMMIG_SLOTS_MAX];
+    int fds[ATTACH_FDS_MAX];
+    SCOPE_LOCK(&m->memory_lock);
+    if (!m->n_slots)
+        return error_set(err, VM_ERROR_REFUSED, "the VMM has not told its memory slots");
+    for (unsigned i = 0; i < m->n_slots; i++) {
+        struct attach_slot *s = &m->slots[i];
+        vmmig__attach__slot__init(&slots[i]);
+        slots[i].name = s->slot.name;
+        slots[i].size = s->slot.size;
+        slots[i].page_size = s->page_size;
+        slots[i].memfd_offset = s->slot.memfd_offset;
+        slots[i].bitmap_offset = s->bitmap_offset;
+        slots[i].guest_address = s->slot.guest_address;
+        list[i] = &slots[i];
+        fds[i] = s->slot.memfd;
+    }
+    fds[m->n_slots] = m->bitmap_fd;
+    out.slots = list;
+    out.n_slots = m->n_slots;
+    out.bitmap_size = m->bitmap_size;
+    return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__MEMORY, &out.base, fds,
+                           (int)m->n_slots + 1, err);
+}
+
+static int handle_track(const struct request *r, struct vm_error **err)
+{
+    if (attach_memory_track(&r->attach->memory, r->attach->config.record_path, err) < 0)
+        return -1;
+    r->connection->tracks = true;
+    return answer_ok(r->connection, err);
+}
+
+static int need_tracking(const struct request *r, struct vm_error **err)
+{
+    return r->connection->tracks ? 0 : out_of_order(r, "this agent has not begun to track", err);
+}
+
+static int handle_harvest(const struct request *r, struct vm_error **err)
+{
+    Vmmig__Attach__Harvested m = VMMIG__ATTACH__HARVESTED__INIT;
+    if (need_tracking(r, err) < 0 ||
+        attach_memory_harvest(&r->attach->memory, &m.pages, &m.ring_full, err) < 0)
+        return -1;
+    return answer(r->connection, VMMIG__ATTACH__TYPE__HARVESTED, &m.base, err);
+}
+
+static int handle_clear(const struct request *r, struct vm_error **err)
+{
+    const Vmmig__Attach__Clear *m = r->message->clear;
+    if (need_tracking(r, err) < 0 ||
+        attach_memory_clear(&r->attach->memory, m->slot, m->first, m->pages, err) < 0)
+        return -1;
+    return answer_ok(r->connection, err);
+}
+
+static void end_tracking(struct vmmig_attach *a, struct attach_connection *c)
+{
+    if (!c->tracks)
+        return;
+    c->tracks = false;
+    attach_throttle_set(a, 0, NULL);
+    attach_memory_untrack(&a->memory);
+}
+
+static int handle_untrack(const struct request *r, struct vm_error **err)
+{
+    end_tracking(r->attach, r->connection);
+    return answer_ok(r->connection, err);
+}
+
+static int handle_throttle(const struct request *r, struct vm_error **err)
+{
+    if (need_tracking(r, err) < 0 ||
+        attach_throttle_set(r->attach, r->message->throttle->percent, err) < 0)
+        return -1;
+    return answer_ok(r->connection, err);
+}
+
+static int handle_pause(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    bool held;
+    if (state_of(a, &held) == VMMIG_INCOMING)
+        return out_of_order(r, "no guest was loaded yet", err);
+    /* Throttled vCPUs must not make the pause wait for them. */
+    if (attach_throttle_set(a, 0, err) < 0 || attach_call(a, ATTACH_CALL_PAUSE, -1, err) < 0)
+        return -1;
+    attach_set_state(a, VMMIG_PAUSED, true);
+    return answer_ok(r->connection, err);
+}
+
+static int handle_resume(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    bool held;
+    enum vmmig_run_state state = state_of(a, &held);
+    if (state == VMMIG_INCOMING)
+        return error_set(err, VM_ERROR_REFUSED, "the guest has not been loaded yet");
+    if (state == VMMIG_BROKEN)
+        return error_set(err, VM_ERROR_REFUSED, "the guest is broken and cannot run");
+    if (attach_call(a, ATTACH_CALL_RESUME, -1, err) < 0)
+        return -1;
+    attach_set_state(a, VMMIG_RUNNING, false);
+    return answer_ok(r->connection, err);
+}
+
+static int handle_save(const struct request *r, struct vm_error **err)
+{
+    struct stat st;
+    Vmmig__Attach__Saved m = VMMIG__ATTACH__SAVED__INIT;
+    bool held;
+    if (state_of(r->attach, &held) != VMMIG_PAUSED || !held)
+        return out_of_order(r, "the guest was not paused before", err);
+    cleanup_close int fd = memfd_create("vmmig-state", MFD_CLOEXEC);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot make a file for the guest's state");
+    if (attach_call(r->attach, ATTACH_CALL_SAVE, fd, err) < 0)
+        return -1;
+    if (fstat(fd, &st) < 0 || (uint64_t)st.st_size > VMMIG_STATE_MAX)
+        return error_set(err, VM_ERROR_FAILED, "the VMM wrote %llu bytes of state; %u are allowed",
+                         (unsigned long long)st.st_size, VMMIG_STATE_MAX);
+    m.size = (uint64_t)st.st_size;
+    return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__SAVED, &m.base, &fd, 1, err);
+}
+
+static int handle_load(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    bool held;
+    if (state_of(a, &held) != VMMIG_INCOMING)
+        return out_of_order(r, "this VMM does not wait for a guest", err);
+    if (r->fd < 0 || lseek(r->fd, 0, SEEK_SET) < 0)
+        return error_set(err, VM_ERROR_PROTOCOL, "no file of the guest's state came along");
+    if (attach_call(a, ATTACH_CALL_LOAD, r->fd, err) < 0)
+        return -1;
+    attach_set_state(a, VMMIG_PAUSED, true);
+    return answer_ok(r->connection, err);
+}
+
+static int handle_quit(const struct request *r, struct vm_error **err)
+{
+    bool held;
+    if (state_of(r->attach, &held) == VMMIG_RUNNING || !held)
+        return out_of_order(r, "the guest was not paused before", err);
+    if (!r->attach->config.callbacks.quit)
+        return error_set(err, VM_ERROR_REFUSED, "this VMM does not end by itself");
+    return attach_call(r->attach, ATTACH_CALL_QUIT, -1, err) < 0 ? -1 : answer_ok(r->connection, err);
+}
+
+static const struct {
+    Vmmig__Attach__Type type;
+    int (*handle)(const struct request *r, struct vm_error **err);
+} handlers[] = {
+    {VMMIG__ATTACH__TYPE__HELLO, handle_hello},       {VMMIG__ATTACH__TYPE__STATUS, handle_status},
+    {VMMIG__ATTACH__TYPE__GET_MEMORY, handle_get_memory}, {VMMIG__ATTACH__TYPE__TRACK, handle_track},
+    {VMMIG__ATTACH__TYPE__HARVEST, handle_harvest},   {VMMIG__ATTACH__TYPE__CLEAR, handle_clear},
+    {VMMIG__ATTACH__TYPE__UNTRACK, handle_untrack},   {VMMIG__ATTACH__TYPE__THROTTLE, handle_throttle},
+    {VMMIG__ATTACH__TYPE__PAUSE, handle_pause},       {VMMIG__ATTACH__TYPE__RESUME, handle_resume},
+    {VMMIG__ATTACH__TYPE__QUIT, handle_quit},
+    {VMMIG__ATTACH__TYPE__SAVE, handle_save},         {VMMIG__ATTACH__TYPE__LOAD, handle_load},
+};
+
+static int handle(const struct request *r, struct vm_error **err)
+{
+    Vmmig__Attach__Type type = r->message->type;
+    if (!r->connection->greeted && type != VMMIG__ATTACH__TYPE__HELLO)
+        return error_set(err, VM_ERROR_PROTOCOL, "%s came before HELLO", attach_type_name(type));
+    if (r->connection->greeted && type == VMMIG__ATTACH__TYPE__HELLO)
+        return error_set(err, VM_ERROR_PROTOCOL, "HELLO came twice");
+    for (size_t i = 0; i < sizeof(handlers) / sizeof(*handlers); i++)
+        if (handlers[i].type == type)
+            return handlers[i].handle(r, err);
+    return error_set(err, VM_ERROR_PROTOCOL, "%s is no request", attach_type_name(type));
+}
+
+/* ---- Connections ---- */
+
+static void drop(struct vmmig_attach *a, struct attach_connection *c)
+{
+    if (c->fd < 0)
+        return;
+    end_tracking(a, c);
+    close_fd(&c->fd);
+    *c = (struct attach_connection){.fd = -1};
+}
+
+/* One packet and its answer. False: the connection is of no more use. */
+static bool serve_packet(struct vmmig_attach *a, struct attach_connection *c, uint8_t *packet)
+{
+    cleanup_attach_message struct attach_message m = {0};
+    cleanup_error struct vm_error *err = NULL;
+    int fd = -1, n_fds = 0;
+    ssize_t n = io_recv_fds(c->fd, packet, ATTACH_PACKET_MAX, &fd, 1, &n_fds, &err);
+    if (n == 0)
+        return false;
+    cleanup_close int passed = n > 0 && n_fds ? fd : -1;
+    if (n > 0 && attach_unpack(packet, (size_t)n, &m, &err) == 0) {
+        struct request r = {a, c, &m, passed};
+        if (handle(&r, &err) == 0)
+            return true;
+    }
+    attach_log(a, "agent's request %s: %s", attach_type_name(m.type), error_message(err));
+    return answer_error(c, err) && err->kind != VM_ERROR_PROTOCOL && err->kind != VM_ERROR_VERSION &&
+           n > 0;
+}
+
+static bool is_welcome_user(const struct vmmig_attach *a, int fd)
+{
+    struct ucred peer;
+    socklen_t n = sizeof(peer);
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0)
+        return false;
+    return peer.uid == 0 || peer.uid == geteuid() ||
+           (a->config.agent_uid != (uid_t)-1 && peer.uid == a->config.agent_uid);
+}
+
+static void accept_one(struct vmmig_attach *a)
+{
+    struct attach_connection incoming = {
+        .fd = accept4(a->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)};
+    cleanup_error struct vm_error *err = NULL;
+    if (incoming.fd < 0)
+        return;
+    for (unsigned i = 0; is_welcome_user(a, incoming.fd) && i < ATTACH_CONNECTIONS_MAX; i++) {
+        if (a->connections[i].fd < 0) {
+            a->connections[i] = incoming;
+            return;
+        }
+    }
+    if (is_welcome_user(a, incoming.fd))
+        error_set(&err, VM_ERROR_CONFLICT, "%d agents are attached to this VMM already",
+                  ATTACH_CONNECTIONS_MAX);
+    else
+        error_set(&err, VM_ERROR_DENIED, "this user may not attach to the VMM");
+    answer_error(&incoming, err);
+    close(incoming.fd);
+}
+
+static void *server_main(void *arg)
+{
+    struct vmmig_attach *a = arg;
+    cleanup_free uint8_t *packet = malloc(ATTACH_PACKET_MAX);
+    struct pollfd p[ATTACH_CONNECTIONS_MAX + 2];
+    while (packet) {
+        p[0] = (struct pollfd){.fd = a->stop, .events = POLLIN};
+        p[1] = (struct pollfd){.fd = a->listen_fd, .events = POLLIN};
+        for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
+            p[i + 2] = (struct pollfd){.fd = a->connections[i].fd, .events = POLLIN};
+        if (poll(p, ATTACH_CONNECTIONS_MAX + 2, -1) < 0)
+            continue;
+        if (p[0].revents)
+            break;
+        for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
+            if (p[i + 2].revents && !serve_packet(a, &a->connections[i], packet))
+                drop(a, &a->connections[i]);
+        if (p[1].revents)
+            accept_one(a);
+    }
+    for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
+        drop(a, &a->connections[i]);
+    return NULL;
+}
+
+int attach_server_start(struct vmmig_attach *a, struct vm_error **err)
+{
+    for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
+        a->connections[i].fd = -1;
+    a->listen_fd = listen_at(a->config.socket_path, err);
+    if (a->listen_fd < 0)
+        return -1;
+    /* The VMM's signals are none of this thread's business. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&a->server, NULL, server_main, a);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    a->server_started = !failed;
+    return failed ? error_errno(err, failed, "cannot start a thread") : 0;
+}
+
+void attach_server_stop(struct vmmig_attach *a)
+{
+    if (a->server_started) {
+        io_latch_set(a->stop);
+        pthread_join(a->server, NULL);
+    }
+    a->server_started = false;
+    if (a->listen_fd >= 0)
+        unlink(a->config.socket_path);
+    close_fd(&a->listen_fd);
+}

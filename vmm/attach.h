@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attach: the driver of vmm/guest.h for VMMs that link libvmmig-attach (dirtylog/vmmig-attach.h). Guest memory is
+ * mapped here, at both ends: pages are read out of it and written into it without a relay.
+ *
+ *     attach_connect("/run/web2.vmm", 5000, &err)         adopt a VMM that runs
+ *     attach_define(a, &definition, &err)                  what a destination must be
+ *     attach_sink_connect(definition, path, 5000, &err)    adopt one that waits for the guest
+ *     attach_sink_spawn(&params, &err)                     start one that waits for it
+ *     attach_guest(a)                                      what the engines use
+ *
+ * What the calls of guest.h do here, beyond what is said there:
+ *
+ * source  One thread. Round 1 is all memory, what its memfds have no pages for coming as zero pages. Each
+ *         round: the VMM reads the dirty log into a bitmap that it shares (HARVEST); then piece by piece
+ *         of ATTACH_PIECE bytes the VMM protects these pages anew (CLEAR), and only after that their addresses go
+ *         out, so that whoever copies them copies what the log has not seen yet. When the engine has paused the guest:
+ *         what is left, then the device state is saved, then one more harvest (saving may write memory), then
+ *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source).
+ *         Throttling: when a round that lasted 30 ms or more left half as much dirty as it carried, twice in a row,
+ *         vCPUs lose 20 % of their time, then 10 % more each time, up to 99 %.
+ *         After a complete copy tracking stays on, since ending it is dear for a large guest and the VMM is about
+ *         to be killed; `resume` ends it.
+ * sink    INCOMING: memory is mapped for writing; bytes gather in a file that sink_finish has the VMM load.
+ * resume  REFUSED when the guest is not loaded or broken; TIMEOUT when a callback of the VMM hangs.
+ * status  POSTMIGRATE is never said: such a guest is PAUSED.
+ * announce Nothing: guests of such VMMs announce themselves through their devices.
+ *
+ * A region is a memory slot, in the VMM's order. What the VMM tells is checked: memfds must be long enough and sealed
+ * against shrinking, so that no later access faults. A VMM that punches holes into hugetlb memory while none is left
+ * in the pool can still make the agent fault.
+ *
+ * Errors: VMM_DIED when the process ended; UNREACHABLE when only the connection did (the next call connects anew,
+ * unless a copy was under way, which has failed then). Callbacks of the VMM that fail, and slots that change, come
+ * with the library's own words and kind. Memory: two bits per page of the guest.
+ */
+#ifndef VMMIG_VMM_ATTACH_H
+#define VMMIG_VMM_ATTACH_H
+
+#include "base/cleanup.h"
+#include "base/error.h"
+#include "vmm/guest.h"
+#include "vmm/qemu_definition.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define ATTACH_PIECE (32u << 20)
+
+struct attach;
+
+struct attach_info {
+    char *vmm;      /* "myvmm 1.2" */
+    char *machine;  /* equal at both ends */
+    char *tracking; /* "bitmap", "ring" ... */
+    unsigned n_vcpus;
+    char **incoming_argv; /* ended by NULL; empty: destinations are started by hand */
+};
+
+/*
+ * Adopt the VMM behind a socket. REFUSED with sys_errno EPROTOTYPE if what listens there is no such VMM (a QEMU,
+ * for example).
+ */
+struct attach *attach_connect(const char *path, int timeout_ms, struct vm_error **err);
+/* Closes the connection; the VMM runs on, nothing tracked. */
+void attach_destroy(struct attach *a);
+DEFINE_CLEANUP(attach, struct attach *, attach_destroy)
+
+struct guest *attach_guest(struct attach *a);
+/* The driver's own handle behind a guest; NULL if it is another driver's. */
+struct attach *attach_from_guest(struct guest *g);
+const struct attach_info *attach_info(const struct attach *a);
+
+/*
+ * The guest as a definition that can travel: accel "attach", machine as the VMM says, argv its incoming_argv (or its
+ * name alone), ram its slots, no disks, NICs or devices. qemu_definition_finish it.
+ */
+int attach_define(struct attach *a, struct qemu_definition *ret_definition, struct vm_error **err);
+/* Does this definition describe such a guest (and not one of QEMU's)? */
+bool attach_is_definition(const struct qemu_definition *d);
+
+/*
+ * Adopt a VMM that was started to take the guest of the definition in. REFUSED by name if it does not wait, or is
+ * another machine, or a QEMU.
+ */
+struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
+                                   int timeout_ms, struct vm_error **err);
+
+#endif

@@ -1,0 +1,248 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "base/io.h"
+#include "vmm/attach_private.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+/* Longer than the library lets a callback of the VMM take, and than a dirty log of terabytes. */
+enum { REQUEST_TIMEOUT_MS = 15000, END_TIMEOUT_MS = 1000 };
+
+void attach_answer_finish(struct attach_answer *a)
+{
+    for (int i = 0; i < a->n_fds; i++)
+        close_fd(&a->fds[i]);
+    a->n_fds = 0;
+    attach_message_finish(&a->message);
+}
+
+/* ---- Packets ---- */
+
+static int send_packet(int fd, unsigned type, const ProtobufCMessage *message, int passed,
+                       struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {0};
+    if (attach_pack(type, message, &out, err) < 0)
+        return -1;
+    return io_send_fds(fd, out.data, out.len, &passed, passed >= 0, err);
+}
+
+static int receive_packet(int fd, int64_t deadline_ns, struct attach_answer *a,
+                          struct vm_error **err)
+{
+    cleanup_free uint8_t *packet = malloc(ATTACH_PACKET_MAX);
+    if (!packet)
+        return error_nomem(err);
+    if (io_wait(fd, POLLIN, deadline_ns, -1, err) < 0)
+        return -1;
+    ssize_t n = io_recv_fds(fd, packet, ATTACH_PACKET_MAX, a->fds, ATTACH_FDS_MAX, &a->n_fds, err);
+    if (n < 0)
+        return -1;
+    if (!n)
+        return error_set(err, VM_ERROR_UNREACHABLE, "the VMM closed the connection");
+    return attach_unpack(packet, (size_t)n, &a->message, err);
+}
+
+/* The answer that was asked for, or the VMM's error as ours: 1, it made sense, and the connection is as good as before. */
+static int judge_answer(const struct attach_answer *a, unsigned expected, struct vm_error **err)
+{
+    if (a->message.type == expected)
+        return 0;
+    if (a->message.type != VMMIG__ATTACH__TYPE__ERROR) {
+        error_set(err, VM_ERROR_PROTOCOL, "the VMM answered %s, not %s",
+                  attach_type_name(a->message.type), attach_type_name(expected));
+        return -1;
+    }
+    error_set(err, error_kind_parse(a->message.error->kind), "%s", a->message.error->message);
+    return 1;
+}
+
+/* ---- The connection ---- */
+
+static int dial(const char *path, struct vm_error **err)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof(address.sun_path))
+        return error_set(err, VM_ERROR_USAGE, "the socket's name is too long: %s", path);
+    strcpy(address.sun_path, path);
+    cleanup_close int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot make a socket");
+    if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) == 0)
+        return steal_fd(&fd);
+    int why = errno;
+    error_errno(err, why, "cannot connect to %s", path);
+    return why == EPROTOTYPE ? error_set_kind(err, VM_ERROR_REFUSED) : -1;
+}
+
+char **attach_copy_argv(size_t n, char *const *argv)
+{
+    size_t bytes = (n + 1) * sizeof(char *);
+    for (size_t i = 0; i < n; i++)
+        bytes += strlen(argv[i]) + 1;
+    char **copy = malloc(bytes);
+    char *text = copy ? (char *)(copy + n + 1) : NULL;
+    for (size_t i = 0; copy && i < n; i++) {
+        copy[i] = text;
+        text = stpcpy(text, argv[i]) + 1;
+    }
+    if (copy)
+        copy[n] = NULL;
+    return copy;
+}
+
+static void info_finish(struct attach_info *i)
+{
+    free(i->vmm);
+    free(i->machine);
+    free(i->tracking);
+    free(i->incoming_argv);
+    *i = (struct attach_info){0};
+}
+
+static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, struct vm_error **err)
+{
+    struct attach_info i = {.vmm = strdup(w->vmm),
+                            .machine = strdup(w->machine),
+                            .tracking = strdup(w->tracking),
+                            .n_vcpus = w->n_vcpus,
+                            .incoming_argv = attach_copy_argv(w->n_incoming_argv, w->incoming_argv)};
+    if (!i.vmm || !i.machine || !i.tracking || !i.incoming_argv) {
+        info_finish(&i);
+        return error_nomem(err);
+    }
+    info_finish(to);
+    *to = i;
+    return 0;
+}
+
+/* The process behind the socket, as the kernel knows it. */
+static int identify(int fd, struct process_identity *ret, struct vm_error **err)
+{
+    struct ucred peer;
+    socklen_t n = sizeof(peer);
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &n) < 0)
+        return error_errno(err, errno, "cannot tell which process the VMM is");
+    if (peer.pid <= 0)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the VMM lives in a pid namespace that cannot be seen from here");
+    return process_identify(peer.pid, ret, err);
+}
+
+static int greet(struct attach_client *c, int fd, int64_t deadline_ns, struct vm_error **err)
+{
+    static char software[] = "vmmig " VMMIG_VERSION;
+    cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
+    struct process_identity process;
+    Vmmig__Attach__Hello hello = VMMIG__ATTACH__HELLO__INIT;
+    hello.version_min = ATTACH_VERSION_MIN;
+    hello.version_max = ATTACH_VERSION_MAX;
+    hello.software = software;
+    if (identify(fd, &process, err) < 0 ||
+        send_packet(fd, VMMIG__ATTACH__TYPE__HELLO, &hello.base, -1, err) < 0 ||
+        receive_packet(fd, deadline_ns, &a, err) < 0 ||
+        judge_answer(&a, VMMIG__ATTACH__TYPE__WELCOME, err) != 0)
+        return -1;
+    if (c->process.pid && !process_identity_equal(&c->process, &process))
+        return error_set(err, VM_ERROR_VMM_DIED, "another VMM has the socket now");
+    c->process = process;
+    return keep_info(&c->info, a.message.welcome, err);
+}
+
+static int connect_client(struct attach_client *c, int64_t deadline_ns, struct vm_error **err)
+{
+    cleanup_close int fd = dial(c->path, err);
+    if (fd < 0)
+        return -1;
+    if (greet(c, fd, deadline_ns, err) < 0)
+        return error_wrap(err, "%s", c->path);
+    c->fd = steal_fd(&fd);
+    return 0;
+}
+
+int attach_client_open(struct attach_client *c, const char *path, int timeout_ms,
+                       struct vm_error **err)
+{
+    *c = (struct attach_client){.path = strdup(path), .fd = -1};
+    pthread_mutex_init(&c->lock, NULL);
+    if (c->path && connect_client(c, clock_mono_ns() + timeout_ms * NSEC_PER_MSEC, err) == 0)
+        return 0;
+    int failed = c->path ? -1 : error_nomem(err);
+    attach_client_finish(c);
+    return failed;
+}
+
+void attach_client_finish(struct attach_client *c)
+{
+    close_fd(&c->fd);
+    info_finish(&c->info);
+    free(c->path);
+    pthread_mutex_destroy(&c->lock);
+}
+
+void attach_client_pin(struct attach_client *c, bool pinned)
+{
+    SCOPE_LOCK(&c->lock);
+    c->pinned = pinned;
+}
+
+/* ---- Requests ---- */
+
+/* The connection is lost, or of no use any more: is it the VMM that ended? Its socket goes a little before it. */
+static int explain_loss(struct attach_client *c, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + END_TIMEOUT_MS * NSEC_PER_MSEC;
+    bool timed_out = err && *err && (*err)->kind == VM_ERROR_TIMEOUT;
+    close_fd(&c->fd);
+    while (!timed_out && process_alive(&c->process) && clock_mono_ns() < deadline)
+        poll(NULL, 0, 5);
+    if (!process_alive(&c->process)) {
+        error_clear(err);
+        return error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", c->process.pid);
+    }
+    return timed_out ? error_wrap(err, "the VMM does not answer") : -1;
+}
+
+static int ensure_connected(struct attach_client *c, int64_t deadline_ns, struct vm_error **err)
+{
+    if (c->fd >= 0)
+        return 0;
+    if (!process_alive(&c->process))
+        return error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", c->process.pid);
+    if (c->pinned)
+        return error_set(err, VM_ERROR_UNREACHABLE, "the connection to the VMM was lost");
+    return connect_client(c, deadline_ns, err);
+}
+
+int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessage *message, int fd,
+                   unsigned expected, struct attach_answer *ret_answer, struct vm_error **err)
+{
+    cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
+    int64_t deadline = clock_mono_ns() + REQUEST_TIMEOUT_MS * NSEC_PER_MSEC;
+    SCOPE_LOCK(&c->lock);
+    if (ensure_connected(c, deadline, err) < 0)
+        return -1;
+    if (send_packet(c->fd, type, message, fd, err) < 0 ||
+        receive_packet(c->fd, deadline, &a, err) < 0)
+        return explain_loss(c, err);
+    int judged = judge_answer(&a, expected, err);
+    if (judged < 0)
+        close_fd(&c->fd);
+    if (judged != 0)
+        return -1;
+    if (ret_answer) {
+        *ret_answer = a;
+        a = (struct attach_answer){.n_fds = 0};
+    }
+    return 0;
+}
+
+int attach_order(struct attach_client *c, unsigned type, const ProtobufCMessage *message,
+                 struct vm_error **err)
+{
+    return attach_request(c, type, message, -1, VMMIG__ATTACH__TYPE__OK, NULL, err);
+}

@@ -1,0 +1,132 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * attach_private: the parts of the attach driver (vmm/attach.h) and what they share.
+ *
+ *     attach_client.c   the connection: requests and their answers
+ *     attach.c          guest_ops, definition
+ *     attach_memory.c   the guest's memory and the dirty bitmap, mapped
+ *     attach_source.c   the source
+ *     attach_sink.c     the sink
+ */
+#ifndef VMMIG_VMM_ATTACH_PRIVATE_H
+#define VMMIG_VMM_ATTACH_PRIVATE_H
+
+#include "base/cond.h"
+#include "proto/attach.h"
+#include "vmm/attach.h"
+
+#include <stdatomic.h>
+
+/* ---- The connection ---- */
+
+struct attach_client {
+    char *path;
+    pthread_mutex_t lock; /* one request at a time; guards what follows */
+    int fd;               /* -1: not connected */
+    bool pinned;          /* what was asked for belongs to this connection: do not connect anew */
+    struct process_identity process;
+    struct attach_info info;
+};
+
+/* An answer. Descriptors that are not taken (steal_fd) are closed by finish. */
+struct attach_answer {
+    struct attach_message message;
+    int fds[ATTACH_FDS_MAX];
+    int n_fds;
+};
+
+void attach_answer_finish(struct attach_answer *a);
+static inline void attach_answer_cleanup(struct attach_answer *a)
+{
+    attach_answer_finish(a);
+}
+#define cleanup_attach_answer __attribute__((cleanup(attach_answer_cleanup)))
+
+/* A copy of an argument vector in one allocation, ended by NULL. NULL without memory. */
+char **attach_copy_argv(size_t n, char *const *argv);
+
+int attach_client_open(struct attach_client *c, const char *path, int timeout_ms,
+                       struct vm_error **err);
+void attach_client_finish(struct attach_client *c);
+/*
+ * One request and its answer, which must be of type `expected`. message NULL: empty; fd: goes along, -1: none. An ERROR
+ * becomes our error, in the VMM's words. ret_answer NULL: its contents do not matter.
+ */
+int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessage *message, int fd,
+                   unsigned expected, struct attach_answer *ret_answer, struct vm_error **err);
+/* A request whose answer is OK. */
+int attach_order(struct attach_client *c, unsigned type, const ProtobufCMessage *message,
+                 struct vm_error **err);
+void attach_client_pin(struct attach_client *c, bool pinned);
+
+/* ---- Memory ---- */
+
+struct attach_region {
+    struct guest_region region; /* base: mapped */
+    uint64_t pages;
+    int fd;                     /* a file position of our own */
+    uint64_t offset;            /* in the memfd */
+    const uint64_t *dirty;      /* the shared bitmap; written by the VMM at any time */
+};
+
+struct attach_memory_map {
+    struct attach_region regions[ATTACH_SLOTS_MAX];
+    struct guest_region list[ATTACH_SLOTS_MAX]; /* of the above, for the engine */
+    unsigned n;
+    void *bitmap;
+    size_t bitmap_size;
+};
+
+/* Ask for the guest's memory and map it. On failure the map is empty. */
+int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool writable,
+                      struct vm_error **err);
+void attach_memory_unmap(struct attach_memory_map *m);
+
+/* Where memory has pages, walking upwards: for the first pass over it. */
+struct attach_holes {
+    const struct attach_region *region;
+    uint64_t data_start, data_end; /* page numbers: the stretch of data at or behind the last question */
+    uint8_t *probe;                /* hugetlb, which cannot be asked: one piece as read */
+    uint64_t probe_start;
+    bool probe_zero, dense;
+};
+
+int attach_holes_init(struct attach_holes *h, const struct attach_region *r, struct vm_error **err);
+void attach_holes_finish(struct attach_holes *h);
+/* Is there nothing behind this page? Pages are asked for in ascending order. */
+bool attach_holes_has(struct attach_holes *h, uint64_t page);
+
+/* ---- The driver ---- */
+
+struct attach_source;
+struct attach_sink;
+
+struct attach {
+    struct guest guest; /* first */
+    struct attach_client client;
+    pthread_mutex_t lock; /* guards the next two pointers */
+    struct attach_source *source;
+    struct attach_sink *sink;
+    atomic_bool tracking_left_on; /* by a complete copy */
+};
+
+int attach_source_start(struct guest *g, const struct guest_source_params *params,
+                        const struct guest_source_events *events, void *arg, struct vm_error **err);
+int attach_source_progress(struct guest *g, struct guest_source_progress *ret_progress,
+                           struct vm_error **err);
+int attach_source_stop(struct guest *g, struct vm_error **err);
+/* The engine has paused the guest. */
+void attach_source_paused(struct attach *a);
+
+int attach_sink_begin(struct attach *a, struct vm_error **err);
+void attach_sink_destroy(struct attach_sink *s);
+int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
+int attach_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
+                      int cancel_fd, struct vm_error **err);
+int attach_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd, struct vm_error **err);
+
+/* What the VMM says of itself now. */
+int attach_query_state(struct attach *a, Vmmig__Attach__RunState *ret_state,
+                       struct guest_status *ret_status, struct vm_error **err);
+
+#endif

@@ -1,0 +1,141 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The sink half of the attach driver. */
+#include "base/io.h"
+#include "vmm/attach_private.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+struct attach_sink {
+    struct attach_memory_map memory;
+    int state_fd; /* what sink_bytes gathered */
+    uint64_t state_size;
+    bool finished;
+};
+
+void attach_sink_destroy(struct attach_sink *s)
+{
+    if (!s)
+        return;
+    attach_memory_unmap(&s->memory);
+    close_fd(&s->state_fd);
+    free(s);
+}
+
+static int get_sink(struct guest *g, struct attach_sink **ret, struct vm_error **err)
+{
+    *ret = attach_from_guest(g)->sink;
+    return *ret ? 0 : error_set(err, VM_ERROR_USAGE, "this VM does not wait for a guest");
+}
+
+/* The same machine, waiting. */
+static int check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
+{
+    Vmmig__Attach__RunState state;
+    const char *machine = attach_info(a)->machine;
+    if (strcmp(machine, d->machine))
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the VMM prepared for the guest is another machine: '%s', not '%s'", machine,
+                         d->machine);
+    if (attach_query_state(a, &state, NULL, err) < 0)
+        return -1;
+    if (state != VMMIG__ATTACH__RUN_STATE__RUN_INCOMING)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the VMM prepared for the guest does not wait for one");
+    return 0;
+}
+
+static int check_memory(const struct attach_memory_map *m, const struct qemu_definition *d,
+                        struct vm_error **err)
+{
+    if (m->n != d->n_ram)
+        return error_set(err, VM_ERROR_REFUSED, "the VMM prepared for the guest has %u memory slots, "
+                         "the guest %u", m->n, d->n_ram);
+    for (unsigned i = 0; i < m->n; i++)
+        if (strcmp(m->list[i].name, d->ram[i].block) || m->list[i].size != d->ram[i].size)
+            return error_set(err, VM_ERROR_REFUSED,
+                             "memory slot %s of the guest is not that of the VMM prepared for it",
+                             d->ram[i].block);
+    return 0;
+}
+
+int attach_sink_begin(struct attach *a, struct vm_error **err)
+{
+    struct attach_sink *s = calloc(1, sizeof(*s));
+    if (!s)
+        return error_nomem(err);
+    s->state_fd = memfd_create("vmmig-state", MFD_CLOEXEC);
+    if (s->state_fd < 0)
+        error_errno(err, errno, "cannot make a file for the guest's state");
+    if (s->state_fd < 0 || attach_memory_map(&s->memory, &a->client, true, err) < 0) {
+        attach_sink_destroy(s);
+        return -1;
+    }
+    a->sink = s;
+    return 0;
+}
+
+struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
+                                   int timeout_ms, struct vm_error **err)
+{
+    struct vm_error *failure = NULL;
+    CLEANUP(attach) struct attach *a = attach_connect(path, timeout_ms, &failure);
+    if (!a && failure->sys_errno == EPROTOTYPE) {
+        error_free(failure);
+        error_set(err, VM_ERROR_REFUSED,
+                  "%s is a QEMU's socket: a guest of '%s' can be taken in by such a VMM only", path,
+                  definition->machine);
+        return NULL;
+    }
+    if (!a) {
+        error_propagate(err, failure);
+        return NULL;
+    }
+    if (check_waits(a, definition, err) < 0 || attach_sink_begin(a, err) < 0 ||
+        check_memory(&a->sink->memory, definition, err) < 0)
+        return NULL;
+    return steal_ptr(&a);
+}
+
+int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n)
+{
+    struct attach_sink *s;
+    if (get_sink(g, &s, NULL) < 0)
+        return -1;
+    *ret_regions = s->memory.list;
+    *ret_n = s->memory.n;
+    return 0;
+}
+
+int attach_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
+                      int cancel_fd, struct vm_error **err)
+{
+    struct attach_sink *s;
+    if (get_sink(g, &s, err) < 0)
+        return -1;
+    if (s->finished)
+        return error_set(err, VM_ERROR_USAGE, "the guest's state was complete already");
+    if (n > ATTACH_STATE_BYTES_MAX - s->state_size)
+        return error_set(err, VM_ERROR_PROTOCOL, "the guest's state is larger than %llu bytes",
+                         ATTACH_STATE_BYTES_MAX);
+    if (io_write_full(s->state_fd, data, n, deadline_ns, cancel_fd, err) < 0)
+        return -1;
+    s->state_size += n;
+    return 0;
+}
+
+int attach_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd, struct vm_error **err)
+{
+    struct attach_sink *s;
+    struct attach *a = attach_from_guest(g);
+    Vmmig__Attach__Load m = VMMIG__ATTACH__LOAD__INIT;
+    (void)deadline_ns; /* the library and the connection have shorter ones */
+    (void)cancel_fd;
+    if (get_sink(g, &s, err) < 0)
+        return -1;
+    m.size = s->state_size;
+    s->finished = true;
+    return attach_request(&a->client, VMMIG__ATTACH__TYPE__LOAD, &m.base, s->state_fd,
+                          VMMIG__ATTACH__TYPE__OK, NULL, err);
+}
