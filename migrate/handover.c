@@ -2,8 +2,8 @@
 #include "migrate/handover.h"
 
 /*
- * The table. Read a row as: in this state, on this event, write this record (or none), then go there
- * and do that; if the record cannot be written, go there and do that instead.
+ * The table. Read a row as: in this state, on this event, write this record (or none), then go
+ * there and do that; if the record cannot be written, go there and do that instead.
  */
 #define SEND(id) {HANDOVER_ACT_SEND, HANDOVER_MSG_##id}
 #define REPORT(id) {HANDOVER_ACT_REPORT, HANDOVER_NOTE_##id}
@@ -14,11 +14,11 @@
 #define WRITE(from, event, record, then, otherwise)                                                \
     {HANDOVER_##from, HANDOVER_EV_##event, HANDOVER_REC_##record, then, otherwise}
 
-/* The source gives up before COMMIT: once ABORTING is recorded its own copy is the one that counts. */
+/* The source gives up before COMMIT: once ABORTING is recorded only its own copy counts. */
 #define UNDO(from, event)                                                                          \
     WRITE(from, event, ABORTING, GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM)),               \
           GO(SRC_REVERTING, DO(STOP_TRANSFER), SEND(ABORT), REPORT(JOURNAL_FAILED)))
-/* The same when the destination has just said that it has nothing: a record is not needed for safety. */
+/* The same when the destination has just said that it has nothing: safe without a record. */
 #define UNDO_AGREED(from, event)                                                                   \
     WRITE(from, event, ABORTING, GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM)),               \
           GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM)))
@@ -62,7 +62,7 @@ static const struct handover_row table[] = {
     UNDO_AGREED(SRC_SENT, MSG_UNKNOWN),
     ON(SRC_SENT, VM_GONE, GO(SRC_ORPHANED, SEND(ASK))),
 
-    /* Source: undoing. Until ABORTING is recorded, only a destination without a copy lets it resume. */
+    /* Source: undoing. Without a record of it only a destination without a copy lets it resume. */
     WRITE(SRC_REVERTING, TIMER, ABORTING, GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM)),
           GO(SRC_REVERTING, SEND(ABORT))),
     UNDO_AGREED(SRC_REVERTING, MSG_NEVER),
@@ -75,7 +75,8 @@ static const struct handover_row table[] = {
     ON(SRC_RESUMING, RESUME_FAILED, GO(SRC_STALLED, REPORT(START_FAILED))),
     ON(SRC_STALLED, TIMER, GO(SRC_RESUMING, DO(RESUME_VM))),
     SETTLE(SRC_STALLED, VM_GONE, LOST),
-    WRITE(SRC_SETTLING, TIMER, ABORTED, GO(SRC_ABORTED, SEND(ABORT)), GO(SRC_SETTLING, SEND(ABORT))),
+    WRITE(SRC_SETTLING, TIMER, ABORTED, GO(SRC_ABORTED, SEND(ABORT)),
+          GO(SRC_SETTLING, SEND(ABORT))),
 
     ON(SRC_ABORTED, TIMER, GO(SRC_ABORTED, SEND(ABORT))),
     REPLY(SRC_ABORTED, PREPARED, ABORT),
@@ -186,7 +187,7 @@ static const struct handover_row table[] = {
     ON(DST_LOADED, MSG_FINISHED, GO(DST_LOADED, REPORT(PEER_FORGOT))),
     ON(DST_LOADED, CANCEL, GO(DST_LOADED, REPORT(CANCEL_AT_SOURCE))),
 
-    /* Destination: starting. A first start that surely failed is taken back while the source waits. */
+    /* Destination: starting. A first start that surely failed is taken back: the source waits. */
     WRITE(DST_STARTING, RESUMED, RUNNING, GO(DST_RUNNING, SEND(RUNNING)),
           GO(DST_STARTED, SEND(RUNNING), REPORT(JOURNAL_FAILED))),
     WRITE(DST_STARTING, RESUME_FAILED, REVOKED,
@@ -228,8 +229,9 @@ static const struct handover_row table[] = {
     WRITE(DST_ENDED, MSG_UNKNOWN, DST_CLOSED, GO(DST_CLOSED), STAY(DST_ENDED)),
 
     /*
-     * Destination: it does not, and never will. NEVER need not be on disk for that: a record before RUN,
-     * or REVOKED, with a VMM that is dead for good is recovered as a state that knows only NEVER.
+     * Destination: it does not, and never will. NEVER need not be on disk for that: a record before
+     * RUN, or REVOKED, with a VMM that is dead for good is recovered as a state that knows only
+     * NEVER.
      */
     ON(DST_KILLING, TIMER, GO(DST_KILLING, DO(KILL_VM))),
     WRITE(DST_KILLING, VM_GONE, NEVER, GO(DST_NEVER, SEND(NEVER)), GO(DST_NEVER, SEND(NEVER))),

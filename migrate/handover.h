@@ -2,10 +2,11 @@
 /*
  * handover: who runs the guest. The state machines of the two sides of one attempt to move one VM,
  * as a pure function over one constant table: no I/O, no allocation, no clock.
- * docs/hand-over.md explains the protocol; models/handover.pml, built from this same table, proves it.
+ * docs/hand-over.md explains the protocol; models/handover.pml includes this table and proves it.
  *
- * Calling sequence. The agent keeps one `struct handover` per attempt and feeds it events. Each event
- * yields actions, which the agent executes in their order; what becomes of them comes back as events.
+ * Calling sequence. The agent keeps one `struct handover` per attempt and feeds it events. Each
+ * event yields actions, which the agent executes in their order; what becomes of them comes back as
+ * events.
  *
  *     struct handover h;
  *     handover_init(&h, HANDOVER_SOURCE);
@@ -19,27 +20,29 @@
  *     }
  *
  * Rules for the agent:
- *   - HANDOVER_ACT_JOURNAL is always alone in its list and synchronous: write and sync the record, then
- *     feed JOURNALED or JOURNAL_FAILED before anything else. JOURNAL_FAILED means that the record is
- *     surely not in the journal. When nobody can tell (journal_put says IN_DOUBT) the agent must
- *     exit: its restart reads what is there.
- *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED or
- *     VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone for
- *     good (its boot id, pid and start time do not run), and again after each KILL_VM.
+ *   - HANDOVER_ACT_JOURNAL is always alone in its list and synchronous: write and sync the record,
+ *     then feed JOURNALED or JOURNAL_FAILED before anything else. JOURNAL_FAILED means that the
+ *     record is surely not in the journal. When nobody can tell (journal_put says IN_DOUBT) the
+ *     agent must exit: its restart reads what is there.
+ *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED
+ *     or VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone
+ *     for good (its boot id, pid and start time do not run), and again after each KILL_VM.
  *   - VM_GONE outranks every other event: before feeding one, look whether the VMM lives
  *     (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died must not
  *     take the end of its stream for FAILED: the destination may hold the only copy.
- *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run state is
- *     paused, no RESUME event was seen). When the answer was lost, ask the VMM again.
- *   - SEND never waits and may lose the message: whoever needs an answer repeats itself on TIMER. Feed
- *     TIMER to every unfinished attempt every second or so, and as soon as a connection to the peer
- *     comes up.
- *   - A message of an attempt is fed only if it came from the host that the record names, authenticated.
- *     A message whose attempt has no machine goes to one that handover_init has just made.
- *   - An event without a row in the current state is ignored (handover_step returns false); it is always
- *     safe to feed one, also from a hostile peer.
- *   - One VMM takes part in a new attempt, in a snapshot or in `detach` only while handover_is_settled()
- *     of all its attempts: a settled machine never pauses, resumes or kills it.
+ *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run
+ *     state is paused, no RESUME event was seen). When the answer was lost, ask the VMM again.
+ *   - SEND never waits and may lose the message: whoever needs an answer repeats itself on TIMER.
+ *     Feed TIMER to every unfinished attempt every second or so, and as soon as a connection to the
+ *     peer comes up.
+ *   - A message of an attempt is fed only if it came from the host that the record names,
+ *     authenticated. A message whose attempt has no machine goes to one that handover_init has just
+ *     made.
+ *   - An event without a row in the current state is ignored (handover_step returns false); it is
+ *     always safe to feed one, also from a hostile peer.
+ *   - One VMM takes part in a new attempt, in a snapshot or in `detach` only while
+ *     handover_is_settled() of all its attempts: a settled machine never pauses, resumes or kills
+ *     it.
  *
  * After a restart: handover_recover() from the record and from whether the recorded VMM lives; then
  * feed TIMER. A record without a VMM (pid 0) counts as dead.
@@ -71,7 +74,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(SRC_STALLED, ANY, false, false, "undone, but the VM does not start: trying again")           \
     X(SRC_SETTLING, ANY, false, false, "undone: recording it")                                     \
     X(SRC_ABORTED, ABORTED, true, false, "undone: waiting for the destination to confirm")         \
-    X(SRC_ORPHANED, SENDING, false, true, "the VMM died: asking whether the destination has it all") \
+    X(SRC_ORPHANED, SENDING, false, true, "the VMM died: asking for the destination's copy")       \
     X(SRC_COMMITTED, COMMIT, false, true, "committed: the destination is to answer, the VM waits") \
     X(SRC_COMMITTED_SOLE, COMMIT, false, true, "committed: the destination has the only copy")     \
     X(SRC_DISCARDING, COMMIT, false, false, "runs at the destination: removing the old copy")      \
@@ -93,9 +96,9 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(DST_CLOSED, DST_CLOSED, true, false, "finished; the source knows")
 
 /*
- * Records of the journal. X(id, number, role, state after a restart with the recorded VMM alive, and with
- * it dead, settled). Never renumber: the numbers are on disk. A settled record needs only its
- * identity, no blob.
+ * Records of the journal. X(id, number, role, state after a restart with the recorded VMM alive,
+ * and with it dead, settled). Never renumber: the numbers are on disk. A settled record needs only
+ * its identity, no blob.
  */
 #define HANDOVER_RECORDS(X)                                                                        \
     X(SENDING, 1, SOURCE, SRC_REVERTING, SRC_ORPHANED, false)                                      \

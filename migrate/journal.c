@@ -18,7 +18,7 @@
 #define RECORD_SIZE_MAX 512
 #define FORMAT_VERSION 1
 #define FORMAT_KEY "format"
-#define RESERVE_PAGES 256 /* what the changes of existing records may need at once, and plenty more */
+#define RESERVE_PAGES 256 /* what changes of existing records may need at once, and plenty more */
 
 struct journal {
     MDB_env *env;
@@ -147,7 +147,8 @@ static int decode_record(const struct uuid *attempt, const MDB_val *value,
     r.vmm.start = cursor_le64(&c);
     r.started_ns = (int64_t)cursor_le64(&c);
     r.changed_ns = (int64_t)cursor_le64(&c);
-    bool texts = take_text(&c, r.vm, JOURNAL_VM_NAME_MAX) && take_text(&c, r.peer, JOURNAL_PEER_MAX);
+    bool texts =
+        take_text(&c, r.vm, JOURNAL_VM_NAME_MAX) && take_text(&c, r.peer, JOURNAL_PEER_MAX);
     r.blob_len = cursor_le32(&c);
     *ret_blob_hash = cursor_le64(&c);
     if (c.failed || cursor_left(&c) || !texts)
@@ -507,7 +508,8 @@ static ssize_t list_attempts(struct journal *j, struct listed **ret_list, struct
         return -1;
     int rc = mdb_stat(txn, j->records, &stat);
     /* The tree's own count is data from the disk, too. */
-    size_t max = rc || stat.ms_entries > JOURNAL_RECORDS_MAX ? JOURNAL_RECORDS_MAX : stat.ms_entries;
+    size_t max =
+        rc || stat.ms_entries > JOURNAL_RECORDS_MAX ? JOURNAL_RECORDS_MAX : stat.ms_entries;
     cleanup_free struct listed *list = calloc(max + 1, sizeof(*list));
     if (!rc)
         rc = list ? mdb_cursor_open(txn, j->records, &cursor) : ENOMEM;
@@ -612,7 +614,8 @@ static int open_databases(struct journal *j, struct vm_error **err)
         rc = mdb_put(txn, meta, &key, &value, 0);
     } else if (!rc && (value.mv_size != 4 || get_le32(value.mv_data) != FORMAT_VERSION)) {
         mdb_txn_abort(txn);
-        return error_set(err, VM_ERROR_VERSION, "journal: its format is of another version of vmmig");
+        return error_set(err, VM_ERROR_VERSION,
+                         "journal: its format is of another version of vmmig");
     }
     if (rc) {
         mdb_txn_abort(txn);

@@ -14,15 +14,15 @@
  * then on every call fails so, and the agent must exit; its restart reads the truth.
  *
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
- * disk that fills up later does not take the journal with it. New attempts are refused with NO_SPACE
- * when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free; a change of one that
- * exists is small (its blob is not written again) and fits into the reserve.
+ * disk that fills up later does not take the journal with it. New attempts are refused with
+ * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free; a change
+ * of one that exists is small (its blob is not written again) and fits into the reserve.
  *
- * Forgetting. A record whose hand-over is finished on both sides (DONE, and the two CLOSED) is history:
- * the oldest beyond JOURNAL_HISTORY_MAX are pruned when a new attempt is put. NEVER, ENDED,
- * RUNNING and ABORTED are kept until the peer has confirmed (docs/hand-over.md, "Forgetting"); they
- * lose their blob, and then take less than 450 bytes. Forgetting one is never unsafe: the agent
- * answers UNKNOWN, and on UNKNOWN nobody starts a copy that the peer might run.
+ * Forgetting. A record whose hand-over is finished on both sides (DONE, and the two CLOSED) is
+ * history: the oldest beyond JOURNAL_HISTORY_MAX are pruned when a new attempt is put. NEVER,
+ * ENDED, RUNNING and ABORTED are kept until the peer has confirmed (docs/hand-over.md,
+ * "Forgetting"); they lose their blob, and then take less than 450 bytes. Forgetting one is never
+ * unsafe: the agent answers UNKNOWN, and on UNKNOWN nobody starts a copy that the peer might run.
  *
  * A record read from disk is validated; one that is damaged is reported, never returned. Two agents
  * cannot open one journal (flock). Threads: any; calls exclude each other.
@@ -53,7 +53,7 @@ struct journal_record {
     struct uuid attempt;
     enum handover_record record; /* its role follows: handover_record_role() */
     char vm[JOURNAL_VM_NAME_MAX + 1];
-    char peer[JOURNAL_PEER_MAX + 1];  /* the host at the other end; messages of others are refused */
+    char peer[JOURNAL_PEER_MAX + 1];  /* the host at the other end; others are not heard */
     struct process_identity vmm;      /* pid 0: none was started yet */
     int64_t started_ns, changed_ns;   /* wall clock; shown only */
     /* What the agent needs to go on after a restart, in a format of its own (bounded). */
@@ -68,9 +68,9 @@ void journal_close(struct journal *j);
 DEFINE_CLEANUP(journal, struct journal *, journal_close)
 
 /*
- * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns if it is
- * 0. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with the
- * other role.
+ * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns if
+ * it is 0. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
+ * the other role.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
 /*
@@ -84,8 +84,8 @@ int journal_get(struct journal *j, const struct uuid *attempt, struct journal_re
                 struct vm_error **err);
 /*
  * Visit every record, oldest attempt first. A damaged one is visited with `damage` set (the
- * attempt is valid, nothing else is). The visitor returns 0 to go on, or -1 with an error, which ends
- * the walk. It may call the journal. `record` is the walk's.
+ * attempt is valid, nothing else is). The visitor returns 0 to go on, or -1 with an error, which
+ * ends the walk. It may call the journal. `record` is the walk's.
  */
 typedef int journal_visit(const struct journal_record *record, const struct vm_error *damage,
                           void *arg, struct vm_error **err);

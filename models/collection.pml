@@ -1,29 +1,32 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Collection in a repository: two catalogue shards, two writers, two collectors, users who delete names and
- * take leases. docs/repository-collection.md is the protocol in words; the step names here are its.
+ * Collection in a repository: two catalogue shards, two writers, two collectors, users who delete
+ * names and take leases. docs/repository-collection.md is the protocol in words; the step names
+ * here are its.
  *
- * One step is one operation on one object of the store (a guarded update, a read, a scan of one kind of
- * key), since there is nothing larger that is atomic. A process that crashes is one that takes no further step;
- * one that is slow takes its next step arbitrarily late: both are among the interleavings, so the model
- * needs neither clocks nor crashes of its own. Fencing may happen to any writer at any time.
+ * One step is one operation on one object of the store (a guarded update, a read, a scan of one
+ * kind of key), since there is nothing larger that is atomic. A process that crashes is one that
+ * takes no further step; one that is slow takes its next step arbitrarily late: both are among the
+ * interleavings, so the model needs neither clocks nor crashes of its own. Fencing may happen to
+ * any writer at any time.
  *
- *   packs     P0 is old data; P1 is written by writer 1, P2 by writer 2. (Recipe trees are collected
- *             in the same way: "pack" stands for both.)
+ *   packs     P0 is old data; P1 is written by writer 1, P2 by writer 2. (Recipe trees are
+ *             collected in the same way: "pack" stands for both.)
  *   shard 0   name B, which writer 1 commits
- *   shard 1   name A, which is there from the start and holds P0; name C, which writer 2 commits; leases
- *   writer 1  registers in shard 0, then pins A in shard 1 as its parent; shares what A holds, and what it
- *             finds
+ *   shard 1   name A, which is there from the start and holds P0; name C, which writer 2 commits;
+ *             leases
+ *   writer 1  registers in shard 0, then pins A in shard 1 as its parent; shares what A holds, and
+ *             what it finds
  *   writer 2  registers in shard 1; shares what it finds
  *
- * With -DREPACK, P0 holds two records, of which A names one: a collector may repack it, that is, store what
- * is alive again, make a forwarding of those records durable, and then remove the pack. (Writer 2 alone then,
- * to keep the number of states small.)
+ * With -DREPACK, P0 holds two records, of which A names one: a collector may repack it, that is,
+ * store what is alive again, make a forwarding of those records durable, and then remove the pack.
+ * (Writer 2 alone then, to keep the number of states small.)
  *
  * Properties:
  *   P1  What a name or a lease holds exists: checked at every commit, lease, and removal of a pack.
- *   P2  Nobody waits for ever: writers and users have a step at any time, a collector waits only for what
- *       it could fence, and all come to their end.
+ *   P2  Nobody waits for ever: writers and users have a step at any time, a collector waits only
+ *       for what it could fence, and all come to their end.
  *
  * -DMISTAKE_... seeds a mistake, which must be caught.
  */
@@ -65,12 +68,12 @@ byte next_list, done_epoch;    /* in the same map as `open` */
 
 /* ---- Writers ---- */
 
-/* Values that are not needed any more are forgotten, here and below, so that fewer states differ. */
+/* Values that are not needed any more are forgotten, here and below: fewer states differ. */
 #define FORGET known = 0; known_list = 0; seen = 0
 
 /*
- * Register in a shard: read its epoch, then the open list, then one update guarded by the epoch. Sharing
- * is decided only after that.
+ * Register in a shard: read its epoch, then the open list, then one update guarded by the epoch.
+ * Sharing is decided only after that.
  */
 inline look(shard)
 {
@@ -88,7 +91,7 @@ inline look_list()
     }
 }
 
-/* One pack is condemned and wanted: off the list with it, if it still can; or store its pages again. */
+/* One pack is condemned and wanted: off the list with it, or its pages are stored again. */
 inline rescue(pack, records)
 {
     atomic {
@@ -267,14 +270,15 @@ end:
     /* A lease of a name, in the name's shard; or of a lease, with a greater number. */
     :: atomic { name_a != 0 && lease[0] == 0 -> lease[0] = name_a; assert(MISSING == 0) /* P1 */ }
     :: atomic { name_c != 0 && lease[0] == 0 -> lease[0] = name_c; assert(MISSING == 0) /* P1 */ }
-    :: atomic { lease[0] != 0 && lease[1] == 0 -> lease[1] = lease[0]; assert(MISSING == 0) /* P1 */ }
+    :: atomic { lease[0] != 0 && lease[1] == 0 ->
+        lease[1] = lease[0]; assert(MISSING == 0) /* P1 */ }
     :: atomic { lease[0] != 0 && lease[1] != 0 -> lease[0] = 0 }
     od
 }
 
 /* ---- Collectors ---- */
 
-/* Scan what can be a root, one kind of key after the other: names, then leases, then registrations. */
+/* Scan what can be a root, one kind of key after the other: names, leases, pins. */
 inline mark()
 {
     marked = name_b;
@@ -366,7 +370,7 @@ begin:
     :: atomic { open == NONE && next_list >= LISTS -> goto out }
     fi;
     candidates = packs | (forwarded -> P0 : 0);
-    /* Read after the packs were listed: whose pack was there and who is not registered has ended. */
+    /* Read after the packs were listed: whose pack was there and who is not here has ended. */
     candidates = candidates & ~(register_1 != 0 -> P1 : 0);
     candidates = candidates & ~(register_2 != 0 -> P2 : 0);
     atomic { mark(); candidates = candidates & ~USED; marked = 0 };

@@ -9,28 +9,32 @@
  *
  *   network   A message once sent may arrive at any time from then on, in any order, any number of
  *             times, or never.
- *   agents    Crash between any two actions, any number of times; a record being written at the crash
- *             is on disk or not; a `cont` that was sent before may take effect after.
+ *   agents    Crash between any two actions, any number of times; a record being written at the
+ *             crash is on disk or not; a `cont` that was sent before may take effect after.
  *   journals  Any write may fail, with nothing written.
- *   VMMs      Die at any moment; `cont` fails at will, and (-DLOCKS=1) when the other holds the image locks.
- *             Without LOCKS they fence nothing, as on RBD: the journal alone must keep the promise.
- *   hosts     A host that dies is a VMM that dies and an agent that crashes; it may never come back.
- *   users     Cancel at either end at any time. An operator resolves only when the other host is fenced.
+ *   VMMs      Die at any moment; `cont` fails at will, and (-DLOCKS=1) when the other holds the
+ *             image locks. Without LOCKS they fence nothing, as on RBD: the journal alone must keep
+ *             the promise.
+ *   hosts     A host that dies is a VMM that dies and an agent that crashes; it may never come
+ *             back.
+ *   users     Cancel at either end at any time. An operator resolves only when the other host is
+ *             fenced.
  *   disks     (-DWIPE) A host that died may come back with an empty journal; the connections died
  *             with it, so that nothing sent before arrives after.
  *
- * Once calm, what is up answers, nothing is lost, and TIMER comes only when nothing else can happen.
+ * Once calm, what is up answers, nothing is lost, and TIMER comes only when nothing else can
+ * happen.
  *
  * Properties:
  *   P1  No two copies run, at no instant.
- *   P2  No stale copy starts: not the source's once the destination's ran, not the destination's once
- *       the source's ran on. (An operator's word overrides P2, never P1.)
+ *   P2  No stale copy starts: not the source's once the destination's ran, not the destination's
+ *       once the source's ran on. (An operator's word overrides P2, never P1.)
  *   P3  A copy starts only with all its memory and state.
- *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held the
- *       sole complete copy or had RUN, to a start that failed at the one while the other was dead, or
- *       to an operator's word.
- *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy running
- *       (unless P4 lost it); by an operator only if a host or a journal never came back.
+ *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held
+ *       the sole complete copy or had RUN, to a start that failed at the one while the other was
+ *       dead, or to an operator's word.
+ *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy
+ *       running (unless P4 lost it); by an operator only if a host or a journal never came back.
  *   P6  What a state says about the journal is true, and a settled machine leaves the VM alone.
  *
  * -DMISTAKE_... seeds a mistake, which must be caught.
@@ -126,7 +130,8 @@ short net;
 bool calm, s_lost, d_lost, wiped;
 
 /* What really happened, for the properties. */
-bool d_ran, d_died_with_run, d_has_only, s_ran_on, s_said_abort, d_knows_sole, d_failed, may_be_lost, operator_spoke;
+bool d_ran, d_died_with_run, d_has_only, d_knows_sole, d_failed;
+bool s_ran_on, s_said_abort, may_be_lost, operator_spoke;
 
 /* Registers of one step; zero between steps. */
 byte event, who, action;
@@ -263,7 +268,7 @@ inline d_execute()
     :: action == ACT_JOURNAL -> d_write(REC_RUN)
 #endif
     :: action == ACT_KILL_VM ->
-       /* P4: a complete copy is killed only if the source gave it up, or has its own, or both failed. */
+       /* P4: a complete copy goes if the source gave it up, or has its own, or both failed. */
        assert(d_vm != LOADED || (s_gave_up && !d_has_only) || s_vm != DEAD || operator_spoke ||
               (d_failed && !d_knows_sole));
        assert(d_vm != RUNS || operator_spoke); /* P4 */
@@ -417,7 +422,7 @@ active proctype calms_down()
         :: !d_up && !d_alive && !s_lost -> d_lost = true
         fi
     }
-accept_calm: /* P5: staying here for ever is an acceptance cycle, blocking here an invalid end state */
+accept_calm: /* P5: staying here is an acceptance cycle, blocking here an invalid end state */
     ended;
     assert(s_vm == RUNS || d_vm == RUNS || may_be_lost || operator_spoke)
 }
@@ -521,8 +526,9 @@ end:
         :: who == D -> destination_step()
         :: else
         fi;
-        printf("who %d event %d | source %d journal %d vm %d | destination %d journal %d vm %d | copy %e net %d calm %d up %d %d act %d %d cont %d %d\n",
-               who, event, s_state, s_journal, s_vm, d_state, d_journal, d_vm, copy, net, calm, s_up, d_up, s_act[0], d_act[0], s_cont, d_cont);
+        /* Replaying a trail (spin -t) prints this. */
+        printf("agent %d event %d | source %d record %d vm %d | destination %d record %d vm %d\n",
+               who, event, s_state, s_journal, s_vm, d_state, d_journal, d_vm);
         d_knows_sole = d_knows_sole || d_state == DST_RESTARTING;
         event = 0;
         who = 0;

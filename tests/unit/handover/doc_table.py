@@ -7,7 +7,8 @@ import sys
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
 
 program, page = sys.argv[1:3]
-table = subprocess.run([program, "--markdown"], check=True, text=True, stdout=subprocess.PIPE).stdout
+table = subprocess.run([program, "--markdown"], check=True, text=True,
+                       stdout=subprocess.PIPE).stdout
 with open(page) as f:
     text = f.read()
 before, rest = text.split(BEGIN)

@@ -154,8 +154,12 @@ struct search {
 
 static void report(const struct world *w, const char *what)
 {
-    static const char *const rules[] = {"", "two run", "a stale copy starts", "an incomplete copy starts",
-                                        "the last copy is killed", "a state's record is untrue",
+    static const char *const rules[] = {"",
+                                        "two run",
+                                        "a stale copy starts",
+                                        "an incomplete copy starts",
+                                        "the last copy is killed",
+                                        "a state's record is untrue",
                                         "a settled machine touches the VM"};
     fail_msg("%s%s: source %s (record %s, vm %d, up %d), destination %s (record %s, vm %d, up %d)",
              what, rules[w->broken], handover_state_name(w->side[SRC].state),

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The journal: what it says is on the disk, it validates what it reads, and it does not run out of room. */
+/* The journal: what it says is on the disk, what it reads is checked, and it keeps its room. */
 #include "migrate/journal.h"
 
 #include "base/fault.h"
@@ -227,8 +227,8 @@ static void recovery_visits_every_record_oldest_first(void **state)
         assert_true(uuid_equal(&seen.attempts[i], &records[3 - i].attempt));
 }
 
-static int remove_each(const struct journal_record *record, const struct vm_error *damage, void *arg,
-                       struct vm_error **err)
+static int remove_each(const struct journal_record *record, const struct vm_error *damage,
+                       void *arg, struct vm_error **err)
 {
     (void)damage;
     return journal_remove(arg, &record->attempt, err);
@@ -294,8 +294,9 @@ static void a_record_survives_kill_9_right_after_the_call(void **state)
 }
 
 /*
- * Power loss: a copy of the file taken through O_DIRECT would need a device that loses its cache. What
- * can be seen without one is that the file was opened for synchronous writes and nothing turned it off.
+ * Power loss: a copy of the file taken through O_DIRECT would need a device that loses its cache.
+ * What can be seen without one is that the file was opened for synchronous writes and nothing
+ * turned it off.
  */
 static void commits_are_synchronous(void **state)
 {
@@ -433,7 +434,8 @@ static void a_damaged_record_is_reported_and_never_returned(void **state)
     void (*const changes[])(uint8_t *, size_t *) = {flip, cut, empty, lengthen};
     for (size_t i = 0; i < sizeof(changes) / sizeof(changes[0]); i++) {
         struct vm_error *err = NULL;
-        struct journal_record r = a_record(HANDOVER_REC_COMMIT), good = a_record(HANDOVER_REC_RUN), out;
+        struct journal_record r = a_record(HANDOVER_REC_COMMIT), out;
+        struct journal_record good = a_record(HANDOVER_REC_RUN);
         struct journal *j = open_journal();
         put(j, &r);
         put(j, &good);
@@ -509,7 +511,7 @@ static void history_is_pruned_and_open_attempts_are_kept(void **state)
     assert_int_equal(out.record, HANDOVER_REC_NEVER);
 }
 
-/* Fill it with the largest attempts until it refuses; each of them can still be carried to its end. */
+/* Fill it with the largest attempts until it refuses; each of them can still come to its end. */
 static void a_full_journal_refuses_new_attempts_and_finishes_the_old_ones(void **state)
 {
     (void)state;
@@ -562,8 +564,8 @@ static void the_number_of_records_is_bounded(void **state)
 }
 
 /*
- * A disk that is full: a tmpfs of 40 MiB that is filled to the brim beside an open journal, which does
- * not notice; and one too small for a journal, which is refused at once.
+ * A disk that is full: a tmpfs of 40 MiB that is filled to the brim beside an open journal, which
+ * does not notice; and one too small for a journal, which is refused at once.
  */
 static int on_a_full_disk(void)
 {

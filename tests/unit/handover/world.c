@@ -59,7 +59,7 @@ static void check_records(struct world *w)
     }
 }
 
-/* Feed an event to one machine. If a record is to be written, `can_write` says whether that works. */
+/* Feed an event to one machine. `can_write`: a record that it wants to write can be written. */
 static bool feed(struct world *w, int role, enum handover_event event, bool can_write)
 {
     struct side *s = &w->side[role];

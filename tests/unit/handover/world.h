@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * world: two hand-over machines (the real ones), their VMMs, journals and the network, as one small value
- * whose every successor can be listed. It is to the C code what models/handover.pml is to the model,
- * and its hostility is described there: messages that were sent may arrive at any time, any number of times,
- * or never; agents crash between any two actions; writes and starts fail; VMMs die; operators resolve
- * when the other host is down.
+ * world: two hand-over machines (the real ones), their VMMs, journals and the network, as one small
+ * value whose every successor can be listed. It is to the C code what models/handover.pml is to the
+ * model, and its hostility is described there: messages that were sent may arrive at any time, any
+ * number of times, or never; agents crash between any two actions; writes and starts fail; VMMs
+ * die; operators resolve when the other host is down.
  *
  * A rule of the promise that a move breaks is named in `broken` of the successor.
  */
