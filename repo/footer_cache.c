@@ -27,6 +27,7 @@ struct footer_cache {
     unsigned n_slots, slots_cap;
     uint64_t unreadable[UNREADABLE];
     unsigned next_unreadable;
+    const struct number_set *forbidden; /* NULL: none */
     uint64_t clock, loads;
 };
 
@@ -251,7 +252,7 @@ bool footer_cache_knows(const struct footer_cache *c, uint64_t pack)
     for (unsigned i = 0; i < UNREADABLE; i++)
         if (c->unreadable[i] == pack)
             return true;
-    return false;
+    return c->forbidden && number_set_has(c->forbidden, pack);
 }
 
 static void remember_unreadable(struct footer_cache *c, uint64_t pack)
@@ -259,17 +260,19 @@ static void remember_unreadable(struct footer_cache *c, uint64_t pack)
     c->unreadable[c->next_unreadable++ % UNREADABLE] = pack;
 }
 
-void footer_cache_forbid(struct footer_cache *c, uint64_t pack)
+void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs)
 {
-    struct cached_footer *f = footer_cache_get(c, pack);
-    remember_unreadable(c, pack);
-    if (!f)
-        return;
-    for (uint32_t i = 0; i < f->footer.n_pages; i++)
-        table_remove(c, f, i);
-    f->footer.n_pages = 0;
-    if (!f->pins)
-        evict(c, f);
+    c->forbidden = packs;
+    for (unsigned i = 0; i < c->n_slots; i++) {
+        struct cached_footer *f = c->slots[i];
+        if (!f || f->own || !number_set_has(packs, f->footer.pack))
+            continue;
+        for (uint32_t page = 0; page < f->footer.n_pages; page++)
+            table_remove(c, f, page);
+        f->footer.n_pages = 0;
+        if (!f->pins)
+            evict(c, f);
+    }
 }
 
 static int load_batch(struct footer_cache *c, const uint64_t *packs, size_t n, struct vm_error **err)

@@ -12,6 +12,7 @@
 #ifndef VMMIG_REPO_FOOTER_CACHE_H
 #define VMMIG_REPO_FOOTER_CACHE_H
 
+#include "repo/number_set.h"
 #include "repo/pack.h"
 #include "repo/store.h"
 
@@ -43,8 +44,11 @@ struct cached_footer *footer_cache_get(struct footer_cache *c, uint64_t pack);
  */
 int footer_cache_load(struct footer_cache *c, const uint64_t *packs, size_t n,
                       struct vm_error **err);
-/* Nothing is found in that pack from now on, and it is not loaded. */
-void footer_cache_forbid(struct footer_cache *c, uint64_t pack);
+/*
+ * Nothing is found in these packs from now on, and none of them is loaded; replaces the set of the former
+ * call. The set outlives the cache.
+ */
+void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs);
 
 /*
  * Keep to the limit. Only this and footer_cache_load let footers leave: hits stay good until the next of them.

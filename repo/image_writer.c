@@ -32,6 +32,7 @@ struct image_writer {
     struct dedup *dedup;
     struct leaf_builder *leaves;
     struct filling filling;
+    struct object_set shared;
     struct image_file *files;
     struct queue *ordered; /* segments, to the sequencer */
     pthread_t sequencer;
@@ -170,13 +171,17 @@ static int begin_filling(struct image_writer *w, struct vm_error **err)
     return 0;
 }
 
-static void place_known(struct segment *s, unsigned i)
+static int place_known(struct image_writer *w, struct segment *s, unsigned i, struct vm_error **err)
 {
     const struct footer_hit *hit = &s->hits[i];
+    if (!hit->footer->own &&
+        number_set_add(&w->shared.packs, hit->footer->footer.pack, err) < 0)
+        return -1;
     struct record_place place = {hit->footer,
                                  footer_record_of(&hit->footer->footer, hit->page)};
     unsigned first = hit->footer->footer.records[place.record].first_page;
     leaf_builder_place(&slot_of(s)->part, i, &s->ids[i], &place, hit->page - first);
+    return 0;
 }
 
 /* A new page goes into the record being filled, unless it is in there already. */
@@ -233,11 +238,14 @@ static int place_extent(struct image_writer *w, struct segment *s, unsigned exte
     if (segment_extent_is_whole(s, extent))
         return place_whole(w, s, extent, err);
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {
+        int done = 0;
         if (s->state[i] == PAGE_ZERO)
             leaf_builder_place_zero(&slot_of(s)->part, i);
         else if (s->state[i] == PAGE_KNOWN)
-            place_known(s, i);
-        else if (s->state[i] != PAGE_ABSENT && place_mixed(w, s, i, err) < 0)
+            done = place_known(w, s, i, err);
+        else if (s->state[i] != PAGE_ABSENT)
+            done = place_mixed(w, s, i, err);
+        if (done < 0)
             return -1;
     }
     return 0;
@@ -280,11 +288,21 @@ static int open_parts(struct image_writer *w, struct segment **batch, size_t n,
     return 0;
 }
 
+static int checkpoint(struct image_writer *w, struct vm_error **err)
+{
+    bool changed = false;
+    if (w->setup.checkpoint && w->setup.checkpoint(w->setup.checkpoint_arg, &changed, err) < 0)
+        return -1;
+    if (changed)
+        footer_cache_forbid(w->cache, &w->setup.condemned->packs);
+    return 0;
+}
+
 static int sequence_batch(struct image_writer *w, struct segment **batch, size_t n,
                           struct vm_error **err)
 {
     footer_cache_trim(w->cache);
-    if (open_parts(w, batch, n, err) < 0 || dedup_find(w->dedup, batch, n, err) < 0)
+    if (checkpoint(w, err) < 0 || open_parts(w, batch, n, err) < 0 || dedup_find(w->dedup, batch, n, err) < 0)
         return -1;
     for (size_t i = 0; i < n; i++) {
         dedup_settle(w->dedup, batch[i]);
@@ -380,6 +398,11 @@ struct recipe_ref image_writer_root(const struct image_file *file)
     return file->root;
 }
 
+const struct object_set *image_writer_shared(const struct image_writer *w)
+{
+    return &w->shared;
+}
+
 void image_writer_stat(struct image_writer *w, struct image_writer_stat *ret_stat)
 {
     SCOPE_LOCK(&w->lock);
@@ -395,10 +418,12 @@ static int create_parts(struct image_writer *w, struct vm_error **err)
     w->cache = w->workers ? footer_cache_create(s->store, s->cache_bytes, err) : NULL;
     if (!w->cache)
         return -1;
+    footer_cache_forbid(w->cache, &s->condemned->packs);
     struct pack_writer_setup packs = {s->store,    s->index,      w->cache, w->workers,
                                       &w->failure, s->repository, s->writer};
     if (!(w->packs = pack_writer_create(&packs, err)) ||
-        !(w->trees = tree_writer_create(s->store, s->index, &s->repository, s->writer, err)) ||
+        !(w->trees = tree_writer_create(s->store, s->index, &s->repository, s->writer,
+                                        &s->condemned->trees, &w->shared.trees, err)) ||
         !(w->dedup = dedup_create(s->index, w->cache, err)) ||
         !(w->leaves = leaf_builder_create(w->packs, w->trees, err)) ||
         !(w->ordered = queue_create(SEGMENTS_MAX, NULL, err)))
@@ -463,6 +488,7 @@ void image_writer_destroy(struct image_writer *w)
         file_tree_destroy(f->tree);
         free(f);
     }
+    object_set_finish(&w->shared);
     failure_finish(&w->failure);
     pthread_cond_destroy(&w->changed);
     pthread_mutex_destroy(&w->lock);

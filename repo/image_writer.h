@@ -26,6 +26,7 @@
 #define VMMIG_REPO_IMAGE_WRITER_H
 
 #include "base/uuid.h"
+#include "repo/condemned.h"
 #include "repo/dedup.h"
 #include "repo/pack_writer.h"
 #include "repo/tree.h"
@@ -40,6 +41,14 @@ struct image_writer_setup {
     struct index *index;
     struct uuid repository;
     uint64_t writer;     /* the number under which it is registered */
+    /* Nothing of it is shared; changes in checkpoints alone. */
+    const struct object_set *condemned;
+    /*
+     * Called by the sequencer before each batch, while nothing is being shared; *ret_changed: *condemned did
+     * change. NULL: never.
+     */
+    int (*checkpoint)(void *arg, bool *ret_changed, struct vm_error **err);
+    void *checkpoint_arg;
     size_t cache_bytes;  /* of the footer cache */
     enum record_compression compression;
     int zstd_level;
@@ -59,6 +68,8 @@ struct segment *image_writer_segment(struct image_writer *w, struct image_file *
 void image_writer_put(struct image_writer *w, struct segment *segment);
 int image_writer_finish(struct image_writer *w, struct vm_error **err);
 struct recipe_ref image_writer_root(const struct image_file *file);
+/* The packs and trees of others that were shared so far; for checkpoints, and after finish. */
+const struct object_set *image_writer_shared(const struct image_writer *w);
 
 struct image_writer_stat {
     uint64_t pages_zero, pages_shared, pages_new; /* so far */

@@ -11,7 +11,7 @@
 #define UUID_KEY "uuid"
 #define DATA_POOL_KEY "data-pool"
 
-enum { CACHE_BASE = 16 << 20, CACHE_PER_TIB = 48 << 20, TEXT_MAX = 256 };
+enum { CACHE_BASE = 16 << 20, CACHE_PER_TIB = 48 << 20, TEXT_MAX = 256, CHECKPOINT_MS = 500 };
 
 struct repo {
     struct store *store;
@@ -24,7 +24,7 @@ struct repo {
 static int init_store(struct store *s, const struct repo_init_options *options,
                       struct vm_error **err)
 {
-    struct store_pair sets[4] = {{FORMAT_KEY, FORMAT, strlen(FORMAT)}};
+    struct store_pair sets[5] = {{FORMAT_KEY, FORMAT, strlen(FORMAT)}};
     char shards[INDEX_INIT_VALUE], text[UUID_TEXT_SIZE];
     struct uuid uuid = uuid_new();
     const char *pool = options ? options->data_pool : NULL;
@@ -37,9 +37,10 @@ static int init_store(struct store *s, const struct repo_init_options *options,
     sets[1].value = shards;
     sets[1].len = strlen(shards);
     sets[2] = (struct store_pair){UUID_KEY, uuid_format(&uuid, text), UUID_TEXT_SIZE - 1};
-    sets[3] = (struct store_pair){DATA_POOL_KEY, pool, pool ? strlen(pool) : 0};
+    sets[3] = (struct store_pair){CONDEMNED_KEY, CONDEMNED_FIRST, strlen(CONDEMNED_FIRST)};
+    sets[4] = (struct store_pair){DATA_POOL_KEY, pool, pool ? strlen(pool) : 0};
     struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = REPOSITORY_MAP,
-                          .presence = STORE_NEW, .sets = sets, .n_sets = pool ? 4 : 3};
+                          .presence = STORE_NEW, .sets = sets, .n_sets = pool ? 5 : 4};
     if (store_run(s, &op, 1, err) < 0)
         return -1;
     if (op.result == STORE_EXISTS)
@@ -228,7 +229,19 @@ struct image_session {
     struct image_file *files[IMAGE_FILES_MAX];
     struct registration *registration;
     struct image_writer *writer;
+    int64_t next_checkpoint_ns;
 };
+
+/* The sequencer's, now and then: answers collections. */
+static int session_checkpoint(void *arg, bool *ret_changed, struct vm_error **err)
+{
+    struct image_session *s = arg;
+    int64_t now = clock_mono_ns();
+    if (now < s->next_checkpoint_ns)
+        return 0;
+    s->next_checkpoint_ns = now + CHECKPOINT_MS * NSEC_PER_MSEC;
+    return registration_checkpoint(s->registration, image_writer_shared(s->writer), ret_changed, err);
+}
 
 /* Footers for so much unique data as the index tells. */
 static int cache_size(struct repo *r, size_t *ret_bytes, struct vm_error **err)
@@ -261,6 +274,8 @@ struct image_session *image_session_begin(struct repo *r, const char *name, cons
         return NULL;
     struct image_writer_setup setup = {.store = r->store, .index = r->index, .repository = r->uuid,
                                        .writer = registration_number(s->registration),
+                                       .condemned = registration_condemned(s->registration),
+                                       .checkpoint = session_checkpoint, .checkpoint_arg = s,
                                        .compression = RECORD_LZ4};
     if (cache_size(r, &setup.cache_bytes, err) < 0 ||
         !(s->writer = image_writer_create(&setup, err)))
@@ -319,7 +334,7 @@ int image_session_commit(struct image_session *s, struct import_report *ret_repo
     s->image.created_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
     s->image.writer = registration_number(s->registration);
     s->image.bytes_added = stat.bytes_stored;
-    if (catalogue_commit(s->registration, &s->image, err) < 0)
+    if (catalogue_commit(s->registration, &s->image, image_writer_shared(s->writer), err) < 0)
         return -1;
     if (ret_report)
         *ret_report = (struct import_report){image_size(&s->image), stat};

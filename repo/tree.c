@@ -81,14 +81,15 @@ struct tree_writer {
     struct page_hasher hasher;
     struct index_entry *entries; /* of the nodes in it */
     size_t n_entries, entries_cap;
-    uint64_t *forbidden; /* trees, sorted by nothing: few */
-    size_t n_forbidden;
+    const struct number_set *condemned;
+    struct number_set *shared;
     struct tree_writer_stat stat;
 };
 
 struct tree_writer *tree_writer_create(struct store *s, struct index *index,
                                        const struct uuid *repository, uint64_t writer,
-                                       struct vm_error **err)
+                                       const struct number_set *condemned,
+                                       struct number_set *shared, struct vm_error **err)
 {
     struct tree_writer *tw = calloc(1, sizeof(*tw));
     if (!tw) {
@@ -99,6 +100,8 @@ struct tree_writer *tree_writer_create(struct store *s, struct index *index,
     tw->index = index;
     tw->repository = *repository;
     tw->writer = writer;
+    tw->condemned = condemned;
+    tw->shared = shared;
     if (page_hasher_init(&tw->hasher, err) < 0) {
         tree_writer_destroy(tw);
         return NULL;
@@ -113,26 +116,7 @@ void tree_writer_destroy(struct tree_writer *tw)
     page_hasher_finish(&tw->hasher);
     buffer_finish(&tw->tree);
     free(tw->entries);
-    free(tw->forbidden);
     free(tw);
-}
-
-int tree_writer_forbid(struct tree_writer *tw, uint64_t tree, struct vm_error **err)
-{
-    uint64_t *forbidden = realloc(tw->forbidden, (tw->n_forbidden + 1) * sizeof(*forbidden));
-    if (!forbidden)
-        return error_nomem(err);
-    tw->forbidden = forbidden;
-    forbidden[tw->n_forbidden++] = tree;
-    return 0;
-}
-
-static bool is_forbidden(const struct tree_writer *tw, uint64_t tree)
-{
-    for (size_t i = 0; i < tw->n_forbidden; i++)
-        if (tw->forbidden[i] == tree)
-            return true;
-    return false;
 }
 
 int tree_writer_read(struct tree_writer *tw, const struct recipe_ref *ref, struct buffer *out,
@@ -192,7 +176,8 @@ static int find_node(struct tree_writer *tw, const struct index_entry *key, cons
     if (e.len != RECIPE_REF_BYTES)
         return 0;
     struct recipe_ref ref = recipe_ref_read(e.value);
-    if (ref.len != len || is_forbidden(tw, ref.tree))
+    bool ours = number_set_has(tw->shared, ref.tree); /* rescued, if it was condemned */
+    if (ref.len != len || (!ours && number_set_has(tw->condemned, ref.tree)))
         return 0;
     struct vm_error *gone = NULL;
     if (tree_writer_read(tw, &ref, &there, &gone) < 0) {
@@ -201,8 +186,10 @@ static int find_node(struct tree_writer *tw, const struct index_entry *key, cons
         error_propagate(hint ? NULL : err, gone);
         return hint ? 0 : -1;
     }
+    if (there.len != len || memcmp(there.data, node, len) != 0)
+        return 0;
     *ret_ref = ref;
-    return there.len == len && !memcmp(there.data, node, len);
+    return number_set_add(tw->shared, ref.tree, err) < 0 ? -1 : 1;
 }
 
 static int note_entry(struct tree_writer *tw, const struct index_entry *key,

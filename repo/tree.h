@@ -18,6 +18,7 @@
 
 #include "base/uuid.h"
 #include "repo/index.h"
+#include "repo/number_set.h"
 #include "repo/recipe.h"
 
 enum { TREE_HEADER = 32, TREE_GOOD = 2 << 20, TREE_MAX = TREE_GOOD + RECIPE_NODE_MAX };
@@ -34,10 +35,14 @@ int tree_header_check(const uint8_t header[TREE_HEADER], uint64_t tree,
 
 struct tree_writer;
 
-/* `writer` is the writer's number, with which the trees' numbers begin. */
+/*
+ * `writer` is the writer's number, with which the trees' numbers begin. Nothing that lies in a tree of
+ * *condemned is shared; what is shared is added to *shared. Both outlive the tree_writer.
+ */
 struct tree_writer *tree_writer_create(struct store *s, struct index *index,
                                        const struct uuid *repository, uint64_t writer,
-                                       struct vm_error **err);
+                                       const struct number_set *condemned,
+                                       struct number_set *shared, struct vm_error **err);
 void tree_writer_destroy(struct tree_writer *tw);
 DEFINE_CLEANUP(tree_writer, struct tree_writer *, tree_writer_destroy)
 /*
@@ -50,8 +55,6 @@ int tree_writer_add(struct tree_writer *tw, const void *node, size_t len, bool m
 int tree_writer_read(struct tree_writer *tw, const struct recipe_ref *ref, struct buffer *out,
                      struct vm_error **err);
 int tree_writer_finish(struct tree_writer *tw, struct vm_error **err);
-/* Share nothing that lies in that tree from now on. */
-int tree_writer_forbid(struct tree_writer *tw, uint64_t tree, struct vm_error **err);
 
 struct tree_writer_stat {
     uint64_t nodes, shared, bytes; /* shared: nodes found; bytes: stored */

@@ -3,10 +3,12 @@
  * repo_tool: the functions of repo/repo.h as commands, for the system tests. One JSON object per line on standard
  * output; errors as "KIND: message" on standard error, with the kind's exit status.
  *
- *     repo_tool URL init [DATA-POOL] | stat | list
+ *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS] | scrub | rebuild-index
  *     repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show NAME | delete NAME | diff A B
  */
+#include "repo/collect.h"
 #include "repo/repo.h"
+#include "repo/scrub.h"
 
 #include "base/clock.h"
 #include "base/fault.h"
@@ -124,6 +126,46 @@ static int run_stat(struct repo *r, struct vm_error **err)
     return 0;
 }
 
+static int run_collect(struct repo *r, int argc, char **argv, struct vm_error **err)
+{
+    struct collect_options o = {.control.cancel_fd = -1};
+    struct collect_report report;
+    o.fence_after_ns = argc > 3 ? atol(argv[3]) * NSEC_PER_MSEC : 0;
+    if (repo_collect(r, &o, &report, err) < 0)
+        return -1;
+    printf("{\"adopted\": %s, \"condemned\": %" PRIu64 ", \"packs\": %" PRIu64 ", \"trees\": %" PRIu64
+           ", \"bytes\": %" PRIu64 ", \"fenced\": %" PRIu64 "}\n",
+           report.adopted ? "true" : "false", report.condemned, report.packs, report.trees,
+           report.bytes, report.writers_fenced);
+    return 0;
+}
+
+static void print_finding(enum scrub_kind kind, const char *what, void *arg)
+{
+    (void)arg;
+    printf("{\"%s\": \"%s\"}\n", kind == SCRUB_IMAGE ? "image" : "damage", what);
+}
+
+static int run_scrub(struct repo *r, struct vm_error **err)
+{
+    struct scrub_report report;
+    if (repo_scrub(r, NULL, print_finding, NULL, &report, err) < 0)
+        return -1;
+    printf("{\"packs\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"images\": %" PRIu64
+           ", \"damaged\": %" PRIu64 ", \"touched\": %" PRIu64 "}\n",
+           report.packs, report.bytes, report.images, report.damaged, report.images_touched);
+    return 0;
+}
+
+static int run_rebuild(struct repo *r, struct vm_error **err)
+{
+    struct rebuild_report report;
+    if (repo_rebuild_index(r, NULL, &report, err) < 0)
+        return -1;
+    printf("{\"packs\": %" PRIu64 ", \"entries\": %" PRIu64 "}\n", report.packs, report.entries);
+    return 0;
+}
+
 static int run(int argc, char **argv, struct vm_error **err)
 {
     const char *verb = argc > 2 ? argv[2] : "";
@@ -135,6 +177,12 @@ static int run(int argc, char **argv, struct vm_error **err)
         return -1;
     if (!strcmp(verb, "stat"))
         return run_stat(r, err);
+    if (!strcmp(verb, "collect"))
+        return run_collect(r, argc, argv, err);
+    if (!strcmp(verb, "scrub"))
+        return run_scrub(r, err);
+    if (!strcmp(verb, "rebuild-index"))
+        return run_rebuild(r, err);
     if (!strcmp(verb, "list"))
         return catalogue_list(repo_store(r), list_one, NULL, err);
     if (!strcmp(verb, "import") && argc > 4)

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "repo/holdings.h"
+#include "repo/recipe_walk.h"
+
+#include <stdlib.h>
+
+struct holdings {
+    struct object_set *set;
+    struct recipe_walk *walk;
+    char problem[256]; /* of the first node that could not be read */
+};
+
+static int visit_node(const struct recipe_ref *ref, const void *data, size_t len, void *arg,
+                      struct vm_error **err)
+{
+    struct holdings *h = arg;
+    return number_set_add(&h->set->trees, ref->tree, err);
+}
+
+static int visit_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret_damaged, void *arg,
+                      struct vm_error **err)
+{
+    struct holdings *h = arg;
+    uint64_t last = 0;
+    for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
+        const struct recipe_page *p = &leaf->pages[i];
+        if (!p->len || p->pack == last)
+            continue;
+        last = p->pack;
+        if (number_set_add(&h->set->packs, last, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error *problem, void *arg)
+{
+    struct holdings *h = arg;
+    if (!h->problem[0])
+        snprintf(h->problem, sizeof(h->problem), "%s", error_message(problem));
+}
+
+struct holdings *holdings_create(struct store *s, struct object_set *set, struct vm_error **err)
+{
+    struct holdings *h = calloc(1, sizeof(*h));
+    if (!h) {
+        error_nomem(err);
+        return NULL;
+    }
+    struct recipe_visitor visitor = {visit_node, visit_leaf, visit_unreadable, h};
+    h->set = set;
+    h->walk = recipe_walk_create(s, &visitor, err);
+    if (!h->walk) {
+        free(h);
+        return NULL;
+    }
+    return h;
+}
+
+void holdings_destroy(struct holdings *h)
+{
+    if (!h)
+        return;
+    recipe_walk_destroy(h->walk);
+    free(h);
+}
+
+int holdings_add(struct holdings *h, const struct image *image, struct vm_error **err)
+{
+    for (unsigned i = 0; i < image->n_files; i++) {
+        bool damaged;
+        if (recipe_walk_file(h->walk, &image->files[i].root, image->files[i].size, &damaged, err) < 0)
+            return -1;
+        if (damaged)
+            return error_set(err, VM_ERROR_CORRUPT, "image %s: %s", image->name, h->problem);
+    }
+    return 0;
+}

@@ -1,0 +1,22 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * holdings: the packs and trees that images refer to. Nodes shared by several images are read once.
+ *
+ * Memory: 8 MiB per TiB of distinct content. Threads: one.
+ */
+#ifndef VMMIG_REPO_HOLDINGS_H
+#define VMMIG_REPO_HOLDINGS_H
+
+#include "repo/condemned.h"
+#include "repo/image.h"
+
+struct holdings;
+
+/* What is found is added to *set, which outlives the holdings. */
+struct holdings *holdings_create(struct store *s, struct object_set *set, struct vm_error **err);
+void holdings_destroy(struct holdings *h);
+DEFINE_CLEANUP(holdings, struct holdings *, holdings_destroy)
+/* CORRUPT if a node of its recipes is damaged or gone: what it refers to is not known then. */
+int holdings_add(struct holdings *h, const struct image *image, struct vm_error **err);
+
+#endif

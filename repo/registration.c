@@ -1,0 +1,379 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Writers: the steps "a writer" of docs/repository-collection.md, in their order. */
+#include "repo/catalogue.h"
+#include "repo/catalogue_shard.h"
+#include "repo/holdings.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/log.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+struct registration {
+    struct store *store;
+    uint64_t number;
+    char name[IMAGE_NAME_MAX + 1];
+    char key[SHARD_KEY_SIZE], pin[SHARD_KEY_SIZE]; /* w:NUMBER, p:NUMBER */
+    struct buffer epoch;                           /* as it was acknowledged */
+    struct buffer value;                           /* of the registration */
+    uint64_t registered_s;
+    unsigned parent_shard;
+    bool pinned, ended;
+    struct image *parent;   /* pinned; NULL without one */
+    struct object_set held; /* what the parent refers to, once that was needed */
+    bool held_known;
+    struct object_set condemned;
+};
+
+uint64_t registration_number(const struct registration *r)
+{
+    return r->number;
+}
+
+const struct object_set *registration_condemned(const struct registration *r)
+{
+    return &r->condemned;
+}
+
+/* The epoch of the shard, then the list that is open: in this order, so that no list is missed. */
+static int look(struct registration *r, struct condemned_state *ret_state, struct vm_error **err)
+{
+    if (shard_get(r->store, shard_of(r->name), SHARD_EPOCH, &r->epoch, err) < 0)
+        return -1;
+    if (r->epoch.len != 8)
+        return error_set(err, VM_ERROR_CORRUPT, "an epoch of the catalogue is lost");
+    object_set_finish(&r->condemned);
+    return condemned_load_open(r->store, ret_state, &r->condemned, err);
+}
+
+static void write_registration(struct registration *r, struct buffer *out)
+{
+    buffer_put(out, r->epoch.data, r->epoch.len);
+    buffer_put_le64(out, r->registered_s);
+    buffer_put(out, r->name, strlen(r->name));
+}
+
+/* 1: registered; 0: a guard did not hold; -1. */
+static int register_once(struct registration *r, struct condemned_state *ret_state,
+                         struct vm_error **err)
+{
+    char name[SHARD_KEY_SIZE];
+    if (look(r, ret_state, err) < 0)
+        return -1;
+    buffer_reset(&r->value);
+    write_registration(r, &r->value);
+    if (r->value.failed)
+        return error_nomem(err);
+    struct shard_change c = {.shard = shard_of(r->name), .n_compares = 2,
+                       .compares = {shard_pair(SHARD_EPOCH, &r->epoch),
+                                    shard_pair(shard_name_key(r->name, name), NULL)},
+                       .set = shard_pair(r->key, &r->value)};
+    enum store_result done = shard_apply(r->store, &c, err);
+    return done == STORE_FAILED ? -1 : done == STORE_DONE;
+}
+
+static int name_is_free(struct registration *r, struct vm_error **err)
+{
+    char key[SHARD_KEY_SIZE];
+    cleanup_buffer struct buffer value = {0};
+    if (shard_get(r->store, shard_of(r->name), shard_name_key(r->name, key), &value, err) < 0)
+        return -1;
+    return value.len ? error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name) : 0;
+}
+
+static int pin_parent(struct registration *r, const struct image *parent, struct vm_error **err)
+{
+    char key[SHARD_KEY_SIZE];
+    cleanup_buffer struct buffer value = {0}, pin = {0};
+    image_write(parent, &value);
+    buffer_put_le16(&pin, (uint16_t)shard_of(r->name));
+    shard_put_image(&pin, parent);
+    if (value.failed || pin.failed || !(r->parent = malloc(sizeof(*r->parent))))
+        return error_nomem(err);
+    *r->parent = *parent;
+    r->parent_shard = shard_of(parent->name);
+    struct shard_change c = {
+        .shard = r->parent_shard, .n_compares = 1,
+        .compares = {shard_pair(shard_name_key(parent->name, key), &value)},
+        .set = shard_pair(shard_number_key(SHARD_PINS, r->number, r->pin), &pin)};
+    r->pinned = true; /* perhaps; it is taken away in any case */
+    enum store_result done = shard_apply(r->store, &c, err);
+    if (done == STORE_MISMATCH)
+        return error_set(err, VM_ERROR_NOT_FOUND, "image %s was deleted or replaced meanwhile",
+                         parent->name);
+    return done == STORE_DONE ? 0 : -1;
+}
+
+/* The registration itself first: once it is gone nothing can be committed. */
+static int unregister(struct registration *r, struct vm_error **err)
+{
+    bool erased;
+    return shard_erase(r->store, shard_of(r->name), r->key, NULL, &erased, err);
+}
+
+static int unpin(struct registration *r, struct vm_error **err)
+{
+    bool erased;
+    return r->pinned ? shard_erase(r->store, r->parent_shard, r->pin, NULL, &erased, err) : 0;
+}
+
+static void free_registration(struct registration *r)
+{
+    buffer_finish(&r->epoch);
+    buffer_finish(&r->value);
+    object_set_finish(&r->condemned);
+    object_set_finish(&r->held);
+    free(r->parent);
+    free(r);
+}
+
+static void intersect(const struct number_set *a, const struct number_set *b,
+                      struct number_set *out, bool *ret_failed)
+{
+    size_t at = 0;
+    for (uint64_t number; (number = number_set_next(a, &at));)
+        if (number_set_has(b, number) && number_set_add(out, number, NULL) < 0)
+            *ret_failed = true;
+}
+
+/* Parts of the parent that the image keeps are as good as shared: all it refers to counts. */
+static int know_held(struct registration *r, struct vm_error **err)
+{
+    if (!r->parent || r->held_known)
+        return 0;
+    CLEANUP(holdings) struct holdings *h = holdings_create(r->store, &r->held, err);
+    if (!h || holdings_add(h, r->parent, err) < 0)
+        return -1;
+    r->held_known = true;
+    return 0;
+}
+
+/* Take what was shared off the list. REFUSED if something of it is being removed, or is gone. */
+static int rescue(struct registration *r, const struct condemned_state *state,
+                  const struct object_set *shared, struct vm_error **err)
+{
+    cleanup_object_set struct object_set wanted = {{0}, {0}};
+    bool failed = false, lost = false;
+    if (!r->condemned.packs.n && !r->condemned.trees.n)
+        return 0;
+    if (know_held(r, err) < 0)
+        return -1;
+    intersect(&r->condemned.packs, &shared->packs, &wanted.packs, &failed);
+    intersect(&r->condemned.trees, &shared->trees, &wanted.trees, &failed);
+    intersect(&r->condemned.packs, &r->held.packs, &wanted.packs, &failed);
+    intersect(&r->condemned.trees, &r->held.trees, &wanted.trees, &failed);
+    if (failed)
+        return error_nomem(err);
+    if (condemned_rescue(r->store, &state->list, &wanted, &lost, err) < 0)
+        return -1;
+    return lost ? error_set(err, VM_ERROR_REFUSED,
+                            "a collection removes what image %s shares; begin again", r->name)
+                : 0;
+}
+
+static int register_writer(struct registration *r, struct condemned_state *ret_state,
+                           struct vm_error **err)
+{
+    for (int i = 0; i < CATALOGUE_TRIES; i++) {
+        int done = register_once(r, ret_state, err);
+        if (done)
+            return done < 0 ? -1 : 0;
+        if (name_is_free(r, err) < 0)
+            return -1;
+    }
+    return error_set(err, VM_ERROR_CONFLICT, "the catalogue changes all the time; try again");
+}
+
+struct registration *catalogue_register(struct store *s, const char *name,
+                                        const struct image *parent, struct vm_error **err)
+{
+    if (image_name_check(name, err) < 0)
+        return NULL;
+    struct registration *r = calloc(1, sizeof(*r));
+    if (!r) {
+        error_nomem(err);
+        return NULL;
+    }
+    r->store = s;
+    r->registered_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
+    strcpy(r->name, name);
+    int done = catalogue_next_number(s, &r->number, err);
+    shard_number_key(SHARD_WRITERS, r->number, r->key);
+    struct condemned_state state;
+    if (done < 0 || register_writer(r, &state, err) < 0) {
+        r->ended = done < 0; /* an answer may have been lost: take back what may be there */
+        catalogue_unregister(r);
+        return NULL;
+    }
+    (void)FAULT("repo.register");
+    const struct object_set nothing = {{0}, {0}};
+    if (parent && (pin_parent(r, parent, err) < 0 || rescue(r, &state, &nothing, err) < 0)) {
+        catalogue_unregister(r);
+        return NULL;
+    }
+    return r;
+}
+
+static int fenced(struct registration *r, struct vm_error **err)
+{
+    r->ended = true;
+    unpin(r, NULL);
+    return error_set(err, VM_ERROR_REFUSED,
+                     "the repository's collector took this writer for dead; image %s is not "
+                     "committed, begin again",
+                     r->name);
+}
+
+/* Is the epoch the one that was acknowledged? 1: yes; 0: no; -1, also if the registration is gone. */
+static int epoch_is_known(struct registration *r, struct vm_error **err)
+{
+    const char *const keys[] = {SHARD_EPOCH, r->key};
+    struct buffer values[2] = {{0}, {0}};
+    int result = shard_get_many(r->store, shard_of(r->name), keys, 2, values, err);
+    if (!result && !values[1].len)
+        result = fenced(r, err);
+    else if (!result)
+        result = values[0].len == r->epoch.len &&
+                 !memcmp(values[0].data, r->epoch.data, r->epoch.len);
+    buffer_finish(&values[0]);
+    buffer_finish(&values[1]);
+    return result;
+}
+
+static int acknowledge(struct registration *r, struct vm_error **err)
+{
+    cleanup_buffer struct buffer value = {0};
+    write_registration(r, &value);
+    if (value.failed)
+        return error_nomem(err);
+    struct shard_change c = {.shard = shard_of(r->name), .n_compares = 2,
+                       .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value)},
+                       .set = shard_pair(r->key, &value)};
+    enum store_result done = shard_apply(r->store, &c, err);
+    if (done != STORE_DONE)
+        return done == STORE_FAILED ? -1 : 0;
+    struct buffer old = r->value;
+    r->value = value;
+    value = old;
+    return 1;
+}
+
+int registration_checkpoint(struct registration *r, const struct object_set *shared,
+                            bool *ret_changed, struct vm_error **err)
+{
+    struct condemned_state state;
+    *ret_changed = false;
+    for (int i = 0; i < CATALOGUE_TRIES; i++) {
+        int known = epoch_is_known(r, err);
+        if (known)
+            return known < 0 ? -1 : 0;
+        *ret_changed = true;
+        if (look(r, &state, err) < 0 || rescue(r, &state, shared, err) < 0)
+            return -1;
+        (void)FAULT("repo.rescued");
+        int done = acknowledge(r, err);
+        if (done)
+            return done < 0 ? -1 : 0;
+    }
+    return error_set(err, VM_ERROR_CONFLICT, "the catalogue changes all the time; try again");
+}
+
+/* Is the name ours (1), free (0) or another's (2)? */
+static int read_back(struct registration *r, const struct buffer *value, struct vm_error **err)
+{
+    char key[SHARD_KEY_SIZE];
+    cleanup_buffer struct buffer now = {0};
+    if (shard_get(r->store, shard_of(r->name), shard_name_key(r->name, key), &now, err) < 0)
+        return -1;
+    if (!now.len)
+        return 0;
+    return now.len == value->len && !memcmp(now.data, value->data, now.len) ? 1 : 2;
+}
+
+/*
+ * The commit's answer did not come. Remove the registration, so that a commit that is still under way
+ * fails, then look: whatever is there now stays.
+ */
+static int resolve_commit(struct registration *r, const struct buffer *value,
+                          struct vm_error *cause, struct vm_error **err)
+{
+    struct vm_error *error = NULL;
+    if (unregister(r, &error) == 0) {
+        int there = read_back(r, value, &error);
+        if (there == 1) {
+            error_free(cause);
+            return 0;
+        }
+        if (there >= 0)
+            return error_propagate(err, cause);
+    }
+    error_free(error);
+    error_propagate(err, cause);
+    return error_wrap(err, "image %s may or may not be committed", r->name);
+}
+
+/* Why a guard did not hold. 1: it is committed; 0: the epoch went on, try again; -1. */
+static int explain_mismatch(struct registration *r, const struct buffer *value,
+                            struct vm_error **err)
+{
+    int there = read_back(r, value, err);
+    if (there == 2)
+        return error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name);
+    return there;
+}
+
+/* One attempt. 1: committed; 0: acknowledge and try again; -1. */
+static int commit_once(struct registration *r, const struct buffer *value, struct vm_error **err)
+{
+    char key[SHARD_KEY_SIZE];
+    struct shard_change c = {.shard = shard_of(r->name), .n_compares = 3, .erase = r->key,
+                       .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value),
+                                    shard_pair(shard_name_key(r->name, key), NULL)},
+                       .set = shard_pair(key, value)};
+    struct vm_error *cause = NULL;
+    if (FAULT("repo.commit") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "cannot commit image %s", r->name);
+    enum store_result done = shard_apply(r->store, &c, &cause);
+    (void)FAULT("repo.committed");
+    if (done == STORE_DONE)
+        return 1;
+    if (done == STORE_FAILED)
+        return resolve_commit(r, value, cause, err) < 0 ? -1 : 1;
+    return explain_mismatch(r, value, err);
+}
+
+int catalogue_commit(struct registration *r, const struct image *image,
+                     const struct object_set *shared, struct vm_error **err)
+{
+    cleanup_buffer struct buffer value = {0};
+    image_write(image, &value);
+    if (value.failed)
+        return error_nomem(err);
+    for (int i = 0; i < CATALOGUE_TRIES; i++) {
+        int done = commit_once(r, &value, err);
+        if (done < 0)
+            return -1;
+        if (done) {
+            r->ended = true;
+            unpin(r, NULL); /* what stays behind, a collection takes away */
+            return 0;
+        }
+        bool changed;
+        if (registration_checkpoint(r, shared, &changed, err) < 0)
+            return -1;
+    }
+    return error_set(err, VM_ERROR_CONFLICT, "collections follow each other too fast; try again");
+}
+
+void catalogue_unregister(struct registration *r)
+{
+    if (!r)
+        return;
+    cleanup_error struct vm_error *err = NULL;
+    if (!r->ended && (unregister(r, &err) < 0 || unpin(r, &err) < 0))
+        log_warn("a writer's registration stays behind until it is fenced", "writer=%" PRIu64
+                 " error=%s", r->number, log_q(error_message(err)));
+    free_registration(r);
+}
