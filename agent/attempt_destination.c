@@ -152,7 +152,7 @@ static int prepare(struct attempt *a, struct vm_error **err)
         return -1;
     a->guest = qemu_guest(q);
     a->owns_guest = true;
-    a->record.vmm = a->guest->process;
+    d->process = a->guest->process;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
         attempt_remember(a, d->qmp_path, d->argv, NULL, err) < 0)
         return -1;
@@ -199,6 +199,13 @@ static void start_transfer(struct attempt *a)
     (void)a; /* no row of the destination's asks for it */
 }
 
+/* The work thread is done with the VMM's start: from here on the attempt's own thread knows it. */
+static void adopt_process(struct attempt *a)
+{
+    if (a->destination.process.pid)
+        a->record.vmm = a->destination.process;
+}
+
 static void stop_transfer(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
@@ -211,6 +218,7 @@ static void stop_transfer(struct attempt *a)
     if (d->work_started)
         pthread_join(d->work_thread, NULL);
     d->work_started = false;
+    adopt_process(a);
     pthread_mutex_lock(&a->lock);
     r = d->receiver;
     d->receiver = NULL; /* no connection enters it any more */
@@ -274,9 +282,14 @@ static int register_vm(struct attempt *a, struct vm_error **err)
     return 0;
 }
 
-/* Once RUNNING is on record, the journal forgets how to reach the VM: the registry must know it. */
+/*
+ * PREPARING is written a second time when the VMM waits, and then names it. Once RUNNING is on record,
+ * the journal forgets how to reach the VM: the registry must know it.
+ */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
+    if (record == HANDOVER_REC_PREPARING)
+        adopt_process(a);
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
 }
 

@@ -166,8 +166,8 @@ static int serve(struct agent *agent, struct vm_error **err)
     int r = loop_run(agent->loop, err);
     notify_supervisor("STOPPING=1");
     bool jobs_ended = job_table_stop(agent->jobs, STOP_TIMEOUT_MS);
-    transfer_stop(transfer);
-    if (!control_stop(control, STOP_TIMEOUT_MS) || !jobs_ended) {
+    bool transfers_ended = transfer_stop(transfer);
+    if (!control_stop(control, STOP_TIMEOUT_MS) || !jobs_ended || !transfers_ended) {
         /* Their threads use what would be freed now. Ending here is what the state directory is
          * for. */
         log_warn("ending with work under way; the next start takes it up");

@@ -300,7 +300,7 @@ static bool all_ended(struct transfer *t)
     return !t->attempts && !t->n_connections;
 }
 
-void transfer_stop(struct transfer *t)
+bool transfer_stop(struct transfer *t)
 {
     loop_watch_destroy(t->listener);
     t->listener = NULL;
@@ -319,6 +319,7 @@ void transfer_stop(struct transfer *t)
         ;
     if (!all_ended(t))
         log_warn("some transfers did not end in time");
+    return all_ended(t);
 }
 
 void transfer_destroy(struct transfer *t)

@@ -54,8 +54,11 @@ struct transfer_state {
 };
 
 struct transfer *transfer_create(struct agent *agent, struct vm_error **err);
-/* No new transfers; threads end. What is unfinished stays in the journal for the next agent. */
-void transfer_stop(struct transfer *t);
+/*
+ * No new transfers; threads end. What is unfinished stays in the journal for the next agent. False if
+ * some threads did not end in time: the process can only exit then.
+ */
+bool transfer_stop(struct transfer *t);
 void transfer_destroy(struct transfer *t);
 DEFINE_CLEANUP(transfer, struct transfer *, transfer_destroy)
 

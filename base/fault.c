@@ -24,7 +24,7 @@ int fault_init(struct vm_error **err)
 #include <string.h>
 #include <unistd.h>
 
-enum { MAX_ARMED = 16, EVERY_PASSAGE = -1 };
+enum { MAX_ARMED = 16 };
 
 enum action { CRASH, ERROR, DELAY, HANG, DROP, DUPLICATE, CORRUPT };
 static const char *const action_names[] = {"crash", "error",     "delay",  "hang",
@@ -34,7 +34,8 @@ struct armed {
     char name[64];
     enum action action;
     int argument; /* errno or milliseconds */
-    int passage;  /* acts at this passage, counted down */
+    bool every;   /* at every passage; else once, when `passage` was counted down to 0 */
+    int passage;
 };
 
 static pthread_mutex_t armed_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -65,11 +66,12 @@ static int parse_errno(const char *name)
         const char *name;
         int value;
     } known[] = {{"EIO", EIO},       {"ENOSPC", ENOSPC},       {"ENOMEM", ENOMEM},
-                 {"EAGAIN", EAGAIN}, {"ECONNRESET", ECONNRESET}, {"ETIMEDOUT", ETIMEDOUT}};
+                 {"EAGAIN", EAGAIN}, {"ECONNRESET", ECONNRESET}, {"ETIMEDOUT", ETIMEDOUT},
+                 {"EPIPE", EPIPE},   {"ECONNREFUSED", ECONNREFUSED}};
     for (size_t i = 0; i < sizeof(known) / sizeof(*known); i++)
         if (!strcmp(known[i].name, name))
             return known[i].value;
-    return atoi(name);
+    return 0;
 }
 
 /* One NAME=ACTION[:ARGUMENT][@N]; modifies spec. */
@@ -80,10 +82,14 @@ static int arm_one(char *spec, struct armed *ret, struct vm_error **err)
     if (!equals)
         return error_set(err, VM_ERROR_USAGE, "fault '%s': NAME=ACTION expected", spec);
     *equals = 0;
+    ret->every = false;
     ret->passage = 1;
     if (at) {
         *at++ = 0;
-        ret->passage = !strcmp(at, "*") ? EVERY_PASSAGE : atoi(at);
+        ret->every = !strcmp(at, "*");
+        ret->passage = ret->every ? 0 : atoi(at);
+        if (!ret->every && ret->passage < 1)
+            return error_set(err, VM_ERROR_USAGE, "fault '%s': @N counts from 1", spec);
     }
     char *argument = strchr(equals + 1, ':');
     if (argument)
@@ -95,6 +101,9 @@ static int arm_one(char *spec, struct armed *ret, struct vm_error **err)
         if (strcmp(equals + 1, action_names[i]))
             continue;
         ret->action = i;
+        if (i == ERROR && argument && !parse_errno(argument))
+            return error_set(err, VM_ERROR_USAGE, "fault '%s': no errno is named '%s'", spec,
+                             argument);
         ret->argument = i == ERROR ? argument ? parse_errno(argument) : EIO
                                    : argument ? atoi(argument)
                                               : 0;
@@ -129,7 +138,7 @@ static bool take_armed(const char *name, struct armed *ret)
     SCOPE_LOCK(&armed_lock);
     for (int i = 0; i < n_armed; i++) {
         struct armed *a = &armed[i];
-        if (strcmp(a->name, name) || (a->passage != EVERY_PASSAGE && --a->passage != 0))
+        if (strcmp(a->name, name) || (!a->every && (!a->passage || --a->passage)))
             continue;
         *ret = *a;
         return true;

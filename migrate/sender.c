@@ -17,7 +17,7 @@ enum { QUEUE_BATCHES = 4, QUEUE_CHUNKS = 16 };
  * 100 MiB, whatever the guest's size. */
 #define ENCODER_MEMORY (44ul << 20)
 enum { PILOT_INTERVAL_MS = 10 };
-enum { OPEN_TIMEOUT_MS = 15000 };
+enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
 /* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
 #define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
 
@@ -452,6 +452,11 @@ static int judge(struct sender *s, struct pilot *pilot, const struct guest_sourc
                : pause_guest(s, pilot, verdict == CONVERGE_PAUSE_OVER, err);
 }
 
+static bool cancelled(const struct sender *s)
+{
+    return s->params.cancel_fd >= 0 && io_latch_is_set(s->params.cancel_fd);
+}
+
 /* One look at everything. */
 static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns,
                       struct vm_error **err)
@@ -459,7 +464,7 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     struct guest_source_progress source = {0};
     struct sender_progress p = {0};
     struct link_totals link;
-    if (s->params.cancel_fd >= 0 && io_latch_is_set(s->params.cancel_fd))
+    if (cancelled(s))
         return error_set(err, VM_ERROR_CANCELLED, "cancelled");
     cleanup_error struct vm_error *unanswered = NULL;
     if (guest_source_progress(s->params.guest, &source, &unanswered) < 0) {
@@ -572,6 +577,23 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
     return steal_ptr(&s);
 }
 
+/* Until the receiver answered on the channel; looks at the caller's latch between. */
+static int wait_open(struct sender *s, struct channel_sender *channel, int64_t deadline_ns,
+                     struct vm_error **err)
+{
+    for (;;) {
+        struct vm_error *why = NULL;
+        int64_t step = clock_mono_ns() + OPEN_STEP_MS * NSEC_PER_MSEC;
+        if (channel_sender_wait_open(channel, step < deadline_ns ? step : deadline_ns, &why) == 0)
+            return 0;
+        if (why->kind != VM_ERROR_TIMEOUT || clock_mono_ns() >= deadline_ns)
+            return error_propagate(err, why);
+        error_free(why);
+        if (cancelled(s))
+            return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+    }
+}
+
 static int open_channels(struct sender *s, struct vm_error **err)
 {
     const struct sender_params *p = &s->params;
@@ -591,7 +613,7 @@ static int open_channels(struct sender *s, struct vm_error **err)
     }
     int64_t deadline = clock_mono_ns() + OPEN_TIMEOUT_MS * NSEC_PER_MSEC;
     for (unsigned i = 0; i <= p->channels; i++)
-        if (channel_sender_wait_open(s->channels[i], deadline, err) < 0)
+        if (wait_open(s, s->channels[i], deadline, err) < 0)
             return error_wrap(err, "data channel %u", i);
     return 0;
 }
