@@ -256,6 +256,8 @@ enum store_result store_read_all(struct store *s, enum store_area area, const ch
         return STORE_FAILED;
     }
     size_t start = out->len, got = 0;
+    if (!size.ret_size)
+        return STORE_DONE;
     uint8_t *to = buffer_grow(out, size.ret_size);
     if (!to) {
         error_nomem(err);

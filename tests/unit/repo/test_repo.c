@@ -1,8 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Whole images in and out of a repository, over either driver, with failures on the way. */
-#include "tests/unit/repo/repo_test.h"
+#include "tests/unit/repo/repo_images.h"
 #include "repo/names.h"
-#include "repo/repo.h"
 #include "repo/scrub.h"
 #include "repo/store_fault.h"
 
@@ -10,7 +9,7 @@
 
 #include <pthread.h>
 
-enum { MIB = 1 << 20, IMAGE_MIB = 24 };
+enum { IMAGE_MIB = 24 };
 
 static struct repo *repo;
 static struct store *faulty;
@@ -51,18 +50,6 @@ static void arm(const char *spec)
     assert_ok(err);
 }
 
-/* Pages as they are on a disk: some zero, most compressible, some not; all different, from a seed. */
-static void make_content(uint8_t *to, size_t bytes, uint64_t seed)
-{
-    for (size_t i = 0; i * PAGE_BYTES < bytes; i++) {
-        uint8_t *page = to + i * PAGE_BYTES;
-        memset(page, 0, PAGE_BYTES);
-        if (i % 11 == 3 || (i / 64) % 9 == 5)
-            continue;
-        test_fill_random(page, i % 5 ? PAGE_BYTES / 3 : PAGE_BYTES, seed * 1000003 + i + 1);
-    }
-}
-
 static void put_segment(struct image_session *s, struct image_file *f, uint64_t number,
                         const uint8_t *from, size_t len)
 {
@@ -74,28 +61,6 @@ static void put_segment(struct image_session *s, struct image_file *f, uint64_t 
     for (size_t i = 0; i * PAGE_BYTES < len; i++)
         seg->given[i] = true;
     image_writer_put(image_session_writer(s), seg);
-}
-
-static int put_all(struct repo *r, const char *name, const char *parent, const uint8_t *from,
-                   size_t size, struct import_report *ret_report, struct vm_error **err)
-{
-    CLEANUP(image_session) struct image_session *s = image_session_begin(r, name, parent, err);
-    struct image_file *f = s ? image_session_file(s, "disk0.raw", size, err) : NULL;
-    if (!f)
-        return -1;
-    for (size_t at = 0; at < size; at += SEGMENT_BYTES) {
-        struct segment *seg = image_writer_segment(image_session_writer(s), f, at / SEGMENT_BYTES,
-                                                   err);
-        if (!seg)
-            return -1;
-        size_t len = size - at < SEGMENT_BYTES ? size - at : SEGMENT_BYTES;
-        memset(seg->data, 0, SEGMENT_BYTES);
-        memcpy(seg->data, from + at, len);
-        for (size_t i = 0; i * PAGE_BYTES < len; i++)
-            seg->given[i] = true;
-        image_writer_put(image_session_writer(s), seg);
-    }
-    return image_session_commit(s, ret_report, err);
 }
 
 static struct import_report store_image(const char *name, const char *parent, const uint8_t *from,

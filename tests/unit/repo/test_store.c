@@ -37,7 +37,8 @@ static void assert_content(enum store_area area, const char *name, const char *t
     assert_int_equal(store_read_all(s, area, name, 1 << 20, &b, &err), STORE_DONE);
     assert_ok(err);
     assert_int_equal(b.len, strlen(text));
-    assert_memory_equal(b.data, text, b.len);
+    if (b.len)
+        assert_memory_equal(b.data, text, b.len);
 }
 
 static void an_object_is_created_once(void **state)
@@ -83,6 +84,12 @@ static void what_is_removed_is_gone(void **state)
     assert_int_equal(store_read_all(s, STORE_PACK, "pack.1", 9, &b, &err), STORE_MISSING);
     assert_ok(err);
     assert_int_equal(create("pack.1", "again"), STORE_DONE);
+}
+
+static void an_empty_object_is_one(void **state)
+{
+    assert_int_equal(create("pack.1", ""), STORE_DONE);
+    assert_content(STORE_PACK, "pack.1", "");
 }
 
 static void an_object_larger_than_asked_for_is_damage(void **state)
@@ -445,6 +452,7 @@ int main(void)
         TEST(a_range_is_read_up_to_the_end),
         TEST(replace_changes_the_whole),
         TEST(what_is_removed_is_gone),
+        TEST(an_empty_object_is_one),
         TEST(an_object_larger_than_asked_for_is_damage),
         TEST(listing_shows_what_has_the_prefix),
         TEST(a_visitor_ends_a_listing_with_its_error),

@@ -1,0 +1,573 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Collection beside writers, readers and other collectors. What the protocol must survive is brought about by
+ * a hook that runs something between two operations of the collector, or by threads that wait for each other's
+ * steps on the store.
+ */
+#include "tests/unit/repo/repo_images.h"
+#include "repo/collect.h"
+#include "repo/names.h"
+#include "repo/scrub.h"
+#include "repo/store_fault.h"
+
+#include "base/clock.h"
+#include "base/cond.h"
+
+#include <pthread.h>
+
+enum { SIZE = 6 * MIB };
+
+static struct repo *repo;   /* the users' */
+static struct repo *gc;     /* the collector's: its operations can be watched */
+static struct store *watched;
+static char place[512];
+static uint8_t *content;
+
+static int setup(void **state)
+{
+    struct vm_error *err = NULL;
+    repo_init(test_place(place), NULL, &err);
+    assert_ok(err);
+    repo = repo_open(place, &err);
+    assert_ok(err);
+    watched = store_fault_create(test_store_open(place), &err);
+    gc = repo_open_store(watched, &err);
+    assert_ok(err);
+    content = malloc(4 * SIZE);
+    make_content(content, 4 * SIZE, 1);
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    free(content);
+    repo_close(gc);
+    repo_close(repo);
+    test_place_remove(place);
+    return 0;
+}
+
+static void store_image(const char *name, const uint8_t *from)
+{
+    cleanup_error struct vm_error *err = NULL;
+    put_all(repo, name, NULL, from, SIZE, NULL, &err);
+    assert_ok(err);
+}
+
+static void delete_image(const char *name)
+{
+    cleanup_error struct vm_error *err = NULL;
+    catalogue_delete(repo_store(repo), name, &err);
+    assert_ok(err);
+}
+
+static void assert_image(const char *name, const uint8_t *want)
+{
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_free uint8_t *got = malloc(SIZE);
+    get_all(repo, name, got, SIZE, &err);
+    assert_ok(err);
+    assert_memory_equal(got, want, SIZE);
+}
+
+static struct collect_report collect_fencing(int64_t fence_after_ns)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct collect_options o = {.fence_after_ns = fence_after_ns, .control.cancel_fd = -1};
+    struct collect_report report = {0};
+    repo_collect(gc, &o, &report, &err);
+    assert_ok(err);
+    return report;
+}
+
+static struct collect_report collect(void)
+{
+    return collect_fencing(60 * NSEC_PER_SEC);
+}
+
+static uint64_t packs_stored(void)
+{
+    struct repo_stat stat;
+    assert_int_equal(repo_stat(repo, &stat, NULL), 0);
+    return stat.packs + stat.trees;
+}
+
+/* ---- what goes and what stays ---- */
+
+static void what_nothing_names_goes(void **state)
+{
+    store_image("a", content);
+    store_image("b", content + SIZE);
+    assert_int_equal(collect().condemned, 0);
+    delete_image("a");
+    struct collect_report report = collect();
+    assert_true(report.packs > 0 && report.trees > 0 && report.bytes > SIZE / 4);
+    assert_image("b", content + SIZE);
+    delete_image("b");
+    collect();
+    assert_int_equal(packs_stored(), 0);
+}
+
+static void what_another_image_shares_stays(void **state)
+{
+    store_image("a", content);
+    store_image("b", content);
+    delete_image("a");
+    assert_int_equal(collect().packs, 0);
+    assert_image("b", content);
+}
+
+static void what_a_failed_import_left_goes(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    store_fault_arm(watched, "update.cat=error@2", &err);
+    assert_int_equal(put_all(gc, "a", NULL, content, SIZE, NULL, NULL), -1);
+    store_fault_arm(watched, "", &err);
+    assert_true(packs_stored() > 0);
+    collect();
+    assert_int_equal(packs_stored(), 0);
+}
+
+static void the_index_forgets_what_went(void **state)
+{
+    struct index_stat stat;
+    store_image("a", content);
+    assert_int_equal(index_stat(repo_index(repo), &stat, NULL), 0);
+    assert_true(stat.keys >= 48);
+    delete_image("a");
+    collect();
+    assert_int_equal(index_stat(repo_index(repo), &stat, NULL), 0);
+    assert_true(stat.keys < 48); /* nodes of recipes alone */
+}
+
+static void a_lease_holds_what_is_deleted(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    cleanup_free uint8_t *got = malloc(SIZE);
+    store_image("a", content);
+    catalogue_lease(repo_store(repo), "a", "web1", &lease, &err);
+    assert_ok(err);
+    delete_image("a");
+    assert_int_equal(collect().condemned, 0);
+    CLEANUP(file_reader)
+    struct file_reader *f = file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
+    assert_int_equal(file_reader_read(f, 0, got, SIZE, &err), 0);
+    assert_memory_equal(got, content, SIZE);
+    catalogue_lease_drop(repo_store(repo), &lease, &err);
+    assert_ok(err);
+    collect();
+    assert_int_equal(packs_stored(), 0);
+}
+
+static int first_tree(const char *name, void *arg, struct vm_error **err)
+{
+    strcpy(arg, name);
+    return error_set(err, VM_ERROR_FAILED, "enough");
+}
+
+static void a_recipe_that_cannot_be_read_stops_it(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char name[STORE_NAME_MAX + 1];
+    struct collect_options o = {.control.cancel_fd = -1};
+    struct collect_report report;
+    store_image("a", content);
+    store_list(repo_store(repo), STORE_BLOB, "tree.", first_tree, name, NULL);
+    store_image("b", content + SIZE);
+    delete_image("b");
+    store_remove(repo_store(repo), STORE_BLOB, name, &err);
+    assert_ok(err);
+    uint64_t before = packs_stored();
+    assert_int_equal(repo_collect(gc, &o, &report, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+    assert_non_null(strstr(error_message(err), "image a"));
+    assert_int_equal(packs_stored(), before);
+}
+
+/* ---- writers at work ---- */
+
+static struct image_file *begin(struct image_session **ret, const char *name, const char *parent)
+{
+    struct vm_error *err = NULL;
+    *ret = image_session_begin(repo, name, parent, &err);
+    assert_ok(err);
+    struct image_file *f = image_session_file(*ret, "disk0.raw", SIZE, &err);
+    assert_ok(err);
+    return f;
+}
+
+static void put(struct image_session *s, struct image_file *f, unsigned number, const uint8_t *from)
+{
+    struct vm_error *err = NULL;
+    struct segment *seg = image_writer_segment(image_session_writer(s), f, number, &err);
+    assert_ok(err);
+    memcpy(seg->data, from + number * MIB, MIB);
+    memset(seg->given, true, sizeof(seg->given));
+    image_writer_put(image_session_writer(s), seg);
+}
+
+/* Until the sequencer has settled so many pages. */
+static void wait_pages(struct image_session *s, uint64_t n)
+{
+    struct image_writer_stat stat;
+    do {
+        image_writer_stat(image_session_writer(s), &stat);
+        sched_yield();
+    } while (stat.pages_zero + stat.pages_shared + stat.pages_new < n);
+}
+
+static void a_writers_packs_are_not_collected(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    struct image_file *f = begin(&s, "a", NULL);
+    for (unsigned i = 0; i < 6; i++)
+        put(s, f, i, content);
+    assert_int_equal(image_writer_finish(image_session_writer(s), &err), 0);
+    assert_true(packs_stored() > 0);
+    assert_int_equal(collect().condemned, 0);
+    assert_int_equal(image_session_commit(s, NULL, &err), 0);
+    assert_image("a", content);
+}
+
+struct collector {
+    struct collect_report report;
+    pthread_t thread;
+};
+
+static void *run_collector(void *arg)
+{
+    ((struct collector *)arg)->report = collect();
+    return NULL;
+}
+
+/* Until a list is open and every shard has its epoch: the collector waits for writers then. */
+static void wait_raised(void)
+{
+    struct condemned_state state;
+    struct store *s = repo_store(repo);
+    for (uint64_t last = 0; last < 2; sched_yield()) {
+        cleanup_buffer struct buffer epoch = {0};
+        assert_int_equal(condemned_read_state(s, &state, NULL), 0);
+        assert_int_equal(store_get(s, "cat.ff", "epoch", &epoch, NULL), STORE_DONE);
+        last = state.is_open ? get_le64(epoch.data) : 0;
+    }
+}
+
+/* Pages of a deleted image, shared before they are condemned: the writer rescues them at its commit. */
+static void what_a_writer_shares_is_rescued(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    struct collector collector;
+    struct import_report report;
+    store_image("old", content);
+    delete_image("old");
+    struct image_file *f = begin(&s, "new", NULL);
+    for (unsigned i = 0; i < 6; i++)
+        put(s, f, i, content);
+    wait_pages(s, SIZE / PAGE_BYTES);
+    pthread_create(&collector.thread, NULL, run_collector, &collector);
+    wait_raised();
+    image_session_commit(s, &report, &err);
+    assert_ok(err);
+    assert_true(report.written.pages_new < 50);
+    pthread_join(collector.thread, NULL);
+    assert_true(collector.report.condemned > 0);
+    assert_int_equal(collector.report.packs, 0);
+    assert_image("new", content);
+}
+
+/* As before, but the epoch is noticed while the writer still works, and it goes on. */
+static void a_long_writer_answers_in_time(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    struct collector collector;
+    store_image("old", content);
+    delete_image("old");
+    struct image_file *f = begin(&s, "new", NULL);
+    put(s, f, 0, content);
+    wait_pages(s, MIB / PAGE_BYTES);
+    pthread_create(&collector.thread, NULL, run_collector, &collector);
+    wait_raised();
+    /* The writer looks twice a second, whenever it gets something to do; then the collector goes on. */
+    struct timespec pause = {.tv_nsec = 20 * NSEC_PER_MSEC};
+    struct condemned_state now;
+    do {
+        put(s, f, 0, content);
+        nanosleep(&pause, NULL);
+        assert_int_equal(condemned_read_state(repo_store(repo), &now, NULL), 0);
+    } while (now.is_open);
+    pthread_join(collector.thread, NULL);
+    for (unsigned i = 0; i < 6; i++)
+        put(s, f, i, content);
+    image_session_commit(s, NULL, &err);
+    assert_ok(err);
+    assert_image("new", content);
+}
+
+static void a_fenced_writer_commits_nothing(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    store_image("old", content);
+    delete_image("old");
+    struct image_file *f = begin(&s, "new", NULL);
+    for (unsigned i = 0; i < 6; i++)
+        put(s, f, i, content);
+    wait_pages(s, SIZE / PAGE_BYTES);
+    struct collect_report report = collect_fencing(1);
+    assert_int_equal(report.writers_fenced, 1);
+    assert_true(report.packs > 0);
+    assert_int_equal(image_session_commit(s, NULL, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_REFUSED);
+    error_clear(&err);
+    assert_int_equal(get_all(repo, "new", content, SIZE, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+}
+
+static void a_deleted_parent_stays_while_its_child_is_written(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    struct collector collector;
+    store_image("monday", content);
+    store_image("other", content + SIZE);
+    struct image_file *f = begin(&s, "tuesday", "monday");
+    delete_image("monday");
+    delete_image("other");
+    pthread_create(&collector.thread, NULL, run_collector, &collector);
+    wait_raised();
+    memcpy(content + 2 * MIB, content + 2 * SIZE, MIB);
+    put(s, f, 2, content);
+    image_session_commit(s, NULL, &err);
+    assert_ok(err);
+    pthread_join(collector.thread, NULL);
+    assert_true(collector.report.packs > 0);
+    assert_image("tuesday", content);
+    collect();
+    assert_image("tuesday", content);
+}
+
+/*
+ * The parent is condemned already (its name was not there when roots were marked), then committed by another and
+ * deleted again: only the child's writer can know what it needs of it.
+ */
+struct between {
+    const char *key;  /* runs before the first operation of the kind on an object of that class */
+    enum store_op_kind kind;
+    void (*run)(void);
+    bool done;
+};
+
+static void run_between(const struct store_op *op, void *arg)
+{
+    struct between *b = arg;
+    if (b->done || op->kind != b->kind || strncmp(op->name, b->key, strlen(b->key)) != 0)
+        return;
+    b->done = true;
+    b->run();
+}
+
+static void collect_with(const char *key, enum store_op_kind kind, void (*run)(void))
+{
+    struct between b = {key, kind, run, false};
+    store_fault_set_hook(watched, run_between, &b);
+    collect();
+    store_fault_set_hook(watched, NULL, NULL);
+    assert_true(b.done);
+}
+
+static void write_the_same_again(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct import_report report;
+    put_all(repo, "new", NULL, content, SIZE, &report, &err);
+    assert_ok(err);
+    assert_true(report.written.pages_new > report.written.pages_shared); /* nothing condemned */
+}
+
+static void a_writer_that_comes_later_shares_nothing_condemned(void **state)
+{
+    store_image("old", content);
+    delete_image("old");
+    /* Before the collector claims the first entry; it has waited for everybody by then. */
+    collect_with("pack.", STORE_SIZE, write_the_same_again);
+    assert_image("new", content);
+}
+
+static void commit_the_same_again(void)
+{
+    store_image("new", content);
+}
+
+static void what_is_committed_between_the_marks_stays(void **state)
+{
+    store_image("old", content);
+    delete_image("old");
+    /* After marking and before the list is published; the writer shares what is being condemned. */
+    collect_with("condemned.", STORE_UPDATE, commit_the_same_again);
+    assert_image("new", content);
+    collect();
+    assert_image("new", content);
+}
+
+/* ---- collectors ---- */
+
+static void give_up(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    store_fault_arm(watched, "any.any=error@*", NULL);
+    store_fault_arm(watched, "remove.pack=error@*", &err);
+    assert_ok(err);
+}
+
+static void a_list_that_was_left_open_is_gone_on_with(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct collect_options o = {.control.cancel_fd = -1};
+    struct collect_report report;
+    store_image("a", content);
+    store_image("b", content + SIZE);
+    delete_image("a");
+    give_up();
+    assert_int_equal(repo_collect(gc, &o, &report, &err), -1);
+    store_fault_arm(watched, "", NULL);
+    store_image("c", content); /* may not share what is condemned */
+    report = collect();
+    assert_true(report.adopted && report.packs > 0);
+    assert_image("b", content + SIZE);
+    assert_image("c", content);
+    assert_false(collect().adopted);
+}
+
+static void collect_too(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct collect_options o = {.control.cancel_fd = -1};
+    struct collect_report report;
+    CLEANUP(repo) struct repo *other = repo_open(place, &err);
+    repo_collect(other, &o, &report, &err);
+    assert_ok(err);
+}
+
+static void two_collectors_do_each_others_work(void **state)
+{
+    static const struct {
+        const char *key;
+        enum store_op_kind kind;
+    } moments[] = {{"pack.", STORE_SIZE}, {"condemned.", STORE_SCAN}, {"condemned.", STORE_UPDATE},
+                   {"cat.", STORE_UPDATE}, {"tree.", STORE_REMOVE}, {"repository", STORE_UPDATE}};
+    for (size_t i = 0; i < sizeof(moments) / sizeof(*moments); i++) {
+        store_image("a", content);
+        store_image("b", content + SIZE);
+        delete_image("a");
+        collect_with(moments[i].key, moments[i].kind, collect_too);
+        assert_image("b", content + SIZE);
+        delete_image("b");
+        collect();
+        assert_int_equal(packs_stored(), 0);
+    }
+}
+
+/* ---- everything at once ---- */
+
+struct worker_state {
+    unsigned number;
+    unsigned failures;
+    int64_t until_ns;
+};
+
+/* Writes, checks and deletes images that overlap with those of the others. */
+static void *write_and_delete(void *arg)
+{
+    struct worker_state *w = arg;
+    struct repo *r = repo_open(place, NULL);
+    cleanup_free uint8_t *got = malloc(SIZE);
+    uint64_t random = w->number + 1;
+    while (clock_mono_ns() < w->until_ns) {
+        char name[32];
+        snprintf(name, sizeof(name), "writer%u", w->number);
+        const uint8_t *from = content + test_random(&random) % 12 * (SIZE / 4);
+        if (put_all(r, name, NULL, from, SIZE, NULL, NULL) < 0 ||
+            get_all(r, name, got, SIZE, NULL) < 0 || memcmp(got, from, SIZE) != 0 ||
+            catalogue_delete(repo_store(r), name, NULL) < 0)
+            w->failures++;
+    }
+    repo_close(r);
+    return NULL;
+}
+
+static void *collect_again_and_again(void *arg)
+{
+    struct worker_state *w = arg;
+    struct repo *r = repo_open(place, NULL);
+    while (clock_mono_ns() < w->until_ns) {
+        struct collect_options o = {.control.cancel_fd = -1};
+        struct collect_report report;
+        struct vm_error *err = NULL;
+        w->failures += repo_collect(r, &o, &report, &err) < 0;
+        if (err)
+            print_message("%s\n", error_message(err));
+        error_free(err);
+    }
+    repo_close(r);
+    return NULL;
+}
+
+static void no_finding(enum scrub_kind kind, const char *what, void *arg)
+{
+    fail_msg("scrub finds %s", what);
+}
+
+static void writers_and_collectors_at_once(void **state)
+{
+    enum { WRITERS = 3, COLLECTORS = 2 };
+    struct worker_state workers[WRITERS + COLLECTORS];
+    pthread_t threads[WRITERS + COLLECTORS];
+    struct scrub_report report;
+    int64_t until = clock_mono_ns() + 4 * NSEC_PER_SEC;
+    store_image("kept", content + SIZE / 2);
+    for (unsigned i = 0; i < WRITERS + COLLECTORS; i++) {
+        workers[i] = (struct worker_state){.number = i, .until_ns = until};
+        pthread_create(&threads[i], NULL, i < WRITERS ? write_and_delete : collect_again_and_again,
+                       &workers[i]);
+    }
+    for (unsigned i = 0; i < WRITERS + COLLECTORS; i++) {
+        pthread_join(threads[i], NULL);
+        assert_int_equal(workers[i].failures, 0);
+    }
+    assert_image("kept", content + SIZE / 2);
+    assert_int_equal(repo_scrub(repo, NULL, no_finding, NULL, &report, NULL), 0);
+    collect();
+    delete_image("kept");
+    collect();
+    assert_int_equal(packs_stored(), 0);
+}
+
+#define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        TEST(what_nothing_names_goes),
+        TEST(what_another_image_shares_stays),
+        TEST(what_a_failed_import_left_goes),
+        TEST(the_index_forgets_what_went),
+        TEST(a_lease_holds_what_is_deleted),
+        TEST(a_recipe_that_cannot_be_read_stops_it),
+        TEST(a_writers_packs_are_not_collected),
+        TEST(what_a_writer_shares_is_rescued),
+        TEST(a_long_writer_answers_in_time),
+        TEST(a_fenced_writer_commits_nothing),
+        TEST(a_deleted_parent_stays_while_its_child_is_written),
+        TEST(a_writer_that_comes_later_shares_nothing_condemned),
+        TEST(what_is_committed_between_the_marks_stays),
+        TEST(a_list_that_was_left_open_is_gone_on_with),
+        TEST(two_collectors_do_each_others_work),
+        TEST(writers_and_collectors_at_once),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
