@@ -229,6 +229,7 @@ static enum handover_event try_resume(struct attempt *a)
         return HANDOVER_EV_TIMER;
     if (status.state == GUEST_RUNNING)
         return HANDOVER_EV_RESUMED;
+    (void)FAULT("attempt.resume");
     if (guest_resume(a->guest, &err) == 0) {
         cleanup_error struct vm_error *quiet = NULL;
         if (guest_announce(a->guest, &quiet) < 0)
@@ -236,7 +237,10 @@ static enum handover_event try_resume(struct attempt *a)
         return HANDOVER_EV_RESUMED;
     }
     log_error("cannot start the guest", "error=%s", log_q(error_message(err)));
-    return err->kind == VM_ERROR_REFUSED ? HANDOVER_EV_RESUME_FAILED : HANDOVER_EV_TIMER;
+    /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
+    if (err->kind != VM_ERROR_REFUSED)
+        a->resume_unsure = true;
+    return a->resume_unsure ? HANDOVER_EV_TIMER : HANDOVER_EV_RESUME_FAILED;
 }
 
 /* Until it is known whether the guest runs. */
@@ -407,6 +411,17 @@ static void remove_from_table(struct attempt *a)
     pthread_cond_broadcast(&t->changed);
 }
 
+/*
+ * A VMM's death outranks every other event: what the copy reports because of it, or what the peer says
+ * meanwhile, must not be judged as if the VMM lived.
+ */
+static void feed_with_death_first(struct attempt *a, enum handover_event event)
+{
+    if (a->record.vmm.pid && event != HANDOVER_EV_VM_GONE && !process_alive(&a->record.vmm))
+        feed(a, HANDOVER_EV_VM_GONE);
+    feed(a, event);
+}
+
 static void *attempt_main(void *arg)
 {
     struct attempt *a = arg;
@@ -417,13 +432,11 @@ static void *attempt_main(void *arg)
     while (next_event(a, timer, &event)) {
         if (event == HANDOVER_EV_TIMER) {
             timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
-            if (a->record.vmm.pid && !process_alive(&a->record.vmm))
-                feed(a, HANDOVER_EV_VM_GONE);
             if (handover_is_settled(&a->machine) && !a->settled_done)
                 publish(a);
             a->role->tick(a);
         }
-        feed(a, event);
+        feed_with_death_first(a, event);
         if (handover_is_finished(&a->machine) && a->settled_done)
             break;
     }

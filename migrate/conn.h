@@ -51,7 +51,7 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
-#define CONN_DEFAULT_PORT "7637"
+#define CONN_DEFAULT_PORT "16550"
 #define CONN_VERSION 1
 /* Data that TCP cannot deliver for this long breaks the connection; longer than any outage that a
  * migration survives by default. */
@@ -101,7 +101,7 @@ int conn_listen(const char *address, struct vm_error **err);
 enum conn_purpose conn_purpose(const struct conn *conn);
 /* First DNS name, else IP address, of the peer's certificate; "" on a plain connection. */
 const char *conn_peer_name(const struct conn *conn);
-/* "192.0.2.7:7637", "[2001:db8::7]:7637" or "unix"; for messages. */
+/* "192.0.2.7:16550", "[2001:db8::7]:16550" or "unix"; for messages. */
 const char *conn_peer_address(const struct conn *conn);
 /* "TLS_AES_128_GCM_SHA256", or "plain". */
 const char *conn_cipher(const struct conn *conn);
