@@ -690,6 +690,7 @@ static void differences_are_found_by_identity(void **state)
     store_image("a", NULL, content, 12 * MIB);
     test_fill_random(content + 6 * MIB, 8192, 7);
     test_fill_random(content + 11 * MIB + 4096 * 3, 10, 8);
+    memset(content + 12 * MIB, 0, 100); /* as what lies behind the end of "a" */
     store_image("b", NULL, content, 12 * MIB + 100);
     image_diff(repo, "a", "b", note_difference, &d, &err);
     assert_ok(err);
