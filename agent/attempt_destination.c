@@ -15,6 +15,8 @@
 enum { ATTACH_TIMEOUT_MS = 5000 };
 /* A source that is away for so long before everything is here has given up, or will ask again. */
 enum { ABANDONED_MS = 60000 };
+/* How much longer than the source this side waits for connections to come back. */
+enum { IDLE_MARGIN_MS = 10000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
 
@@ -125,6 +127,9 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
                                      .regions = mapped,
                                      .n_regions = kept,
                                      .charge_vmm = *a->transfer->agent->config->vm_cgroup != 0,
+                                     .idle_limit_ns =
+                                         NSEC(a->transfer->agent->config->peer_timeout_ms) +
+                                         NSEC(IDLE_MARGIN_MS),
                                      .cancel_fd = a->cancel};
     memcpy(params.token.bytes, p->token.data, sizeof(params.token.bytes));
     struct receiver *r = receiver_create(&params, err);

@@ -361,7 +361,8 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
     *ret = (struct link_totals){0};
     p->wire_bytes = p->resent_bytes = p->acked_resent_bytes = 0;
     p->connected = p->reconnects = 0;
-    for (unsigned i = 0; i <= s->params.channels; i++) {
+    SCOPE_LOCK(&s->lock);
+    for (unsigned i = 0; i <= s->params.channels && s->channels[i]; i++) {
         struct channel_sender_stats st;
         channel_sender_get_stats(s->channels[i], &st);
         ret->rate += i ? st.rate : 0;
@@ -678,6 +679,18 @@ static int end_channels(struct sender *s, struct vm_error **err)
     return 0;
 }
 
+/* The copy failed: the destination must see its connections end, and not wait for more. */
+static void close_channels(struct sender *s)
+{
+    struct channel_sender *open[SENDER_CHANNELS_MAX + 1];
+    pthread_mutex_lock(&s->lock);
+    memcpy(open, s->channels, sizeof(open));
+    memset(s->channels, 0, sizeof(s->channels));
+    pthread_mutex_unlock(&s->lock);
+    for (unsigned i = 0; i <= SENDER_CHANNELS_MAX; i++)
+        channel_sender_destroy(open[i]);
+}
+
 int sender_run(struct sender *s, struct vm_error **err)
 {
     struct vm_error *failure = NULL;
@@ -687,13 +700,13 @@ int sender_run(struct sender *s, struct vm_error **err)
     if (!sender_failed(s) && end_channels(s, &failure) < 0)
         sender_fail(s, failure);
     struct link_totals link;
-    struct sender_progress last;
+    struct sender_progress last = {0};
+    read_channels(s, &link, &last);
+    if (sender_failed(s))
+        close_channels(s);
     SCOPE_LOCK(&s->lock);
-    if (s->channels[s->params.channels]) {
-        read_channels(s, &link, &last);
-        s->progress.wire_bytes = last.wire_bytes;
-        s->progress.stream_bytes = last.stream_bytes;
-    }
+    s->progress.wire_bytes = last.wire_bytes;
+    s->progress.stream_bytes = last.stream_bytes;
     return s->failed ? error_propagate(err, steal_ptr(&s->error)) : 0;
 }
 
