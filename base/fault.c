@@ -71,7 +71,7 @@ static int parse_errno(const char *name)
     for (size_t i = 0; i < sizeof(known) / sizeof(*known); i++)
         if (!strcmp(known[i].name, name))
             return known[i].value;
-    return 0;
+    return atoi(name); /* a number; 0 for what is neither */
 }
 
 /* One NAME=ACTION[:ARGUMENT][@N]; modifies spec. */
