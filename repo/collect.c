@@ -82,6 +82,17 @@ static int mark(struct store *s, struct object_set *ret_marked, struct vm_error 
     return h ? catalogue_roots(s, mark_image, &m, err) : -1;
 }
 
+/* Are there objects that nothing names, but that a registered writer may be about to name? */
+static bool any_exempt(const struct number_set *all, const struct number_set *marked,
+                       const struct number_set *writers)
+{
+    size_t at = 0;
+    for (uint64_t number; (number = number_set_next(all, &at));)
+        if (!number_set_has(marked, number) && number_set_has(writers, number_writer(number)))
+            return true;
+    return false;
+}
+
 static int subtract(const struct number_set *all, const struct number_set *marked,
                     const struct number_set *exempt, struct number_set *ret, struct vm_error **err)
 {
@@ -93,7 +104,9 @@ static int subtract(const struct number_set *all, const struct number_set *marke
     return 0;
 }
 
-static int find_candidates(struct collection *c, struct object_set *ret, struct vm_error **err)
+/* *ret_exempt: something is garbage if its writer is dead. */
+static int find_candidates(struct collection *c, struct object_set *ret, bool *ret_exempt,
+                           struct vm_error **err)
 {
     cleanup_object_set struct object_set all = {{0}, {0}}, marked = {{0}, {0}};
     cleanup_number_set struct number_set writers = {0};
@@ -104,6 +117,8 @@ static int find_candidates(struct collection *c, struct object_set *ret, struct 
     if (catalogue_registered(c->store, take_writer, &writers, err) < 0 ||
         mark(c->store, &marked, err) < 0)
         return -1;
+    *ret_exempt = any_exempt(&all.packs, &marked.packs, &writers) ||
+                  any_exempt(&all.trees, &marked.trees, &writers);
     if (subtract(&all.packs, &marked.packs, &writers, &ret->packs, err) < 0)
         return -1;
     return subtract(&all.trees, &marked.trees, &writers, &ret->trees, err);
@@ -118,15 +133,16 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         cleanup_object_set struct object_set candidates = {{0}, {0}};
         struct condemned_list list;
         uint64_t number;
-        bool open;
+        bool open, exempt;
         if (condemned_sweep(c->store, err) < 0 || condemned_read_state(c->store, &c->state, err) < 0)
             return -1;
         c->report.adopted = c->state.is_open;
         if (c->state.is_open)
             return 1;
-        if (find_candidates(c, &candidates, err) < 0)
+        if (find_candidates(c, &candidates, &exempt, err) < 0)
             return -1;
-        if (!candidates.packs.n && !candidates.trees.n)
+        /* An empty list, too, begins an epoch: it tells which writers live. */
+        if (!candidates.packs.n && !candidates.trees.n && !exempt)
             return 0;
         if (catalogue_next_number(c->store, &number, err) < 0 ||
             condemned_make(c->store, number, &candidates, &list, err) < 0)
@@ -309,13 +325,27 @@ static int collect(struct collection *c, struct vm_error **err)
     return condemned_close(c->store, &c->state, err);
 }
 
+/* What writers left that turned out to be dead is garbage only now. */
+static int collect_twice(struct collection *c, struct vm_error **err)
+{
+    int result = collect(c, err);
+    if (result < 0 || !c->report.writers_fenced)
+        return result;
+    bool adopted = c->report.adopted;
+    uint64_t condemned = c->report.condemned;
+    result = collect(c, err);
+    c->report.adopted |= adopted;
+    c->report.condemned += condemned;
+    return result;
+}
+
 static int collect_with_ballast(struct collection *c, struct vm_error **err)
 {
     struct vm_error *error = NULL;
-    int result = collect(c, &error);
+    int result = collect_twice(c, &error);
     if (result < 0 && error->kind == VM_ERROR_NO_SPACE && store_ballast_take(c->store, NULL) == 0) {
         error_clear(&error);
-        result = collect(c, &error);
+        result = collect_twice(c, &error);
     }
     /* What cannot be set aside now is tried again by the next collection. */
     if (result == 0)

@@ -7,6 +7,8 @@
 
 #include <stdlib.h>
 
+enum { IDLE_MS = 500 };
+
 struct image_file {
     struct image_file *next;
     struct image_writer *writer;
@@ -314,23 +316,28 @@ static int sequence_batch(struct image_writer *w, struct segment **batch, size_t
     return leaf_builder_advance(w->leaves, err);
 }
 
-/* Wait for one segment, take what else is there. */
-static size_t next_batch(struct image_writer *w, struct segment *batch[DEDUP_BATCH])
+/* Wait a while for one segment, take what else is there. False at the end. */
+static bool next_batch(struct image_writer *w, struct segment *batch[DEDUP_BATCH], size_t *ret_n)
 {
+    bool ended = false;
     size_t n = 0;
-    do {
+    batch[0] = queue_get_until(w->ordered, clock_mono_ns() + IDLE_MS * NSEC_PER_MSEC, &ended);
+    n += batch[0] != NULL;
+    while (n && n < DEDUP_BATCH && queue_length(w->ordered)) {
         batch[n] = queue_get(w->ordered);
         n += batch[n] != NULL;
-    } while (n && n < DEDUP_BATCH && queue_length(w->ordered));
-    return n;
+    }
+    *ret_n = n;
+    return n || !ended;
 }
 
+/* Without work, too, collections are answered. */
 static void *sequence(void *arg)
 {
     struct image_writer *w = arg;
     struct segment *batch[DEDUP_BATCH + 1];
     size_t n;
-    while ((n = next_batch(w, batch))) {
+    while (next_batch(w, batch, &n)) {
         struct vm_error *error = NULL;
         if (!failure_is_set(&w->failure) && sequence_batch(w, batch, n, &error) < 0)
             fail_with(w, error);

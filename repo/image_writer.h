@@ -44,7 +44,7 @@ struct image_writer_setup {
     /* Nothing of it is shared; changes in checkpoints alone. */
     const struct object_set *condemned;
     /*
-     * Called by the sequencer before each batch, while nothing is being shared; *ret_changed: *condemned did
+     * Called by the sequencer before each batch and twice a second without work, while nothing is shared; *ret_changed: *condemned did
      * change. NULL: never.
      */
     int (*checkpoint)(void *arg, bool *ret_changed, struct vm_error **err);

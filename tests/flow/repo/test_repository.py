@@ -192,6 +192,46 @@ def test_a_delete_killed_deletes_nothing_or_all(repository, raw):
     assert repository.names() == []
 
 
+COLLECT_POINTS = ['repo.collect-listed', 'repo.collect-made', 'repo.collect-published',
+                  'repo.collect-raised', 'repo.collect-marked', 'repo.collect-claimed',
+                  'repo.collect-removed', 'repo.collect-deleted']
+
+
+@pytest.mark.parametrize('point', COLLECT_POINTS)
+def test_a_collection_killed_at_any_point(repository, raw, tmp_path, point):
+    repository.run('import', raw, 'kept')
+    repository.run('import', disk(tmp_path / 'old.raw', 24, seed=2), 'old')
+    repository.run('delete', 'old')
+    before, = repository.run('stat')
+    with pytest.raises(Failed) as failed:
+        repository.run('collect', faults=f'{point}=crash')
+    assert failed.value.status == -9
+    repository.second_reader('check')
+    repository.run('import', raw, 'new')  # beside a list that may be open
+    done, = repository.run('collect', 1000)
+    assert done['adopted'] == (point not in COLLECT_POINTS[:2])
+    after, = repository.run('stat')
+    assert after['packs'] < before['packs']
+    repository.run('delete', 'kept')
+    repository.run('export', 'new', tmp_path / 'out.raw')
+    assert same(raw, tmp_path / 'out.raw')
+    repository.run('delete', 'new')
+    repository.run('collect', 1000)
+    empty, = repository.run('stat')
+    assert empty['packs'] + empty['trees'] == 0
+
+
+def test_a_killed_import_leaves_nothing_once_collected(repository, raw):
+    with pytest.raises(Failed):
+        repository.run('import', raw, 'new', faults='repo.commit=crash')
+    stat, = repository.run('stat')
+    assert stat['packs'] > 0
+    collected, = repository.run('collect', 1)
+    assert collected['fenced'] == 1 and collected['packs'] == stat['packs']
+    stat, = repository.run('stat')
+    assert stat['packs'] + stat['trees'] == 0
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 40 MiB."""
@@ -219,6 +259,9 @@ def test_a_full_disk_fails_the_writer_alone(small_disk, tmp_path):
     assert same(fits, tmp_path / 'out.raw')
     repository.run('delete', 'fits')
     assert repository.names() == []
+    repository.run('collect')
+    again, = repository.run('import', fits, 'again')
+    assert again['new'] > 0
 
 
 def test_memory_is_bounded(dir_repository, tmp_path):

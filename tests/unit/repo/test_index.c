@@ -105,7 +105,7 @@ static void shards_split_and_nothing_is_lost(void **state)
     cleanup_error struct vm_error *err = NULL;
     struct index_stat stat;
     const uint64_t n = test_on_ceph() ? 120000 : 200000, step = 4000;
-    struct index *other = index_open(s, &err);
+    struct index *other = index_open(s, &err), *stale = index_open(s, &err);
     index_limit_shards(x, 1500);
     for (uint64_t i = 0; i < n; i += step)
         insert_range(x, i, step);
@@ -117,7 +117,7 @@ static void shards_split_and_nothing_is_lost(void **state)
         assert_int_equal(found_in_range(x, i, step), step);
     /* A client that knew the index before it split finds and writes all the same. */
     assert_int_equal(found_in_range(other, 0, step), step);
-    struct index *stale = other;
+    index_close(other);
     index_close(x);
     x = index_open(s, &err);
     insert_range(stale, n, step);
