@@ -14,7 +14,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { POLL_MS = 100, FENCE_AFTER_S = 60 };
+enum { POLL_MS = 100, FENCE_AFTER_S = 60, TRIES = 16 };
 
 struct collection {
     struct repo *repo;
@@ -129,11 +129,11 @@ static int find_candidates(struct collection *c, struct object_set *ret, bool *r
 /* 1: a list is open, in c->state; 0: there is nothing to collect; -1. */
 static int open_or_adopt(struct collection *c, struct vm_error **err)
 {
-    for (;;) {
+    for (int i = 0; i < TRIES; i++) {
         cleanup_object_set struct object_set candidates = {{0}, {0}};
         struct condemned_list list;
         uint64_t number;
-        bool open, exempt;
+        bool open, exempt, made;
         if (condemned_sweep(c->store, err) < 0 || condemned_read_state(c->store, &c->state, err) < 0)
             return -1;
         c->report.adopted = c->state.is_open;
@@ -145,9 +145,11 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         if (!candidates.packs.n && !candidates.trees.n && !exempt)
             return 0;
         if (catalogue_next_number(c->store, &number, err) < 0 ||
-            condemned_make(c->store, number, &candidates, &list, err) < 0)
+            condemned_make(c->store, number, &candidates, &list, &made, err) < 0)
             return -1;
         (void)FAULT("repo.collect-made");
+        if (!made)
+            continue;
         if (condemned_publish(c->store, &list, &c->state, &open, err) < 0)
             return -1;
         (void)FAULT("repo.collect-published");
@@ -156,6 +158,7 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
             return 1;
         }
     }
+    return error_set(err, VM_ERROR_CONFLICT, "too many collections begin at once; try again");
 }
 
 /* ---- step 7: mark again ---- */

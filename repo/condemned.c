@@ -236,8 +236,9 @@ int condemned_erase(struct store *s, const struct condemned_list *list, bool is_
 
 /* ---- making and opening ---- */
 
+/* One step of making a map; *made turns false if the map was swept away. */
 static int make_entries(struct store *s, const char *map, char (*keys)[OBJECT_NAME_SIZE], size_t n,
-                        enum store_presence presence, struct vm_error **err)
+                        enum store_presence presence, bool *made, struct vm_error **err)
 {
     struct store_pair sets[MAKE_BATCH];
     for (size_t i = 0; i < n; i++)
@@ -246,20 +247,19 @@ static int make_entries(struct store *s, const char *map, char (*keys)[OBJECT_NA
                           .presence = presence, .sets = sets, .n_sets = n};
     if (store_run(s, &op, 1, err) < 0)
         return -1;
-    return op.result == STORE_DONE
-               ? 0
-               : error_set(err, VM_ERROR_CONFLICT, "another collection is under way; try again");
+    *made &= op.result == STORE_DONE;
+    return 0;
 }
 
 /* The entries of one map of the list. */
 static int make_map(struct store *s, const struct condemned_list *list, uint64_t map,
-                    const struct object_set *objects, struct vm_error **err)
+                    const struct object_set *objects, bool *made, struct vm_error **err)
 {
     char name[LIST_NAME_SIZE], keys[MAKE_BATCH][OBJECT_NAME_SIZE];
     const struct number_set *sets[] = {&objects->trees, &objects->packs};
     size_t n = 0;
     list_name(list, map, name);
-    if (make_entries(s, name, NULL, 0, STORE_NEW, err) < 0)
+    if (make_entries(s, name, NULL, 0, STORE_NEW, made, err) < 0)
         return -1;
     for (int is_pack = 0; is_pack < 2; is_pack++) {
         size_t at = 0;
@@ -267,20 +267,21 @@ static int make_map(struct store *s, const struct condemned_list *list, uint64_t
             if (number % list->maps != map)
                 continue;
             entry_key(is_pack, number, keys[n++]);
-            if (n == MAKE_BATCH && make_entries(s, name, keys, n, STORE_PRESENT, err) < 0)
+            if (n == MAKE_BATCH && make_entries(s, name, keys, n, STORE_PRESENT, made, err) < 0)
                 return -1;
             n %= MAKE_BATCH;
         }
     }
-    return n ? make_entries(s, name, keys, n, STORE_PRESENT, err) : 0;
+    return n ? make_entries(s, name, keys, n, STORE_PRESENT, made, err) : 0;
 }
 
 int condemned_make(struct store *s, uint64_t number, const struct object_set *objects,
-                   struct condemned_list *ret_list, struct vm_error **err)
+                   struct condemned_list *ret_list, bool *ret_made, struct vm_error **err)
 {
     struct condemned_list list = {number, 1 + (objects->packs.n + objects->trees.n) / PER_MAP};
+    *ret_made = true;
     for (uint64_t i = 0; i < list.maps; i++)
-        if (make_map(s, &list, i, objects, err) < 0)
+        if (make_map(s, &list, i, objects, ret_made, err) < 0)
             return -1;
     *ret_list = list;
     return 0;

@@ -56,9 +56,12 @@ int condemned_rescue(struct store *s, const struct condemned_list *list,
 
 /* ---- for collectors ---- */
 
-/* Make the list of these objects under that number, which nobody knows of yet. */
+/*
+ * Make the list of these objects under that number, which nobody knows of yet. *ret_made is false if another
+ * collector took it for one left behind, and swept it away: begin again.
+ */
 int condemned_make(struct store *s, uint64_t number, const struct object_set *objects,
-                   struct condemned_list *ret_list, struct vm_error **err);
+                   struct condemned_list *ret_list, bool *ret_made, struct vm_error **err);
 /* Open it, if the state is still `started` (closed). *ret_open says whether it was; if not, the list is removed. */
 int condemned_publish(struct store *s, const struct condemned_list *list,
                       const struct condemned_state *started, bool *ret_open, struct vm_error **err);
