@@ -293,7 +293,8 @@ static int open_parts(struct image_writer *w, struct segment **batch, size_t n,
 static int checkpoint(struct image_writer *w, struct vm_error **err)
 {
     bool changed = false;
-    if (w->setup.checkpoint && w->setup.checkpoint(w->setup.checkpoint_arg, &changed, err) < 0)
+    if (w->setup.checkpoint &&
+        w->setup.checkpoint(w->setup.checkpoint_arg, &w->shared, &changed, err) < 0)
         return -1;
     if (changed)
         footer_cache_forbid(w->cache, &w->setup.condemned->packs);

@@ -45,9 +45,10 @@ struct image_writer_setup {
     const struct object_set *condemned;
     /*
      * Called by the sequencer before each batch and twice a second without work, while nothing is shared; *ret_changed: *condemned did
-     * change. NULL: never.
+     * change. `shared`: the packs and trees of others that were shared so far. NULL: never.
      */
-    int (*checkpoint)(void *arg, bool *ret_changed, struct vm_error **err);
+    int (*checkpoint)(void *arg, const struct object_set *shared, bool *ret_changed,
+                      struct vm_error **err);
     void *checkpoint_arg;
     size_t cache_bytes;  /* of the footer cache */
     enum record_compression compression;
@@ -68,7 +69,7 @@ struct segment *image_writer_segment(struct image_writer *w, struct image_file *
 void image_writer_put(struct image_writer *w, struct segment *segment);
 int image_writer_finish(struct image_writer *w, struct vm_error **err);
 struct recipe_ref image_writer_root(const struct image_file *file);
-/* The packs and trees of others that were shared so far; for checkpoints, and after finish. */
+/* The packs and trees of others that were shared; after finish. */
 const struct object_set *image_writer_shared(const struct image_writer *w);
 
 struct image_writer_stat {

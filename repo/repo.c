@@ -233,14 +233,15 @@ struct image_session {
 };
 
 /* The sequencer's, now and then: answers collections. */
-static int session_checkpoint(void *arg, bool *ret_changed, struct vm_error **err)
+static int session_checkpoint(void *arg, const struct object_set *shared, bool *ret_changed,
+                              struct vm_error **err)
 {
     struct image_session *s = arg;
     int64_t now = clock_mono_ns();
     if (now < s->next_checkpoint_ns)
         return 0;
     s->next_checkpoint_ns = now + CHECKPOINT_MS * NSEC_PER_MSEC;
-    return registration_checkpoint(s->registration, image_writer_shared(s->writer), ret_changed, err);
+    return registration_checkpoint(s->registration, shared, ret_changed, err);
 }
 
 /* Footers for so much unique data as the index tells. */
@@ -334,7 +335,8 @@ int image_session_commit(struct image_session *s, struct import_report *ret_repo
     s->image.created_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
     s->image.writer = registration_number(s->registration);
     s->image.bytes_added = stat.bytes_stored;
-    if (catalogue_commit(s->registration, &s->image, image_writer_shared(s->writer), err) < 0)
+    const struct object_set *shared = image_writer_shared(s->writer);
+    if (catalogue_commit(s->registration, &s->image, shared, err) < 0)
         return -1;
     if (ret_report)
         *ret_report = (struct import_report){image_size(&s->image), stat};
