@@ -117,7 +117,8 @@ static int scan_listing(struct store *s, const char *prefix, shard_pair_fn *each
     return shard_scan_all(s, prefix, each, l, err);
 }
 
-static int list_name(unsigned shard, const struct store_pair *pair, void *arg, struct vm_error **err)
+static int list_name(unsigned shard, const struct store_pair *pair, void *arg,
+                     struct vm_error **err)
 {
     struct listing *l = arg;
     if (image_read(pair->key + 2, pair->value, pair->len, &l->image, err) < 0)
@@ -162,7 +163,8 @@ int catalogue_lease(struct store *s, const char *name, const char *holder, struc
     if (!lease)
         return error_nomem(err);
     if (strlen(holder) > IMAGE_NAME_MAX)
-        return error_set(err, VM_ERROR_USAGE, "\"%.40s...\" is too long for a lease's holder", holder);
+        return error_set(err, VM_ERROR_USAGE, "\"%.40s...\" is too long for a lease's holder",
+                         holder);
     strcpy(lease->holder, holder);
     lease->taken_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
     if (catalogue_next_number(s, &lease->number, err) < 0)
@@ -328,8 +330,10 @@ static int raise_epoch(struct store *s, unsigned shard, uint64_t target, struct 
         if (get_le64(was.data) >= target)
             return 0;
         put_le64(is, target);
-        struct shard_change c = {.shard = shard, .n_compares = 1, .compares = {shard_pair(SHARD_EPOCH, &was)},
-                           .set = {SHARD_EPOCH, is, sizeof(is)}};
+        struct shard_change c = {.shard = shard,
+                                 .n_compares = 1,
+                                 .compares = {shard_pair(SHARD_EPOCH, &was)},
+                                 .set = {SHARD_EPOCH, is, sizeof(is)}};
         enum store_result done = shard_apply(s, &c, err);
         if (done != STORE_MISMATCH)
             return done == STORE_DONE ? 0 : -1;

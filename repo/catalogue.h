@@ -1,25 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * catalogue: the names of images, and who is writing. 256 maps "cat.00".."cat.ff", fixed for ever; a name
- * lives in the one that FNV-1a over its bytes, modulo 256, tells. Keys of each:
+ * catalogue: the names of images, and who is writing. 256 maps "cat.00".."cat.ff", fixed for ever;
+ * a name lives in the one that FNV-1a over its bytes, modulo 256, tells. Keys of each:
  *
  *     epoch        u64, little endian: how many collections were published
  *     n:NAME       an image (repo/image.h)
- *     l:NUMBER     a lease: u64 when it was taken (seconds since 1970, shown only), u8 length of the holder's name, the
- *                  name; then the image's name and value as in a pin
- *     w:NUMBER     a registered writer, in the shard of the name it will commit: u64 the epoch it has
- *                  acknowledged, u64 when it registered (seconds since 1970, shown only), the name
- *     p:NUMBER     its parent pinned, in the parent's shard: u16 the shard of its w:NUMBER, u8 length of the parent's name,
- *                  the name, its value
+ *     l:NUMBER     a lease: u64 when it was taken (seconds since 1970, shown only), u8 length of
+ *                  the holder's name, the name; then the image's name and value as in a pin
+ *     w:NUMBER     a registered writer, in the shard of the name it will commit: u64 the epoch it
+ *                  has acknowledged, u64 when it registered (seconds since 1970, shown only), the
+ *                  name
+ *     p:NUMBER     its parent pinned, in the parent's shard: u16 the shard of its w:NUMBER, u8
+ *                  length of the parent's name, the name, its value
  *
  * A writer registers before it looks anything up, then pins its parent. Every update is guarded: a
- * registration by the epoch, a pin by the parent's existence, a commit by epoch and registration, and by the
- * name being free; it sets the name and ends the registration at once. An update that fails in an
- * unknown way is read back; when in doubt the registration is removed first, after which a commit
- * under way can no longer succeed. docs/repository-collection.md has the whole of it.
+ * registration by the epoch, a pin by the parent's existence, a commit by epoch and registration,
+ * and by the name being free; it sets the name and ends the registration at once. An update that
+ * fails in an unknown way is read back; when in doubt the registration is removed first, after
+ * which a commit under way can no longer succeed. docs/repository-collection.md has the whole of
+ * it.
  *
- * After a crash a registration is left behind; it keeps what the writer stored from being collected until a
- * collection fences it.
+ * After a crash a registration is left behind; it keeps what the writer stored from being collected
+ * until a collection fences it.
  *
  * Threads: any for what takes a store; a registration belongs to one thread at a time.
  */
@@ -49,7 +51,8 @@ int catalogue_delete(struct store *s, const char *name, struct vm_error **err);
 struct lease {
     uint64_t number, taken_s;
     char holder[IMAGE_NAME_MAX + 1];
-    struct image image; /* as it was when the lease was taken; it stays readable until the lease is dropped */
+    struct image image; /* as it was when the lease was taken; it stays readable until the lease is
+                           dropped */
 };
 
 /* Take a lease of the image. NOT_FOUND; CONFLICT if it is replaced all the time. */
@@ -65,20 +68,22 @@ int catalogue_leases(struct store *s, catalogue_lease_fn *visit, void *arg, stru
 struct registration;
 
 /*
- * Register a writer that is going to commit `name`, with `parent` (NULL: none) pinned until it ends.
- * CONFLICT if the name is taken, NOT_FOUND if the parent is gone.
+ * Register a writer that is going to commit `name`, with `parent` (NULL: none) pinned until it
+ * ends. CONFLICT if the name is taken, NOT_FOUND if the parent is gone.
  */
 struct registration *catalogue_register(struct store *s, const char *name,
                                         const struct image *parent, struct vm_error **err);
 uint64_t registration_number(const struct registration *r);
 /*
- * What is condemned, by the epoch that was acknowledged last: nothing of it may be shared. Changed by checkpoints.
+ * What is condemned, by the epoch that was acknowledged last: nothing of it may be shared. Changed
+ * by checkpoints.
  */
 const struct object_set *registration_condemned(const struct registration *r);
 /*
- * Has a new epoch begun? Then what of `shared` (all packs and trees that this writer shared so far) is
- * condemned is rescued, and the epoch acknowledged; *ret_changed says so. Nothing is shared meanwhile. To be called every
- * second or so: collections wait for it. REFUSED if the writer was fenced.
+ * Has a new epoch begun? Then what of `shared` (all packs and trees that this writer shared so far)
+ * is condemned is rescued, and the epoch acknowledged; *ret_changed says so. Nothing is shared
+ * meanwhile. To be called every second or so: collections wait for it. REFUSED if the writer was
+ * fenced.
  */
 int registration_checkpoint(struct registration *r, const struct object_set *shared,
                             bool *ret_changed, struct vm_error **err);
@@ -108,8 +113,8 @@ int catalogue_registered(struct store *s, catalogue_registered_fn *visit, void *
 int catalogue_fence(struct store *s, const struct registered *r, bool *ret_fenced,
                     struct vm_error **err);
 /*
- * Call visit for every root: all names, then all leases, then all pins; in each shard in the order of keys. An image that
- * is deleted meanwhile may come or not.
+ * Call visit for every root: all names, then all leases, then all pins; in each shard in the order
+ * of keys. An image that is deleted meanwhile may come or not.
  */
 int catalogue_roots(struct store *s, catalogue_visit_fn *visit, void *arg, struct vm_error **err);
 /* Is that still what its name, lease or pin holds? For a root that turns out to be unreadable. */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * catalogue_shard: keys and guarded updates of the catalogue's shards; for the catalogue's own files alone.
- * Threads: any.
+ * catalogue_shard: keys and guarded updates of the catalogue's shards; for the catalogue's own
+ * files alone. Threads: any.
  */
 #ifndef VMMIG_REPO_CATALOGUE_SHARD_H
 #define VMMIG_REPO_CATALOGUE_SHARD_H
@@ -33,7 +33,10 @@ uint64_t shard_key_number(const char *key);
 /* CORRUPT: that shard is not there. */
 int shard_lost(const char *shard, struct vm_error **err);
 
-/* The values of n <= SHARD_GET_MAX keys, in place of what out[i] hold; empty for a key that is not there. */
+/*
+ * The values of n <= SHARD_GET_MAX keys, in place of what out[i] hold; empty for a key that is not
+ * there.
+ */
 int shard_get_many(struct store *s, unsigned shard, const char *const *keys, size_t n,
                    struct buffer *out, struct vm_error **err);
 int shard_get(struct store *s, unsigned shard, const char *key, struct buffer *out,

@@ -70,8 +70,8 @@ static int mark_image(const struct image *image, void *arg, struct vm_error **er
     cleanup_error struct vm_error *kept = problem;
     if (catalogue_root_is_current(m->store, image, &current, err) < 0)
         return -1;
-    return current ? error_set(err, VM_ERROR_CORRUPT, "%s; nothing is removed before that is settled",
-                               error_message(kept))
+    return current ? error_set(err, VM_ERROR_CORRUPT,
+                               "%s; nothing is removed before that is settled", error_message(kept))
                    : 0;
 }
 
@@ -134,7 +134,8 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         struct condemned_list list;
         uint64_t number;
         bool open, exempt, made;
-        if (condemned_sweep(c->store, err) < 0 || condemned_read_state(c->store, &c->state, err) < 0)
+        if (condemned_sweep(c->store, err) < 0 ||
+            condemned_read_state(c->store, &c->state, err) < 0)
             return -1;
         c->report.adopted = c->state.is_open;
         if (c->state.is_open)
@@ -200,8 +201,8 @@ static int look_at_writer(const struct registered *r, void *arg, struct vm_error
         return -1;
     if (fenced) {
         w->c->report.writers_fenced++;
-        log_warn("a writer that did not answer was fenced", "writer=%" PRIu64 " image=%s", r->number,
-                 log_q(r->name));
+        log_warn("a writer that did not answer was fenced", "writer=%" PRIu64 " image=%s",
+                 r->number, log_q(r->name));
     }
     w->n += !fenced;
     return 0;
@@ -227,7 +228,10 @@ static int wait_or_fence(struct collection *c, struct vm_error **err)
 
 /* ---- step 9: delete ---- */
 
-/* Entries of the index that name the pack. Hints: a pack that cannot be read leaves its entries behind. */
+/*
+ * Entries of the index that name the pack. Hints: a pack that cannot be read leaves its entries
+ * behind.
+ */
 static int erase_hints(struct collection *c, uint64_t pack, struct vm_error **err)
 {
     struct footer f;

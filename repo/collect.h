@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * collect: removes packs and trees that nothing names. docs/repository-collection.md is the protocol: steps 1 to 10 of
- * "a collector" are the functions of collect.c.
+ * collect: removes packs and trees that nothing names. docs/repository-collection.md is the
+ * protocol: steps 1 to 10 of "a collector" are the functions of collect.c.
  *
- * Any number of collections may run at once, on any hosts, beside writers and readers; they do each other's work.
- * One that dies or is cancelled leaves its list open, and the next one goes on with it.
+ * Any number of collections may run at once, on any hosts, beside writers and readers; they do each
+ * other's work. One that dies or is cancelled leaves its list open, and the next one goes on with
+ * it.
  *
- * A collection reads the recipes of all images (twice), but no data. Memory: 16 MiB per TiB of distinct content. Threads:
- * any; each call works in its own thread.
+ * A collection reads the recipes of all images (twice), but no data. Memory: 16 MiB per TiB of
+ * distinct content. Threads: any; each call works in its own thread.
  */
 #ifndef VMMIG_REPO_COLLECT_H
 #define VMMIG_REPO_COLLECT_H
@@ -15,7 +16,10 @@
 #include "repo/repo.h"
 
 struct collect_options {
-    /* A writer that has not answered for so long is taken for dead (it then fails, and harms nothing). 0: one minute. */
+    /*
+     * A writer that has not answered for so long is taken for dead (it then fails, and harms
+     * nothing). 0: one minute.
+     */
     int64_t fence_after_ns;
     struct repo_control control; /* progress: objects removed, of those condemned */
 };
@@ -29,8 +33,8 @@ struct collect_report {
 };
 
 /*
- * Collect once: 0 also if there was nothing to do. CORRUPT if a recipe cannot be read: what it refers to is not
- * known then, and nothing is removed; scrub names the image.
+ * Collect once: 0 also if there was nothing to do. CORRUPT if a recipe cannot be read: what it
+ * refers to is not known then, and nothing is removed; scrub names the image.
  */
 int repo_collect(struct repo *r, const struct collect_options *options,
                  struct collect_report *ret_report, struct vm_error **err);

@@ -120,7 +120,9 @@ int condemned_load_open(struct store *s, struct condemned_state *ret_state, stru
             return -1;
         if (result == STORE_DONE)
             return 0;
-        /* The list is gone: it was closed meanwhile, or, if it is still named, it was never whole. */
+        /*
+         * The list is gone: it was closed meanwhile, or, if it is still named, it was never whole.
+         */
         if (condemned_read_state(s, &after, err) < 0)
             return -1;
         if (after.is_open && after.list.number == ret_state->list.number)
@@ -301,7 +303,9 @@ int condemned_publish(struct store *s, const struct condemned_list *list,
                       const struct condemned_state *started, bool *ret_open, struct vm_error **err)
 {
     struct condemned_state open = {.is_open = true, .epoch = started->epoch + 1, .list = *list};
-    /* If its answer is lost the list may be open: whoever looks next adopts it, or sweeps it away. */
+    /*
+     * If its answer is lost the list may be open: whoever looks next adopts it, or sweeps it away.
+     */
     if (change_state(s, started, &open, ret_open, err) < 0)
         return -1;
     return *ret_open ? 0 : remove_maps(s, list, err);

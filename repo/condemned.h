@@ -2,12 +2,13 @@
 /*
  * condemned: the list of packs and trees that a collection is about to remove. At most one is open.
  *
- * Key "collection" of map "repository": "closed E" (E: the epoch of the list that was closed last), or "open E NUMBER
- * MAPS": that list is open, with epoch E. Numbers are 16 hexadecimal digits.
+ * Key "collection" of map "repository": "closed E" (E: the epoch of the list that was closed last),
+ * or "open E NUMBER MAPS": that list is open, with epoch E. Numbers are 16 hexadecimal digits.
  *
- * The list is maps "condemned.NUMBER.I", I from 0 to MAPS - 1 in hexadecimal, one per 50,000 entries: the name of each pack or
- * tree, in the map that its number modulo MAPS tells, with value "c" while it is condemned, "d" once a
- * collector has begun to remove it; the key is gone when the object is, or when it was rescued.
+ * The list is maps "condemned.NUMBER.I", I from 0 to MAPS - 1 in hexadecimal, one per 50,000
+ * entries: the name of each pack or tree, in the map that its number modulo MAPS tells, with value
+ * "c" while it is condemned, "d" once a collector has begun to remove it; the key is gone when the
+ * object is, or when it was rescued.
  *
  * docs/repository-collection.md tells when what is done. Threads: any.
  */
@@ -48,8 +49,8 @@ int condemned_read_state(struct store *s, struct condemned_state *ret_state, str
 int condemned_load_open(struct store *s, struct condemned_state *ret_state, struct object_set *set,
                         struct vm_error **err);
 /*
- * Take these off the list. One that is off it already, and still exists, is safe: nothing is added to a list. One that
- * is being removed, or is gone, cannot be rescued any more: *ret_lost.
+ * Take these off the list. One that is off it already, and still exists, is safe: nothing is added
+ * to a list. One that is being removed, or is gone, cannot be rescued any more: *ret_lost.
  */
 int condemned_rescue(struct store *s, const struct condemned_list *list,
                      const struct object_set *objects, bool *ret_lost, struct vm_error **err);
@@ -57,12 +58,15 @@ int condemned_rescue(struct store *s, const struct condemned_list *list,
 /* ---- for collectors ---- */
 
 /*
- * Make the list of these objects under that number, which nobody knows of yet. *ret_made is false if another
- * collector took it for one left behind, and swept it away: begin again.
+ * Make the list of these objects under that number, which nobody knows of yet. *ret_made is false
+ * if another collector took it for one left behind, and swept it away: begin again.
  */
 int condemned_make(struct store *s, uint64_t number, const struct object_set *objects,
                    struct condemned_list *ret_list, bool *ret_made, struct vm_error **err);
-/* Open it, if the state is still `started` (closed). *ret_open says whether it was; if not, the list is removed. */
+/*
+ * Open it, if the state is still `started` (closed). *ret_open says whether it was; if not, the
+ * list is removed.
+ */
 int condemned_publish(struct store *s, const struct condemned_list *list,
                       const struct condemned_state *started, bool *ret_open, struct vm_error **err);
 /* All entries of the list. */
@@ -71,13 +75,17 @@ int condemned_load(struct store *s, const struct condemned_list *list, struct ob
 /* Take marked objects off the list, as far as they are condemned. */
 int condemned_spare(struct store *s, const struct condemned_list *list,
                     const struct object_set *marked, struct vm_error **err);
-/* Claim one entry for removal: true if it is (by now) being removed, false if it is off the list. */
+/*
+ * Claim one entry for removal: true if it is (by now) being removed, false if it is off the list.
+ */
 int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
                     uint64_t number, bool *ret_claimed, struct vm_error **err);
 /* The object is gone: erase its entry. */
 int condemned_erase(struct store *s, const struct condemned_list *list, bool is_pack,
                     uint64_t number, struct vm_error **err);
-/* Close the list if it is empty, and remove its maps. Nothing happens if it is not open any more. */
+/*
+ * Close the list if it is empty, and remove its maps. Nothing happens if it is not open any more.
+ */
 int condemned_close(struct store *s, const struct condemned_state *state, struct vm_error **err);
 /* Remove lists that were made and never opened, by collectors that died. */
 int condemned_sweep(struct store *s, struct vm_error **err);

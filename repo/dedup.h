@@ -3,11 +3,11 @@
  * dedup: decides for the pages of a segment (1 MiB of a file) which are shared and which are new.
  *
  * Pages are looked for in the footer cache; what is not there is asked for in the index, in one
- * batch for several segments, and the packs that it names are loaded. Then the bound on scatter applies:
- * the pages of a segment may lie in at most DEDUP_RECORDS_MAX records, the new ones included, so that
- * reading them back stays cheap; pages of the records with the fewest are stored again instead. A
- * segment whose pages are all found within the bound is left as it is: storing the same data
- * again stores nothing.
+ * batch for several segments, and the packs that it names are loaded. Then the bound on scatter
+ * applies: the pages of a segment may lie in at most DEDUP_RECORDS_MAX records, the new ones
+ * included, so that reading them back stays cheap; pages of the records with the fewest are stored
+ * again instead. A segment whose pages are all found within the bound is left as it is: storing the
+ * same data again stores nothing.
  *
  * Threads: one, the one that owns the footer cache; segments are hashed by workers.
  */
@@ -47,7 +47,8 @@ struct segment {
     /* What hashing found; given ends here. */
     enum page_state state[SEGMENT_PAGES];
     struct page_id ids[SEGMENT_PAGES];
-    uint16_t mask[SEGMENT_EXTENTS];         /* pages that are not zero; 0 if not all of the extent is given */
+    uint16_t
+        mask[SEGMENT_EXTENTS]; /* pages that are not zero; 0 if not all of the extent is given */
     struct page_id extents[SEGMENT_EXTENTS]; /* if the mask is not 0 */
     struct footer_hit hits[SEGMENT_PAGES];
 
@@ -67,17 +68,21 @@ DEFINE_CLEANUP(dedup, struct dedup *, dedup_destroy)
 /* Look the pages of n <= DEDUP_BATCH hashed segments up, loading footers. */
 int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struct vm_error **err);
 /*
- * Settle one segment: pages that became known meanwhile, which of several places, and the bound. Afterwards
- * every given page is ZERO, UNKNOWN (new), KNOWN or AGAIN (new).
+ * Settle one segment: pages that became known meanwhile, which of several places, and the bound.
+ * Afterwards every given page is ZERO, UNKNOWN (new), KNOWN or AGAIN (new).
  */
 void dedup_settle(struct dedup *d, struct segment *s);
-/* Is every page of the extent that is not zero new, and are there enough of them for a record of its own? */
+/*
+ * Is every page of the extent that is not zero new, and are there enough of them for a record of
+ * its own?
+ */
 bool segment_extent_is_whole(const struct segment *s, unsigned extent);
 /* As dedup_settle for a single page, just before it is stored. */
 void dedup_find_again(struct dedup *d, struct segment *s, unsigned page);
 
 struct dedup_stat {
-    uint64_t lookups, index_hits, again; /* keys asked for, found; pages stored again for the bound */
+    uint64_t lookups, index_hits,
+        again; /* keys asked for, found; pages stored again for the bound */
 };
 struct dedup_stat dedup_stat(const struct dedup *d);
 

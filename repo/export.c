@@ -124,9 +124,10 @@ static int open_target(struct export *x, struct vm_error **err)
         return error_errno(err, errno, "cannot make %s", x->path);
     if (is_device) {
         off_t room = lseek(x->fd, 0, SEEK_END);
-        return room >= size ? 0
-                            : error_set(err, VM_ERROR_NO_SPACE, "%s has %lld bytes, %lld are needed",
-                                        x->path, (long long)room, (long long)size);
+        return room >= size
+                   ? 0
+                   : error_set(err, VM_ERROR_NO_SPACE, "%s has %lld bytes, %lld are needed",
+                               x->path, (long long)room, (long long)size);
     }
     return ftruncate(x->fd, size) < 0 ? error_errno(err, errno, "cannot size %s", x->path) : 0;
 }

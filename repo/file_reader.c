@@ -25,8 +25,8 @@ struct file_reader {
     struct page_reader_stat stat;
 };
 
-struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root, uint64_t size,
-                                       struct vm_error **err)
+struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root,
+                                       uint64_t size, struct vm_error **err)
 {
     struct file_reader *r = calloc(1, sizeof(*r));
     if (!r) {

@@ -6,12 +6,12 @@
  *     file_reader_read(r, offset, out, len, &err)
  *     file_reader_destroy(r)
  *
- * What is returned was verified (checksums of tree nodes and records); anything damaged or gone is CORRUPT
- * with its name, never data.
+ * What is returned was verified (checksums of tree nodes and records); anything damaged or gone is
+ * CORRUPT with its name, never data.
  *
- * Threads: any number may read at the same time; each reads its records by itself, so several threads
- * that read ahead of each other fill the pipe. Memory: 24 KiB for each of LEAVES_CACHED leaves, 6 KiB per
- * GiB of the file that was touched, and per thread at work what one leaf stores.
+ * Threads: any number may read at the same time; each reads its records by itself, so several
+ * threads that read ahead of each other fill the pipe. Memory: 24 KiB for each of LEAVES_CACHED
+ * leaves, 6 KiB per GiB of the file that was touched, and per thread at work what one leaf stores.
  */
 #ifndef VMMIG_REPO_FILE_READER_H
 #define VMMIG_REPO_FILE_READER_H
@@ -21,8 +21,8 @@
 
 struct file_reader;
 
-struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root, uint64_t size,
-                                       struct vm_error **err);
+struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root,
+                                       uint64_t size, struct vm_error **err);
 void file_reader_destroy(struct file_reader *r);
 DEFINE_CLEANUP(file_reader, struct file_reader *, file_reader_destroy)
 uint64_t file_reader_size(const struct file_reader *r);
@@ -31,8 +31,8 @@ uint64_t file_reader_size(const struct file_reader *r);
 int file_reader_read(struct file_reader *r, uint64_t offset, void *out, size_t len,
                      struct vm_error **err);
 /*
- * The first stretch at or behind `offset` that is not known to be zero, in whole leaves (4 MiB) cut at the
- * file's end: *ret_len is 0 if nothing but zeros follows.
+ * The first stretch at or behind `offset` that is not known to be zero, in whole leaves (4 MiB) cut
+ * at the file's end: *ret_len is 0 if nothing but zeros follows.
  */
 int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start,
                           uint64_t *ret_len, struct vm_error **err);

@@ -15,8 +15,9 @@ enum {
 };
 
 /*
- * The table: open addressing with linear probing. An entry is slot << PAGE_BITS | page, plus one so that 0
- * is free; 34 bits, and above them 30 bits of the identity, which spare most looks at the footer.
+ * The table: open addressing with linear probing. An entry is slot << PAGE_BITS | page, plus one so
+ * that 0 is free; 34 bits, and above them 30 bits of the identity, which spare most looks at the
+ * footer.
  */
 struct footer_cache {
     struct store *store;
@@ -131,8 +132,8 @@ static void table_remove(struct footer_cache *c, struct cached_footer *f, uint32
     c->n_pages--;
 }
 
-unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id, struct footer_hit *hits,
-                           unsigned max)
+unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id,
+                           struct footer_hit *hits, unsigned max)
 {
     unsigned n = 0;
     uint64_t tag = tag_of(id);
@@ -275,7 +276,8 @@ void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs)
     }
 }
 
-static int load_batch(struct footer_cache *c, const uint64_t *packs, size_t n, struct vm_error **err)
+static int load_batch(struct footer_cache *c, const uint64_t *packs, size_t n,
+                      struct vm_error **err)
 {
     struct footer footers[LOAD_BATCH];
     struct vm_error *problems[LOAD_BATCH];

@@ -2,12 +2,13 @@
 /*
  * footer_cache: what the packs that matter now hold, and where a page is among them.
  *
- * Pages that lie together in a pack tend to be needed together again. So one hit in the index loads a
- * pack's whole footer, and its neighbours are found here without asking again. A writer's own packs
- * are in it from their first record on.
+ * Pages that lie together in a pack tend to be needed together again. So one hit in the index loads
+ * a pack's whole footer, and its neighbours are found here without asking again. A writer's own
+ * packs are in it from their first record on.
  *
- * Memory: footers of at most `limit` bytes (44 bytes per page, and the pinned ones above it), the least recently hit
- * ones leave. Threads: one, but for the fields of an own footer that pack_writer.h fills in.
+ * Memory: footers of at most `limit` bytes (44 bytes per page, and the pinned ones above it), the
+ * least recently hit ones leave. Threads: one, but for the fields of an own footer that
+ * pack_writer.h fills in.
  */
 #ifndef VMMIG_REPO_FOOTER_CACHE_H
 #define VMMIG_REPO_FOOTER_CACHE_H
@@ -39,19 +40,20 @@ bool footer_cache_knows(const struct footer_cache *c, uint64_t pack);
 /* The footer, if it is here. */
 struct cached_footer *footer_cache_get(struct footer_cache *c, uint64_t pack);
 /*
- * Load the footers of n packs that are not known. A pack that is missing or damaged is remembered as
- * unreadable: nothing is found in it. Errors of the store are errors.
+ * Load the footers of n packs that are not known. A pack that is missing or damaged is remembered
+ * as unreadable: nothing is found in it. Errors of the store are errors.
  */
 int footer_cache_load(struct footer_cache *c, const uint64_t *packs, size_t n,
                       struct vm_error **err);
 /*
- * Nothing is found in these packs from now on, and none of them is loaded; replaces the set of the former
- * call. The set outlives the cache.
+ * Nothing is found in these packs from now on, and none of them is loaded; replaces the set of the
+ * former call. The set outlives the cache.
  */
 void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs);
 
 /*
- * Keep to the limit. Only this and footer_cache_load let footers leave: hits stay good until the next of them.
+ * Keep to the limit. Only this and footer_cache_load let footers leave: hits stay good until the
+ * next of them.
  */
 void footer_cache_trim(struct footer_cache *c);
 
@@ -62,7 +64,10 @@ struct cached_footer *footer_cache_begin_own(struct footer_cache *c, uint64_t pa
 uint32_t footer_cache_add_record(struct footer_cache *c, struct cached_footer *f,
                                  const struct page_id *ids, unsigned n, uint16_t mask);
 
-/* All records of an own footer have their places: unpin it, and give back the memory it did not need. */
+/*
+ * All records of an own footer have their places: unpin it, and give back the memory it did not
+ * need.
+ */
 void footer_cache_end_own(struct cached_footer *f);
 
 void footer_cache_pin(struct cached_footer *f);
@@ -73,15 +78,16 @@ struct footer_hit {
     uint32_t page;
 };
 /* The places of a page, at most `max`. */
-unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id, struct footer_hit *hits,
-                           unsigned max);
+unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id,
+                           struct footer_hit *hits, unsigned max);
 
 /* Footers loaded from the store so far, for statistics. */
 uint64_t footer_cache_loads(const struct footer_cache *c);
 
 /*
- * Read and check the footers of n packs, without a cache: footers[i].n_records is 0, and problems[i] says why,
- * where the pack is missing (NULL) or damaged. The caller finishes footers and frees problems.
+ * Read and check the footers of n packs, without a cache: footers[i].n_records is 0, and
+ * problems[i] says why, where the pack is missing (NULL) or damaged. The caller finishes footers
+ * and frees problems.
  */
 int footer_read_many(struct store *s, const uint64_t *packs, size_t n, struct footer *footers,
                      struct vm_error **problems, struct vm_error **err);

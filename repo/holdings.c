@@ -33,7 +33,8 @@ static int visit_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret
     return 0;
 }
 
-static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error *problem, void *arg)
+static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error *problem,
+                             void *arg)
 {
     struct holdings *h = arg;
     if (!h->problem[0])
@@ -69,7 +70,8 @@ int holdings_add(struct holdings *h, const struct image *image, struct vm_error 
 {
     for (unsigned i = 0; i < image->n_files; i++) {
         bool damaged;
-        if (recipe_walk_file(h->walk, &image->files[i].root, image->files[i].size, &damaged, err) < 0)
+        if (recipe_walk_file(h->walk, &image->files[i].root, image->files[i].size, &damaged, err) <
+            0)
             return -1;
         if (damaged)
             return error_set(err, VM_ERROR_CORRUPT, "image %s: %s", image->name, h->problem);

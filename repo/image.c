@@ -25,10 +25,11 @@ int image_name_check(const char *name, struct vm_error **err)
             break;
     }
     return good ? 0
-                : error_set(err, VM_ERROR_USAGE,
-                            "\"%.140s\" is no name of an image: 1 to %d letters, digits and ._-:@+, in "
-                            "parts between slashes that begin with neither dot nor dash",
-                            name, IMAGE_NAME_MAX);
+                : error_set(
+                      err, VM_ERROR_USAGE,
+                      "\"%.140s\" is no name of an image: 1 to %d letters, digits and ._-:@+, in "
+                      "parts between slashes that begin with neither dot nor dash",
+                      name, IMAGE_NAME_MAX);
 }
 
 bool image_file_name_is_good(const char *name)

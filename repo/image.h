@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * image: what a name in the catalogue stands for: files, each with its size and the root of its recipe. No I/O.
+ * image: what a name in the catalogue stands for: files, each with its size and the root of its
+ * recipe. No I/O.
  *
- * A disk image has one file, "disk0.raw"; a snapshot of a VM has its disks, its memory, its device state and
- * its definition. As the value in the catalogue (little endian):
+ * A disk image has one file, "disk0.raw"; a snapshot of a VM has its disks, its memory, its device
+ * state and its definition. As the value in the catalogue (little endian):
  *
  *      0  u16 1
  *      2  u16 files, 1..64
@@ -12,10 +13,11 @@
  *     16  u64 number of the writer
  *     24  u64 bytes that its commit added to the store (packs and trees)
  *     32  u8  length of the parent's name (0: none), and the name
- *         per file: u8 length of its name, the name, u64 size in bytes, 24 bytes root (repo/recipe.h)
+ *         per file: u8 length of its name, the name, u64 size in bytes, 24 bytes root
+ *         (repo/recipe.h)
  *
- * Names of images: 1 to 128 of A-Z a-z 0-9 . _ - : @ + /, in parts between slashes that are not empty and do
- * not begin with a dot or a dash. Names of files: 1 to 64 of the same without / : @ +.
+ * Names of images: 1 to 128 of A-Z a-z 0-9 . _ - : @ + /, in parts between slashes that are not
+ * empty and do not begin with a dot or a dash. Names of files: 1 to 64 of the same without / : @ +.
  */
 #ifndef VMMIG_REPO_IMAGE_H
 #define VMMIG_REPO_IMAGE_H

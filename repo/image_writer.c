@@ -305,7 +305,8 @@ static int sequence_batch(struct image_writer *w, struct segment **batch, size_t
                           struct vm_error **err)
 {
     footer_cache_trim(w->cache);
-    if (checkpoint(w, err) < 0 || open_parts(w, batch, n, err) < 0 || dedup_find(w->dedup, batch, n, err) < 0)
+    if (checkpoint(w, err) < 0 || open_parts(w, batch, n, err) < 0 ||
+        dedup_find(w->dedup, batch, n, err) < 0)
         return -1;
     for (size_t i = 0; i < n; i++) {
         dedup_settle(w->dedup, batch[i]);
@@ -376,7 +377,8 @@ int image_writer_finish(struct image_writer *w, struct vm_error **err)
     if (finish_files(w, err) < 0)
         return -1;
     struct segment nothing = {.number = 0};
-    memset(nothing.state, 0, sizeof(nothing.state)); /* all PAGE_ABSENT: brings the totals up to date */
+    memset(nothing.state, 0,
+           sizeof(nothing.state)); /* all PAGE_ABSENT: brings the totals up to date */
     count_segment(w, &nothing);
     return 0;
 }

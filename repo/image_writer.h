@@ -11,13 +11,14 @@
  *     image_writer_root(file)                                       what the catalogue is to name
  *     image_writer_destroy(w)
  *
- * Segments come in any order, of any file, from any number of threads; pages that are never given are those
- * of `base` (the recipe of a former version), or zero. A segment given twice: the later put counts.
- * A file's pages beyond its size must be zero.
+ * Segments come in any order, of any file, from any number of threads; pages that are never given
+ * are those of `base` (the recipe of a former version), or zero. A segment given twice: the later
+ * put counts. A file's pages beyond its size must be zero.
  *
- * Inside: workers hash, one thread (the sequencer) looks up, places new pages into records and keeps the
- * recipes, workers compress, two threads store packs. All memory is bounded: SEGMENTS_MAX MiB of segments, three
- * packs, the footer cache, 32 KiB per leaf being put together, 6 KiB per GiB of a file.
+ * Inside: workers hash, one thread (the sequencer) looks up, places new pages into records and
+ * keeps the recipes, workers compress, two threads store packs. All memory is bounded: SEGMENTS_MAX
+ * MiB of segments, three packs, the footer cache, 32 KiB per leaf being put together, 6 KiB per GiB
+ * of a file.
  *
  * Errors: the first one ends everything; every function returns it from then on. After a crash what
  * was written is garbage that no commit names.
@@ -44,8 +45,9 @@ struct image_writer_setup {
     /* Nothing of it is shared; changes in checkpoints alone. */
     const struct object_set *condemned;
     /*
-     * Called by the sequencer before each batch and twice a second without work, while nothing is shared; *ret_changed: *condemned did
-     * change. `shared`: the packs and trees of others that were shared so far. NULL: never.
+     * Called by the sequencer before each batch and twice a second without work, while nothing is
+     * shared; *ret_changed: *condemned did change. `shared`: the packs and trees of others that
+     * were shared so far. NULL: never.
      */
     int (*checkpoint)(void *arg, const struct object_set *shared, bool *ret_changed,
                       struct vm_error **err);
@@ -74,7 +76,7 @@ const struct object_set *image_writer_shared(const struct image_writer *w);
 
 struct image_writer_stat {
     uint64_t pages_zero, pages_shared, pages_new; /* so far */
-    uint64_t pages_again;                         /* of the new: stored before, again for the bound */
+    uint64_t pages_again; /* of the new: stored before, again for the bound */
     uint64_t bytes_stored;                        /* packs and trees */
     uint64_t footers_loaded, index_lookups, index_hits;
     uint64_t nodes, nodes_shared;

@@ -5,15 +5,16 @@
  * sampled: one entry per extent that was stored whole, one page identity in sixteen (chosen by its
  * last byte), one per node of a recipe.
  *
- * Keys are text: a letter for the kind, and the first 9 bytes of a SHA-256 in base64 (URL alphabet). Values
- * are 8 bytes (a pack's number) or 24 (a recipe_ref).
+ * Keys are text: a letter for the kind, and the first 9 bytes of a SHA-256 in base64 (URL
+ * alphabet). Values are 8 bytes (a pack's number) or 24 (a recipe_ref).
  *
  * Shards are maps "index.NNNNNN". The shard of a key is taken from bytes 4..7 of its hash by linear
- * hashing: with N shards and 2^L <= N < 2^(L+1), it is h mod 2^(L+1) if that is < N, else h mod 2^L. N
- * is in key "index" of map "repository". Every shard has its level in key "!": writing compares it, so that
- * a client with an old N writes nothing to the wrong place, and reads N again. A shard that nears 100,000
- * keys makes the next one split: copy, then raise N, then raise the level of the old one, then erase
- * there what moved. A crash in between leaves duplicates, which the next split of that shard erases.
+ * hashing: with N shards and 2^L <= N < 2^(L+1), it is h mod 2^(L+1) if that is < N, else h mod
+ * 2^L. N is in key "index" of map "repository". Every shard has its level in key "!": writing
+ * compares it, so that a client with an old N writes nothing to the wrong place, and reads N again.
+ * A shard that nears 100,000 keys makes the next one split: copy, then raise N, then raise the
+ * level of the old one, then erase there what moved. A crash in between leaves duplicates, which
+ * the next split of that shard erases.
  *
  * Threads: any number may look up and insert.
  */
@@ -54,8 +55,8 @@ struct index_entry index_entry_make(enum index_kind kind, const struct page_id *
                                     const void *value, size_t len);
 
 /*
- * Make the first shards of a new repository; those that are there stay. *ret_key and ret_value are what the
- * caller sets in map "repository" for index_open to find.
+ * Make the first shards of a new repository; those that are there stay. *ret_key and ret_value are
+ * what the caller sets in map "repository" for index_open to find.
  */
 int index_init(struct store *s, const char **ret_key, char ret_value[INDEX_INIT_VALUE],
                struct vm_error **err);

@@ -2,11 +2,12 @@
 /*
  * leaf_builder: puts leaves of recipes together while their pages find their places.
  *
- * A page's place is known at once when it is shared; the place of a new one only when its record has been
- * compressed and laid out. So leaves wait here, complete, until all their pages have places, and are then written.
+ * A page's place is known at once when it is shared; the place of a new one only when its record
+ * has been compressed and laid out. So leaves wait here, complete, until all their pages have
+ * places, and are then written.
  *
- * At most LEAVES_OPEN leaves are being filled (the least recently touched is taken as complete, and read
- * back if it is touched again) and about LEAVES_WAITING wait; 48 KiB each. Threads: one.
+ * At most LEAVES_OPEN leaves are being filled (the least recently touched is taken as complete, and
+ * read back if it is touched again) and about LEAVES_WAITING wait; 48 KiB each. Threads: one.
  */
 #ifndef VMMIG_REPO_LEAF_BUILDER_H
 #define VMMIG_REPO_LEAF_BUILDER_H
@@ -17,7 +18,9 @@
 
 enum { LEAVES_OPEN = 16, LEAVES_WAITING = 32 };
 
-/* A record of new pages from several extents, referred to before it is handed to the pack_writer. */
+/*
+ * A record of new pages from several extents, referred to before it is handed to the pack_writer.
+ */
 struct mixed_record {
     unsigned refs; /* places that name it, and the one who fills it */
     bool emitted;

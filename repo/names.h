@@ -2,8 +2,10 @@
 /*
  * names: what a repository's objects are called.
  *
- *     pack   pack.NUMBER      NUMBER: 16 hexadecimal digits, the writer's number in the upper 40 bits, the
- *     blob   tree.NUMBER      writer's own count in the lower 24, so that no name is ever used twice
+ *     pack   pack.NUMBER      NUMBER: 16 hexadecimal digits, the writer's number in the upper 40
+ *            bits, the
+ *     blob   tree.NUMBER      writer's own count in the lower 24, so that no name is ever used
+ *            twice
  *     map    repository       what holds for the whole: format, UUID, counters
  *     map    cat.00 .. cat.ff the catalogue
  *     map    index.SHARD      SHARD: 6 hexadecimal digits

@@ -20,7 +20,10 @@ struct number_set {
 void number_set_finish(struct number_set *s);
 int number_set_add(struct number_set *s, uint64_t number, struct vm_error **err);
 bool number_set_has(const struct number_set *s, uint64_t number);
-/* The next number at or behind slot *at (begin with 0), or 0 at the end. Nothing may be added meanwhile. */
+/*
+ * The next number at or behind slot *at (begin with 0), or 0 at the end. Nothing may be added
+ * meanwhile.
+ */
 uint64_t number_set_next(const struct number_set *s, size_t *at);
 
 static inline void number_set_cleanup(struct number_set *s)

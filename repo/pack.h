@@ -8,8 +8,8 @@
  *              8  u64 the pack's number
  *             16  16  the repository's UUID
  *             32      records (repo/record.h), each at the next multiple of 8
- *     footer      for each record: u32 offset / 8, u32 length (header and payload), u8 pages, u8 zero, u16
- *                 mask (as in the record)
+ *     footer      for each record: u32 offset / 8, u32 length (header and payload), u8 pages, u8
+ *                 zero, u16 mask (as in the record)
  *                 for each page of each record, in order: its identity, 32 bytes
  *     trailer  0  u32 records
  *              4  u32 pages

@@ -11,7 +11,8 @@
 enum {
     PACKS_IN_FLIGHT = 3,
     RECORDS_IN_FLIGHT = 48,
-    PACK_GOOD = 6 << 20, /* closed at this size if waiting for compression would be needed to go on */
+    PACK_GOOD =
+        6 << 20, /* closed at this size if waiting for compression would be needed to go on */
     UPLOADERS = 2,
 };
 
@@ -304,7 +305,10 @@ static void close_current(struct pack_writer *pw)
     upload_if_complete(pw, p);
 }
 
-/* Could the pack take one more record, if none of those in flight shrinks? Waits for compression to tell. */
+/*
+ * Could the pack take one more record, if none of those in flight shrinks? Waits for compression to
+ * tell.
+ */
 static bool has_room(struct pack_writer *pw, struct open_pack *p)
 {
     if (p->footer->footer.n_pages + RECORD_PAGES_MAX > PACK_PAGES_MAX ||
@@ -312,7 +316,8 @@ static bool has_room(struct pack_writer *pw, struct open_pack *p)
         return false;
     SCOPE_LOCK(&pw->lock);
     for (;;) {
-        size_t at_most = p->body.len + (p->n_emitted - p->n_laid + 1ul) * (RECORD_MAX + RECORD_ALIGN);
+        size_t at_most =
+            p->body.len + (p->n_emitted - p->n_laid + 1ul) * (RECORD_MAX + RECORD_ALIGN);
         if (at_most <= PACK_BODY_MAX || failure_is_set(pw->s.failure))
             return true;
         if (p->body.len >= PACK_GOOD || p->n_laid == p->n_emitted)
@@ -338,7 +343,8 @@ static int note_entries(struct open_pack *p, const struct page_id *ids, unsigned
         p->entries[p->n_entries++] = index_entry_make(INDEX_EXTENT, extent, value, sizeof(value));
     for (unsigned i = 0; i < n; i++)
         if (index_samples(&ids[i]))
-            p->entries[p->n_entries++] = index_entry_make(INDEX_PAGE, &ids[i], value, sizeof(value));
+            p->entries[p->n_entries++] =
+                index_entry_make(INDEX_PAGE, &ids[i], value, sizeof(value));
     return 0;
 }
 

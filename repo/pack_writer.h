@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * pack_writer: new records become packs: compressed by the workers, laid out in order, stored by threads of
- * its own, and entered into the index once they are durable.
+ * pack_writer: new records become packs: compressed by the workers, laid out in order, stored by
+ * threads of its own, and entered into the index once they are durable.
  *
  *     emit records (one thread, the one that owns the footer cache)
  *     pack_writer_wait_laid     where a record is: offset and length in its footer
  *     pack_writer_finish        all packs are durable
  *
- * A pack is closed when it has 6 to 8 MiB. At most PACKS_IN_FLIGHT packs are open or being stored, and at most
- * RECORDS_IN_FLIGHT records wait for compression: emit waits. Memory: about 8 MiB per pack and 64 KiB
- * per record in flight.
+ * A pack is closed when it has 6 to 8 MiB. At most PACKS_IN_FLIGHT packs are open or being stored,
+ * and at most RECORDS_IN_FLIGHT records wait for compression: emit waits. Memory: about 8 MiB per
+ * pack and 64 KiB per record in flight.
  *
  * Errors: the first is kept in `failure`; emit and the waits return it from then on.
  */
@@ -33,12 +33,15 @@ struct pack_writer_setup {
     uint64_t writer; /* its number: the packs' numbers begin with it */
 };
 
-struct pack_writer *pack_writer_create(const struct pack_writer_setup *setup, struct vm_error **err);
+struct pack_writer *pack_writer_create(const struct pack_writer_setup *setup,
+                                       struct vm_error **err);
 /* Also in mid-work: ends the threads; packs that are not stored by then never are. */
 void pack_writer_destroy(struct pack_writer *pw);
 DEFINE_CLEANUP(pack_writer, struct pack_writer *, pack_writer_destroy)
 
-/* A record to fill: memory for sixteen pages. Waits while too many are in flight; NULL on failure. */
+/*
+ * A record to fill: memory for sixteen pages. Waits while too many are in flight; NULL on failure.
+ */
 uint8_t *pack_writer_page_memory(struct pack_writer *pw, struct vm_error **err);
 void pack_writer_return_memory(struct pack_writer *pw, uint8_t *pages);
 
@@ -48,8 +51,8 @@ struct record_place {
 };
 
 /*
- * Hand over a record: `pages` from pack_writer_page_memory with n pages, their identities, and for an
- * extent that is stored whole its mask and identity (0 and NULL otherwise).
+ * Hand over a record: `pages` from pack_writer_page_memory with n pages, their identities, and for
+ * an extent that is stored whole its mask and identity (0 and NULL otherwise).
  */
 int pack_writer_emit(struct pack_writer *pw, uint8_t *pages, const struct page_id *ids, unsigned n,
                      uint16_t mask, const struct page_id *extent, struct record_place *ret_place,

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page: what makes two pages the same. A page is 4096 bytes; its identity is the SHA-256 of them, so
- * that nobody can make two different pages that the repository takes for one. A page of zeros has no
- * identity: it is never stored. An extent is 16 pages, aligned.
+ * page: what makes two pages the same. A page is 4096 bytes; its identity is the SHA-256 of them,
+ * so that nobody can make two different pages that the repository takes for one. A page of zeros
+ * has no identity: it is never stored. An extent is 16 pages, aligned.
  *
  * Threads: any; a page_hasher belongs to one thread at a time.
  */

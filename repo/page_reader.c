@@ -97,7 +97,8 @@ static size_t make_ranges(struct page_reader *r, size_t n_wanted)
             continue;
         }
         struct range *range = &r->ranges[n++];
-        *range = (struct range){.pack = p->pack, .start = p->offset, .end = end, .first = i, .n = 1};
+        *range =
+            (struct range){.pack = p->pack, .start = p->offset, .end = end, .first = i, .n = 1};
         object_name(PACK_PREFIX, p->pack, range->name);
     }
     return n;

@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* progress: calls a repo_control's function now and then, and looks at its cancel latch. Threads: any. */
+/*
+ * progress: calls a repo_control's function now and then, and looks at its cancel latch. Threads:
+ * any.
+ */
 #ifndef VMMIG_REPO_PROGRESS_H
 #define VMMIG_REPO_PROGRESS_H
 

@@ -29,7 +29,8 @@ void recipe_ref_write(const struct recipe_ref *ref, uint8_t out[RECIPE_REF_BYTES
 
 struct recipe_ref recipe_ref_read(const uint8_t in[RECIPE_REF_BYTES])
 {
-    return (struct recipe_ref){get_le64(in), get_le32(in + 8), get_le32(in + 12), get_le64(in + 16)};
+    return (struct recipe_ref){get_le64(in), get_le32(in + 8), get_le32(in + 12),
+                               get_le64(in + 16)};
 }
 
 /* ---- writing ---- */
@@ -44,7 +45,8 @@ static bool continues(const struct recipe_page *a, const struct recipe_page *b)
 {
     if (page_is_hole(a) || page_is_hole(b))
         return page_is_hole(a) && page_is_hole(b);
-    return a->pack == b->pack && a->offset == b->offset && a->len == b->len && b->page == a->page + 1;
+    return a->pack == b->pack && a->offset == b->offset && a->len == b->len &&
+           b->page == a->page + 1;
 }
 
 static unsigned run_length(const struct recipe_leaf *leaf, unsigned from, unsigned end)
@@ -185,8 +187,8 @@ int recipe_leaf_read(const uint8_t *data, size_t len, struct recipe_leaf *ret_le
     return c.failed || cursor_left(&c) ? damaged(err) : 0;
 }
 
-int recipe_inner_read(const uint8_t *data, size_t len, unsigned level, struct recipe_inner *ret_node,
-                      struct vm_error **err)
+int recipe_inner_read(const uint8_t *data, size_t len, unsigned level,
+                      struct recipe_inner *ret_node, struct vm_error **err)
 {
     struct cursor c = cursor_init(data, len);
     unsigned got_level = cursor_le16(&c), n = cursor_le16(&c), zero = cursor_le32(&c);

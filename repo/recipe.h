@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * recipe: where the pages of a file are. A tree of nodes: a leaf names the place of each of up to 1024
- * pages (4 MiB), an inner node refers to up to 256 nodes of the level below. Nodes are stored
- * in trees (objects that hold many nodes, repo/tree.h) and never changed; versions of a file share the nodes in
- * which they do not differ. This module is their codec; no I/O.
+ * recipe: where the pages of a file are. A tree of nodes: a leaf names the place of each of up to
+ * 1024 pages (4 MiB), an inner node refers to up to 256 nodes of the level below. Nodes are stored
+ * in trees (objects that hold many nodes, repo/tree.h) and never changed; versions of a file share
+ * the nodes in which they do not differ. This module is their codec; no I/O.
  *
  * A node (little endian); what a reference covers is told by level and position alone:
  *
@@ -14,16 +14,17 @@
  *             u16  zero
  *             P *  u64  a pack's number
  *             R *  run: u16 pages | 0x8000 if they are zero
- *                       unless zero: u16 index of the pack, u32 offset of the record / 8, u16 length of the
- *                       record (header and payload) / 8, rounded up, u8 first page within the record
+ *                       unless zero: u16 index of the pack, u32 offset of the record / 8, u16
+ *                       length of the record (header and payload) / 8, rounded up, u8 first page
+ *                       within the record
  *             for each page that is not zero, in order: the first four bytes of its identity
  *     inner:  u16  children, C
  *             u32  zero
  *             C *  reference
  *
- * A reference is 24 bytes: u64 the tree's number, u32 offset, u32 length, u64 XXH3-64 of the node seeded with the
- * tree's number. All zero means that every page below is zero. Trailing zero pages and zero children
- * are left out, so that a node has one encoding.
+ * A reference is 24 bytes: u64 the tree's number, u32 offset, u32 length, u64 XXH3-64 of the node
+ * seeded with the tree's number. All zero means that every page below is zero. Trailing zero pages
+ * and zero children are left out, so that a node has one encoding.
  *
  * A location of a page is (pack, offset and length of the record, page within the record).
  */
@@ -89,7 +90,7 @@ void recipe_inner_write(const struct recipe_inner *node, struct buffer *out);
 /* Exactly one node; CORRUPT if it is not one of that level. */
 int recipe_leaf_read(const uint8_t *data, size_t len, struct recipe_leaf *ret_leaf,
                      struct vm_error **err);
-int recipe_inner_read(const uint8_t *data, size_t len, unsigned level, struct recipe_inner *ret_node,
-                      struct vm_error **err);
+int recipe_inner_read(const uint8_t *data, size_t len, unsigned level,
+                      struct recipe_inner *ret_node, struct vm_error **err);
 
 #endif

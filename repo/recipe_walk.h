@@ -5,11 +5,12 @@
  *     w = recipe_walk_create(store, &visitor, &err)
  *     for each file of each image: recipe_walk_file(w, &root, size, &damaged, &err)
  *
- * What the visitor says of a node's damage is remembered with it: every file that contains a damaged node is
- * told so, also those that reach it by a way walked before. Nodes that cannot be read, or are not what their
- * reference says, are damage, too, and told to `unreadable`.
+ * What the visitor says of a node's damage is remembered with it: every file that contains a
+ * damaged node is told so, also those that reach it by a way walked before. Nodes that cannot be
+ * read, or are not what their reference says, are damage, too, and told to `unreadable`.
  *
- * Memory: 16 bytes per distinct node, twice that at most: 8 MiB per TiB of distinct content. Threads: one.
+ * Memory: 16 bytes per distinct node, twice that at most: 8 MiB per TiB of distinct content.
+ * Threads: one.
  */
 #ifndef VMMIG_REPO_RECIPE_WALK_H
 #define VMMIG_REPO_RECIPE_WALK_H
@@ -25,8 +26,8 @@ struct recipe_visitor {
     int (*node)(const struct recipe_ref *ref, const void *data, size_t len, void *arg,
                 struct vm_error **err);
     /*
-     * A leaf, decoded, and which one of the file that is being walked. *ret_damaged says whether something
-     * it refers to is damaged.
+     * A leaf, decoded, and which one of the file that is being walked. *ret_damaged says whether
+     * something it refers to is damaged.
      */
     int (*leaf)(const struct recipe_leaf *leaf, uint64_t number, bool *ret_damaged, void *arg,
                 struct vm_error **err);

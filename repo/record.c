@@ -115,7 +115,8 @@ int record_decode(struct record_codec *c, const uint8_t *record, size_t len, uin
         memcpy(out, payload, raw);
         got = raw;
     } else if (info.compression == RECORD_LZ4) {
-        int n = LZ4_decompress_safe((const char *)payload, (char *)out, (int)info.payload, (int)raw);
+        int n =
+            LZ4_decompress_safe((const char *)payload, (char *)out, (int)info.payload, (int)raw);
         got = n > 0 ? (size_t)n : 0;
     } else {
         got = ZSTD_decompressDCtx(c->zstd_out, out, raw, payload, info.payload);

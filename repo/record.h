@@ -8,8 +8,8 @@
  *      8  u32  length of the payload
  *     12  u8   codec: 0 raw, 1 LZ4 block, 2 zstd frame
  *     13  u8   pages, 1..16
- *     14  u16  which pages of one aligned extent these are (bit 0: the first), if they are all of its pages
- *              that are not zero; 0 otherwise
+ *     14  u16  which pages of one aligned extent these are (bit 0: the first), if they are all of
+ *              its pages that are not zero; 0 otherwise
  *     16       payload: the pages, one after the other, compressed
  *
  * The seed makes a record that is read at the wrong place a damaged one. Threads: any; a
@@ -41,7 +41,10 @@ int record_codec_init(struct record_codec *c, enum record_compression compressio
                       struct vm_error **err);
 void record_codec_finish(struct record_codec *c);
 
-/* Encode n_pages at `pages` into `out` of RECORD_MAX bytes, but for the checksum; returns the length. */
+/*
+ * Encode n_pages at `pages` into `out` of RECORD_MAX bytes, but for the checksum; returns the
+ * length.
+ */
 size_t record_encode(struct record_codec *c, const void *pages, unsigned n_pages, uint16_t mask,
                      uint8_t *out);
 /* Set the checksum, once pack and offset are known. `len` is what record_encode returned. */

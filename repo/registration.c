@@ -80,7 +80,8 @@ static int name_is_free(struct registration *r, struct vm_error **err)
     cleanup_buffer struct buffer value = {0};
     if (shard_get(r->store, shard_of(r->name), shard_name_key(r->name, key), &value, err) < 0)
         return -1;
-    return value.len ? error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name) : 0;
+    return value.len ? error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name)
+                     : 0;
 }
 
 static int pin_parent(struct registration *r, const struct image *parent, struct vm_error **err)
@@ -226,7 +227,9 @@ static int fenced(struct registration *r, struct vm_error **err)
                      r->name);
 }
 
-/* Is the epoch the one that was acknowledged? 1: yes; 0: no; -1, also if the registration is gone. */
+/*
+ * Is the epoch the one that was acknowledged? 1: yes; 0: no; -1, also if the registration is gone.
+ */
 static int epoch_is_known(struct registration *r, struct vm_error **err)
 {
     const char *const keys[] = {SHARD_EPOCH, r->key};
@@ -248,9 +251,11 @@ static int acknowledge(struct registration *r, struct vm_error **err)
     write_registration(r, &value);
     if (value.failed)
         return error_nomem(err);
-    struct shard_change c = {.shard = shard_of(r->name), .n_compares = 2,
-                       .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value)},
-                       .set = shard_pair(r->key, &value)};
+    struct shard_change c = {
+        .shard = shard_of(r->name),
+        .n_compares = 2,
+        .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value)},
+        .set = shard_pair(r->key, &value)};
     enum store_result done = shard_apply(r->store, &c, err);
     if (done != STORE_DONE)
         return done == STORE_FAILED ? -1 : 0;
@@ -293,8 +298,8 @@ static int read_back(struct registration *r, const struct buffer *value, struct 
 }
 
 /*
- * The commit's answer did not come. Remove the registration, so that a commit that is still under way
- * fails, then look: whatever is there now stays.
+ * The commit's answer did not come. Remove the registration, so that a commit that is still under
+ * way fails, then look: whatever is there now stays.
  */
 static int resolve_commit(struct registration *r, const struct buffer *value,
                           struct vm_error *cause, struct vm_error **err)
@@ -328,10 +333,13 @@ static int explain_mismatch(struct registration *r, const struct buffer *value,
 static int commit_once(struct registration *r, const struct buffer *value, struct vm_error **err)
 {
     char key[SHARD_KEY_SIZE];
-    struct shard_change c = {.shard = shard_of(r->name), .n_compares = 3, .erase = r->key,
-                       .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value),
-                                    shard_pair(shard_name_key(r->name, key), NULL)},
-                       .set = shard_pair(key, value)};
+    struct shard_change c = {.shard = shard_of(r->name),
+                             .n_compares = 3,
+                             .erase = r->key,
+                             .compares = {shard_pair(SHARD_EPOCH, &r->epoch),
+                                          shard_pair(r->key, &r->value),
+                                          shard_pair(shard_name_key(r->name, key), NULL)},
+                             .set = shard_pair(key, value)};
     struct vm_error *cause = NULL;
     if (FAULT("repo.commit") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "cannot commit image %s", r->name);

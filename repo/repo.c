@@ -302,7 +302,8 @@ struct image_file *image_session_file(struct image_session *s, const char *name,
                                       struct vm_error **err)
 {
     unsigned n = s->image.n_files;
-    if (!image_file_name_is_good(name) || image_find_file(&s->image, name) || n == IMAGE_FILES_MAX) {
+    if (!image_file_name_is_good(name) || image_find_file(&s->image, name) ||
+        n == IMAGE_FILES_MAX) {
         error_set(err, VM_ERROR_USAGE, "\"%.80s\" cannot be one more file of image %s", name,
                   s->image.name);
         return NULL;

@@ -1,20 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * repo: the repository as its users see it: open it, put images in, get them out. Everything else in this
- * folder serves these functions; docs/repository-format.md is the format on the store.
+ * repo: the repository as its users see it: open it, put images in, get them out. Everything else
+ * in this folder serves these functions; docs/repository-format.md is the format on the store.
  *
  *     struct repo *r = repo_open("dir:/var/lib/vmmig/repo", &err);
  *     image_import(r, "debian.qcow2", "debian12", &(struct import_options){0}, &report, &err);
  *     image_export(r, "debian12", NULL, "/tmp/debian.raw", NULL, &err);
  *     repo_close(r);
  *
- * Threads: any; a repository may be used by several at once. Any number of processes and hosts may have the
- * same repository open (a dir: repository: processes of one host).
+ * Threads: any; a repository may be used by several at once. Any number of processes and hosts may
+ * have the same repository open (a dir: repository: processes of one host).
  *
- * Memory of one import: at most 64 MiB, and 48 MiB per TiB of unique data in the repository for footers.
- * Of one export: 4 MiB per thread and what it read.
+ * Memory of one import: at most 64 MiB, and 48 MiB per TiB of unique data in the repository for
+ * footers. Of one export: 4 MiB per thread and what it read.
  *
- * Crash: what image_import acknowledged is there, whole; an import that did not end left nothing visible.
+ * Crash: what image_import acknowledged is there, whole; an import that did not end left nothing
+ * visible.
  */
 #ifndef VMMIG_REPO_REPO_H
 #define VMMIG_REPO_REPO_H
@@ -26,7 +27,8 @@
 struct repo;
 
 struct repo_init_options {
-    const char *data_pool; /* rados: packs go to this pool (it may be erasure coded); NULL: to that of the URL */
+    const char *data_pool; /* rados: packs go to this pool (it may be erasure coded); NULL: to that
+                              of the URL */
 };
 
 /* Make an empty repository there. CONFLICT if there is one. */
@@ -69,11 +71,12 @@ struct repo_control {
 /* ---- writing an image ---- */
 
 /*
- * For writers of any kind (import, snapshots): registers under `name`, and gives an image_writer to fill.
+ * For writers of any kind (import, snapshots): registers under `name`, and gives an image_writer to
+ * fill.
  *
  *     s = image_session_begin(r, "web1@monday", parent or NULL, &err)
- *     file = image_session_file(s, "disk0.raw", size, &err)          base: the parent's file of that name
- *     image_writer_segment, _put ... on image_session_writer(s)
+ *     file = image_session_file(s, "disk0.raw", size, &err)          base: the parent's file of
+ *     that name image_writer_segment, _put ... on image_session_writer(s)
  *     image_session_commit(s, &report, &err)
  *     image_session_end(s)       always; without a commit nothing remains visible
  */
@@ -102,9 +105,9 @@ struct import_options {
 };
 
 /*
- * The disk image at `path`, as image `name`. Holes and zeros take no space. Formats other than raw are
- * read through qemu-nbd; a file that names further files (backing, data) is REFUSED unless `format` is given:
- * a guest that wrote its header would choose what is read.
+ * The disk image at `path`, as image `name`. Holes and zeros take no space. Formats other than raw
+ * are read through qemu-nbd; a file that names further files (backing, data) is REFUSED unless
+ * `format` is given: a guest that wrote its header would choose what is read.
  */
 int image_import(struct repo *r, const char *path, const char *name,
                  const struct import_options *options, struct import_report *ret_report,
@@ -113,8 +116,9 @@ int image_import(struct repo *r, const char *path, const char *name,
 /* ---- reading ---- */
 
 /*
- * File `file` of the image (NULL: its only one, or "disk0.raw") as a raw file with holes at `path`, which must
- * not exist; or into a block device, zeros included. After a failure no file remains. As cp, it does not sync.
+ * File `file` of the image (NULL: its only one, or "disk0.raw") as a raw file with holes at `path`,
+ * which must not exist; or into a block device, zeros included. After a failure no file remains. As
+ * cp, it does not sync.
  */
 int image_export(struct repo *r, const char *name, const char *file, const char *path,
                  const struct repo_control *control, struct vm_error **err);
@@ -139,11 +143,13 @@ struct image_show {
     size_t n_sharers;
 };
 /* Reads the recipes of all images. */
-int image_show(struct repo *r, const char *name, struct image_show *ret_show, struct vm_error **err);
+int image_show(struct repo *r, const char *name, struct image_show *ret_show,
+               struct vm_error **err);
 
 /*
- * Call visit for each stretch in which file by file of that name a and b differ, in order; a file that only one has
- * differs as a whole from zeros. Content is compared by identity, no data is read.
+ * Call visit for each stretch in which file by file of that name a and b differ, in order; a file
+ * that only one has differs as a whole from zeros. Content is compared by identity, no data is
+ * read.
  */
 struct image_difference {
     const char *file;

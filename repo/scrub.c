@@ -109,7 +109,8 @@ static int check_record(struct pack_check *c, const struct footer *f, uint32_t n
     bool same = n == r->n_pages;
     for (unsigned i = 0; same && i < n; i++) {
         struct page_id id;
-        if (page_hasher_hash(&c->hasher, c->pages + (size_t)i * PAGE_BYTES, PAGE_BYTES, &id, err) < 0)
+        if (page_hasher_hash(&c->hasher, c->pages + (size_t)i * PAGE_BYTES, PAGE_BYTES, &id, err) <
+            0)
             return -1;
         same = page_id_equal(&id, &f->ids[r->first_page + i]);
     }
@@ -282,7 +283,8 @@ static int visit_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret
     return progress_add(&s->progress, 0, UINT64_MAX, err);
 }
 
-static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error *problem, void *arg)
+static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error *problem,
+                             void *arg)
 {
     (void)ref;
     report_damage(arg, error_message(problem));
@@ -300,7 +302,8 @@ static int scrub_image(const struct image *image, void *arg, struct vm_error **e
     bool touched = false;
     for (unsigned i = 0; i < image->n_files; i++) {
         bool damaged;
-        if (recipe_walk_file(w->walk, &image->files[i].root, image->files[i].size, &damaged, err) < 0)
+        if (recipe_walk_file(w->walk, &image->files[i].root, image->files[i].size, &damaged, err) <
+            0)
             return -1;
         touched |= damaged;
     }

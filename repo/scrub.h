@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * scrub: reads everything again, and says what is damaged and which images that touches; and the index, made
- * anew from what the packs and trees hold.
+ * scrub: reads everything again, and says what is damaged and which images that touches; and the
+ * index, made anew from what the packs and trees hold.
  *
- * A scrub reads every pack whole and compares every record's checksum and every page's SHA-256; then it walks the
- * recipes of all images and compares every page they name with the footer of its pack. Images that come, and packs
- * that go, while it runs are no damage.
+ * A scrub reads every pack whole and compares every record's checksum and every page's SHA-256;
+ * then it walks the recipes of all images and compares every page they name with the footer of its
+ * pack. Images that come, and packs that go, while it runs are no damage.
  *
- * Threads: packs are read by as many threads as there are processors. Memory: one pack per thread, 32 MiB of
- * footers, 8 MiB per TiB of distinct content.
+ * Threads: packs are read by as many threads as there are processors. Memory: one pack per thread,
+ * 32 MiB of footers, 8 MiB per TiB of distinct content.
  */
 #ifndef VMMIG_REPO_SCRUB_H
 #define VMMIG_REPO_SCRUB_H
@@ -39,8 +39,8 @@ struct rebuild_report {
     uint64_t unreadable;     /* packs without a good footer; scrub names them */
 };
 /*
- * Enter what packs and recipes hold into the index, also into shards that were lost. Writers may be at
- * work meanwhile.
+ * Enter what packs and recipes hold into the index, also into shards that were lost. Writers may be
+ * at work meanwhile.
  */
 int repo_rebuild_index(struct repo *r, const struct repo_control *control,
                        struct rebuild_report *ret_report, struct vm_error **err);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What an image stores, and with whom it shares: its records as a set, then the leaves of every other image against
- * that set. The set is bounded: of a large image only those records are kept whose hash ends in k zero bits, and sizes
- * are scaled by 2^k.
+ * What an image stores, and with whom it shares: its records as a set, then the leaves of every
+ * other image against that set. The set is bounded: of a large image only those records are kept
+ * whose hash ends in k zero bits, and sizes are scaled by 2^k.
  */
 #include "repo/repo.h"
 

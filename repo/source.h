@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * source: the bytes of a disk image that is to be imported: a raw file or block device, or any format of
- * QEMU's, read through a qemu-nbd of our own.
+ * source: the bytes of a disk image that is to be imported: a raw file or block device, or any
+ * format of QEMU's, read through a qemu-nbd of our own.
  *
  * Threads: one. Memory: none to speak of.
  */
@@ -27,8 +27,8 @@ DEFINE_CLEANUP(source, struct source *, source_close)
 uint64_t source_size(const struct source *s);
 
 /*
- * The extent at `offset` (which is less than the size): *ret_len bytes from there on are zero, or are not
- * known to be. At least 1, at most the rest.
+ * The extent at `offset` (which is less than the size): *ret_len bytes from there on are zero, or
+ * are not known to be. At least 1, at most the rest.
  */
 int source_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
                   struct vm_error **err);

@@ -21,8 +21,8 @@ struct source {
 struct source *source_raw_open(const char *path, struct vm_error **err);
 struct source *source_nbd_open(const char *path, const char *format, struct vm_error **err);
 /*
- * The format of the file by qemu-img, with the checks of repo.h's image_import; *ret_format is the caller's.
- * `format`: what the user said, or NULL.
+ * The format of the file by qemu-img, with the checks of repo.h's image_import; *ret_format is the
+ * caller's. `format`: what the user said, or NULL.
  */
 int source_probe(const char *path, const char *format, char **ret_format, struct vm_error **err);
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with us serves them,
- * read-only, over a socket that libnbd hands it.
+ * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with us
+ * serves them, read-only, over a socket that libnbd hands it.
  */
 #include "repo/source_driver.h"
 
@@ -60,7 +60,10 @@ static const char *last_line(char *text)
     return at ? at + 1 : text;
 }
 
-/* Run `qemu-img VERB --output=json -U [EXTRA] [-f FORMAT] -- PATH`; its exit status, -1 with an error. */
+/*
+ * Run `qemu-img VERB --output=json -U [EXTRA] [-f FORMAT] -- PATH`; its exit status, -1 with an
+ * error.
+ */
 static int run_tool(const char *verb, const char *extra, const char *path, const char *format,
                     struct buffer *out, struct vm_error **err)
 {

@@ -244,8 +244,8 @@ enum store_result store_read(struct store *s, enum store_area area, const char *
     return result;
 }
 
-enum store_result store_read_all(struct store *s, enum store_area area, const char *name, size_t max,
-                                 struct buffer *out, struct vm_error **err)
+enum store_result store_read_all(struct store *s, enum store_area area, const char *name,
+                                 size_t max, struct buffer *out, struct vm_error **err)
 {
     struct store_op size = {.kind = STORE_SIZE, .area = area, .name = name};
     if (run_one(s, &size, err) != STORE_DONE)

@@ -9,8 +9,8 @@
  *     STORE_BLOB   whole objects, never or rarely changed; on Ceph in the replicated pool
  *     STORE_MAP    maps from text keys to byte strings; on Ceph the omap of objects in that pool
  *
- * Names of blobs and maps are disjoint by convention (repo/names.h). Values are never empty, so that
- * a missing key and an empty value are the same thing, as in Ceph's comparison.
+ * Names of blobs and maps are disjoint by convention (repo/names.h). Values are never empty, so
+ * that a missing key and an empty value are the same thing, as in Ceph's comparison.
  *
  * Calling sequence
  *
@@ -27,16 +27,16 @@
  * the error of the first that did; the results of the others are valid. A failed STORE_CREATE,
  * REPLACE, REMOVE or UPDATE may have happened: the caller reads back what matters.
  *
- * Durability. When store_run returns, what it created, replaced, removed and updated survives a crash
- * of any client and, as far as the disks keep fsync's promise, of the host. Each operation is
+ * Durability. When store_run returns, what it created, replaced, removed and updated survives a
+ * crash of any client and, as far as the disks keep fsync's promise, of the host. Each operation is
  * atomic: readers and crashes see the whole of it or nothing.
  *
  * Errors. NO_SPACE on a full disk, pool or quota: writes fail at once instead of waiting, removals
  * still work. DENIED without the rights, UNREACHABLE or TIMEOUT when the cluster does not answer.
  *
- * Limits, checked: names 64 bytes, keys 255 bytes without control characters, values 64 KiB, objects
- * 64 MiB, STORE_KEYS_MAX keys in one operation. Memory: the caller's buffers, what GET and SCAN return, and
- * for rados at most 64 operations in flight per call.
+ * Limits, checked: names 64 bytes, keys 255 bytes without control characters, values 64 KiB,
+ * objects 64 MiB, STORE_KEYS_MAX keys in one operation. Memory: the caller's buffers, what GET and
+ * SCAN return, and for rados at most 64 operations in flight per call.
  *
  * Threads: any number may use one store at the same time. After fork only exec is allowed.
  */
@@ -73,8 +73,8 @@ enum store_op_kind {
     STORE_SIZE,    /* PACK, BLOB: the size in bytes; MISSING */
     STORE_REMOVE,  /* any area: MISSING if it is not there (any more) */
     STORE_GET,     /* MAP: the values of given keys; MISSING if the object is */
-    STORE_SCAN,    /* MAP: keys in byte order behind a key, with a prefix; MISSING if the object is */
-    STORE_UPDATE,  /* MAP: compare, then set and erase, all or nothing */
+    STORE_SCAN, /* MAP: keys in byte order behind a key, with a prefix; MISSING if the object is */
+    STORE_UPDATE, /* MAP: compare, then set and erase, all or nothing */
 };
 
 /* UPDATE on a map that does not exist: */
@@ -109,7 +109,10 @@ struct store_op {
     struct store_pair *pairs;
     size_t n_pairs;
 
-    /* SCAN: after (NULL: from the start), prefix (NULL: any), at most `max` (<= STORE_KEYS_MAX) pairs. */
+    /*
+     * SCAN: after (NULL: from the start), prefix (NULL: any), at most `max` (<= STORE_KEYS_MAX)
+     * pairs.
+     */
     const char *after;
     const char *prefix;
     size_t max;
@@ -148,8 +151,8 @@ int store_run(struct store *s, struct store_op *ops, size_t n, struct vm_error *
 void store_ops_finish(struct store_op *ops, size_t n);
 
 /*
- * Call visit for every object of the area whose name begins with prefix, in no order; objects that come
- * or go meanwhile may be left out or named. visit returns 0 to go on, -1 (with *err) to end.
+ * Call visit for every object of the area whose name begins with prefix, in no order; objects that
+ * come or go meanwhile may be left out or named. visit returns 0 to go on, -1 (with *err) to end.
  */
 typedef int store_list_fn(const char *name, void *arg, struct vm_error **err);
 int store_list(struct store *s, enum store_area area, const char *prefix, store_list_fn *visit,
@@ -181,8 +184,8 @@ enum store_result store_read(struct store *s, enum store_area area, const char *
                              uint64_t offset, void *out, size_t len, size_t *ret_len,
                              struct vm_error **err);
 /* The whole object, at most max bytes (more is CORRUPT), appended to *out. */
-enum store_result store_read_all(struct store *s, enum store_area area, const char *name, size_t max,
-                                 struct buffer *out, struct vm_error **err);
+enum store_result store_read_all(struct store *s, enum store_area area, const char *name,
+                                 size_t max, struct buffer *out, struct vm_error **err);
 /* Append the value of one key to *out; nothing if there is no such key. */
 enum store_result store_get(struct store *s, const char *name, const char *key, struct buffer *out,
                             struct vm_error **err);

@@ -4,11 +4,12 @@
  *
  *     packs/XX/NAME   one file per pack; XX spreads them over 256 folders by a hash of the name
  *     blobs/XX/NAME   likewise
- *     maps/           the LMDB environment; its keys are MAP NUL KEY, and MAP NUL for the map itself
+ *     maps/           the LMDB environment; its keys are MAP NUL KEY, and MAP NUL for the map
+ *                     itself
  *     ballast         space set aside
  *
- * A file is written under no name (O_TMPFILE), synced, and linked to its name, so that a crash leaves
- * nothing behind and nobody sees a part of it.
+ * A file is written under no name (O_TMPFILE), synced, and linked to its name, so that a crash
+ * leaves nothing behind and nobody sees a part of it.
  */
 #include "repo/store_driver.h"
 #include "repo/store_dir_env.h"

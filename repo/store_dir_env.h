@@ -17,7 +17,9 @@ struct dir_env;
 struct dir_env *dir_env_acquire(const char *folder, struct vm_error **err);
 void dir_env_release(struct dir_env *env);
 
-/* Run those operations that are_changes says are (UPDATE and REMOVE of maps), all durably or none. */
+/*
+ * Run those operations that are_changes says are (UPDATE and REMOVE of maps), all durably or none.
+ */
 int dir_env_change(struct dir_env *env, struct store_op *ops, size_t n,
                    bool (*are_changes)(const struct store_op *op), struct vm_error **err);
 /* Run the GET and SCAN operations among ops, all against the same state. */

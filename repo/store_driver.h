@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * store_driver: what a driver of repo/store.h implements. Every function is required; each means what the
- * function of its name in store.h says. Arguments were checked against the limits there.
+ * store_driver: what a driver of repo/store.h implements. Every function is required; each means
+ * what the function of its name in store.h says. Arguments were checked against the limits there.
  */
 #ifndef VMMIG_REPO_STORE_DRIVER_H
 #define VMMIG_REPO_STORE_DRIVER_H
@@ -29,8 +29,8 @@ struct store *store_dir_open(const struct repo_url *url, int flags, struct vm_er
 struct store *store_rados_open(const struct repo_url *url, int flags, struct vm_error **err);
 
 /*
- * Fill in op->pairs (GET) or op->ret_pairs (SCAN). The driver calls store_answer_pair for each pair it
- * found, in any order for GET, in order of keys for SCAN, then store_answer_done.
+ * Fill in op->pairs (GET) or op->ret_pairs (SCAN). The driver calls store_answer_pair for each pair
+ * it found, in any order for GET, in order of keys for SCAN, then store_answer_done.
  */
 int store_answer_pair(struct store_op *op, const char *key, size_t key_len, const void *value,
                       size_t len, struct vm_error **err);

@@ -47,7 +47,8 @@ static struct store_fault *fault_of(struct store *s)
 
 static void point_of(const struct store_op *op, char out[POINT_MAX])
 {
-    snprintf(out, POINT_MAX, "%s.%.*s", kind_names[op->kind], (int)strcspn(op->name, "."), op->name);
+    snprintf(out, POINT_MAX, "%s.%.*s", kind_names[op->kind], (int)strcspn(op->name, "."),
+             op->name);
 }
 
 static bool point_matches(const char *armed, const char *point)

@@ -1,13 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * store_fault: a store in front of another one that fails as a test tells it to. Only tests link it.
+ * store_fault: a store in front of another one that fails as a test tells it to. Only tests link
+ * it.
  *
  *     struct store *s = store_fault_create(inner, &err);
  *     store_fault_arm(s, "create.pack=error:ENOSPC@3, update.cat=unknown", &err);
  *
- * A point is KIND.CLASS: the kind of the operation (create, replace, read, size, remove, get, scan, update)
- * and the name of the object up to its first dot; CLASS `any` means every object. An armed point acts at
- * its Nth passage (`@N`, default 1, `@*` always):
+ * A point is KIND.CLASS: the kind of the operation (create, replace, read, size, remove, get, scan,
+ * update) and the name of the object up to its first dot; CLASS `any` means every object. An armed
+ * point acts at its Nth passage (`@N`, default 1, `@*` always):
  *
  *     error[:ERRNO]  the operation fails and did not happen (ERRNO by name or number; default EIO)
  *     unknown        the operation happens and fails: the caller cannot tell (ETIMEDOUT)

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tree: nodes of recipes on the store. Many nodes share one object ("a tree"), which is created once and
- * never changed:
+ * tree: nodes of recipes on the store. Many nodes share one object ("a tree"), which is created
+ * once and never changed:
  *
  *      0  8   "VMMIGTR1"
  *      8  u64 the tree's number
  *     16  16  the repository's UUID
  *     32      nodes (repo/recipe.h), one after the other
  *
- * tree_writer gathers nodes into trees of about 2 MiB. file_tree is the recipe of one file in memory: its
- * inner nodes, loaded as far as they are needed (6 KiB per GiB), changed in place, written once.
+ * tree_writer gathers nodes into trees of about 2 MiB. file_tree is the recipe of one file in
+ * memory: its inner nodes, loaded as far as they are needed (6 KiB per GiB), changed in place,
+ * written once.
  *
  * Threads: a tree_writer and a file_tree belong to one thread; tree_read_node is for any.
  */
@@ -36,8 +37,8 @@ int tree_header_check(const uint8_t header[TREE_HEADER], uint64_t tree,
 struct tree_writer;
 
 /*
- * `writer` is the writer's number, with which the trees' numbers begin. Nothing that lies in a tree of
- * *condemned is shared; what is shared is added to *shared. Both outlive the tree_writer.
+ * `writer` is the writer's number, with which the trees' numbers begin. Nothing that lies in a tree
+ * of *condemned is shared; what is shared is added to *shared. Both outlive the tree_writer.
  */
 struct tree_writer *tree_writer_create(struct store *s, struct index *index,
                                        const struct uuid *repository, uint64_t writer,
@@ -46,8 +47,8 @@ struct tree_writer *tree_writer_create(struct store *s, struct index *index,
 void tree_writer_destroy(struct tree_writer *tw);
 DEFINE_CLEANUP(tree_writer, struct tree_writer *, tree_writer_destroy)
 /*
- * Store a node, or, if may_exist says that another version may have the same one, find it by the index and
- * share it. Stored nodes are durable after tree_writer_finish.
+ * Store a node, or, if may_exist says that another version may have the same one, find it by the
+ * index and share it. Stored nodes are durable after tree_writer_finish.
  */
 int tree_writer_add(struct tree_writer *tw, const void *node, size_t len, bool may_exist,
                     struct recipe_ref *ret_ref, struct vm_error **err);

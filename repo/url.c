@@ -67,11 +67,13 @@ static int parse_parameter(struct repo_url *url, const char *p, size_t n, struct
         skip = strlen(id);
     }
     if (!field)
-        return error_set(err, VM_ERROR_USAGE,
-                         "\"%.*s\" is no parameter of a rados: repository; conf=FILE and id=USER are",
-                         (int)n, p);
+        return error_set(
+            err, VM_ERROR_USAGE,
+            "\"%.*s\" is no parameter of a rados: repository; conf=FILE and id=USER are", (int)n,
+            p);
     if (*field)
-        return error_set(err, VM_ERROR_USAGE, "parameter \"%.*s\" is given twice", (int)skip - 1, p);
+        return error_set(err, VM_ERROR_USAGE, "parameter \"%.*s\" is given twice", (int)skip - 1,
+                         p);
     *field = decode(p + skip, n - skip, err);
     return *field ? 0 : -1;
 }

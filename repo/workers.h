@@ -2,8 +2,8 @@
 /*
  * workers: threads that hash, compress and decompress, and the first failure of a group of threads.
  *
- * A job runs once, in any worker, in no order; it gets the worker's own hasher, codec and scratch memory.
- * A job does not wait for another job. Threads: any may submit.
+ * A job runs once, in any worker, in no order; it gets the worker's own hasher, codec and scratch
+ * memory. A job does not wait for another job. Threads: any may submit.
  */
 #ifndef VMMIG_REPO_WORKERS_H
 #define VMMIG_REPO_WORKERS_H

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Fuzzer of repo/pack and repo/record: arbitrary bytes as the end of a pack, and as a record. Checksums are made right
- * first, so that what is behind them is reached. Asserted: what is accepted keeps to the bounds that the header
- * promises, and is written again as the same bytes.
+ * Fuzzer of repo/pack and repo/record: arbitrary bytes as the end of a pack, and as a record.
+ * Checksums are made right first, so that what is behind them is reached. Asserted: what is
+ * accepted keeps to the bounds that the header promises, and is written again as the same bytes.
  */
 #include "repo/pack.h"
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Fuzzer of repo/recipe and repo/image: arbitrary bytes as nodes and as an entry of the catalogue. Asserted: what is
- * accepted keeps to the bounds, and comes back when it is written and read again.
+ * Fuzzer of repo/recipe and repo/image: arbitrary bytes as nodes and as an entry of the catalogue.
+ * Asserted: what is accepted keeps to the bounds, and comes back when it is written and read again.
  */
 #include "repo/image.h"
 #include "repo/pack.h"

@@ -8,7 +8,9 @@
 
 enum { MIB = 1 << 20 };
 
-/* Pages as they are on a disk: some zero, most compressible, some not; all different, from a seed. */
+/*
+ * Pages as they are on a disk: some zero, most compressible, some not; all different, from a seed.
+ */
 static inline void make_content(uint8_t *to, size_t bytes, uint64_t seed)
 {
     for (size_t i = 0; i * PAGE_BYTES < bytes; i++) {

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * repo_tool: the functions of repo/repo.h as commands, for the system tests. One JSON object per line on standard
- * output; errors as "KIND: message" on standard error, with the kind's exit status.
+ * repo_tool: the functions of repo/repo.h as commands, for the system tests. One JSON object per
+ * line on standard output; errors as "KIND: message" on standard error, with the kind's exit
+ * status.
  *
- *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS] | scrub | rebuild-index
- *     repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show NAME | delete NAME | diff A B
+ *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS] | scrub |
+ *     rebuild-index repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show
+ *     NAME | delete NAME | diff A B
  */
 #include "repo/collect.h"
 #include "repo/repo.h"
@@ -37,8 +39,8 @@ static int diff_one(const struct image_difference *d, void *arg, struct vm_error
 {
     (void)arg;
     (void)err;
-    printf("{\"file\": \"%s\", \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}\n", d->file, d->offset,
-           d->len);
+    printf("{\"file\": \"%s\", \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}\n", d->file,
+           d->offset, d->len);
     return 0;
 }
 
@@ -73,10 +75,10 @@ static int run_import(struct repo *r, int argc, char **argv, struct vm_error **e
     if (image_import(r, argv[3], argv[4], &o, &report, err) < 0)
         return -1;
     const struct image_writer_stat *w = &report.written;
-    printf("{\"size\": %" PRIu64 ", \"zero\": %" PRIu64 ", \"shared\": %" PRIu64 ", \"new\": %" PRIu64
-           ", \"again\": %" PRIu64 ", \"stored\": %" PRIu64 ", \"footers\": %" PRIu64
-           ", \"lookups\": %" PRIu64 ", \"hits\": %" PRIu64 ", \"nodes\": %" PRIu64
-           ", \"nodes_shared\": %" PRIu64,
+    printf("{\"size\": %" PRIu64 ", \"zero\": %" PRIu64 ", \"shared\": %" PRIu64
+           ", \"new\": %" PRIu64 ", \"again\": %" PRIu64 ", \"stored\": %" PRIu64
+           ", \"footers\": %" PRIu64 ", \"lookups\": %" PRIu64 ", \"hits\": %" PRIu64
+           ", \"nodes\": %" PRIu64 ", \"nodes_shared\": %" PRIu64,
            report.size, w->pages_zero, w->pages_shared, w->pages_new, w->pages_again,
            w->bytes_stored, w->footers_loaded, w->index_lookups, w->index_hits, w->nodes,
            w->nodes_shared);
@@ -121,8 +123,8 @@ static int run_stat(struct repo *r, struct vm_error **err)
     printf("{\"uuid\": \"%s\", \"images\": %" PRIu64 ", \"image_bytes\": %" PRIu64
            ", \"packs\": %" PRIu64 ", \"pack_bytes\": %" PRIu64 ", \"trees\": %" PRIu64
            ", \"tree_bytes\": %" PRIu64 ", \"shards\": %u, \"keys\": %" PRIu64 "}\n",
-           uuid_text(&s.uuid), s.images, s.image_bytes, s.packs, s.pack_bytes, s.trees, s.tree_bytes,
-           s.index.shards, s.index.keys);
+           uuid_text(&s.uuid), s.images, s.image_bytes, s.packs, s.pack_bytes, s.trees,
+           s.tree_bytes, s.index.shards, s.index.keys);
     return 0;
 }
 
@@ -133,8 +135,8 @@ static int run_collect(struct repo *r, int argc, char **argv, struct vm_error **
     o.fence_after_ns = argc > 3 ? atol(argv[3]) * NSEC_PER_MSEC : 0;
     if (repo_collect(r, &o, &report, err) < 0)
         return -1;
-    printf("{\"adopted\": %s, \"condemned\": %" PRIu64 ", \"packs\": %" PRIu64 ", \"trees\": %" PRIu64
-           ", \"bytes\": %" PRIu64 ", \"fenced\": %" PRIu64 "}\n",
+    printf("{\"adopted\": %s, \"condemned\": %" PRIu64 ", \"packs\": %" PRIu64
+           ", \"trees\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"fenced\": %" PRIu64 "}\n",
            report.adopted ? "true" : "false", report.condemned, report.packs, report.trees,
            report.bytes, report.writers_fenced);
     return 0;

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Collection beside writers, readers and other collectors. What the protocol must survive is brought about by
- * a hook that runs something between two operations of the collector, or by threads that wait for each other's
- * steps on the store.
+ * Collection beside writers, readers and other collectors. What the protocol must survive is
+ * brought about by a hook that runs something between two operations of the collector, or by
+ * threads that wait for each other's steps on the store.
  */
 #include "tests/unit/repo/repo_images.h"
 #include "repo/collect.h"
@@ -151,7 +151,8 @@ static void a_lease_holds_what_is_deleted(void **state)
     delete_image("a");
     assert_int_equal(collect().condemned, 0);
     CLEANUP(file_reader)
-    struct file_reader *f = file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
+    struct file_reader *f =
+        file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
     assert_int_equal(file_reader_read(f, 0, got, SIZE, &err), 0);
     assert_memory_equal(got, content, SIZE);
     catalogue_lease_drop(repo_store(repo), &lease, &err);
@@ -259,7 +260,10 @@ static void wait_raised(void)
     }
 }
 
-/* Pages of a deleted image, shared before they are condemned: the writer rescues them at its commit. */
+/*
+ * Pages of a deleted image, shared before they are condemned: the writer rescues them at its
+ * commit.
+ */
 static void what_a_writer_shares_is_rescued(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -295,7 +299,8 @@ static void an_idle_writer_answers_in_time(void **state)
     put(s, f, 0, content);
     wait_pages(s, MIB / PAGE_BYTES);
     pthread_create(&collector.thread, NULL, run_collector, &collector);
-    pthread_join(collector.thread, NULL); /* without fencing it, in less than the minute that takes */
+    pthread_join(collector.thread,
+                 NULL); /* without fencing it, in less than the minute that takes */
     assert_int_equal(collector.report.writers_fenced, 0);
     for (unsigned i = 0; i < 6; i++)
         put(s, f, i, content);
@@ -347,7 +352,10 @@ static void a_deleted_parent_stays_while_its_child_is_written(void **state)
     assert_image("tuesday", content);
 }
 
-/* Runs before the nth operation of the kind on an object of that name, and with that prefix of keys. */
+/*
+ * Runs before the nth operation of the kind on an object of that name, and with that prefix of
+ * keys.
+ */
 struct between {
     const char *name;
     enum store_op_kind kind;
@@ -529,7 +537,8 @@ static void a_list_that_is_swept_while_it_is_made_is_made_again(void **state)
 {
     /* Before its entries are written, and before it is published. */
     for (unsigned nth = 2; nth <= 3; nth++) {
-        struct between b = {nth == 2 ? "condemned." : "repository", STORE_UPDATE, sweep_now, NULL, 2};
+        struct between b = {nth == 2 ? "condemned." : "repository", STORE_UPDATE, sweep_now, NULL,
+                            2};
         store_image("a", content);
         store_image("b", content + SIZE);
         delete_image("a");

@@ -120,7 +120,8 @@ static unsigned registrations(void)
     for (unsigned i = 0; i < CATALOGUE_SHARDS; i++) {
         char name[16];
         snprintf(name, sizeof(name), "cat.%02x", i);
-        assert_int_equal(store_scan(repo_store(repo), name, "w:", count_pair, &n, NULL), STORE_DONE);
+        assert_int_equal(store_scan(repo_store(repo), name, "w:", count_pair, &n, NULL),
+                         STORE_DONE);
     }
     return n;
 }
@@ -498,7 +499,9 @@ static void damage_is_named_and_never_returned(void **state)
         damage(cases[i].area, cases[i].prefix, cases[i].how, cases[i].at);
         assert_int_equal(read_image("a", out, size, &err), -1);
         assert_non_null(strstr(error_message(err), cases[i].says));
-        /* The index still names what is lost: storing the same content again does not rely on it. */
+        /*
+         * The index still names what is lost: storing the same content again does not rely on it.
+         */
         if (cases[i].how != FLIP) {
             store_image("again", NULL, content, size);
             assert_image("again", content, size);

@@ -68,7 +68,8 @@ static void a_range_is_read_up_to_the_end(void **state)
 static void replace_changes_the_whole(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
-    assert_int_equal(store_replace(s, STORE_BLOB, "forward.1", "a long text", 11, &err), STORE_DONE);
+    assert_int_equal(store_replace(s, STORE_BLOB, "forward.1", "a long text", 11, &err),
+                     STORE_DONE);
     assert_int_equal(store_replace(s, STORE_BLOB, "forward.1", "short", 5, &err), STORE_DONE);
     assert_ok(err);
     assert_content(STORE_BLOB, "forward.1", "short");

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the dir driver promises about crashes hangs on the order of three calls: content synced, then named, then the
- * folder synced. They are wrapped here (-Wl,--wrap) and noted.
+ * What the dir driver promises about crashes hangs on the order of three calls: content synced,
+ * then named, then the folder synced. They are wrapped here (-Wl,--wrap) and noted.
  */
 #include "tests/unit/repo/repo_test.h"
 
