@@ -6,15 +6,22 @@
 enum {
     HITS_MAX = 4, /* places of one page that are considered */
     KEYS_MAX = DEDUP_BATCH * (SEGMENT_PAGES + SEGMENT_EXTENTS),
-    TALLY_SIZE = 1024,
+    TALLY_SIZE = 2 * SEGMENT_PAGES * HITS_MAX,
 };
 
 /* How many pages of a segment lie in one record. */
 struct tally {
     struct cached_footer *footer; /* NULL: free */
     uint32_t record;
-    unsigned pages;
+    unsigned pages; /* chosen to be read there */
+    unsigned reach; /* without a choice yet, that could be */
     bool dropped;
+};
+
+/* Where a page could be read; n is 0 once one was chosen. */
+struct places {
+    unsigned n;
+    struct footer_hit hits[HITS_MAX];
 };
 
 struct candidate {
@@ -30,6 +37,7 @@ struct dedup {
     struct candidate candidates[KEYS_MAX];
     size_t n_candidates;
     struct tally tally[TALLY_SIZE];
+    struct places places[SEGMENT_PAGES];
 };
 
 struct dedup *dedup_create(struct index *index, struct footer_cache *cache, struct vm_error **err)
@@ -105,8 +113,7 @@ int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error 
 static void find_in_cache(struct dedup *d, struct segment *s)
 {
     for (unsigned i = 0; i < SEGMENT_PAGES; i++)
-        if (s->state[i] == PAGE_UNKNOWN &&
-            footer_cache_find(d->cache, &s->ids[i], &s->hits[i], 1))
+        if (s->state[i] == PAGE_UNKNOWN && footer_cache_find(d->cache, &s->ids[i], &s->hits[i], 1))
             s->state[i] = PAGE_KNOWN;
 }
 
@@ -213,39 +220,77 @@ static struct tally *tally_of(struct dedup *d, const struct footer_hit *hit)
     return &d->tally[i];
 }
 
-/* Pages with one place first; the others then go where most of the segment is, or to the newest. */
-static void choose_places(struct dedup *d, struct segment *s)
+static void choose(struct dedup *d, struct segment *s, unsigned i, const struct footer_hit *hit)
 {
-    bool several[SEGMENT_PAGES] = {false};
+    s->hits[i] = *hit;
+    d->places[i].n = 0;
+    tally_of(d, hit)->pages++;
+}
+
+/* All places of the segment's pages; those with one only are chosen at once. */
+static void find_places(struct dedup *d, struct segment *s)
+{
     memset(d->tally, 0, sizeof(d->tally));
     for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
-        struct footer_hit hits[2];
+        struct places *p = &d->places[i];
+        p->n = 0;
         if (s->state[i] != PAGE_KNOWN && s->state[i] != PAGE_UNKNOWN)
             continue;
-        unsigned n = footer_cache_find(d->cache, &s->ids[i], hits, 2);
-        s->state[i] = n ? PAGE_KNOWN : PAGE_UNKNOWN;
-        several[i] = n > 1;
-        if (n == 1) {
-            s->hits[i] = hits[0];
-            tally_of(d, &hits[0])->pages++;
-        }
+        p->n = footer_cache_find(d->cache, &s->ids[i], p->hits, HITS_MAX);
+        s->state[i] = p->n ? PAGE_KNOWN : PAGE_UNKNOWN;
+        if (p->n == 1)
+            choose(d, s, i, &p->hits[0]);
     }
+}
+
+/* Pages that have a place in a record that is needed anyway go there. */
+static void use_chosen_records(struct dedup *d, struct segment *s)
+{
     for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
-        struct footer_hit hits[HITS_MAX];
-        if (!several[i])
-            continue;
-        unsigned n = footer_cache_find(d->cache, &s->ids[i], hits, HITS_MAX), best = 0;
-        struct tally *in = NULL;
-        for (unsigned j = 0; j < n; j++) {
-            struct tally *t = tally_of(d, &hits[j]);
-            if (!in || t->pages > in->pages ||
-                (t->pages == in->pages && t->footer->footer.pack > in->footer->footer.pack)) {
-                best = j;
-                in = t;
+        const struct footer_hit *best = NULL;
+        unsigned most = 0;
+        for (unsigned j = 0; j < d->places[i].n; j++) {
+            unsigned pages = tally_of(d, &d->places[i].hits[j])->pages;
+            if (pages > most) {
+                most = pages;
+                best = &d->places[i].hits[j];
             }
         }
-        s->hits[i] = hits[best];
-        in->pages++;
+        if (best)
+            choose(d, s, i, best);
+    }
+}
+
+/* The record in which most of the pages without a choice have a place; the newest of several. */
+static struct tally *next_record(struct dedup *d)
+{
+    struct tally *best = NULL;
+    for (size_t i = 0; i < TALLY_SIZE; i++)
+        d->tally[i].reach = 0;
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++)
+        for (unsigned j = 0; j < d->places[i].n; j++)
+            tally_of(d, &d->places[i].hits[j])->reach++;
+    for (size_t i = 0; i < TALLY_SIZE; i++) {
+        struct tally *t = &d->tally[i];
+        if (t->reach && (!best || t->reach > best->reach ||
+                         (t->reach == best->reach &&
+                          t->footer->footer.pack > best->footer->footer.pack)))
+            best = t;
+    }
+    return best;
+}
+
+/* The fewest records that hold the segment's known pages, found greedily. */
+static void choose_places(struct dedup *d, struct segment *s)
+{
+    struct tally *t;
+    find_places(d, s);
+    use_chosen_records(d, s);
+    while ((t = next_record(d))) {
+        for (unsigned i = 0; i < SEGMENT_PAGES; i++)
+            for (unsigned j = 0; j < d->places[i].n; j++)
+                if (tally_of(d, &d->places[i].hits[j]) == t)
+                    choose(d, s, i, &d->places[i].hits[j]);
     }
 }
 
