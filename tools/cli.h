@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * cli: the commands of `vmmig` as rows of a table. From a row come the parser, the help and the
- * manual page; tests/unit/tools compares them.
+ * cli: the commands of `vmmig` as rows of tables, one table and one file (tools/cli_FAMILY.c) per
+ * family. From a row come the parser, the help and the manual page; tests/unit/tools compares them.
  *
  * Output contract. Without --json: what a person reads on standard output; errors as one line
  * "vmmig: ..." on standard error. With --json: exactly one object on standard output, also for an
@@ -50,8 +50,22 @@ struct cli_command {
     int (*run)(const struct cli *c, struct vm_error **err);
 };
 
-/* Ended by a row without a name. */
-extern const struct cli_command cli_commands[];
+/* What a JSON object of these commands is made of, for the manual; tests compare it. */
+struct cli_object {
+    const char *of, *fields;
+};
+
+/* Commands that belong together: a file of tools/, a block of the help, a chapter of the manual. */
+struct cli_family {
+    const char *title;
+    const struct cli_command *commands; /* ended by a row without a name */
+    const struct cli_object *objects;   /* ended by a row without `of`; may be NULL */
+};
+
+extern const struct cli_family cli_family_vm, cli_family_pki;
+/* In the order of the help, ended by NULL. A new family is declared above and listed in
+ * tools/cli_commands.c. */
+extern const struct cli_family *const cli_families[];
 /* --json, --socket, --help: what every command takes. */
 extern const struct option cli_common_options[];
 

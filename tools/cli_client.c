@@ -142,3 +142,15 @@ const char *cli_client_software(const struct cli_client *c)
 {
     return c->welcome.welcome->software;
 }
+
+int cli_ask(const char *socket_path, unsigned type, const ProtobufCMessage *request, unsigned want,
+            struct control_message *ret_answer, struct vm_error **err)
+{
+    CLEANUP(cli_client) struct cli_client *c = cli_client_open(socket_path, err);
+    return c ? cli_client_call(c, type, request, want, ret_answer, err) : -1;
+}
+
+char *cli_word(const char *text)
+{
+    return (char *)(uintptr_t)text;
+}

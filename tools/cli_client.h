@@ -40,6 +40,11 @@ int cli_client_receive(struct cli_client *c, unsigned want, int64_t deadline_ns,
 /* Send and receive. Requests that the agent answers late (a VM that boots) are waited for. */
 int cli_client_call(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
                     unsigned want, struct control_message *ret_answer, struct vm_error **err);
+/* The whole at once: connect to that socket, send, receive one answer of type `want`. */
+int cli_ask(const char *socket_path, unsigned type, const ProtobufCMessage *request, unsigned want,
+            struct control_message *ret_answer, struct vm_error **err);
+/* protobuf-c's strings are not const, though packing does not change them. */
+char *cli_word(const char *text);
 /* What the agent said when it greeted. */
 const char *cli_client_software(const struct cli_client *c);
 

@@ -7,7 +7,7 @@
 #include <stddef.h>
 #include <string.h>
 
-enum { COMMANDS_MAX = 32, COMMAND_COLUMN = 12 };
+enum { COMMANDS_MAX = 96, COMMAND_COLUMN = 19 };
 
 const struct option cli_common_options[] = {
     {"json", NULL, option_parse_flag, .offset = offsetof(struct cli, json),
@@ -23,30 +23,48 @@ static const struct cli_command *find_command(int n, char **words, int *ret_word
 {
     char two[128];
     snprintf(two, sizeof(two), "%s %s", words[0], n > 1 ? words[1] : "");
-    for (const struct cli_command *c = cli_commands; c->name; c++) {
-        bool is_two = strchr(c->name, ' ');
-        if (strcmp(c->name, is_two ? two : words[0]))
-            continue;
-        *ret_words = is_two ? 2 : 1;
-        return c;
-    }
+    for (const struct cli_family *const *f = cli_families; *f; f++)
+        for (const struct cli_command *c = (*f)->commands; c->name; c++) {
+            bool is_two = strchr(c->name, ' ');
+            if (strcmp(c->name, is_two ? two : words[0]))
+                continue;
+            *ret_words = is_two ? 2 : 1;
+            return c;
+        }
     return NULL;
+}
+
+static size_t command_names(const char *names[COMMANDS_MAX + 1])
+{
+    size_t count = 0;
+    for (const struct cli_family *const *f = cli_families; *f; f++)
+        for (const struct cli_command *c = (*f)->commands; c->name && count < COMMANDS_MAX; c++)
+            names[count++] = c->name;
+    names[count] = NULL;
+    return count;
+}
+
+/* The second words of the commands that begin with `first`, as a list; "" if there are none. */
+static void second_words(const char *const *names, const char *first, char *out, size_t size)
+{
+    size_t k = strlen(first), used = 0;
+    *out = '\0';
+    for (; *names; names++)
+        if (!strncmp(*names, first, k) && (*names)[k] == ' ' && used < size)
+            used += (size_t)snprintf(out + used, size - used, "%s%s", used ? ", " : "",
+                                     *names + k + 1);
 }
 
 static int no_such_command(int n, char **words, struct vm_error **err)
 {
     const char *names[COMMANDS_MAX + 1];
-    char said[128];
-    size_t count = 0;
-    bool group = false; /* is the first word that of two-word commands? */
-    for (const struct cli_command *c = cli_commands; c->name && count < COMMANDS_MAX; c++) {
-        size_t k = strlen(words[0]);
-        names[count++] = c->name;
-        group |= !strncmp(c->name, words[0], k) && c->name[k] == ' ';
-    }
-    names[count] = NULL;
-    bool two = group && n > 1 && words[1][0] != '-';
-    snprintf(said, sizeof(said), two ? "%.40s %.40s" : "%.60s", words[0], two ? words[1] : "");
+    char said[128], seconds[256];
+    command_names(names);
+    second_words(names, words[0], seconds, sizeof(seconds));
+    if (*seconds && (n < 2 || words[1][0] == '-'))
+        return error_set(err, VM_ERROR_USAGE, "vmmig %.60s needs one of: %s", words[0], seconds);
+    snprintf(said, sizeof(said), *seconds ? "%.40s %.40s" : "%.60s", words[0],
+             *seconds ? words[1] : "");
     const char *nearest = text_nearest(said, names);
     if (nearest)
         return error_set(err, VM_ERROR_USAGE, "there is no command '%s'; did you mean '%s'?", said,
@@ -169,10 +187,12 @@ void cli_print_usage(FILE *out)
               "Moves running virtual machines between hosts, through the agent (vmmigd) of this "
               "host.",
               0, 0);
-    fputs("\nCommands:\n", out);
-    for (const struct cli_command *c = cli_commands; c->name; c++) {
-        int column = fprintf(out, "  %-*s ", COMMAND_COLUMN, c->name);
-        text_wrap(out, c->summary, column, column);
+    for (const struct cli_family *const *f = cli_families; *f; f++) {
+        fprintf(out, "\n%s:\n", (*f)->title);
+        for (const struct cli_command *c = (*f)->commands; c->name; c++) {
+            int column = fprintf(out, "  %-*s ", COMMAND_COLUMN, c->name);
+            text_wrap(out, c->summary, column, column);
+        }
     }
     fputs("\nOptions of all commands:\n", out);
     options_print_help(out, cli_common_options, "--");
@@ -197,35 +217,22 @@ void cli_print_command_help(FILE *out, const struct cli_command *command)
     options_print_help(out, cli_common_options, "--");
 }
 
+static void print_command_manual(FILE *out, const struct cli_command *c)
+{
+    fprintf(out, "\n### vmmig %s\n\n    ", c->name);
+    print_usage_line(out, c);
+    fputs("\n\n", out);
+    text_wrap(out, c->text, 0, 0);
+    if (c->options)
+        options_print_manual(out, c->options, "--");
+}
+
 static const char manual_output[] =
     "Text is for people and may change; --json is stable: one object on standard output. Times "
     "are milliseconds, sizes bytes, rates bytes a second, instants RFC 3339 in UTC; null is what "
     "is not known. An error is one line on standard error, or with --json the object `{\"error\": "
     "{\"kind\": \"not-found\", \"message\": \"...\"}}` on standard output; a job that failed is "
     "its object, which has such an `error`, too.";
-
-/* What the objects are made of; tests/flow/test_cli.py compares it with what the commands print. */
-static const struct {
-    const char *of, *fields;
-} manual_objects[] = {
-    {"a VM (run, attach, status NAME, detach; list: an array `vms`)",
-     "vm, state (running, paused, incoming, postmigrate, broken, unreachable, ended, arriving), "
-     "presence (present, unreachable, ended), detail, origin (run, attached, received), pid, "
-     "since, job (a job, or null), handover (null, or attempt, state, text, peer, in_doubt, "
-     "settled), and in the answer about one VM qmp and argv"},
-    {"a job (send, watch, cancel; jobs: an array `jobs`)",
-     "job, kind (send, receive), vm, peer, state (running, done, failed, cancelled), cancelling, "
-     "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
-     "undoing), round, total_bytes, remaining_bytes, dirty_rate, link_rate, wire_bytes, "
-     "resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "
-     "wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
-     "predicted_pause_ms, pause_ms, note"},
-    {"the agent (status)",
-     "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes"},
-    {"version", "vmmig, agent (null if none answers)"},
-    {"resolve", "vm, decided (here, gone)"},
-    {"pki init, pki issue", "certificate, key"},
-};
 
 void cli_print_manual(FILE *out)
 {
@@ -235,23 +242,20 @@ void cli_print_manual(FILE *out)
               "`vmmig` talks to `vmmigd`, the agent of this host (vmmigd(8)), which keeps virtual "
               "machines and moves them, running, to other hosts.",
               0, 0);
-    fputs("\n## Commands\n", out);
-    for (const struct cli_command *c = cli_commands; c->name; c++) {
-        fprintf(out, "\n### vmmig %s\n\n    ", c->name);
-        print_usage_line(out, c);
-        fputs("\n\n", out);
-        text_wrap(out, c->text, 0, 0);
-        if (c->options)
-            options_print_manual(out, c->options, "--");
+    for (const struct cli_family *const *f = cli_families; *f; f++) {
+        fprintf(out, "\n## %s\n", (*f)->title);
+        for (const struct cli_command *c = (*f)->commands; c->name; c++)
+            print_command_manual(out, c);
     }
     fputs("\n## Options of all commands\n", out);
     options_print_manual(out, cli_common_options, "--");
     fputs("\n## Output\n\n", out);
     text_wrap(out, manual_output, 0, 0);
-    for (size_t i = 0; i < sizeof(manual_objects) / sizeof(*manual_objects); i++) {
-        fprintf(out, "\n%s\n:   ", manual_objects[i].of);
-        text_wrap(out, manual_objects[i].fields, 4, 4);
-    }
+    for (const struct cli_family *const *f = cli_families; *f; f++)
+        for (const struct cli_object *o = (*f)->objects; o && o->of; o++) {
+            fprintf(out, "\n%s\n:   ", o->of);
+            text_wrap(out, o->fields, 4, 4);
+        }
     fputs("\n## Exit status\n\n", out);
     fputs("| status | kind | meaning |\n|---|---|---|\n| 0 | | done |\n", out);
     for (int i = 0; i < VM_ERROR_KIND_COUNT; i++)

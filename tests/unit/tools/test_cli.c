@@ -135,6 +135,8 @@ static void bad_lines_get_one_clear_line(void **state)
         {"lst", "there is no command 'lst'; did you mean 'list'?"},
         {"frobnicate", "there is no command 'frobnicate'; see vmmig --help"},
         {"pki isue x y", "there is no command 'pki isue'; did you mean 'pki issue'?"},
+        {"pki", "vmmig pki needs one of: init, issue"},
+        {"pki --json", "vmmig pki needs one of: init, issue"},
         {"send web1", "--to HOST[:PORT] is required"},
         {"send --to h", "usage: vmmig send NAME --to HOST"},
         {"send web1 web2 --to h",

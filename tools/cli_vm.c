@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "base/clock.h"
+#include "tools/cli.h"
+#include "tools/cli_client.h"
+#include "tools/cli_follow.h"
+#include "tools/cli_print.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+/* A name that the agent would refuse is the user's error, and needs no agent to tell. */
+static int check_vm_name(const struct cli *c, struct vm_error **err)
+{
+    if (vm_name_check(c->args.list[0], err) == 0)
+        return 0;
+    return error_wrap(err, "'%.80s'", c->args.list[0]);
+}
+
+/* Ask for a VM, and say `done` (a format with its name and process), or the JSON object. */
+static int ask_vm(const struct cli *c, unsigned type, const ProtobufCMessage *request,
+                  const char *done, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    if (cli_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_vm(answer.vm), err);
+    printf("%s: %s (process %d)\n", answer.vm->vm, done, answer.vm->pid);
+    return 0;
+}
+
+static int run_run(const struct cli *c, struct vm_error **err)
+{
+    Vmmig__Control__Run m = VMMIG__CONTROL__RUN__INIT;
+    char cwd[FIELD_PATH_MAX + 1];
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    if (!getcwd(cwd, sizeof(cwd)))
+        return error_errno(err, errno, "cannot tell the current directory");
+    m.vm = cli_word(c->args.list[0]);
+    m.argv = c->args.rest;
+    m.n_argv = (size_t)c->args.n_rest;
+    m.cwd = cwd;
+    return ask_vm(c, VMMIG__CONTROL__TYPE__RUN, &m.base, "started", err);
+}
+
+static int run_attach(const struct cli *c, struct vm_error **err)
+{
+    Vmmig__Control__Attach m = VMMIG__CONTROL__ATTACH__INIT;
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    char *path = realpath(c->qmp, NULL);
+    if (!path)
+        return error_errno(err, errno, "--qmp %s", c->qmp);
+    m.vm = cli_word(c->args.list[0]);
+    m.qmp_path = path;
+    int r = ask_vm(c, VMMIG__CONTROL__TYPE__ATTACH, &m.base, "attached", err);
+    free(path);
+    return r;
+}
+
+static int run_list(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__List m = VMMIG__CONTROL__LIST__INIT;
+    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__LIST, &m.base, VMMIG__CONTROL__TYPE__VMS, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_vms(answer.vms), err);
+    cli_print_vms(stdout, answer.vms);
+    return 0;
+}
+
+static int status_of_agent(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__Info m = VMMIG__CONTROL__INFO__INIT;
+    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__INFO, &m.base, VMMIG__CONTROL__TYPE__AGENT, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_agent(answer.agent), err);
+    cli_print_agent(stdout, answer.agent);
+    return 0;
+}
+
+static int run_status(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__Status m = VMMIG__CONTROL__STATUS__INIT;
+    if (!c->args.n)
+        return status_of_agent(c, err);
+    m.vm = cli_word(c->args.list[0]);
+    if (check_vm_name(c, err) < 0 || cli_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base,
+                                         VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_vm(answer.vm), err);
+    cli_print_vm(stdout, answer.vm);
+    return 0;
+}
+
+static int run_detach(const struct cli *c, struct vm_error **err)
+{
+    Vmmig__Control__Detach m = VMMIG__CONTROL__DETACH__INIT;
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    m.vm = cli_word(c->args.list[0]);
+    return ask_vm(c, VMMIG__CONTROL__TYPE__DETACH, &m.base, "detached", err);
+}
+
+/* Stay with the job, or say that it began. */
+static int follow_or_leave(const struct cli *c, struct cli_client *client,
+                           const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err)
+{
+    if (!c->background)
+        return cli_follow(c, client, job->vm, job, signal_fd, err);
+    if (c->json)
+        return cli_print_json(cli_json_job(job), err);
+    printf("%s: %s to %s has begun; `vmmig watch %s` follows it\n", job->vm, job->kind, job->peer,
+           job->vm);
+    return 0;
+}
+
+static int run_send(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    struct endpoint to;
+    Vmmig__Control__Send m = VMMIG__CONTROL__SEND__INIT;
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    if (endpoint_parse(c->to, DEFAULT_PEER_PORT, &to, err) < 0)
+        return error_wrap(err, "--to %.80s", c->to);
+    m.vm = cli_word(c->args.list[0]);
+    m.to = cli_word(c->to);
+    m.downtime_limit_ms = (uint32_t)c->downtime_limit_ms;
+    m.max_bandwidth = c->max_bandwidth;
+    m.connections = (uint32_t)c->connections;
+    m.compress = c->compress;
+    m.dest_qmp = cli_word(c->dest_qmp ? c->dest_qmp : "");
+    m.assume_shared = c->assume_shared;
+    cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
+    if (!c->background && signal_fd < 0)
+        return -1;
+    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
+    if (!client || cli_client_call(client, VMMIG__CONTROL__TYPE__SEND, &m.base,
+                                   VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
+        return -1;
+    return follow_or_leave(c, client, answer.job, signal_fd, err);
+}
+
+static int run_watch(const struct cli *c, struct vm_error **err)
+{
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    cleanup_close int signal_fd = cli_follow_prepare(err);
+    if (signal_fd < 0)
+        return -1;
+    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
+    return client ? cli_follow(c, client, c->args.list[0], NULL, signal_fd, err) : -1;
+}
+
+static int run_jobs(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__Jobs m = VMMIG__CONTROL__JOBS__INIT;
+    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__JOBS, &m.base, VMMIG__CONTROL__TYPE__JOB_LIST, &answer, err) <
+        0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_jobs(answer.job_list), err);
+    cli_print_jobs(stdout, answer.job_list);
+    return 0;
+}
+
+static int run_cancel(const struct cli *c, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__Cancel m = VMMIG__CONTROL__CANCEL__INIT;
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    m.vm = cli_word(c->args.list[0]);
+    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(cli_json_job(answer.job), err);
+    printf("%s: %s is being cancelled\n", answer.job->vm, answer.job->kind);
+    return 0;
+}
+
+static int run_resolve(const struct cli *c, struct vm_error **err)
+{
+    Vmmig__Control__Resolve m = VMMIG__CONTROL__RESOLVE__INIT;
+    struct endpoint host;
+    if (check_vm_name(c, err) < 0)
+        return -1;
+    if (c->here == c->gone)
+        return error_set(err, VM_ERROR_USAGE, "one of --here and --gone is required");
+    if (c->here && !c->fenced)
+        return error_set(err, VM_ERROR_USAGE,
+                         "--here needs --i-fenced HOST: if that host still runs the VM, two copies "
+                         "would run");
+    if (c->fenced && endpoint_parse(c->fenced, DEFAULT_PEER_PORT, &host, err) < 0)
+        return error_wrap(err, "--i-fenced %.80s", c->fenced);
+    m.vm = cli_word(c->args.list[0]);
+    m.verdict = c->here ? VMMIG__CONTROL__VERDICT__HERE : VMMIG__CONTROL__VERDICT__GONE;
+    m.fenced_host = cli_word(c->fenced ? c->fenced : "");
+    cleanup_control_message struct control_message answer = {0};
+    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
+        return -1;
+    if (c->json)
+        return cli_print_json(json_pack("{s:s, s:s}", "vm", m.vm, "decided",
+                                        c->here ? "here" : "gone"), err);
+    printf("%s: decided: %s\n", m.vm,
+           c->here ? "it runs here" : "the copy here is given up");
+    return 0;
+}
+
+#define MEMBER(m) .offset = offsetof(struct cli, m)
+
+static const struct option attach_options[] = {
+    {"qmp", "PATH", option_parse_text, MEMBER(qmp), .required = true,
+     .text = "Its QMP socket, which nobody else may be using"},
+    {NULL}};
+
+static const struct option send_options[] = {
+    {"to", "HOST[:PORT]", option_parse_text, MEMBER(to), .required = true,
+     .text =
+         "The agent that takes it. The certificate there must bear this name. The port is 16550 "
+         "unless another is given"},
+    {"downtime-limit", "MS", option_parse_u64, MEMBER(downtime_limit_ms),
+     .min = CONTROL_DOWNTIME_MS_MIN, .max = CONTROL_DOWNTIME_MS_MAX, .unit = "ms", .def = "300",
+     .text =
+         "How long the guest may stand at the end. If it dirties memory too fast for that, it is "
+         "slowed down"},
+    {"max-bandwidth", "RATE", option_parse_rate, MEMBER(max_bandwidth),
+     .min = CONTROL_BANDWIDTH_MIN, .max = CONTROL_BANDWIDTH_MAX,
+     .text = "Most to put on the wire, in bytes a second as 100M or 64MiB, in bits as 1gbit. The "
+             "agent's limit holds besides"},
+    {"connections", "N", option_parse_u64, MEMBER(connections), .min = 1,
+     .max = CONTROL_CONNECTIONS_MAX, .unit = "connections",
+     .text = "How many data connections. The agent chooses if it is not given"},
+    {"compress", "auto|none|lz4|zstd", option_parse_choice, MEMBER(compress), .def = "auto",
+     .choices = "auto|none|lz4|zstd", .text = "auto measures what is fastest, page by page"},
+    {"dest-qmp", "PATH", option_parse_text, MEMBER(dest_qmp),
+     .text =
+         "A VMM that waits at the destination, started with -incoming defer. Without it the agent "
+         "there starts one"},
+    {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),
+     .text = "Vouch that the disks at both ends are the same, where the agents cannot prove it. If "
+             "they are not, the guest's data is destroyed"},
+    {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
+    {NULL}};
+
+static const struct option resolve_options[] = {
+    {"here", NULL, option_parse_flag, MEMBER(here), .text = "The VM is to run on this host"},
+    {"gone", NULL, option_parse_flag, MEMBER(gone), .text = "Give up the copy on this host"},
+    {"i-fenced", "HOST", option_parse_text, MEMBER(fenced),
+     .text = "The other host, which you made sure is off and stays off. With --here"},
+    {NULL}};
+
+#undef MEMBER
+
+static const struct cli_command commands[] = {
+    {"run", "NAME -- QEMU [ARGUMENT]...", 1, 1, true, NULL, "start a VM under the agent",
+     "Start a VM from its QEMU command line. The agent adds a QMP socket of its own, nothing "
+     "else. The binary must be one that the agent's configuration lists. The VM outlives the "
+     "agent. Relative paths are those of the current directory.\n\n"
+     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2",
+     run_run},
+    {"attach", "NAME --qmp PATH", 1, 1, false, attach_options, "adopt a QEMU that already runs",
+     "Adopt a QEMU (7.2 or later) that runs already, through its QMP socket. The VM is not "
+     "touched.\n\n"
+     "    vmmig attach web1 --qmp /run/web1.qmp",
+     run_attach},
+    {"list", "", 0, 0, false, NULL, "the VMs of this host",
+     "List the VMs of the agent with what they do now.", run_list},
+    {"status", "[NAME]", 0, 1, false, NULL, "one VM, or the agent itself",
+     "Tell about one VM: its state, its process, its job, a hand-over that is not finished. "
+     "Without a name, about the agent.",
+     run_status},
+    {"send", "NAME --to HOST", 1, 1, false, send_options, "live-migrate a VM to another host",
+     "Move a running VM to another host. The guest runs on while its memory is copied, stands for "
+     "a moment, and runs there; if anything fails it runs on here. The command follows the job "
+     "and prints a summary: total time, the guest's pause, bytes on the wire and saved, rounds, "
+     "throttling.\n\n"
+     "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one "
+     "within three seconds cancels it.\n\n"
+     "    vmmig send web1 --to host2 --downtime-limit 100",
+     run_send},
+    {"watch", "NAME", 1, 1, false, NULL, "follow a VM's job until it ends",
+     "Follow the job of a VM as `send` does in the foreground, with its exit status. If none "
+     "runs, the last one is shown.",
+     run_watch},
+    {"jobs", "", 0, 0, false, NULL, "what is and was under way",
+     "List the jobs that run and the last ones that ended, newest first. A restart of the agent "
+     "forgets those that ended.",
+     run_jobs},
+    {"cancel", "NAME", 1, 1, false, NULL, "cancel the job of a VM",
+     "Ask the job of a VM to end early: a migration is undone and the guest runs on at the "
+     "source. Once the source has committed itself only the destination decides, and the answer "
+     "is \"too late\".",
+     run_cancel},
+    {"resolve", "NAME --here|--gone --i-fenced HOST", 1, 1, false, resolve_options,
+     "decide a hand-over that is in doubt",
+     "When a host dies in the instant of a hand-over, the other one may not know who owns the "
+     "guest, and leaves it paused. This command decides, and only you can know: make sure that "
+     "the other host is off first. Two copies of a VM on one disk destroy it.\n\n"
+     "    vmmig resolve web1 --here --i-fenced host2",
+     run_resolve},
+    {"detach", "NAME", 1, 1, false, NULL, "forget a VM, which runs on",
+     "The agent forgets the VM and does not touch it. Also for the record of a VM that has ended.",
+     run_detach},
+    {NULL}};
+
+static const struct cli_object objects[] = {
+    {"a VM (run, attach, status NAME, detach; list: an array `vms`)",
+     "vm, state (running, paused, incoming, postmigrate, broken, unreachable, ended, arriving), "
+     "presence (present, unreachable, ended), detail, origin (run, attached, received), pid, "
+     "since, job (a job, or null), handover (null, or attempt, state, text, peer, in_doubt, "
+     "settled), and in the answer about one VM qmp and argv"},
+    {"a job (send, watch, cancel; jobs: an array `jobs`)",
+     "job, kind (send, receive), vm, peer, state (running, done, failed, cancelled), cancelling, "
+     "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
+     "undoing), round, total_bytes, remaining_bytes, dirty_rate, link_rate, wire_bytes, "
+     "resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "
+     "wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
+     "predicted_pause_ms, pause_ms, note"},
+    {"the agent (status)",
+     "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes"},
+    {"resolve", "vm, decided (here, gone)"},
+    {NULL}};
+
+const struct cli_family cli_family_vm = {"Virtual machines", commands, objects};
