@@ -10,6 +10,7 @@
  *     w:NUMBER     a registered writer, in the shard of the name it will commit: u64 the epoch it
  *                  has acknowledged, u64 when it registered (seconds since 1970, shown only), the
  *                  name
+ *     f:PACK       a pack's forwarding (repo/forwarding.h), in the shard of the name "pack.PACK"
  *     p:NUMBER     its parent pinned, in the parent's shard: u16 the shard of its w:NUMBER, u8
  *                  length of the parent's name, the name, its value
  *
@@ -73,6 +74,19 @@ struct registration;
  */
 struct registration *catalogue_register(struct store *s, const char *name,
                                         const struct image *parent, struct vm_error **err);
+/*
+ * As catalogue_register, for a writer that replaces the image's roots by others of the same
+ * content; the image itself is its parent. CONFLICT, here or at the commit, if the name does not
+ * have that value any more.
+ */
+struct registration *catalogue_register_swap(struct store *s, const struct image *image,
+                                             struct vm_error **err);
+/*
+ * For a writer that sets the forwarding of a pack, which has the value `before` (empty: none) until
+ * then; CONFLICT as above.
+ */
+struct registration *catalogue_register_forward(struct store *s, uint64_t pack,
+                                                const struct buffer *before, struct vm_error **err);
 uint64_t registration_number(const struct registration *r);
 /*
  * What is condemned, by the epoch that was acknowledged last: nothing of it may be shared. Changed
@@ -94,6 +108,9 @@ int registration_checkpoint(struct registration *r, const struct object_set *sha
  */
 int catalogue_commit(struct registration *r, const struct image *image,
                      const struct object_set *shared, struct vm_error **err);
+/* The same, of a registration for a forwarding. */
+int catalogue_commit_forward(struct registration *r, const struct buffer *value,
+                             const struct object_set *shared, struct vm_error **err);
 /* End it without a commit (nothing happens if it has ended), and free it. Takes NULL. */
 void catalogue_unregister(struct registration *r);
 DEFINE_CLEANUP(registration, struct registration *, catalogue_unregister)

@@ -22,6 +22,7 @@ enum {
 #define SHARD_LEASES "l:"
 #define SHARD_WRITERS "w:"
 #define SHARD_PINS "p:"
+#define SHARD_FORWARDS "f:"
 
 unsigned shard_of(const char *name);
 const char *shard_name(unsigned shard, char out[SHARD_NAME_SIZE]);

@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/collect.h"
 #include "repo/footer_cache.h"
+#include "repo/forwarding.h"
 #include "repo/holdings.h"
 #include "repo/names.h"
 #include "repo/progress.h"
+#include "repo/quarantine.h"
+#include "repo/repack.h"
+#include "repo/settle.h"
 
 #include "base/clock.h"
 #include "base/fault.h"
@@ -22,9 +26,20 @@ struct collection {
     const struct collect_options *options;
     struct collect_report report;
     struct condemned_state state; /* the open list, from step 5 or 6 on */
+    struct object_set listed, marked; /* of the open list, after step 7 */
+    struct alive alive;               /* records of listed packs that are marked */
+    struct number_set repack;         /* listed packs that stay on the list to be repacked */
     struct page_hasher hasher;
     struct progress *progress;
 };
+
+static void forget_list(struct collection *c)
+{
+    object_set_finish(&c->listed);
+    object_set_finish(&c->marked);
+    number_set_finish(&c->repack);
+    alive_finish(&c->alive);
+}
 
 /* ---- steps 2 to 4: candidates ---- */
 
@@ -40,8 +55,16 @@ static int take_tree(const char *name, void *arg, struct vm_error **err)
     return object_number(TREE_PREFIX, name, &number) ? number_set_add(arg, number, err) : 0;
 }
 
+static int take_forwarding(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    return number_set_add(arg, f->pack, err);
+}
+
+/* A forwarding stands for its pack. */
 static int list_objects(struct store *s, struct object_set *ret, struct vm_error **err)
 {
+    if (forwarding_list(s, take_forwarding, &ret->packs, err) < 0)
+        return -1;
     if (store_list(s, STORE_PACK, PACK_PREFIX, take_pack, &ret->packs, err) < 0)
         return -1;
     return store_list(s, STORE_BLOB, TREE_PREFIX, take_tree, &ret->trees, err);
@@ -75,9 +98,10 @@ static int mark_image(const struct image *image, void *arg, struct vm_error **er
                    : 0;
 }
 
-static int mark(struct store *s, struct object_set *ret_marked, struct vm_error **err)
+static int mark(struct store *s, struct object_set *ret_marked, struct alive *alive,
+                struct vm_error **err)
 {
-    CLEANUP(holdings) struct holdings *h = holdings_create(s, ret_marked, err);
+    CLEANUP(holdings) struct holdings *h = holdings_create(s, ret_marked, alive, err);
     struct marking m = {s, h};
     return h ? catalogue_roots(s, mark_image, &m, err) : -1;
 }
@@ -110,12 +134,16 @@ static int find_candidates(struct collection *c, struct object_set *ret, bool *r
 {
     cleanup_object_set struct object_set all = {{0}, {0}}, marked = {{0}, {0}};
     cleanup_number_set struct number_set writers = {0};
+    cleanup_alive struct alive alive = {.salt = c->state.epoch};
     if (list_objects(c->store, &all, err) < 0)
         return -1;
     (void)FAULT("repo.collect-listed");
     /* After the list: who has a pack in it and is not registered now has ended. */
     if (catalogue_registered(c->store, take_writer, &writers, err) < 0 ||
-        mark(c->store, &marked, err) < 0)
+        mark(c->store, &marked, c->options->repack ? &alive : NULL, err) < 0)
+        return -1;
+    if (c->options->repack && repack_choose(c->repo, c->options, &alive, &writers, &ret->packs,
+                                            &c->report.more_to_repack, err) < 0)
         return -1;
     *ret_exempt = any_exempt(&all.packs, &marked.packs, &writers) ||
                   any_exempt(&all.trees, &marked.trees, &writers);
@@ -166,19 +194,26 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
 
 static int mark_again(struct collection *c, struct vm_error **err)
 {
-    cleanup_object_set struct object_set marked = {{0}, {0}}, listed = {{0}, {0}},
-                                         spared = {{0}, {0}};
+    cleanup_object_set struct object_set spared = {{0}, {0}};
     const struct number_set none = {0};
-    if (condemned_load(c->store, &c->state.list, &listed, err) < 0 ||
-        mark(c->store, &marked, err) < 0)
+    bool more;
+    forget_list(c);
+    c->alive = (struct alive){.only = &c->listed.packs, .salt = c->state.epoch};
+    if (condemned_load(c->store, &c->state.list, &c->listed, err) < 0 ||
+        mark(c->store, &c->marked, &c->alive, err) < 0)
         return -1;
-    c->report.condemned = listed.packs.n + listed.trees.n;
+    c->report.condemned = c->listed.packs.n + c->listed.trees.n;
+    if (c->options->repack && repack_choose(c->repo, c->options, &c->alive, &none, &c->repack,
+                                            &more, err) < 0)
+        return -1;
     /* What is listed and marked: listed, less what is listed and not marked. */
     cleanup_object_set struct object_set garbage = {{0}, {0}};
-    if (subtract(&listed.packs, &marked.packs, &none, &garbage.packs, err) < 0 ||
-        subtract(&listed.trees, &marked.trees, &none, &garbage.trees, err) < 0 ||
-        subtract(&listed.packs, &garbage.packs, &none, &spared.packs, err) < 0 ||
-        subtract(&listed.trees, &garbage.trees, &none, &spared.trees, err) < 0)
+    cleanup_number_set struct number_set used = {0};
+    if (subtract(&c->listed.packs, &c->marked.packs, &none, &garbage.packs, err) < 0 ||
+        subtract(&c->listed.trees, &c->marked.trees, &none, &garbage.trees, err) < 0 ||
+        subtract(&c->listed.packs, &garbage.packs, &none, &used, err) < 0 ||
+        subtract(&used, &c->repack, &none, &spared.packs, err) < 0 ||
+        subtract(&c->listed.trees, &garbage.trees, &none, &spared.trees, err) < 0)
         return -1;
     return condemned_spare(c->store, &c->state.list, &spared, err);
 }
@@ -262,7 +297,9 @@ static int erase_hints(struct collection *c, uint64_t pack, struct vm_error **er
     return result;
 }
 
-static int remove_object(struct collection *c, bool is_pack, uint64_t number, struct vm_error **err)
+/* The object, and what is known of it. *ret_bytes: its size; 0: it was not there. */
+static int remove_object(struct collection *c, bool is_pack, uint64_t number, bool forwarded,
+                         uint64_t *ret_bytes, struct vm_error **err)
 {
     char name[OBJECT_NAME_SIZE];
     enum store_area area = is_pack ? STORE_PACK : STORE_BLOB;
@@ -273,22 +310,28 @@ static int remove_object(struct collection *c, bool is_pack, uint64_t number, st
     enum store_result removed = store_remove(c->store, area, name, err);
     if (removed == STORE_FAILED)
         return -1;
-    if (removed == STORE_DONE) {
-        *(is_pack ? &c->report.packs : &c->report.trees) += 1;
-        c->report.bytes += size.ret_size;
-    }
-    return 0;
+    *ret_bytes = removed == STORE_DONE ? size.ret_size : 0;
+    if (!is_pack)
+        return 0;
+    if (!forwarded && forwarding_erase(c->store, number, err) < 0)
+        return -1;
+    return quarantine_set(c->store, number, NULL, 0, err);
 }
 
-static int delete_entry(struct collection *c, bool is_pack, uint64_t number, struct vm_error **err)
+/* *ret_bytes: of what was removed, 0 if it was not there or was rescued. */
+static int delete_entry(struct collection *c, bool is_pack, uint64_t number, uint64_t *ret_bytes,
+                        struct vm_error **err)
 {
-    bool claimed;
-    if (condemned_claim(c->store, &c->state.list, is_pack, number, &claimed, err) < 0)
+    enum condemned_claim claim;
+    *ret_bytes = 0;
+    if (condemned_claim(c->store, &c->state.list, is_pack, number, &claim, err) < 0)
         return -1;
-    if (!claimed)
+    if (claim == CONDEMNED_RESCUED)
         return 0;
     (void)FAULT("repo.collect-claimed");
-    if (remove_object(c, is_pack, number, err) < 0)
+    /* Who claimed a pack that is marked had made its forwarding before. */
+    bool forwarded = is_pack && number_set_has(&c->marked.packs, number);
+    if (remove_object(c, is_pack, number, forwarded, ret_bytes, err) < 0)
         return -1;
     (void)FAULT("repo.collect-removed");
     if (condemned_erase(c->store, &c->state.list, is_pack, number, err) < 0)
@@ -296,21 +339,82 @@ static int delete_entry(struct collection *c, bool is_pack, uint64_t number, str
     return progress_add(c->progress, 1, UINT64_MAX, err);
 }
 
+/* All of one kind but what is to be repacked. */
+static int delete_kind(struct collection *c, bool is_pack, struct vm_error **err)
+{
+    const struct number_set *listed = is_pack ? &c->listed.packs : &c->listed.trees;
+    size_t at = 0;
+    for (uint64_t number, bytes; (number = number_set_next(listed, &at));) {
+        if (is_pack && number_set_has(&c->repack, number))
+            continue;
+        if (delete_entry(c, is_pack, number, &bytes, err) < 0)
+            return -1;
+        *(is_pack ? &c->report.packs : &c->report.trees) += bytes > 0;
+        c->report.bytes += bytes;
+    }
+    return 0;
+}
+
+static int spare_all(struct collection *c, const struct number_set *packs, struct vm_error **err)
+{
+    const struct object_set spared = {*packs, {0}};
+    return condemned_spare(c->store, &c->state.list, &spared, err);
+}
+
+/* The packs of a batch that were moved go, the others come off the list. */
+static int end_batch(struct collection *c, const struct repack_batch *b, struct vm_error **err)
+{
+    cleanup_number_set struct number_set stay = {0};
+    for (size_t i = 0; i < b->n; i++) {
+        uint64_t bytes;
+        if (!b->moved[i] && number_set_add(&stay, b->packs[i], err) < 0)
+            return -1;
+        if (!b->moved[i])
+            continue;
+        if (delete_entry(c, true, b->packs[i], &bytes, err) < 0)
+            return -1;
+        c->report.repacked += bytes > 0;
+        c->report.repacked_from += bytes;
+    }
+    return spare_all(c, &stay, err);
+}
+
+static int repack_batches(struct collection *c, struct vm_error **err)
+{
+    struct repack_batch batch;
+    int more = 0;
+    CLEANUP(repacker)
+    struct repacker *rp = repacker_create(c->repo, c->options, &c->alive, &c->repack, err);
+    while (rp && (more = repacker_next(rp, &batch, err)) > 0)
+        if (end_batch(c, &batch, err) < 0)
+            return -1;
+    if (rp)
+        c->report.repacked_to += repacker_bytes(rp);
+    return rp ? more : -1;
+}
+
+/* Too little space, or a fence, leaves packs as they are: they come off the list. */
+static int repack_all(struct collection *c, struct vm_error **err)
+{
+    struct vm_error *problem = NULL;
+    if (!c->repack.n || repack_batches(c, &problem) == 0)
+        return 0;
+    if (problem->kind != VM_ERROR_NO_SPACE && problem->kind != VM_ERROR_REFUSED)
+        return error_propagate(err, problem);
+    c->report.repack_lacked_space = problem->kind == VM_ERROR_NO_SPACE;
+    c->report.more_to_repack = true;
+    log_warn("packs were not repacked", "reason=%s", log_q(error_message(problem)));
+    error_free(problem);
+    return spare_all(c, &c->repack, err);
+}
+
 static int delete_all(struct collection *c, struct vm_error **err)
 {
-    cleanup_object_set struct object_set listed = {{0}, {0}};
-    if (condemned_load(c->store, &c->state.list, &listed, err) < 0)
+    c->progress->now.total = c->listed.packs.n + c->listed.trees.n;
+    if (delete_kind(c, true, err) < 0 || delete_kind(c, false, err) < 0)
         return -1;
-    c->progress->now.total = listed.packs.n + listed.trees.n;
-    size_t at = 0;
-    for (uint64_t number; (number = number_set_next(&listed.packs, &at));)
-        if (delete_entry(c, true, number, err) < 0)
-            return -1;
-    at = 0;
-    for (uint64_t number; (number = number_set_next(&listed.trees, &at));)
-        if (delete_entry(c, false, number, err) < 0)
-            return -1;
-    return 0;
+    (void)FAULT("repo.collect-garbage-gone");
+    return repack_all(c, err);
 }
 
 /* ---- all of it ---- */
@@ -332,10 +436,29 @@ static int collect(struct collection *c, struct vm_error **err)
     return condemned_close(c->store, &c->state, err);
 }
 
+/* Needs space; without it, what forwardings keep alive is kept. */
+static int settle(struct collection *c, struct vm_error **err)
+{
+    struct vm_error *problem = NULL;
+    uint64_t n;
+    if (settle_images(c->repo, &n, &problem) < 0 && problem->kind != VM_ERROR_NO_SPACE)
+        return error_propagate(err, problem);
+    error_free(problem);
+    c->report.settled += n;
+    return 0;
+}
+
+static int settle_and_collect(struct collection *c, struct vm_error **err)
+{
+    if (settle(c, err) < 0 || collect(c, err) < 0)
+        return -1;
+    return c->report.repacked ? settle(c, err) : 0;
+}
+
 /* What writers left that turned out to be dead is garbage only now. */
 static int collect_twice(struct collection *c, struct vm_error **err)
 {
-    int result = collect(c, err);
+    int result = settle_and_collect(c, err);
     if (result < 0 || !c->report.writers_fenced)
         return result;
     bool adopted = c->report.adopted;
@@ -376,5 +499,6 @@ int repo_collect(struct repo *r, const struct collect_options *options,
     }
     progress_finish(&progress);
     page_hasher_finish(&c.hasher);
+    forget_list(&c);
     return result < 0 ? error_wrap(err, "collection") : 0;
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/condemned.h"
+#include "repo/forwarding.h"
 #include "repo/names.h"
 
 #define LIST_PREFIX "condemned."
@@ -171,8 +172,14 @@ static int look_at_entry(struct batch *b, size_t i, struct vm_error **err)
     if (store_get(b->store, b->entries[i].map, b->entries[i].key, &value, err) == STORE_FAILED ||
         store_run(b->store, &size, 1, err) < 0)
         return -1;
-    if (value.len || size.result != STORE_DONE)
-        b->lost = true;
+    bool there = size.result == STORE_DONE;
+    if (!there && b->entries[i].is_pack) {
+        cleanup_forwarding struct forwarding f = {0};
+        if (forwarding_get(b->store, b->entries[i].number, &f, err) < 0)
+            return -1;
+        there = f.n > 0;
+    }
+    b->lost |= value.len || !there;
     return 0;
 }
 
@@ -312,7 +319,7 @@ int condemned_publish(struct store *s, const struct condemned_list *list,
 }
 
 int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, bool *ret_claimed, struct vm_error **err)
+                    uint64_t number, enum condemned_claim *ret_claim, struct vm_error **err)
 {
     char map[LIST_NAME_SIZE], key[OBJECT_NAME_SIZE];
     cleanup_buffer struct buffer now = {0};
@@ -323,12 +330,13 @@ int condemned_claim(struct store *s, const struct condemned_list *list, bool is_
                           .compares = &compare, .n_compares = 1, .sets = &set, .n_sets = 1};
     if (store_run(s, &op, 1, err) < 0)
         return -1;
-    *ret_claimed = op.result == STORE_DONE;
+    *ret_claim = op.result == STORE_DONE ? CONDEMNED_CLAIMED : CONDEMNED_RESCUED;
     if (op.result != STORE_MISMATCH)
         return 0;
     if (store_get(s, map, key, &now, err) == STORE_FAILED)
         return -1;
-    *ret_claimed = now.len == 1 && now.data[0] == 'd';
+    if (now.len == 1 && now.data[0] == 'd')
+        *ret_claim = CONDEMNED_BEFORE;
     return 0;
 }
 

@@ -75,11 +75,14 @@ int condemned_load(struct store *s, const struct condemned_list *list, struct ob
 /* Take marked objects off the list, as far as they are condemned. */
 int condemned_spare(struct store *s, const struct condemned_list *list,
                     const struct object_set *marked, struct vm_error **err);
-/*
- * Claim one entry for removal: true if it is (by now) being removed, false if it is off the list.
- */
+/* Claim one entry for removal. */
+enum condemned_claim {
+    CONDEMNED_RESCUED, /* it is off the list */
+    CONDEMNED_CLAIMED, /* by this call */
+    CONDEMNED_BEFORE,  /* by another collector, or before a crash */
+};
 int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, bool *ret_claimed, struct vm_error **err);
+                    uint64_t number, enum condemned_claim *ret_claim, struct vm_error **err);
 /* The object is gone: erase its entry. */
 int condemned_erase(struct store *s, const struct condemned_list *list, bool is_pack,
                     uint64_t number, struct vm_error **err);

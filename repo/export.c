@@ -166,7 +166,7 @@ int image_export(struct repo *r, const char *name, const char *file, const char 
         return -1;
     const struct image_entry *entry = choose_file(image, file, err);
     CLEANUP(file_reader) struct file_reader *reader =
-        entry ? file_reader_create(repo_store(r), &entry->root, entry->size, err) : NULL;
+        entry ? file_reader_open(repo_store(r), image, entry, err) : NULL;
     if (!reader)
         return -1;
     struct export x = {.reader = reader, .path = path, .fd = -1};

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/file_reader.h"
+#include "repo/catalogue.h"
 
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { LEAVES_CACHED = 16, IDLE_READERS = 16 };
+enum { LEAVES_CACHED = 16, IDLE_READERS = 16, RENEWALS_MAX = 3 };
 
 struct cached_leaf {
     uint64_t number;
@@ -16,7 +17,11 @@ struct cached_leaf {
 struct file_reader {
     struct store *store;
     uint64_t size;
+    char image[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1]; /* "": its root is for good */
+    uint64_t writer, created_s; /* which image of that name it is */
     pthread_mutex_t lock; /* what follows */
+    struct recipe_ref root;
+    unsigned renewals;
     struct file_tree *tree;
     struct cached_leaf *leaves;
     uint64_t clock;
@@ -35,6 +40,7 @@ struct file_reader *file_reader_create(struct store *s, const struct recipe_ref 
     }
     r->store = s;
     r->size = size;
+    r->root = *root;
     pthread_mutex_init(&r->lock, NULL);
     r->leaves = calloc(LEAVES_CACHED, sizeof(*r->leaves));
     r->tree = file_tree_create(s, size, root, size, err);
@@ -45,6 +51,68 @@ struct file_reader *file_reader_create(struct store *s, const struct recipe_ref 
         return NULL;
     }
     return r;
+}
+
+struct file_reader *file_reader_open(struct store *s, const struct image *image,
+                                     const struct image_entry *file, struct vm_error **err)
+{
+    struct file_reader *r = file_reader_create(s, &file->root, file->size, err);
+    if (!r)
+        return NULL;
+    strcpy(r->image, image->name);
+    strcpy(r->file, file->name);
+    r->writer = image->writer;
+    r->created_s = image->created_s;
+    return r;
+}
+
+/* Begin again with that root, unless another thread has done so. */
+static int take_root(struct file_reader *r, const struct recipe_ref *root, struct vm_error **err)
+{
+    SCOPE_LOCK(&r->lock);
+    if (recipe_ref_equal(&r->root, root))
+        return 0;
+    struct file_tree *tree = file_tree_create(r->store, r->size, root, r->size, err);
+    if (!tree)
+        return -1;
+    file_tree_destroy(r->tree);
+    r->tree = tree;
+    r->root = *root;
+    r->renewals++;
+    for (unsigned i = 0; i < LEAVES_CACHED; i++)
+        r->leaves[i].valid = false;
+    return 0;
+}
+
+static unsigned renewals(struct file_reader *r)
+{
+    SCOPE_LOCK(&r->lock);
+    return r->renewals;
+}
+
+/*
+ * Something is gone or damaged, as `problem` says. 0: since `before`, the image has other recipes;
+ * try again. Takes the problem over.
+ */
+static int renew(struct file_reader *r, unsigned before, struct vm_error *problem,
+                 struct vm_error **err)
+{
+    cleanup_error struct vm_error *kept = problem, *unknown = NULL;
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    bool lacks = problem->kind == VM_ERROR_CORRUPT || problem->kind == VM_ERROR_NOT_FOUND;
+    if (!r->image[0] || !lacks || !image)
+        return error_propagate(err, steal_ptr(&kept));
+    if (catalogue_find(r->store, r->image, image, &unknown) < 0) {
+        if (unknown->kind == VM_ERROR_NOT_FOUND)
+            return error_set(err, VM_ERROR_NOT_FOUND, "image %s was deleted meanwhile", r->image);
+        return error_propagate(err, steal_ptr(&kept));
+    }
+    const struct image_entry *e = image_find_file(image, r->file);
+    if (image->writer != r->writer || image->created_s != r->created_s || !e || e->size != r->size)
+        return error_set(err, VM_ERROR_NOT_FOUND, "image %s was replaced meanwhile", r->image);
+    if (take_root(r, &e->root, err) < 0)
+        return -1;
+    return renewals(r) != before ? 0 : error_propagate(err, steal_ptr(&kept));
 }
 
 void file_reader_destroy(struct file_reader *r)
@@ -104,20 +172,38 @@ static int leaf_ref(struct file_reader *r, uint64_t number, struct recipe_ref *r
     return file_tree_get(r->tree, number, ret_ref, err);
 }
 
-int file_reader_leaf(struct file_reader *r, uint64_t number, struct recipe_leaf *ret_leaf,
+static int load_leaf(struct file_reader *r, uint64_t number, struct recipe_leaf *ret_leaf,
                      struct vm_error **err)
 {
     struct recipe_ref ref;
+    unsigned before;
     {
         SCOPE_LOCK(&r->lock);
+        before = r->renewals;
         if (copy_cached(r, number, ret_leaf))
             return 0;
     }
     if (leaf_ref(r, number, &ref, err) < 0 || tree_read_leaf(r->store, &ref, ret_leaf, err) < 0)
         return -1;
     SCOPE_LOCK(&r->lock);
-    keep_leaf(r, number, ret_leaf);
+    if (r->renewals == before)
+        keep_leaf(r, number, ret_leaf);
     return 0;
+}
+
+int file_reader_leaf(struct file_reader *r, uint64_t number, struct recipe_leaf *ret_leaf,
+                     struct vm_error **err)
+{
+    for (int i = 0;; i++) {
+        struct vm_error *problem = NULL;
+        unsigned before = renewals(r);
+        if (load_leaf(r, number, ret_leaf, &problem) == 0)
+            return 0;
+        if (i == RENEWALS_MAX)
+            return error_propagate(err, problem);
+        if (renew(r, before, problem, err) < 0)
+            return -1;
+    }
 }
 
 /* ---- reading ---- */
@@ -162,12 +248,21 @@ static int read_in_leaf(struct page_reader *reader, const struct recipe_leaf *le
 static int read_leaves(struct file_reader *r, struct page_reader *reader, struct recipe_leaf *leaf,
                        uint64_t offset, uint8_t *out, size_t len, struct vm_error **err)
 {
+    int tries = 0;
     while (len) {
         size_t in_leaf = offset % RECIPE_LEAF_BYTES, left = RECIPE_LEAF_BYTES - in_leaf;
         size_t n = len < left ? len : left;
-        if (file_reader_leaf(r, offset / RECIPE_LEAF_BYTES, leaf, err) < 0 ||
-            read_in_leaf(reader, leaf, in_leaf, out, n, err) < 0)
+        struct vm_error *problem = NULL;
+        unsigned before = renewals(r);
+        if (file_reader_leaf(r, offset / RECIPE_LEAF_BYTES, leaf, err) < 0)
             return -1;
+        if (read_in_leaf(reader, leaf, in_leaf, out, n, &problem) < 0) {
+            if (tries++ == RENEWALS_MAX)
+                return error_propagate(err, problem);
+            if (renew(r, before, problem, err) < 0)
+                return -1;
+            continue;
+        }
         offset += n;
         out += n;
         len -= n;
@@ -191,8 +286,8 @@ int file_reader_read(struct file_reader *r, uint64_t offset, void *out, size_t l
     return result;
 }
 
-int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start,
-                          uint64_t *ret_len, struct vm_error **err)
+static int find_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start, uint64_t *ret_len,
+                     struct vm_error **err)
 {
     uint64_t leaf = offset / RECIPE_LEAF_BYTES, end = file_tree_leaves(r->tree), n = 0;
     struct recipe_ref ref = {0};
@@ -210,4 +305,19 @@ int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_
     stop = stop < r->size ? stop : r->size;
     *ret_len = n && stop > *ret_start ? stop - *ret_start : 0;
     return 0;
+}
+
+int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start,
+                          uint64_t *ret_len, struct vm_error **err)
+{
+    for (int i = 0;; i++) {
+        struct vm_error *problem = NULL;
+        unsigned before = renewals(r);
+        if (find_data(r, offset, ret_start, ret_len, &problem) == 0)
+            return 0;
+        if (i == RENEWALS_MAX)
+            return error_propagate(err, problem);
+        if (renew(r, before, problem, err) < 0)
+            return -1;
+    }
 }

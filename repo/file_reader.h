@@ -16,6 +16,7 @@
 #ifndef VMMIG_REPO_FILE_READER_H
 #define VMMIG_REPO_FILE_READER_H
 
+#include "repo/image.h"
 #include "repo/page_reader.h"
 #include "repo/tree.h"
 
@@ -23,6 +24,13 @@ struct file_reader;
 
 struct file_reader *file_reader_create(struct store *s, const struct recipe_ref *root,
                                        uint64_t size, struct vm_error **err);
+/*
+ * The same, of a file of an image that nobody leases: collections may replace the image's recipes by
+ * others of the same content, which are then read. If the image is deleted or replaced, reads fail
+ * sooner or later; they never return another image's content.
+ */
+struct file_reader *file_reader_open(struct store *s, const struct image *image,
+                                     const struct image_entry *file, struct vm_error **err);
 void file_reader_destroy(struct file_reader *r);
 DEFINE_CLEANUP(file_reader, struct file_reader *, file_reader_destroy)
 uint64_t file_reader_size(const struct file_reader *r);

@@ -1,11 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/holdings.h"
+#include "repo/forwarding.h"
 #include "repo/recipe_walk.h"
 
 #include <stdlib.h>
 
 struct holdings {
     struct object_set *set;
+    struct alive *alive;
+    struct forwards *forwards;
     struct recipe_walk *walk;
     char problem[256]; /* of the first node that could not be read */
 };
@@ -17,17 +20,29 @@ static int visit_node(const struct recipe_ref *ref, const void *data, size_t len
     return number_set_add(&h->set->trees, ref->tree, err);
 }
 
+static int add_page(struct holdings *h, const struct recipe_page *p, struct vm_error **err)
+{
+    if (h->alive && alive_add(h->alive, p->pack, p->offset, p->len, err) < 0)
+        return -1;
+    return number_set_add(&h->set->packs, p->pack, err);
+}
+
 static int visit_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret_damaged, void *arg,
                       struct vm_error **err)
 {
     struct holdings *h = arg;
+    const struct number_set *forwarded = forwards_known(h->forwards);
     uint64_t last = 0;
     for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
-        const struct recipe_page *p = &leaf->pages[i];
-        if (!p->len || p->pack == last)
+        struct recipe_page p = leaf->pages[i];
+        if (!p.len || (p.pack == last && !h->alive && !forwarded->n))
             continue;
-        last = p->pack;
-        if (number_set_add(&h->set->packs, last, err) < 0)
+        last = p.pack;
+        bool found = false;
+        if (add_page(h, &p, err) < 0 || (number_set_has(forwarded, p.pack) &&
+                                         forwards_find(h->forwards, &p, &found, err) < 0))
+            return -1;
+        if (found && add_page(h, &p, err) < 0)
             return -1;
     }
     return 0;
@@ -41,7 +56,8 @@ static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error
         snprintf(h->problem, sizeof(h->problem), "%s", error_message(problem));
 }
 
-struct holdings *holdings_create(struct store *s, struct object_set *set, struct vm_error **err)
+struct holdings *holdings_create(struct store *s, struct object_set *set, struct alive *alive,
+                                 struct vm_error **err)
 {
     struct holdings *h = calloc(1, sizeof(*h));
     if (!h) {
@@ -50,9 +66,11 @@ struct holdings *holdings_create(struct store *s, struct object_set *set, struct
     }
     struct recipe_visitor visitor = {visit_node, visit_leaf, visit_unreadable, h};
     h->set = set;
-    h->walk = recipe_walk_create(s, &visitor, err);
-    if (!h->walk) {
-        free(h);
+    h->alive = alive;
+    h->forwards = forwards_create(s, err);
+    if (!h->forwards || forwards_scan(h->forwards, err) < 0 ||
+        !(h->walk = recipe_walk_create(s, &visitor, err))) {
+        holdings_destroy(h);
         return NULL;
     }
     return h;
@@ -63,6 +81,7 @@ void holdings_destroy(struct holdings *h)
     if (!h)
         return;
     recipe_walk_destroy(h->walk);
+    forwards_destroy(h->forwards);
     free(h);
 }
 

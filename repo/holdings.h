@@ -1,19 +1,25 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * holdings: the packs and trees that images refer to. Nodes shared by several images are read once.
+ * holdings: the packs and trees that images refer to, also by way of forwardings. Nodes shared by
+ * several images are read once.
  *
- * Memory: 8 MiB per TiB of distinct content. Threads: one.
+ * Memory: 8 MiB per TiB of distinct content, and forwardings (repo/forwarding.h). Threads: one.
  */
 #ifndef VMMIG_REPO_HOLDINGS_H
 #define VMMIG_REPO_HOLDINGS_H
 
+#include "repo/alive.h"
 #include "repo/condemned.h"
 #include "repo/image.h"
 
 struct holdings;
 
-/* What is found is added to *set, which outlives the holdings. */
-struct holdings *holdings_create(struct store *s, struct object_set *set, struct vm_error **err);
+/*
+ * What is found is added to *set, and records to *alive (NULL: not); both outlive the holdings. Of a
+ * page that is forwarded both places count.
+ */
+struct holdings *holdings_create(struct store *s, struct object_set *set, struct alive *alive,
+                                 struct vm_error **err);
 void holdings_destroy(struct holdings *h);
 DEFINE_CLEANUP(holdings, struct holdings *, holdings_destroy)
 /* CORRUPT if a node of its recipes is damaged or gone: what it refers to is not known then. */

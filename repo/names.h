@@ -9,6 +9,7 @@
  *     map    repository       what holds for the whole: format, UUID, counters
  *     map    cat.00 .. cat.ff the catalogue
  *     map    index.SHARD      SHARD: 6 hexadecimal digits
+ *     map    quarantine       damaged packs (repo/quarantine.h)
  */
 #ifndef VMMIG_REPO_NAMES_H
 #define VMMIG_REPO_NAMES_H
@@ -23,6 +24,7 @@
 enum { OBJECT_NAME_SIZE = 32, NUMBER_COUNT_BITS = 24 };
 
 #define REPOSITORY_MAP "repository"
+#define QUARANTINE_MAP "quarantine"
 #define PACK_PREFIX "pack."
 #define TREE_PREFIX "tree."
 #define NUMBER_WRITER_MAX (((uint64_t)1 << (64 - NUMBER_COUNT_BITS)) - 1)

@@ -55,13 +55,13 @@ static int parse_records(struct footer *f, struct cursor *c, uint64_t body, stru
         uint64_t offset = (uint64_t)cursor_le32(c) * RECORD_ALIGN;
         r->len = cursor_le32(c);
         r->n_pages = cursor_u8(c);
-        cursor_u8(c);
+        r->compression = cursor_u8(c);
         r->mask = cursor_le16(c);
         r->first_page = (uint16_t)page;
         page += r->n_pages;
         if (offset < end || r->len <= RECORD_HEADER || r->len > RECORD_MAX ||
             offset + r->len > body || !r->n_pages || r->n_pages > RECORD_PAGES_MAX ||
-            page > f->n_pages || (r->mask && __builtin_popcount(r->mask) != r->n_pages))
+            page > f->n_pages || r->compression > RECORD_ZSTD || (r->mask && __builtin_popcount(r->mask) != r->n_pages))
             return damaged(err, f->pack, "its footer makes no sense");
         r->offset = (uint32_t)offset;
         end = offset + r->len;
@@ -109,7 +109,7 @@ void footer_write(const struct footer *f, struct buffer *out)
         buffer_put_le32(out, r->offset / RECORD_ALIGN);
         buffer_put_le32(out, r->len);
         buffer_put_u8(out, r->n_pages);
-        buffer_put_u8(out, 0);
+        buffer_put_u8(out, r->compression);
         buffer_put_le16(out, r->mask);
     }
     buffer_put(out, f->ids, f->n_pages * sizeof(*f->ids));

@@ -9,7 +9,7 @@
  *             16  16  the repository's UUID
  *             32      records (repo/record.h), each at the next multiple of 8
  *     footer      for each record: u32 offset / 8, u32 length (header and payload), u8 pages, u8
- *                 zero, u16 mask (as in the record)
+ *                 codec, u16 mask (both as in the record)
  *                 for each page of each record, in order: its identity, 32 bytes
  *     trailer  0  u32 records
  *              4  u32 pages
@@ -46,6 +46,7 @@ struct footer_record {
     uint16_t first_page; /* index of its first page's identity */
     uint16_t mask;
     uint8_t n_pages;
+    uint8_t compression; /* enum record_compression */
 };
 
 /* What a pack holds. One allocation each for records and ids; footer_finish frees them. */

@@ -114,6 +114,7 @@ static void lay_record(struct open_pack *p, uint8_t *record, uint32_t len)
     buffer_put(&p->body, (const uint8_t[RECORD_ALIGN]){0}, padding);
     entry->offset = (uint32_t)offset;
     entry->len = len;
+    entry->compression = record_compression(record);
     p->footer->n_laid = ++p->n_laid;
 }
 

@@ -1,6 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/page_reader.h"
+#include "repo/forwarding.h"
 #include "repo/names.h"
+#include "repo/quarantine.h"
+
+#include "base/clock.h"
 
 #include <stdlib.h>
 
@@ -8,10 +12,13 @@ enum {
     GAP_MAX = 32 << 10,   /* bytes that are read in vain rather than asking twice */
     RANGE_MAX = 1 << 20,  /* of one request */
     RANGES_MAX = RECIPE_LEAF_PAGES,
+    PASSES_MAX = 4,       /* a place can be moved again while it is read */
+    QUARANTINE_S = 60,    /* so old may be what is known of the quarantine */
 };
 
 struct wanted {
-    const struct recipe_page *page;
+    const struct recipe_page *page;   /* where it is read */
+    const struct recipe_page *origin; /* where the recipe says it is */
     unsigned to; /* position in the output */
 };
 
@@ -28,6 +35,13 @@ struct page_reader {
     struct page_reader_stat stat;
     struct buffer data;
     struct wanted wanted[RECIPE_LEAF_PAGES];
+    struct wanted again[RECIPE_LEAF_PAGES]; /* to be read in the next pass */
+    size_t n_again;
+    struct recipe_page places[RECIPE_LEAF_PAGES]; /* of forwarded pages, by position */
+    struct forwards *forwards;
+    struct number_set gone; /* packs */
+    struct quarantine quarantine;
+    int64_t quarantine_until_ns;
     struct range ranges[RANGES_MAX];
     struct store_op ops[RANGES_MAX];
     uint8_t pages[RECORD_RAW_MAX];
@@ -41,8 +55,9 @@ struct page_reader *page_reader_create(struct store *s, struct vm_error **err)
         return NULL;
     }
     r->store = s;
-    if (record_codec_init(&r->codec, RECORD_LZ4, 0, err) < 0) {
-        free(r);
+    r->forwards = forwards_create(s, err);
+    if (!r->forwards || record_codec_init(&r->codec, RECORD_LZ4, 0, err) < 0) {
+        page_reader_destroy(r);
         return NULL;
     }
     return r;
@@ -53,6 +68,9 @@ void page_reader_destroy(struct page_reader *r)
     if (!r)
         return;
     record_codec_finish(&r->codec);
+    forwards_destroy(r->forwards);
+    number_set_finish(&r->gone);
+    quarantine_finish(&r->quarantine);
     buffer_finish(&r->data);
     free(r);
 }
@@ -68,19 +86,75 @@ static int by_place(const void *a, const void *b)
     return (int)x->page - (int)y->page;
 }
 
-/* Zeros are written at once; the others are sorted by where they lie. */
-static size_t sort_wanted(struct page_reader *r, const struct recipe_page *pages, size_t n,
-                          uint8_t *out)
+/*
+ * The page is not at w->page, as `problem` says: in the next pass it is read where the forwarding
+ * says, if that is another place. Takes the problem over.
+ */
+static int read_again(struct page_reader *r, const struct wanted *w, struct vm_error *problem,
+                      struct vm_error **err)
+{
+    cleanup_error struct vm_error *kept = problem;
+    for (int fresh = 0; fresh < 2; fresh++) {
+        struct recipe_page place = *w->origin;
+        bool found;
+        if (fresh)
+            forwards_forget(r->forwards);
+        if (forwards_find(r->forwards, &place, &found, err) < 0)
+            return -1;
+        if (!found || (place.pack == w->page->pack && place.offset == w->page->offset))
+            continue;
+        r->places[w->to] = place;
+        r->again[r->n_again++] = (struct wanted){&r->places[w->to], w->origin, w->to};
+        return 0;
+    }
+    return error_propagate(err, steal_ptr(&kept));
+}
+
+static bool is_known_bad(const struct page_reader *r, const struct recipe_page *p)
+{
+    return number_set_has(&r->gone, p->pack) ||
+           (r->quarantine.n && quarantine_has(&r->quarantine, p->pack, p->offset));
+}
+
+static int load_quarantine(struct page_reader *r, struct vm_error **err)
+{
+    int64_t now = clock_mono_ns();
+    if (now < r->quarantine_until_ns)
+        return 0;
+    r->quarantine_until_ns = now + QUARANTINE_S * NSEC_PER_SEC;
+    return quarantine_load(r->store, &r->quarantine, err);
+}
+
+static int put_off(struct page_reader *r, const struct wanted *w, struct vm_error **err)
+{
+    struct vm_error *problem = NULL;
+    error_set(&problem, VM_ERROR_CORRUPT, "pack %016" PRIx64 "%s", w->page->pack,
+              number_set_has(&r->gone, w->page->pack) ? " is gone"
+                                                      : " is quarantined: it is damaged");
+    return read_again(r, w, problem, err);
+}
+
+/* Zeros are written at once; the others become wanted, where they are known to be. */
+static int want_pages(struct page_reader *r, const struct recipe_page *pages, size_t n,
+                      uint8_t *out, size_t *ret_n, struct vm_error **err)
 {
     size_t n_wanted = 0;
+    r->n_again = 0;
+    if (load_quarantine(r, err) < 0)
+        return -1;
     for (size_t i = 0; i < n; i++) {
-        if (pages[i].len)
-            r->wanted[n_wanted++] = (struct wanted){&pages[i], (unsigned)i};
-        else
+        struct wanted w = {&pages[i], &pages[i], (unsigned)i};
+        if (!pages[i].len)
             memset(out + i * PAGE_BYTES, 0, PAGE_BYTES);
+        else if (!is_known_bad(r, &pages[i]))
+            r->wanted[n_wanted++] = w;
+        else if (put_off(r, &w, err) < 0)
+            return -1;
     }
-    qsort(r->wanted, n_wanted, sizeof(*r->wanted), by_place);
-    return n_wanted;
+    memcpy(r->wanted + n_wanted, r->again, r->n_again * sizeof(*r->again));
+    *ret_n = n_wanted + r->n_again;
+    r->n_again = 0;
+    return 0;
 }
 
 static size_t make_ranges(struct page_reader *r, size_t n_wanted)
@@ -157,31 +231,63 @@ static int take_record(struct page_reader *r, const struct range *range, const s
     return 0;
 }
 
+static int range_is_there(struct page_reader *r, const struct range *range,
+                          const struct store_op *op, struct vm_error **problem)
+{
+    if (op->result == STORE_DONE)
+        return 0;
+    number_set_add(&r->gone, range->pack, NULL);
+    return error_set(problem, VM_ERROR_CORRUPT, "pack %016" PRIx64 " is gone", range->pack);
+}
+
 static int take_range(struct page_reader *r, const struct range *range, const struct store_op *op,
                       uint8_t *out, struct vm_error **err)
 {
-    if (op->result != STORE_DONE)
-        return error_set(err, VM_ERROR_CORRUPT, "pack %016" PRIx64 " is gone", range->pack);
     for (size_t i = 0; i < range->n;) {
         const struct wanted *w = &r->wanted[range->first + i];
         size_t n = same_record(w, range->n - i);
-        if (take_record(r, range, op, w, n, out, err) < 0)
-            return -1;
+        struct vm_error *problem = NULL;
+        bool bad = range_is_there(r, range, op, &problem) < 0 ||
+                   take_record(r, range, op, w, n, out, &problem) < 0;
+        for (size_t j = 0; bad && j < n; j++)
+            if (read_again(r, &w[j], error_copy(problem), err) < 0) {
+                error_free(problem);
+                return -1;
+            }
+        error_free(problem);
         i += n;
     }
     return 0;
 }
 
-int page_reader_read(struct page_reader *r, const struct recipe_page *pages, size_t n, uint8_t *out,
-                     struct vm_error **err)
+static int read_wanted(struct page_reader *r, size_t n, uint8_t *out, struct vm_error **err)
 {
-    size_t n_ranges = make_ranges(r, sort_wanted(r, pages, n, out));
+    qsort(r->wanted, n, sizeof(*r->wanted), by_place);
+    size_t n_ranges = make_ranges(r, n);
     if (read_ranges(r, n_ranges, err) < 0)
         return -1;
     for (size_t i = 0; i < n_ranges; i++)
         if (take_range(r, &r->ranges[i], &r->ops[i], out, err) < 0)
             return -1;
     return 0;
+}
+
+int page_reader_read(struct page_reader *r, const struct recipe_page *pages, size_t n, uint8_t *out,
+                     struct vm_error **err)
+{
+    size_t left;
+    if (want_pages(r, pages, n, out, &left, err) < 0)
+        return -1;
+    for (int pass = 0; left && pass < PASSES_MAX; pass++) {
+        if (read_wanted(r, left, out, err) < 0)
+            return -1;
+        left = r->n_again;
+        memcpy(r->wanted, r->again, left * sizeof(*r->again));
+        r->n_again = 0;
+    }
+    return left ? error_set(err, VM_ERROR_CORRUPT, "pack %016" PRIx64 " is moved all the time",
+                            r->wanted[0].origin->pack)
+                : 0;
 }
 
 struct page_reader_stat page_reader_stat(const struct page_reader *r)

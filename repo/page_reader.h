@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * page_reader: pages from packs. Given where pages are, reads their records, those that lie close
- * together in one request, all requests at once; checks and decompresses them.
+ * together in one request, all requests at once; checks and decompresses them. What a pack that is
+ * gone, a damaged record or a quarantined one held is read from where its forwarding says.
  *
  * Threads: a page_reader belongs to one thread at a time. Memory: the stored bytes of the pages
  * that one call asks for, and 64 KiB.
@@ -21,7 +22,8 @@ DEFINE_CLEANUP(page_reader, struct page_reader *, page_reader_destroy)
 
 /*
  * The content of n <= RECIPE_LEAF_PAGES pages, one after the other, into `out`. CORRUPT, with pack
- * and record in the message, if anything is damaged or gone; `out` is then not to be used.
+ * and record in the message, if anything is damaged or gone and not forwarded; `out` is then not to
+ * be used.
  */
 int page_reader_read(struct page_reader *r, const struct recipe_page *pages, size_t n, uint8_t *out,
                      struct vm_error **err);

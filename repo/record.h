@@ -50,6 +50,12 @@ size_t record_encode(struct record_codec *c, const void *pages, unsigned n_pages
 /* Set the checksum, once pack and offset are known. `len` is what record_encode returned. */
 void record_seal(uint8_t *record, size_t len, uint64_t pack, uint64_t offset);
 
+/* The codec that an encoded record says. */
+static inline enum record_compression record_compression(const uint8_t *record)
+{
+    return (enum record_compression)record[12];
+}
+
 struct record_info {
     uint32_t payload;
     enum record_compression compression;

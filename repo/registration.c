@@ -3,6 +3,7 @@
 #include "repo/catalogue.h"
 #include "repo/catalogue_shard.h"
 #include "repo/holdings.h"
+#include "repo/names.h"
 
 #include "base/clock.h"
 #include "base/fault.h"
@@ -15,7 +16,10 @@ struct registration {
     struct store *store;
     uint64_t number;
     char name[IMAGE_NAME_MAX + 1];
+    char what[IMAGE_NAME_MAX + 24]; /* that it commits, for messages */
     char key[SHARD_KEY_SIZE], pin[SHARD_KEY_SIZE]; /* w:NUMBER, p:NUMBER */
+    char target[SHARD_KEY_SIZE];                   /* what the commit sets, in name's shard */
+    struct buffer before;                          /* what it must be until then; empty: nothing */
     struct buffer epoch;                           /* as it was acknowledged */
     struct buffer value;                           /* of the registration */
     uint64_t registered_s;
@@ -59,7 +63,6 @@ static void write_registration(struct registration *r, struct buffer *out)
 static int register_once(struct registration *r, struct condemned_state *ret_state,
                          struct vm_error **err)
 {
-    char name[SHARD_KEY_SIZE];
     if (look(r, ret_state, err) < 0)
         return -1;
     buffer_reset(&r->value);
@@ -68,20 +71,29 @@ static int register_once(struct registration *r, struct condemned_state *ret_sta
         return error_nomem(err);
     struct shard_change c = {.shard = shard_of(r->name), .n_compares = 2,
                        .compares = {shard_pair(SHARD_EPOCH, &r->epoch),
-                                    shard_pair(shard_name_key(r->name, name), NULL)},
+                                    shard_pair(r->target, &r->before)},
                        .set = shard_pair(r->key, &r->value)};
     enum store_result done = shard_apply(r->store, &c, err);
     return done == STORE_FAILED ? -1 : done == STORE_DONE;
 }
 
-static int name_is_free(struct registration *r, struct vm_error **err)
+/* Is the target the value (1), as it was before (0) or something else (2)? -1. */
+static int look_at_target(struct registration *r, const struct buffer *value, struct vm_error **err)
 {
-    char key[SHARD_KEY_SIZE];
-    cleanup_buffer struct buffer value = {0};
-    if (shard_get(r->store, shard_of(r->name), shard_name_key(r->name, key), &value, err) < 0)
+    cleanup_buffer struct buffer now = {0};
+    if (shard_get(r->store, shard_of(r->name), r->target, &now, err) < 0)
         return -1;
-    return value.len ? error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name)
-                     : 0;
+    if (value && now.len == value->len && !memcmp(now.data, value->data, now.len))
+        return 1;
+    bool same = now.len == r->before.len && (!now.len || !memcmp(now.data, r->before.data, now.len));
+    return same ? 0 : 2;
+}
+
+static int target_changed(const struct registration *r, struct vm_error **err)
+{
+    return r->before.len ? error_set(err, VM_ERROR_CONFLICT, "%s was replaced meanwhile", r->what)
+                         : error_set(err, VM_ERROR_CONFLICT, "there is an image %s already",
+                                     r->name);
 }
 
 static int pin_parent(struct registration *r, const struct image *parent, struct vm_error **err)
@@ -123,6 +135,7 @@ static int unpin(struct registration *r, struct vm_error **err)
 static void free_registration(struct registration *r)
 {
     buffer_finish(&r->epoch);
+    buffer_finish(&r->before);
     buffer_finish(&r->value);
     object_set_finish(&r->condemned);
     object_set_finish(&r->held);
@@ -144,7 +157,7 @@ static int know_held(struct registration *r, struct vm_error **err)
 {
     if (!r->parent || r->held_known)
         return 0;
-    CLEANUP(holdings) struct holdings *h = holdings_create(r->store, &r->held, err);
+    CLEANUP(holdings) struct holdings *h = holdings_create(r->store, &r->held, NULL, err);
     if (!h || holdings_add(h, r->parent, err) < 0)
         return -1;
     r->held_known = true;
@@ -170,7 +183,7 @@ static int rescue(struct registration *r, const struct condemned_state *state,
     if (condemned_rescue(r->store, &state->list, &wanted, &lost, err) < 0)
         return -1;
     return lost ? error_set(err, VM_ERROR_REFUSED,
-                            "a collection removes what image %s shares; begin again", r->name)
+                            "a collection removes what %s shares; begin again", r->what)
                 : 0;
 }
 
@@ -181,17 +194,16 @@ static int register_writer(struct registration *r, struct condemned_state *ret_s
         int done = register_once(r, ret_state, err);
         if (done)
             return done < 0 ? -1 : 0;
-        if (name_is_free(r, err) < 0)
-            return -1;
+        int there = look_at_target(r, NULL, err);
+        if (there)
+            return there < 0 ? -1 : target_changed(r, err);
     }
     return error_set(err, VM_ERROR_CONFLICT, "the catalogue changes all the time; try again");
 }
 
-struct registration *catalogue_register(struct store *s, const char *name,
-                                        const struct image *parent, struct vm_error **err)
+static struct registration *new_registration(struct store *s, const char *name,
+                                             struct vm_error **err)
 {
-    if (image_name_check(name, err) < 0)
-        return NULL;
     struct registration *r = calloc(1, sizeof(*r));
     if (!r) {
         error_nomem(err);
@@ -200,16 +212,26 @@ struct registration *catalogue_register(struct store *s, const char *name,
     r->store = s;
     r->registered_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
     strcpy(r->name, name);
-    int done = catalogue_next_number(s, &r->number, err);
-    shard_number_key(SHARD_WRITERS, r->number, r->key);
+    snprintf(r->what, sizeof(r->what), "image %s", name);
+    shard_name_key(name, r->target);
+    return r;
+}
+
+/* Takes r over: registered, with its parent pinned, or freed. */
+static struct registration *begin_registration(struct registration *r, const struct image *parent,
+                                               struct vm_error **err)
+{
     struct condemned_state state;
+    const struct object_set nothing = {{0}, {0}};
+    int done = r->before.failed ? error_nomem(err)
+                                : catalogue_next_number(r->store, &r->number, err);
+    shard_number_key(SHARD_WRITERS, r->number, r->key);
     if (done < 0 || register_writer(r, &state, err) < 0) {
         r->ended = done < 0; /* an answer may have been lost: take back what may be there */
         catalogue_unregister(r);
         return NULL;
     }
     (void)FAULT("repo.register");
-    const struct object_set nothing = {{0}, {0}};
     if (parent && (pin_parent(r, parent, err) < 0 || rescue(r, &state, &nothing, err) < 0)) {
         catalogue_unregister(r);
         return NULL;
@@ -217,14 +239,45 @@ struct registration *catalogue_register(struct store *s, const char *name,
     return r;
 }
 
+struct registration *catalogue_register(struct store *s, const char *name,
+                                        const struct image *parent, struct vm_error **err)
+{
+    if (image_name_check(name, err) < 0)
+        return NULL;
+    struct registration *r = new_registration(s, name, err);
+    return r ? begin_registration(r, parent, err) : NULL;
+}
+
+struct registration *catalogue_register_swap(struct store *s, const struct image *image,
+                                             struct vm_error **err)
+{
+    struct registration *r = new_registration(s, image->name, err);
+    if (!r)
+        return NULL;
+    image_write(image, &r->before);
+    return begin_registration(r, image, err);
+}
+
+struct registration *catalogue_register_forward(struct store *s, uint64_t pack,
+                                                const struct buffer *before, struct vm_error **err)
+{
+    struct registration *r = new_registration(s, pack_name(pack), err);
+    if (!r)
+        return NULL;
+    snprintf(r->what, sizeof(r->what), "the forwarding of %s", r->name);
+    shard_number_key(SHARD_FORWARDS, pack, r->target);
+    buffer_put(&r->before, before->data, before->len);
+    return begin_registration(r, NULL, err);
+}
+
 static int fenced(struct registration *r, struct vm_error **err)
 {
     r->ended = true;
     unpin(r, NULL);
     return error_set(err, VM_ERROR_REFUSED,
-                     "the repository's collector took this writer for dead; image %s is not "
+                     "the repository's collector took this writer for dead; %s is not "
                      "committed, begin again",
-                     r->name);
+                     r->what);
 }
 
 /*
@@ -285,18 +338,6 @@ int registration_checkpoint(struct registration *r, const struct object_set *sha
     return error_set(err, VM_ERROR_CONFLICT, "the catalogue changes all the time; try again");
 }
 
-/* Is the name ours (1), free (0) or another's (2)? */
-static int read_back(struct registration *r, const struct buffer *value, struct vm_error **err)
-{
-    char key[SHARD_KEY_SIZE];
-    cleanup_buffer struct buffer now = {0};
-    if (shard_get(r->store, shard_of(r->name), shard_name_key(r->name, key), &now, err) < 0)
-        return -1;
-    if (!now.len)
-        return 0;
-    return now.len == value->len && !memcmp(now.data, value->data, now.len) ? 1 : 2;
-}
-
 /*
  * The commit's answer did not come. Remove the registration, so that a commit that is still under
  * way fails, then look: whatever is there now stays.
@@ -306,7 +347,7 @@ static int resolve_commit(struct registration *r, const struct buffer *value,
 {
     struct vm_error *error = NULL;
     if (unregister(r, &error) == 0) {
-        int there = read_back(r, value, &error);
+        int there = look_at_target(r, value, &error);
         if (there == 1) {
             error_free(cause);
             return 0;
@@ -316,33 +357,30 @@ static int resolve_commit(struct registration *r, const struct buffer *value,
     }
     error_free(error);
     error_propagate(err, cause);
-    return error_wrap(err, "image %s may or may not be committed", r->name);
+    return error_wrap(err, "%s may or may not be committed", r->what);
 }
 
 /* Why a guard did not hold. 1: it is committed; 0: the epoch went on, try again; -1. */
 static int explain_mismatch(struct registration *r, const struct buffer *value,
                             struct vm_error **err)
 {
-    int there = read_back(r, value, err);
-    if (there == 2)
-        return error_set(err, VM_ERROR_CONFLICT, "there is an image %s already", r->name);
-    return there;
+    int there = look_at_target(r, value, err);
+    return there == 2 ? target_changed(r, err) : there;
 }
 
 /* One attempt. 1: committed; 0: acknowledge and try again; -1. */
 static int commit_once(struct registration *r, const struct buffer *value, struct vm_error **err)
 {
-    char key[SHARD_KEY_SIZE];
     struct shard_change c = {.shard = shard_of(r->name),
                              .n_compares = 3,
                              .erase = r->key,
                              .compares = {shard_pair(SHARD_EPOCH, &r->epoch),
                                           shard_pair(r->key, &r->value),
-                                          shard_pair(shard_name_key(r->name, key), NULL)},
-                             .set = shard_pair(key, value)};
+                                          shard_pair(r->target, &r->before)},
+                             .set = shard_pair(r->target, value)};
     struct vm_error *cause = NULL;
     if (FAULT("repo.commit") == FAULT_ERROR)
-        return error_errno(err, fault_errno(), "cannot commit image %s", r->name);
+        return error_errno(err, fault_errno(), "cannot commit %s", r->what);
     enum store_result done = shard_apply(r->store, &c, &cause);
     (void)FAULT("repo.committed");
     if (done == STORE_DONE)
@@ -352,15 +390,11 @@ static int commit_once(struct registration *r, const struct buffer *value, struc
     return explain_mismatch(r, value, err);
 }
 
-int catalogue_commit(struct registration *r, const struct image *image,
-                     const struct object_set *shared, struct vm_error **err)
+int catalogue_commit_forward(struct registration *r, const struct buffer *value,
+                             const struct object_set *shared, struct vm_error **err)
 {
-    cleanup_buffer struct buffer value = {0};
-    image_write(image, &value);
-    if (value.failed)
-        return error_nomem(err);
     for (int i = 0; i < CATALOGUE_TRIES; i++) {
-        int done = commit_once(r, &value, err);
+        int done = commit_once(r, value, err);
         if (done < 0)
             return -1;
         if (done) {
@@ -373,6 +407,14 @@ int catalogue_commit(struct registration *r, const struct image *image,
             return -1;
     }
     return error_set(err, VM_ERROR_CONFLICT, "collections follow each other too fast; try again");
+}
+
+int catalogue_commit(struct registration *r, const struct image *image,
+                     const struct object_set *shared, struct vm_error **err)
+{
+    cleanup_buffer struct buffer value = {0};
+    image_write(image, &value);
+    return value.failed ? error_nomem(err) : catalogue_commit_forward(r, &value, shared, err);
 }
 
 void catalogue_unregister(struct registration *r)

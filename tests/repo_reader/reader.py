@@ -91,7 +91,10 @@ class RadosStore:
         while True:
             with self.rados.ReadOpCtx() as op:
                 found, _ = self.meta.get_omap_vals(op, after, "", 500)
-                self.meta.operate_read_op(op, name)
+                try:
+                    self.meta.operate_read_op(op, name)
+                except self.rados.ObjectNotFound:
+                    return
                 some = list(found)
             yield from some
             if len(some) < 500:
@@ -121,6 +124,9 @@ class Repository:
         need(head.get("format") == b"1", "not format 1")
         self.uuid = bytes.fromhex(head["uuid"].decode().replace("-", ""))
         self.footers = {}
+        self.forwardings = {}
+        self.records = {}
+        self.bad = self.quarantine()
 
     # catalogue
 
@@ -215,7 +221,8 @@ class Repository:
         need(self.xxh3(data[:-8], seed=pack) == check, f"footer of {name}")
         records, at = {}, 12 * n_records
         for i in range(n_records):
-            offset, length, count, zero, mask = struct.unpack_from("<IIBBH", data, 12 * i)
+            offset, length, count, codec, mask = struct.unpack_from("<IIBBH", data, 12 * i)
+            need(codec <= 2, f"codec in the footer of {name}")
             records[8 * offset] = [data[at + 32 * j:at + 32 * j + 32] for j in range(count)]
             at += 32 * count
         need(at == len(data) - 32, f"identities of {name}")
@@ -223,6 +230,14 @@ class Repository:
         return records
 
     def record(self, pack, offset, length):
+        """The pages of a record; the last ones read are kept."""
+        if (pack, offset) not in self.records:
+            if len(self.records) > 64:
+                self.records.clear()
+            self.records[pack, offset] = self.read_record(pack, offset, length)
+        return self.records[pack, offset]
+
+    def read_record(self, pack, offset, length):
         import lz4.block
         import zstandard
         data = self.store.read("packs", f"pack.{pack:016x}", offset, length)
@@ -238,6 +253,60 @@ class Repository:
         need(len(body) == count * PAGE and codec <= 2, "payload")
         return [body[i * PAGE:i * PAGE + PAGE] for i in range(count)]
 
+    # where pages are by now
+
+    def quarantine(self):
+        """(pack, offset) of damaged records; packs that are damaged as a whole can be read."""
+        bad = set()
+        for name, value in self.store.pairs("quarantine"):
+            need(name.startswith("pack.") and len(value) % 4 == 0, "quarantine")
+            for offset, in struct.iter_unpack("<I", value[8:]):
+                bad.add((int(name[5:], 16), 8 * offset))
+        return bad
+
+    def forwarding(self, pack):
+        """(offset, page) -> (pack, offset, length, page)"""
+        if pack not in self.forwardings:
+            shard = 2166136261
+            for byte in f"pack.{pack:016x}".encode():
+                shard = (shard ^ byte) * 16777619 & 0xffffffff
+            value = dict(self.store.pairs(f"cat.{shard % 256:02x}")).get(f"f:{pack:016x}")
+            self.forwardings[pack] = self.parse_forwarding(pack, value) if value else {}
+        return self.forwardings[pack]
+
+    def parse_forwarding(self, pack, value):
+        version, n_packs, n_runs = struct.unpack_from("<HHI", value)
+        need(version == 1 and n_runs and len(value) == 8 + 8 * n_packs + 16 * n_runs + 8,
+             f"forwarding of {pack:x}")
+        need(self.xxh3(value[:-8], seed=pack) == struct.unpack("<Q", value[-8:])[0],
+             f"forwarding of {pack:x}")
+        packs = struct.unpack_from(f"<{n_packs}Q", value, 8)
+        places = {}
+        for run in struct.iter_unpack("<IBBHIHBB", value[8 + 8 * n_packs:-8]):
+            offset, first, count, which, to, length, to_first, zero = run
+            need(zero == 0 and count, f"forwarding of {pack:x}")
+            for i in range(count):
+                places[8 * offset, first + i] = packs[which], 8 * to, 8 * length, to_first + i
+        return places
+
+    def locate(self, place):
+        """The place itself, or where its forwarding says."""
+        pack, offset, _, number = place
+        if (pack, offset) not in self.bad:
+            try:
+                self.record(*place[:3])
+                return place
+            except (Damaged, FileNotFoundError) as problem:
+                cause = problem
+            except Exception as problem:  # the module for rados is imported only with a rados: URL
+                need(type(problem).__name__ == "ObjectNotFound", f"reading {pack:x}: {problem}")
+                cause = problem
+        else:
+            cause = "quarantined"
+        to = self.forwarding(pack).get((offset, number))
+        need(to, f"pack {pack:x}, record at {offset}, page {number}: {cause}, and not forwarded")
+        return to
+
     # files
 
     def pages(self, size, root):
@@ -250,10 +319,12 @@ class Repository:
             for i, page in enumerate(leaf):
                 if not page:
                     continue
-                pack, offset, length, number, prefix = page
-                if last[0] != (pack, offset):
-                    last = (pack, offset), self.record(pack, offset, length)
-                content = last[1][number]
+                prefix = page[4]
+                if last[0] != page[:2]:
+                    last = page[:2], self.locate(page[:4])[:2] == page[:2]
+                place = page[:4] if last[1] else self.locate(page[:4])
+                pack, offset, length, number = place
+                content = self.record(pack, offset, length)[number]
                 identity = hashlib.sha256(content).digest()
                 need(identity == self.footer(pack)[offset][number], "identity in the footer")
                 need(identity[:4] == prefix, "identity in the recipe")

@@ -192,6 +192,34 @@ def test_a_delete_killed_deletes_nothing_or_all(repository, raw):
     assert repository.names() == []
 
 
+def test_repacking_as_users_and_a_second_reader_see_it(repository, raw, tmp_path):
+    """Before, between (recipes lead through forwardings, by a killed collection) and after."""
+    mixed = tmp_path / 'mixed.raw'
+    first, second = raw.read_bytes(), disk(tmp_path / 'other.raw', 32, seed=2).read_bytes()
+    mixed.write_bytes(b''.join((second if i % 2 else first)[i * MIB:i * MIB + MIB]
+                               for i in range(32)))
+    repository.run('import', raw, 'old')
+    repository.run('import', mixed, 'mixed')
+    repository.run('delete', 'old')
+    repository.run('collect')
+    before, = repository.run('stat')
+    with pytest.raises(Failed):
+        repository.run('collect', 1000, 'recompress', faults='repo.collect-deleted=crash')
+    repository.second_reader('check')
+    repository.run('export', 'mixed', tmp_path / 'between.raw')
+    assert same(mixed, tmp_path / 'between.raw')
+    done, = repository.run('collect', 1000, 'recompress')
+    assert done['settled'] == 1
+    repository.run('collect', 1000)
+    after, = repository.run('stat')
+    assert after['pack_bytes'] < before['pack_bytes'] * 0.8
+    repository.second_reader('check')
+    repository.run('export', 'mixed', tmp_path / 'after.raw')
+    assert same(mixed, tmp_path / 'after.raw')
+    again, = repository.run('import', mixed, 'again')
+    assert again['new'] == 0
+
+
 COLLECT_POINTS = ['repo.collect-listed', 'repo.collect-made', 'repo.collect-published',
                   'repo.collect-raised', 'repo.collect-marked', 'repo.collect-claimed',
                   'repo.collect-removed', 'repo.collect-deleted']

@@ -53,7 +53,7 @@ static inline int get_all(struct repo *r, const char *name, uint8_t *out, size_t
         return -1;
     CLEANUP(file_reader)
     struct file_reader *f =
-        file_reader_create(repo_store(r), &image->files[0].root, image->files[0].size, err);
+        file_reader_open(repo_store(r), image, &image->files[0], err);
     return f ? file_reader_read(f, 0, out, size, err) : -1;
 }
 

@@ -4,7 +4,8 @@
  * line on standard output; errors as "KIND: message" on standard error, with the kind's exit
  * status.
  *
- *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS] | scrub |
+ *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS
+ *     [repack|recompress [DEAD-PERCENT [ZSTD-LEVEL]]]] | scrub |
  *     rebuild-index repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show
  *     NAME | delete NAME | diff A B
  */
@@ -133,12 +134,19 @@ static int run_collect(struct repo *r, int argc, char **argv, struct vm_error **
     struct collect_options o = {.control.cancel_fd = -1};
     struct collect_report report;
     o.fence_after_ns = argc > 3 ? atol(argv[3]) * NSEC_PER_MSEC : 0;
+    o.recompress = argc > 4 && !strcmp(argv[4], "recompress");
+    o.repack = argc > 4;
+    o.dead_percent = argc > 5 ? (unsigned)atoi(argv[5]) : 0;
+    o.zstd_level = argc > 6 ? atoi(argv[6]) : 0;
     if (repo_collect(r, &o, &report, err) < 0)
         return -1;
     printf("{\"adopted\": %s, \"condemned\": %" PRIu64 ", \"packs\": %" PRIu64
-           ", \"trees\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"fenced\": %" PRIu64 "}\n",
+           ", \"trees\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"fenced\": %" PRIu64
+           ", \"repacked\": %" PRIu64 ", \"repacked_from\": %" PRIu64 ", \"repacked_to\": %" PRIu64
+           ", \"settled\": %" PRIu64 ", \"lacked_space\": %s}\n",
            report.adopted ? "true" : "false", report.condemned, report.packs, report.trees,
-           report.bytes, report.writers_fenced);
+           report.bytes, report.writers_fenced, report.repacked, report.repacked_from,
+           report.repacked_to, report.settled, report.repack_lacked_space ? "true" : "false");
     return 0;
 }
 
