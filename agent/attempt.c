@@ -9,7 +9,7 @@
 
 #include <string.h>
 
-#define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+#define NSEC(ms) fault_patience_ns(ms)
 
 /* ---- Events ---- */
 
@@ -78,10 +78,36 @@ static struct peer_session *current_session(struct attempt *a)
     return a->session ? peer_session_ref(a->session) : NULL;
 }
 
+/* Fault points of every message: "handover.send.COMMIT", "handover.receive.COMMIT" ... */
+static enum fault_result fault_send(enum handover_message message)
+{
+    switch ((int)message) {
+#define X(id, ...)                                                                                 \
+    case HANDOVER_MSG_##id:                                                                        \
+        return FAULT("handover.send." #id);
+        HANDOVER_MESSAGES(X)
+#undef X
+    }
+    return FAULT_NONE;
+}
+
+static enum fault_result fault_receive(enum handover_message message)
+{
+    switch ((int)message) {
+#define X(id, ...)                                                                                 \
+    case HANDOVER_MSG_##id:                                                                        \
+        return FAULT("handover.receive." #id);
+        HANDOVER_MESSAGES(X)
+#undef X
+    }
+    return FAULT_NONE;
+}
+
 static void send_message(struct attempt *a, enum handover_message message)
 {
     CLEANUP(peer_session) struct peer_session *session = current_session(a);
-    if (!session)
+    enum fault_result fault = fault_send(message);
+    if (!session || fault == FAULT_DROP || fault == FAULT_ERROR)
         return;
     Vmmig__Peer__Handover m = VMMIG__PEER__HANDOVER__INIT;
     m.attempt = (ProtobufCBinaryData){sizeof(a->id.bytes), a->id.bytes};
@@ -100,8 +126,9 @@ static void send_message(struct attempt *a, enum handover_message message)
     a->role->fill(a, message, &m);
     log_debug("sending", "attempt=%s message=%s", uuid_text(&a->id),
               handover_message_name(message));
-    if (!peer_session_send(session, &m))
-        log_info("message lost", "message=%s", handover_message_name(message));
+    for (int i = 0; i < (fault == FAULT_DUPLICATE ? 2 : 1); i++)
+        if (!peer_session_send(session, &m))
+            log_info("message lost", "message=%s", handover_message_name(message));
 }
 
 void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
@@ -109,6 +136,9 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
     if (message->message >= HANDOVER_MSG_COUNT)
         return;
     enum handover_message m = (enum handover_message)message->message;
+    enum fault_result fault = fault_receive(m);
+    if (fault == FAULT_DROP || fault == FAULT_ERROR)
+        return;
     log_debug("received", "attempt=%s message=%s", uuid_text(&a->id), handover_message_name(m));
     pthread_mutex_lock(&a->lock);
     if (message->reason && !a->reason)
@@ -118,6 +148,8 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         a->resume_took_ns = (int64_t)message->duration_ns;
     pthread_mutex_unlock(&a->lock);
     attempt_post(a, (enum handover_event)m);
+    if (fault == FAULT_DUPLICATE)
+        attempt_post(a, (enum handover_event)m);
 }
 
 /* ---- The journal ---- */
@@ -161,16 +193,16 @@ static int write_record(struct attempt *a, enum handover_record record, struct v
 }
 
 /* Fault points around every record: "handover.before.COMMIT", "handover.after.COMMIT" ... */
-static void fault_before(enum handover_record record)
+static enum fault_result fault_before(enum handover_record record)
 {
     switch ((int)record) {
 #define X(id, ...)                                                                                 \
     case HANDOVER_REC_##id:                                                                        \
-        (void)FAULT("handover.before." #id);                                                       \
-        break;
+        return FAULT("handover.before." #id);
         HANDOVER_RECORDS(X)
 #undef X
     }
+    return FAULT_NONE;
 }
 
 static void fault_after(enum handover_record record)
@@ -188,8 +220,9 @@ static void fault_after(enum handover_record record)
 static enum handover_event act_journal(struct attempt *a, enum handover_record record)
 {
     struct vm_error *err = NULL;
-    fault_before(record);
-    if (a->role->before_record(a, record, &err) == 0 && write_record(a, record, &err) == 0) {
+    if (fault_before(record) == FAULT_ERROR) {
+        error_errno(&err, fault_errno(), "the record %s", handover_record_name(record));
+    } else if (a->role->before_record(a, record, &err) == 0 && write_record(a, record, &err) == 0) {
         fault_after(record);
         log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
                  handover_record_name(record));
@@ -229,13 +262,16 @@ static enum handover_event try_resume(struct attempt *a)
         return HANDOVER_EV_TIMER;
     if (status.state == GUEST_RUNNING)
         return HANDOVER_EV_RESUMED;
-    (void)FAULT("attempt.resume");
-    if (guest_resume(a->guest, &err) == 0) {
+    if (FAULT("attempt.resume") == FAULT_ERROR) {
+        error_set(&err, VM_ERROR_REFUSED, "attempt.resume: %s", strerror(fault_errno()));
+    } else if (guest_resume(a->guest, &err) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
         cleanup_error struct vm_error *quiet = NULL;
         if (guest_announce(a->guest, &quiet) < 0)
             log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
         return HANDOVER_EV_RESUMED;
     }
+    if (!err)
+        error_set(&err, VM_ERROR_TIMEOUT, "attempt.resumed: %s", strerror(fault_errno()));
     log_error("cannot start the guest", "error=%s", log_q(error_message(err)));
     /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
     if (err->kind != VM_ERROR_REFUSED)
@@ -285,6 +321,8 @@ static void act_kill(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     a->role->stop_transfer(a);
+    if (FAULT("attempt.kill") == FAULT_ERROR)
+        return;
     if (process_alive(&a->record.vmm))
         quit_vmm(a);
     if (a->record.vmm.pid && process_kill(&a->record.vmm, ATTEMPT_KILL_TIMEOUT_MS, &err) < 0) {
@@ -292,6 +330,7 @@ static void act_kill(struct attempt *a)
                   log_q(error_message(err)));
         return;
     }
+    (void)FAULT("attempt.killed");
     attempt_post(a, HANDOVER_EV_VM_GONE);
 }
 
@@ -376,10 +415,45 @@ static enum handover_event arbitrate(struct attempt *a, enum handover_event even
     return event;
 }
 
+/* What others see while the actions of the new state are executed. */
+static void show_state(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    a->state = a->machine.state;
+}
+
+/*
+ * Plausible shortcuts, which the tests must notice (base/fault.h, "mistake"): they take the place of
+ * a row of the table.
+ */
+static bool make_mistake(struct attempt *a, enum handover_event event)
+{
+    enum handover_state state = a->machine.state;
+    if (state == HANDOVER_SRC_COMMITTED && event == HANDOVER_EV_TIMER &&
+        FAULT("mistake.resume-without-never") == FAULT_MISTAKE) {
+        a->machine.state = HANDOVER_SRC_RESUMING;
+        act_resume(a);
+        return true;
+    }
+    if (state == HANDOVER_DST_LOADED && event == HANDOVER_EV_TIMER &&
+        FAULT("mistake.run-on-loaded") == FAULT_MISTAKE) {
+        act_journal(a, HANDOVER_REC_RUN);
+        a->machine.state = HANDOVER_DST_STARTING;
+        act_resume(a);
+        return true;
+    }
+    if (state == HANDOVER_DST_LOADED && event == HANDOVER_EV_MSG_COMMIT &&
+        FAULT("mistake.running-before-run") == FAULT_MISTAKE)
+        send_message(a, HANDOVER_MSG_RUNNING);
+    return false;
+}
+
 static void feed(struct attempt *a, enum handover_event event)
 {
     struct handover_actions actions;
     enum handover_state before = a->machine.state;
+    if (make_mistake(a, event))
+        return;
     event = arbitrate(a, event);
     if (a->machine.role == HANDOVER_DESTINATION && before == HANDOVER_DST_LOADED &&
         event == HANDOVER_EV_MSG_COMMIT)
@@ -392,6 +466,8 @@ static void feed(struct attempt *a, enum handover_event event)
                  handover_state_name(before), handover_event_name(event),
                  handover_state_name(a->machine.state));
     }
+    if (!a->machine.pending)
+        show_state(a);
     for (int i = 0; i < actions.count; i++)
         execute(a, actions.list[i]);
     if (!a->machine.pending)

@@ -4,6 +4,7 @@
 #include "agent/driver.h"
 
 #include "base/cond.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 #include "vmm/qemu_portable.h"
@@ -19,8 +20,26 @@ enum { ABANDONED_MS = 60000 };
 enum { IDLE_MARGIN_MS = 10000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+#define PATIENCE(ms) fault_patience_ns(ms)
 
 /* ---- A VMM that waits for the guest ---- */
+
+/*
+ * The VMM's process is there, and waits before it becomes the VMM. From here on a crash of the agent must
+ * not forget it; the attempt's own thread writes no record before it has heard of this one's end.
+ */
+static int remember_birth(const struct process_identity *process, void *arg, struct vm_error **err)
+{
+    struct attempt *a = arg;
+    struct journal_record born = a->record;
+    born.vmm = *process;
+    born.record = HANDOVER_REC_PREPARING;
+    (void)FAULT("attempt.born");
+    if (journal_put(a->transfer->journal, &born, err) < 0)
+        return -1;
+    (void)FAULT("attempt.recorded");
+    return 0;
+}
 
 static struct qemu *spawn_sink(struct attempt *a, struct vm_error **err)
 {
@@ -38,13 +57,14 @@ static struct qemu *spawn_sink(struct attempt *a, struct vm_error **err)
                              .user = params.launch.user,
                              .assume_shared = d->prepare->prepare->assume_shared,
                              .scratch_dir = c->runtime_dir};
-    d->qmp_path = strdup(place.qmp_path);
-    if (!d->qmp_path) {
-        error_nomem(err);
-        return NULL;
-    }
     if (qemu_dest_check(&d->definition, &host, err) < 0)
         return NULL;
+    if (FAULT("attempt.spawn") == FAULT_ERROR) {
+        error_errno(err, fault_errno(), "attempt.spawn");
+        return NULL;
+    }
+    params.launch.born = remember_birth;
+    params.launch.born_arg = a;
     return qemu_sink_spawn(&params, err);
 }
 
@@ -52,11 +72,6 @@ static struct qemu *adopt_sink(struct attempt *a, const char *path, struct vm_er
 {
     struct destination_part *d = &a->destination;
     d->prepared_by_user = true;
-    d->qmp_path = strdup(path);
-    if (!d->qmp_path) {
-        error_nomem(err);
-        return NULL;
-    }
     return qemu_sink_attach(&d->definition, path, ATTACH_TIMEOUT_MS, err);
 }
 
@@ -129,7 +144,7 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
                                      .charge_vmm = *a->transfer->agent->config->vm_cgroup != 0,
                                      .idle_limit_ns =
                                          NSEC(a->transfer->agent->config->peer_timeout_ms) +
-                                         NSEC(IDLE_MARGIN_MS),
+                                         PATIENCE(IDLE_MARGIN_MS),
                                      .cancel_fd = a->cancel};
     memcpy(params.token.bytes, p->token.data, sizeof(params.token.bytes));
     struct receiver *r = receiver_create(&params, err);
@@ -176,6 +191,7 @@ static void *work_main(void *arg)
         attempt_fail(a, err);
         return NULL;
     }
+    (void)FAULT("attempt.ready");
     attempt_post(a, HANDOVER_EV_READY);
     if (receiver_wait(a->destination.receiver, &err) < 0) {
         attempt_fail(a, err);
@@ -184,6 +200,11 @@ static void *work_main(void *arg)
     struct receiver_stats stats;
     receiver_stats(a->destination.receiver, &stats);
     a->destination.load_ns = stats.load_ns;
+    if (FAULT("attempt.loaded") == FAULT_ERROR) {
+        error_errno(&err, fault_errno(), "attempt.loaded");
+        attempt_fail(a, err);
+        return NULL;
+    }
     attempt_post(a, HANDOVER_EV_LOAD_DONE);
     return NULL;
 }
@@ -287,12 +308,26 @@ static int register_vm(struct attempt *a, struct vm_error **err)
     return 0;
 }
 
+/* Where the VMM will listen: what a crash leaves there is removed after it. */
+static int remember_socket(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    const char *given = d->prepare->prepare->dest_qmp;
+    d->qmp_path = *given ? strdup(given) : driver_socket_path(a->transfer->agent->config, a->vm_name);
+    if (!d->qmp_path)
+        return error_nomem(err);
+    return attempt_remember(a, d->qmp_path, NULL, NULL, err);
+}
+
 /*
- * PREPARING is written a second time when the VMM waits, and then names it. Once RUNNING is on record,
- * the journal forgets how to reach the VM: the registry must know it.
+ * PREPARING is written three times: with the socket's name, with the VMM's process before it becomes
+ * one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record, the journal
+ * forgets how to reach the VM: the registry must know it.
  */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
+    if (record == HANDOVER_REC_PREPARING && !a->recorded)
+        return remember_socket(a, err);
     if (record == HANDOVER_REC_PREPARING)
         adopt_process(a);
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
@@ -345,7 +380,7 @@ static void tick(struct attempt *a)
     pthread_mutex_lock(&a->lock);
     bool alone = !a->session && !a->destination.serving;
     pthread_mutex_unlock(&a->lock);
-    if (!alone || clock_mono_ns() - a->state_since_ns < NSEC(ABANDONED_MS))
+    if (!alone || clock_mono_ns() - a->state_since_ns < PATIENCE(ABANDONED_MS))
         return;
     struct vm_error *err = NULL;
     error_set(&err, VM_ERROR_TIMEOUT, "the source was not heard of for %d s", ABANDONED_MS / 1000);

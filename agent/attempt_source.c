@@ -3,6 +3,7 @@
 #include "agent/attempt_jobs.h"
 
 #include "base/cond.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 #include "vmm/qemu_preflight.h"
@@ -17,6 +18,7 @@ enum { PREPARE_TIMEOUT_MS = 60000, LOADED_TIMEOUT_MS = 30000 };
 enum { STANDING_OFFLINE_MS = 5000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
+#define PATIENCE(ms) fault_patience_ns(ms)
 
 /* ---- The control connection: dialled again and again until the hand-over is finished ---- */
 
@@ -81,7 +83,7 @@ static void *link_main(void *arg)
         if (!session)
             session = peer_session_open(a->transfer->context, a->source.peer,
                                         a->transfer->agent->config->host,
-                                        clock_mono_ns() + NSEC(DIAL_TIMEOUT_MS), a->cancel, &err);
+                                        clock_mono_ns() + PATIENCE(DIAL_TIMEOUT_MS), a->cancel, &err);
         if (session) {
             set_online(a, session);
             attempt_post(a, HANDOVER_EV_TIMER);
@@ -91,7 +93,7 @@ static void *link_main(void *arg)
             attempt_fail(a, steal_ptr(&err));
         }
         error_free(err);
-        io_wait(a->cancel, 1 /* POLLIN */, clock_mono_ns() + NSEC(REDIAL_MS), -1, NULL);
+        io_wait(a->cancel, 1 /* POLLIN */, clock_mono_ns() + PATIENCE(REDIAL_MS), -1, NULL);
     }
     return NULL;
 }
@@ -166,6 +168,8 @@ static int copy(struct attempt *a, struct vm_error **err)
     pthread_mutex_unlock(&a->lock);
     if (sender_run(sender, err) < 0)
         return -1;
+    if (FAULT("attempt.copied") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "attempt.copied");
     struct sender_progress p;
     sender_progress(sender, &p);
     a->paused_at_ns = p.paused_at_ns;
@@ -256,7 +260,7 @@ static int settled(struct attempt *a, struct vm_error **err)
 static void fail_when_late(struct attempt *a, int64_t since_ns, int limit_ms, const char *what)
 {
     struct vm_error *err = NULL;
-    if (!since_ns || clock_mono_ns() - since_ns < NSEC(limit_ms))
+    if (!since_ns || clock_mono_ns() - since_ns < PATIENCE(limit_ms))
         return;
     error_set(&err, VM_ERROR_TIMEOUT, "%s for %d s", what, limit_ms / 1000);
     attempt_fail(a, err);

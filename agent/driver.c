@@ -16,13 +16,18 @@ void driver_place_finish(struct driver_place *p)
     *p = (struct driver_place){0};
 }
 
+char *driver_socket_path(const struct config *config, const char *name)
+{
+    char *path;
+    return asprintf(&path, "%s/%s.qmp", config->runtime_dir, name) < 0 ? NULL : path;
+}
+
 static int make_place(const struct config *config, const char *name, struct driver_place *place,
                       struct vm_error **err)
 {
-    if (asprintf(&place->qmp_path, "%s/%s.qmp", config->runtime_dir, name) < 0) {
-        place->qmp_path = NULL;
+    place->qmp_path = driver_socket_path(config, name);
+    if (!place->qmp_path)
         return error_nomem(err);
-    }
     if (asprintf(&place->log_path, "%s/%s.log", config->log_dir, name) < 0) {
         place->log_path = NULL;
         return error_nomem(err);

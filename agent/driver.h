@@ -32,6 +32,9 @@ int driver_prepare_launch(const struct config *config, const char *name, const c
                           struct driver_place *ret_place, struct qemu_launch *ret_launch,
                           struct vm_error **err);
 
+/* Where the socket of a VM of that name is when the agent starts it; allocated. NULL: no memory. */
+char *driver_socket_path(const struct config *config, const char *name);
+
 /* Start a VM from a user's command line. When it fails nothing is left. */
 int driver_run(const struct config *config, const char *name, char *const *argv, const char *cwd,
                struct vm_definition *ret_definition, struct guest **ret_guest,

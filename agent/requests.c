@@ -2,9 +2,11 @@
 #include "agent/requests.h"
 
 #include "agent/answers.h"
+#include "agent/doctor.h"
 #include "agent/driver.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 
@@ -350,6 +352,51 @@ static int handle_cancel(struct control_session *s, const struct control_message
     return reply_job_of(s, &status, err);
 }
 
+static int handle_doctor(struct control_session *s, const struct control_message *m,
+                         struct vm_error **err)
+{
+    cleanup_diagnosis struct diagnosis d = {0};
+    if (doctor_examine(control_agent(s), m->doctor->vm, &d, err) < 0)
+        return -1;
+    return control_reply(s, VMMIG__CONTROL__TYPE__DIAGNOSIS, &d.message.base, err);
+}
+
+struct fault_list_answer {
+    Vmmig__Control__FaultPoint points[CONTROL_FAULTS_MAX];
+    Vmmig__Control__FaultPoint *list[CONTROL_FAULTS_MAX];
+    char armed[CONTROL_FAULTS_MAX][sizeof(((struct fault_point *)0)->armed)];
+    size_t n;
+};
+
+static void add_point(const struct fault_point *p, void *arg)
+{
+    struct fault_list_answer *a = arg;
+    if (a->n == CONTROL_FAULTS_MAX)
+        return;
+    Vmmig__Control__FaultPoint *m = a->list[a->n] = &a->points[a->n];
+    vmmig__control__fault_point__init(m);
+    strcpy(a->armed[a->n], p->armed);
+    m->name = (char *)(uintptr_t)p->name;
+    m->armed = a->armed[a->n++];
+    m->acted = p->acted;
+    m->holds = p->holds;
+}
+
+static int handle_faults(struct control_session *s, const struct control_message *m,
+                         struct vm_error **err)
+{
+    cleanup_free struct fault_list_answer *a = calloc(1, sizeof(*a));
+    if (!a)
+        return error_nomem(err);
+    if ((m->faults->set && fault_arm(m->faults->arm, err) < 0) ||
+        fault_list(add_point, a, err) < 0)
+        return -1;
+    Vmmig__Control__FaultPoints answer = VMMIG__CONTROL__FAULT_POINTS__INIT;
+    answer.points = a->list;
+    answer.n_points = a->n;
+    return control_reply(s, VMMIG__CONTROL__TYPE__FAULT_POINTS, &answer.base, err);
+}
+
 struct job_list {
     struct job_answer *answers;
     Vmmig__Control__Job **messages;
@@ -438,7 +485,8 @@ static const struct {
     {VMMIG__CONTROL__TYPE__DETACH, handle_detach}, {VMMIG__CONTROL__TYPE__INFO, handle_info},
     {VMMIG__CONTROL__TYPE__SEND, handle_send},     {VMMIG__CONTROL__TYPE__RESOLVE, handle_resolve},
     {VMMIG__CONTROL__TYPE__CANCEL, handle_cancel}, {VMMIG__CONTROL__TYPE__JOBS, handle_jobs},
-    {VMMIG__CONTROL__TYPE__WATCH, handle_watch},
+    {VMMIG__CONTROL__TYPE__WATCH, handle_watch},   {VMMIG__CONTROL__TYPE__DOCTOR, handle_doctor},
+    {VMMIG__CONTROL__TYPE__FAULTS, handle_faults},
 };
 
 int request_handle(struct control_session *s, const struct control_message *m,

@@ -2,6 +2,7 @@
 #include "agent/vm_record.h"
 
 #include "base/bytes.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 #include "proto/record.pb-c.h"
@@ -55,6 +56,8 @@ int vm_record_write(const char *folder, const struct vm_definition *d, struct vm
     cleanup_free char *path = record_path(folder, d->name, err);
     if (!path)
         return -1;
+    if (FAULT("vms.record") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "cannot write %s", path);
     return io_write_file_durably(path, out.data, out.len, 0600, err);
 }
 

@@ -14,20 +14,51 @@
  *     error[:ERRNO] FAULT() returns FAULT_ERROR, fault_errno() the errno (default EIO)
  *     delay:MS      the thread sleeps
  *     hang          the thread sleeps for ever
+ *     hold          the thread sleeps until other faults are armed, or none: a test does meanwhile
+ *                   what is to happen at this point
  *     drop          FAULT() returns FAULT_DROP: the caller loses the message
  *     duplicate     FAULT() returns FAULT_DUPLICATE: the caller sends it twice
  *     corrupt       FAULT() returns FAULT_CORRUPT: the caller flips a byte
+ *     jump:MS       of a clock: it goes wrong by that much
+ *     mistake       FAULT() returns FAULT_MISTAKE at points named mistake.*: the program does what a
+ *                   careless programmer might have written, for tests that must notice
  *
- * Crash, delay and hang act inside FAULT(); a caller handles those of the other actions that make
- * sense at its point, and ignores the rest. Without -Dfaults=true (never in a release) FAULT() is
- * the constant FAULT_NONE and the names are not in the binary. Threads: any.
+ * Crash, delay, hang and hold act inside FAULT(); a caller handles those of the other actions that
+ * make sense at its point, and ignores the rest. A running agent lists and arms points by
+ * `vmmig debug faults`. Without -Dfaults=true (never in a release) FAULT() is the constant
+ * FAULT_NONE and the names are not in the binary. Threads: any.
+ *
+ * Patience. Limits after which the program gives up or tries again are told by fault_patience_ns;
+ * with faults compiled in, VMMIG_PATIENCE=N in the environment divides them, so that a test does not
+ * wait for minutes. It does not touch what a user sets.
  */
 #ifndef VMMIG_BASE_FAULT_H
 #define VMMIG_BASE_FAULT_H
 
+#include "base/clock.h"
 #include "base/error.h"
 
-enum fault_result { FAULT_NONE, FAULT_ERROR, FAULT_DROP, FAULT_DUPLICATE, FAULT_CORRUPT };
+#include <stdbool.h>
+
+enum fault_result {
+    FAULT_NONE,
+    FAULT_ERROR,
+    FAULT_DROP,
+    FAULT_DUPLICATE,
+    FAULT_CORRUPT,
+    FAULT_JUMP,
+    FAULT_MISTAKE
+};
+
+#define FAULT_SPEC_MAX 1024 /* bytes of one specification */
+
+/* A point as `fault_list` shows it. */
+struct fault_point {
+    const char *name;
+    char armed[80];  /* "crash@2"; empty: not armed */
+    unsigned acted;  /* how often it acted since it was armed */
+    bool holds;      /* a thread sleeps there now */
+};
 
 #ifdef VMMIG_FAULTS
 #define FAULT(name)                                                                                \
@@ -39,19 +70,32 @@ enum fault_result { FAULT_NONE, FAULT_ERROR, FAULT_DROP, FAULT_DUPLICATE, FAULT_
 enum fault_result fault_hit(const char *name);
 /* errno of the last FAULT_ERROR in this thread. */
 int fault_errno(void);
-/* Arm points by the grammar above; "" disarms all. A name that no point bears is an error. */
-int fault_arm(const char *spec, struct vm_error **err);
-/* Call visit for every point compiled in, in no order; a name may come more than once. */
-void fault_list(void (*visit)(const char *name, void *arg), void *arg);
+/* Milliseconds of the last FAULT_JUMP in this thread. */
+int fault_jump_ms(void);
+int64_t fault_patience_ns(int64_t ms);
 #else
 #define FAULT(name) FAULT_NONE
 static inline int fault_errno(void)
 {
     return 0;
 }
+static inline int64_t fault_patience_ns(int64_t ms)
+{
+    return ms * NSEC_PER_MSEC;
+}
 #endif
 
-/* Arm from VMMIG_FAULTS. In a build without faults a set variable is an error, not ignored. */
+/*
+ * Arm points by the grammar above, instead of all that were armed; "" disarms all. USAGE for a name
+ * that no point bears; VERSION in a build without fault points.
+ */
+int fault_arm(const char *spec, struct vm_error **err);
+/* Call visit for every point compiled in, sorted by name, each name once. */
+typedef void fault_visit(const struct fault_point *point, void *arg);
+int fault_list(fault_visit *visit, void *arg, struct vm_error **err);
+
+/* Arm from VMMIG_FAULTS. In a build without faults a set variable is an error, not ignored; so is
+ * VMMIG_PATIENCE. */
 int fault_init(struct vm_error **err);
 
 #endif

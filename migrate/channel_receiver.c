@@ -118,7 +118,7 @@ static int send_applied(struct conn *conn, uint64_t applied, int cancel_fd)
         memcpy(out + len, out, len);
         len *= 2;
         break;
-    case FAULT_NONE:
+    default:
         break;
     }
     int64_t deadline = clock_mono_ns() + ACK_TIMEOUT_MS * NSEC_PER_MSEC;

@@ -204,7 +204,7 @@ static int begin_frame(struct channel_sender *s, struct vm_error **err)
     case FAULT_DUPLICATE:
         s->at.copies = 2;
         break;
-    case FAULT_NONE:
+    default:
         break;
     }
     return 0;

@@ -184,6 +184,10 @@ static int begin(struct journal *j, unsigned flags, MDB_txn **ret_txn, struct vm
  */
 static int commit(struct journal *j, MDB_txn *txn, struct vm_error **err)
 {
+    if (FAULT("mistake.journal-not-synced") == FAULT_MISTAKE) {
+        mdb_txn_abort(txn); /* it said that it was written, and a crash of the host took it */
+        return 0;
+    }
     if (FAULT("journal.write") == FAULT_ERROR) {
         mdb_txn_abort(txn);
         return error_errno(err, fault_errno(), "journal: cannot write");
@@ -245,6 +249,8 @@ static int put_encoded(struct journal *j, MDB_txn *txn, const struct journal_rec
     cleanup_buffer struct buffer b = {.limit = RECORD_SIZE_MAX};
     if (encode_record(&b, r, blob_hash, err) < 0)
         return -1;
+    if (FAULT("journal.record") == FAULT_CORRUPT)
+        b.data[b.len / 2] ^= 1;
     MDB_val key = key_of(&r->attempt), value = {b.len, b.data};
     int rc = mdb_put(txn, j->records, &key, &value, 0);
     return rc ? error_mdb(err, rc, "write") : 0;

@@ -199,6 +199,10 @@ int peer_session_receive(struct peer_session *s, int64_t deadline_ns, int cancel
     int got = receive_any(s, deadline_ns, cancel_fd, &m, err);
     if (got <= 0)
         return got;
+    if (FAULT("peer.receive") == FAULT_ERROR) {
+        peer_message_finish(&m);
+        return error_errno(err, fault_errno(), "peer.receive");
+    }
     if (m.type == VMMIG__PEER__TYPE__HANDOVER) {
         *ret_message = m;
         return 1;
@@ -218,6 +222,10 @@ bool peer_session_send(struct peer_session *s, const Vmmig__Peer__Handover *mess
     enum fault_result fault = FAULT("peer.send");
     if (fault == FAULT_DROP)
         return true;
+    if (fault == FAULT_ERROR) {
+        conn_shutdown(s->conn);
+        return false;
+    }
     for (int i = 0; i < (fault == FAULT_DUPLICATE ? 2 : 1); i++) {
         if (send_message(s, VMMIG__PEER__TYPE__HANDOVER, &message->base, deadline, &err) < 0) {
             log_warn("control connection lost", "error=%s", log_q(error_message(err)));

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "proto/control.h"
 
+#include "base/fault.h"
+
 #include <string.h>
 
 static int out_of_range(const char *what, struct vm_error **err)
@@ -147,6 +149,54 @@ static int check_watch(const Vmmig__Control__Watch *m, struct vm_error **err)
         return out_of_range("the interval", err);
     return by_id ? field_check_uuid("the job's id", m->job.data, m->job.len, err)
                  : check_name(m->vm, err);
+}
+
+static int check_doctor(const Vmmig__Control__Doctor *m, struct vm_error **err)
+{
+    return *m->vm ? check_name(m->vm, err) : 0;
+}
+
+static int check_faults(const Vmmig__Control__Faults *m, struct vm_error **err)
+{
+    return field_check_text("the faults", m->arm, 0, FAULT_SPEC_MAX, err);
+}
+
+static int check_finding(const Vmmig__Control__Finding *m, struct vm_error **err)
+{
+    if ((*m->vm && check_name(m->vm, err) < 0) ||
+        (m->attempt.len &&
+         field_check_uuid("the attempt", m->attempt.data, m->attempt.len, err) < 0) ||
+        check_word("the role", m->role, err) < 0 || check_word("the record", m->record, err) < 0 ||
+        check_word("the state", m->state, err) < 0)
+        return -1;
+    if ((unsigned)m->owner > VMMIG__CONTROL__OWNER__OWNER_NOBODY)
+        return out_of_range("the owner", err);
+    if (field_check_text("the reason", m->why, 1, CONTROL_TEXT_MAX, err) < 0 ||
+        field_check_text("the advice", m->advice, 0, CONTROL_TEXT_MAX, err) < 0 ||
+        field_check_text("the owner", m->host, 0, ENDPOINT_TEXT_MAX, err) < 0)
+        return -1;
+    return field_check_text("the peer", m->peer, 0, ENDPOINT_TEXT_MAX, err);
+}
+
+static int check_diagnosis(const Vmmig__Control__Diagnosis *m, struct vm_error **err)
+{
+    if (m->n_findings > CONTROL_FINDINGS_MAX)
+        return out_of_range("the number of findings", err);
+    for (size_t i = 0; i < m->n_findings; i++)
+        if (check_finding(m->findings[i], err) < 0)
+            return -1;
+    return check_word("the host's name", m->host, err);
+}
+
+static int check_fault_points(const Vmmig__Control__FaultPoints *m, struct vm_error **err)
+{
+    if (m->n_points > CONTROL_FAULTS_MAX)
+        return out_of_range("the number of fault points", err);
+    for (size_t i = 0; i < m->n_points; i++)
+        if (check_word("a fault point's name", m->points[i]->name, err) < 0 ||
+            check_word("what is armed", m->points[i]->armed, err) < 0)
+            return -1;
+    return 0;
 }
 
 static int check_pages(const Vmmig__Control__Job *m, struct vm_error **err)

@@ -29,6 +29,8 @@
 #define CONTROL_TEXT_MAX 2048 /* bytes of messages; a longer one is cut by its sender */
 #define CONTROL_VMS_MAX 512
 #define CONTROL_JOBS_MAX 320
+#define CONTROL_FINDINGS_MAX 640 /* what a frame holds */
+#define CONTROL_FAULTS_MAX 1024
 #define CONTROL_DOWNTIME_MS_MIN 1
 #define CONTROL_DOWNTIME_MS_MAX 3600000
 #define CONTROL_BANDWIDTH_MIN (64ULL << 10)
@@ -53,12 +55,16 @@
     X(RESOLVE, resolve, Resolve, true)                                                             \
     X(JOBS, jobs, Jobs, true)                                                                      \
     X(WATCH, watch, Watch, true)                                                                   \
+    X(DOCTOR, doctor, Doctor, true)                                                                \
+    X(FAULTS, faults, Faults, true)                                                                \
     X(VM, vm, Vm, false)                                                                           \
     X(VMS, vms, Vms, false)                                                                        \
     X(AGENT, agent, Agent, false)                                                                  \
     X(JOB, job, Job, false)                                                                        \
     X(JOB_LIST, job_list, JobList, false)                                                          \
-    X(OK, ok, Ok, false)
+    X(OK, ok, Ok, false)                                                                           \
+    X(DIAGNOSIS, diagnosis, Diagnosis, false)                                                      \
+    X(FAULT_POINTS, fault_points, FaultPoints, false)
 
 struct control_message {
     Vmmig__Control__Type type;

@@ -36,6 +36,7 @@ struct cli {
     const char *ip;
     uint64_t days;
     bool replace;
+    const char *arm;
 };
 
 struct cli_command {
@@ -62,7 +63,7 @@ struct cli_family {
     const struct cli_object *objects;   /* ended by a row without `of`; may be NULL */
 };
 
-extern const struct cli_family cli_family_vm, cli_family_pki;
+extern const struct cli_family cli_family_vm, cli_family_pki, cli_family_doctor;
 /* In the order of the help, ended by NULL. A new family is declared above and listed in
  * tools/cli_commands.c. */
 extern const struct cli_family *const cli_families[];

@@ -159,6 +159,55 @@ json_t *cli_json_agent(const Vmmig__Control__Agent *a)
                      number(a->rss_anon));
 }
 
+static const char *owner_name(Vmmig__Control__Owner owner)
+{
+    static const char *const names[] = {"unknown", "here", "peer", "undecided", "nobody"};
+    return names[owner];
+}
+
+static json_t *text_or_null(const char *text)
+{
+    return *text ? string(text) : json_null();
+}
+
+static json_t *finding(const Vmmig__Control__Finding *f)
+{
+    struct uuid id;
+    json_t *attempt = json_null();
+    if (f->attempt.len) {
+        memcpy(id.bytes, f->attempt.data, sizeof(id.bytes));
+        attempt = string(uuid_text(&id));
+    }
+    return json_pack("{s:o, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:i, s:b}", "vm",
+                     text_or_null(f->vm), "owner", owner_name(f->owner), "owner_host",
+                     text_or_null(f->host), "why", string(f->why), "advice",
+                     text_or_null(f->advice), "attempt", attempt, "role", text_or_null(f->role),
+                     "record", text_or_null(f->record), "state", text_or_null(f->state), "peer",
+                     text_or_null(f->peer), "changed",
+                     f->changed_ns ? instant(f->changed_ns) : json_null(), "pid", (int)f->pid,
+                     "vmm_runs", (int)f->vmm_runs);
+}
+
+json_t *cli_json_diagnosis(const Vmmig__Control__Diagnosis *d)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < d->n_findings; i++)
+        json_array_append_new(list, finding(d->findings[i]));
+    return json_pack("{s:o, s:o}", "host", string(d->host), "findings", list);
+}
+
+json_t *cli_json_faults(const Vmmig__Control__FaultPoints *points)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < points->n_points; i++) {
+        const Vmmig__Control__FaultPoint *p = points->points[i];
+        json_array_append_new(list, json_pack("{s:o, s:o, s:o, s:b}", "name", string(p->name),
+                                              "armed", text_or_null(p->armed), "acted",
+                                              number(p->acted), "holds", (int)p->holds));
+    }
+    return json_pack("{s:o}", "points", list);
+}
+
 int cli_print_json(json_t *object, struct vm_error **err)
 {
     if (!object)

@@ -221,6 +221,58 @@ void cli_print_jobs(FILE *out, const Vmmig__Control__JobList *jobs)
     }
 }
 
+static void print_finding(FILE *out, const Vmmig__Control__Finding *f, const char *here)
+{
+    const char *name = *f->vm ? f->vm : "(a damaged record)";
+    switch (f->owner) {
+    case VMMIG__CONTROL__OWNER__OWNER_HERE:
+        fprintf(out, "%s: this host (%s) owns it\n", name, here);
+        break;
+    case VMMIG__CONTROL__OWNER__OWNER_PEER:
+        fprintf(out, "%s: %s owns it\n", name, f->host);
+        break;
+    case VMMIG__CONTROL__OWNER__OWNER_UNDECIDED:
+        fprintf(out, "%s: undecided between %s and %s\n", name, here, f->peer);
+        break;
+    case VMMIG__CONTROL__OWNER__OWNER_NOBODY:
+        fprintf(out, "%s: nobody owns it\n", name);
+        break;
+    default:
+        fprintf(out, "%s: unknown\n", name);
+        break;
+    }
+    fputs("  why      ", out);
+    text_wrap(out, f->why, 11, 11);
+    if (*f->advice) {
+        fputs("  to do    ", out);
+        text_wrap(out, f->advice, 11, 11);
+    }
+    if (*f->record)
+        fprintf(out, "  journal  %s, as %s of a hand-over with %s, written %s\n", f->record, f->role,
+                f->peer, local_time_text(f->changed_ns));
+    if (f->pid)
+        fprintf(out, "  process  %d, which %s\n", f->pid, f->vmm_runs ? "runs" : "is gone");
+}
+
+void cli_print_diagnosis(FILE *out, const Vmmig__Control__Diagnosis *d)
+{
+    if (!d->n_findings)
+        fputs("no VMs here, and none in the journal\n", out);
+    for (size_t i = 0; i < d->n_findings; i++)
+        print_finding(out, d->findings[i], d->host);
+}
+
+void cli_print_faults(FILE *out, const Vmmig__Control__FaultPoints *points)
+{
+    for (size_t i = 0; i < points->n_points; i++) {
+        const Vmmig__Control__FaultPoint *p = points->points[i];
+        fputs(p->name, out);
+        if (*p->armed)
+            fprintf(out, "=%s  acted %u times%s", p->armed, p->acted, p->holds ? ", holds" : "");
+        fputc('\n', out);
+    }
+}
+
 void cli_print_agent(FILE *out, const Vmmig__Control__Agent *a)
 {
     fprintf(out, "%s\n  agent      %s, process %d, since %s\n", a->host, a->software, a->pid,

@@ -21,11 +21,15 @@ json_t *cli_json_vm(const Vmmig__Control__Vm *vm);
 json_t *cli_json_vms(const Vmmig__Control__Vms *vms);
 json_t *cli_json_job(const Vmmig__Control__Job *job);
 json_t *cli_json_jobs(const Vmmig__Control__JobList *jobs);
+json_t *cli_json_diagnosis(const Vmmig__Control__Diagnosis *diagnosis);
+json_t *cli_json_faults(const Vmmig__Control__FaultPoints *points);
 json_t *cli_json_agent(const Vmmig__Control__Agent *agent);
 
 void cli_print_vm(FILE *out, const Vmmig__Control__Vm *vm);
 void cli_print_vms(FILE *out, const Vmmig__Control__Vms *vms);
 void cli_print_jobs(FILE *out, const Vmmig__Control__JobList *jobs);
+void cli_print_diagnosis(FILE *out, const Vmmig__Control__Diagnosis *diagnosis);
+void cli_print_faults(FILE *out, const Vmmig__Control__FaultPoints *points);
 void cli_print_agent(FILE *out, const Vmmig__Control__Agent *agent);
 /* What a job that ended came to; several lines. */
 void cli_print_summary(FILE *out, const Vmmig__Control__Job *job);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The sink half of the QEMU driver. */
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_memory.h"
@@ -179,6 +180,8 @@ int qemu_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadlin
         return -1;
     if (s->fd < 0)
         return error_set(err, VM_ERROR_USAGE, "the guest's state was complete already");
+    if (FAULT("stream.write") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "stream.write");
     if (io_write_full(s->fd, data, n, deadline_ns, cancel_fd, &failed) == 0)
         return 0;
     load_failed(q, &failed);
@@ -209,6 +212,8 @@ int qemu_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd, struct
     if (get_sink(g, &s, err) < 0)
         return -1;
     close_fd(&s->fd);
+    if (FAULT("stream.load") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "stream.load");
     for (;;) {
         uint64_t events;
         /* Emptied before looking: what happens after the look makes it readable again. */

@@ -30,6 +30,8 @@ struct plan {
     const int *fds;
     unsigned n_fds;
     int listener, log, cgroup, report;
+    int gate;  /* the child goes on when a byte comes */
+    int agent; /* a pidfd: or ends when this process has ended */
     bool change_user;
     uid_t uid;
     gid_t gid;
@@ -39,7 +41,7 @@ struct plan {
 
 /* What the child says when it fails before exec: the step, then errno. The grandchild's pid first.
  */
-enum step { STEP_FORK, STEP_FDS, STEP_CGROUP, STEP_CWD, STEP_USER, STEP_EXEC };
+enum step { STEP_FORK, STEP_FDS, STEP_CGROUP, STEP_GATE, STEP_CWD, STEP_USER, STEP_EXEC };
 
 struct report {
     pid_t pid;
@@ -79,6 +81,21 @@ void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN
     for (char *c = out; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 0x7f)
             *c = '?';
+}
+
+/* Between the birth and exec, see qemu_launch.born. */
+static int wait_at_gate(const struct plan *p)
+{
+    struct pollfd both[] = {{.fd = p->gate, .events = POLLIN}, {.fd = p->agent, .events = POLLIN}};
+    char go = 0;
+    while (poll(both, 2, -1) < 0)
+        if (errno != EINTR)
+            return -1;
+    if (!both[0].revents || read(p->gate, &go, 1) != 1 || !go) {
+        errno = ECANCELED;
+        return -1;
+    }
+    return 0;
 }
 
 /* The child. Async-signal-safe calls only; raw ones where glibc would call other threads. */
@@ -139,6 +156,8 @@ static _Noreturn void child_main(const struct plan *p)
         child_fail(p, STEP_CGROUP);
     if (set_fds(p) < 0)
         child_fail(p, STEP_FDS);
+    if (wait_at_gate(p) < 0)
+        child_fail(p, STEP_GATE);
     if (chdir(p->cwd) < 0)
         child_fail(p, STEP_CWD);
     if (set_user(p) < 0)
@@ -170,6 +189,8 @@ static int child_error(const struct plan *p, const struct report *r, struct vm_e
         return error_errno(err, r->error, "cannot hand descriptors to QEMU");
     case STEP_CGROUP:
         return error_errno(err, r->error, "cannot put QEMU into its cgroup");
+    case STEP_GATE:
+        return error_set(err, VM_ERROR_CANCELLED, "the start of %s was given up", p->binary);
     case STEP_CWD:
         return error_errno(err, r->error, "cannot enter the folder %s", p->cwd);
     case STEP_USER:
@@ -180,37 +201,84 @@ static int child_error(const struct plan *p, const struct report *r, struct vm_e
     return error_set(err, VM_ERROR_SYSTEM, "cannot run %s", p->binary);
 }
 
-/* Fork twice, learn the pid, and see the exec happen (the report's pipe closes by itself). */
-static int run(struct plan *p, pid_t *ret_pid, struct vm_error **err)
+/*
+ * The process is there; is it known? One that died at once is not an error here: its connection
+ * ends, and whoever opens QMP on it says why. Its identity then is one that runs no more.
+ */
+static int identify(pid_t pid, struct process_identity *ret, struct vm_error **err)
 {
-    int pipe_fds[2];
-    if (pipe2(pipe_fds, O_CLOEXEC) < 0)
+    struct vm_error *gone = NULL;
+    if (process_identify(pid, ret, &gone) == 0)
+        return 0;
+    if (gone->kind != VM_ERROR_NOT_FOUND)
+        return error_propagate(err, gone);
+    error_free(gone);
+    *ret = (struct process_identity){.pid = pid};
+    return 0;
+}
+
+/* The child waits at the gate: let the caller take note of it, then let it go on. */
+static int open_gate(const struct qemu_launch *launch, pid_t pid, int gate,
+                     struct process_identity *ret_process, struct vm_error **err)
+{
+    char go = identify(pid, ret_process, err) == 0 &&
+              (!launch->born || launch->born(ret_process, launch->born_arg, err) == 0);
+    if (write(gate, &go, 1) != 1 && go)
+        return error_errno(err, errno, "cannot start a process");
+    return go ? 0 : -1;
+}
+
+/* What the pipe says until it is closed by the exec, or by the child's end. */
+static int read_reports(struct plan *p, const struct qemu_launch *launch, int from, int gate,
+                        struct process_identity *ret_process, struct vm_error **err)
+{
+    struct report r, failed = {0};
+    bool born = false;
+    int opened = 0;
+    while (read(from, &r, sizeof(r)) == sizeof(r)) {
+        if (r.error) {
+            failed = r;
+        } else {
+            born = true;
+            opened = open_gate(launch, r.pid, gate, ret_process, err);
+        }
+    }
+    if (opened < 0)
+        return -1;
+    if (failed.error)
+        return child_error(p, &failed, err);
+    return born ? 0 : error_set(err, VM_ERROR_SYSTEM, "cannot start a process");
+}
+
+/* Fork twice, learn the pid, and see the exec happen (the report's pipe closes by itself). */
+static int run(struct plan *p, const struct qemu_launch *launch,
+               struct process_identity *ret_process, struct vm_error **err)
+{
+    int reports[2], gates[2];
+    if (pipe2(reports, O_CLOEXEC) < 0)
         return error_errno(err, errno, "cannot make a pipe");
-    cleanup_close int from = pipe_fds[0];
-    cleanup_close int to = pipe_fds[1];
+    cleanup_close int from = reports[0];
+    cleanup_close int to = reports[1];
+    if (pipe2(gates, O_CLOEXEC) < 0)
+        return error_errno(err, errno, "cannot make a pipe");
+    cleanup_close int gate_out = gates[0];
+    cleanup_close int gate_in = gates[1];
+    cleanup_close int agent = (int)syscall(SYS_pidfd_open, getpid(), 0);
+    if (agent < 0)
+        return error_errno(err, errno, "cannot watch this process");
     p->report = to;
+    p->gate = gate_out;
+    p->agent = agent;
     pid_t middle = _Fork();
     if (middle == 0)
         middle_main(p);
     if (middle < 0)
         return error_errno(err, errno, "cannot start a process");
     close_fd(&to);
-    pid_t pid = 0;
-    struct report r, failed = {0};
-    while (read(from, &r, sizeof(r)) == sizeof(r)) {
-        if (r.error)
-            failed = r;
-        else
-            pid = r.pid;
-    }
+    int r = read_reports(p, launch, from, gate_in, ret_process, err);
     while (waitpid(middle, NULL, 0) < 0 && errno == EINTR)
         ;
-    if (failed.error)
-        return child_error(p, &failed, err);
-    if (pid <= 0)
-        return error_set(err, VM_ERROR_SYSTEM, "cannot start a process");
-    *ret_pid = pid;
-    return 0;
+    return r;
 }
 
 static int unix_address(const char *path, struct sockaddr_un *address, struct vm_error **err)
@@ -332,22 +400,6 @@ static int connect_qmp(const struct sockaddr_un *address, struct vm_error **err)
     return steal_fd(&fd);
 }
 
-/*
- * The process is there; is it known? One that died at once is not an error here: its connection
- * ends, and whoever opens QMP on it says why. Its identity then is one that runs no more.
- */
-static int identify(pid_t pid, struct process_identity *ret, struct vm_error **err)
-{
-    struct vm_error *gone = NULL;
-    if (process_identify(pid, ret, &gone) == 0)
-        return 0;
-    if (gone->kind != VM_ERROR_NOT_FOUND)
-        return error_propagate(err, gone);
-    error_free(gone);
-    *ret = (struct process_identity){.pid = pid};
-    return 0;
-}
-
 static int spawn_with(const struct qemu_launch *launch, const struct sockaddr_un *address,
                       struct plan *p, struct process_identity *ret_process, int *ret_fd,
                       struct vm_error **err)
@@ -365,8 +417,7 @@ static int spawn_with(const struct qemu_launch *launch, const struct sockaddr_un
         return -1;
     p->argv = argv;
     p->envp = envp;
-    pid_t pid = 0;
-    if (run(p, &pid, err) < 0 || identify(pid, ret_process, err) < 0)
+    if (run(p, launch, ret_process, err) < 0)
         return -1;
     *ret_fd = steal_fd(&fd);
     return 0;

@@ -44,6 +44,13 @@ struct qemu_launch {
      */
     const char *cgroup;
     int timeout_ms; /* until QMP answers; 0: 30 s */
+    /*
+     * The process is there, but waits before it becomes QEMU: what must outlive the agent is written
+     * now. -1: it ends without having become one, and the spawn fails. If the agent dies in here, so
+     * does the process. May be NULL.
+     */
+    int (*born)(const struct process_identity *process, void *arg, struct vm_error **err);
+    void *born_arg;
 };
 
 /*

@@ -3,6 +3,7 @@
 
 #include "base/bytes.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/io.h"
 
 #include <errno.h>
@@ -311,11 +312,54 @@ static int read_reply(const char *command, json_t *reply, json_t **ret, struct v
     return 0;
 }
 
+/* Fault points of the commands that matter, "qmp.cont", and of their answers, "qmp.cont.answer". */
+#define FAULT_COMMANDS(X)                                                                          \
+    X("stop")                                                                                      \
+    X("cont")                                                                                      \
+    X("migrate")                                                                                   \
+    X("migrate_cancel")                                                                            \
+    X("migrate-incoming")                                                                          \
+    X("query-status")                                                                              \
+    X("quit")
+
+/* REFUSED, as QEMU would. */
+static int fault_command(const char *command, struct vm_error **err)
+{
+#define X(name)                                                                                    \
+    if (!strcmp(command, name) && FAULT("qmp." name) == FAULT_ERROR)                               \
+        return error_set(err, VM_ERROR_REFUSED, "qmp." name ": %s", strerror(fault_errno()));
+    FAULT_COMMANDS(X)
+#undef X
+    (void)command;
+    (void)err;
+    return 0;
+}
+
+/* The command has an effect, its answer is lost. */
+static int fault_answer(const char *command, struct vm_error **err)
+{
+#define X(name)                                                                                    \
+    if (!strcmp(command, name)) {                                                                  \
+        enum fault_result fault = FAULT("qmp." name ".answer");                                    \
+        if (fault == FAULT_ERROR || fault == FAULT_DROP)                                           \
+            return error_set(err, VM_ERROR_TIMEOUT, "qmp." name ": the answer was lost");          \
+    }
+    FAULT_COMMANDS(X)
+#undef X
+    (void)command;
+    (void)err;
+    return 0;
+}
+
 static int execute(struct qmp *q, const char *command, json_t *args, int fd, int timeout_ms,
                    json_t **ret, struct vm_error **err)
 {
     int64_t deadline_ns = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
     struct waiter w = {0};
+    if (fault_command(command, err) < 0) {
+        json_decref(args);
+        return -1;
+    }
     int rc = post(q, &w, command, args, fd, deadline_ns, err);
     if (rc == 0)
         rc = wait_reply(q, &w, command, deadline_ns, err);
@@ -324,7 +368,9 @@ static int execute(struct qmp *q, const char *command, json_t *args, int fd, int
         forget_waiter(q, &w);
     }
     CLEANUP(json) json_t *reply = w.reply;
-    return rc < 0 ? -1 : read_reply(command, reply, ret, err);
+    if (rc < 0 || fault_answer(command, err) < 0)
+        return -1;
+    return read_reply(command, reply, ret, err);
 }
 
 int qmp_execute(struct qmp *q, const char *command, json_t *args, int timeout_ms, json_t **ret,
@@ -445,6 +491,10 @@ struct qmp *qmp_connect(const char *path, int timeout_ms, qmp_event_fn *on_event
     int64_t deadline_ns = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
     cleanup_close int path_fd = -1;
     struct sockaddr_un address;
+    if (FAULT("qmp.connect") == FAULT_ERROR) {
+        error_errno(err, fault_errno(), "cannot connect to the QMP socket %s", path);
+        return NULL;
+    }
     if (fill_address(path, &address, &path_fd, err) < 0)
         return NULL;
     cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);

@@ -712,6 +712,20 @@ def test_a_bad_configuration(tmp_path, text, message):
     assert (done.returncode, done.stderr) == (2, f'vmmigd: {path}:1: {message}\n')
 
 
+def test_the_doctor_knows_every_vm(h1):
+    assert 'no VMs here' in h1.ok('doctor') or h1.json('doctor')['findings']
+    h1.boot('web1')
+    finding, = h1.json('doctor', 'web1')['findings']
+    assert (finding['owner'], finding['owner_host'], finding['why']) == ('here', 'h1', 'it was started here')
+    assert finding['record'] is None and finding['vmm_runs']
+    os.kill(h1.vm('web1')['pid'], signal.SIGKILL)
+    eventually('its end', lambda: h1.vm('web1')['presence'] == 'ended')
+    finding, = h1.json('doctor', 'web1')['findings']
+    assert finding['owner'] == 'nobody' and not finding['vmm_runs']
+    assert 'nobody owns it' in h1.ok('doctor', 'web1')
+    assert h1.run('doctor', 'nobody').returncode == 3
+
+
 # ---- the manual
 
 def keys_of(value):
@@ -727,6 +741,7 @@ def test_every_json_field_is_in_the_manual(h1, h2):
     h1.boot('web1')
     fields = keys_of(h1.json('status')) | keys_of(h1.json('version')) | keys_of(h1.vm('web1'))
     fields |= keys_of(h1.json('send', 'web1', '--to', f'127.0.0.1:{h2.port}'))
+    fields |= keys_of(h1.json('doctor'))
     fields |= keys_of(h1.json('jobs')) | keys_of(h2.json('list')) | keys_of(h1.json('status', 'x', status=3))
     output = MANUAL.split('## Output')[1]
     missing = {field for field in fields if not re.search(rf'\b{field}\b', output)}

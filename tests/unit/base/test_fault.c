@@ -5,6 +5,7 @@
 #include "base/clock.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -102,18 +103,77 @@ static void a_typing_error_is_not_a_test_that_passes(void **state)
     unsetenv("VMMIG_FAULTS");
 }
 
-static void find(const char *name, void *arg)
+static void find_other(const struct fault_point *point, void *arg)
 {
-    if (!strcmp(name, "test.other"))
-        *(bool *)arg = true;
+    if (!strcmp(point->name, "test.other"))
+        *(struct fault_point *)arg = *point;
+}
+
+static struct fault_point look(void)
+{
+    struct fault_point found = {NULL};
+    assert_int_equal(fault_list(find_other, &found, NULL), 0);
+    assert_non_null(found.name);
+    return found;
 }
 
 static void the_points_can_be_listed(void **state)
 {
     (void)state;
-    bool found = false;
-    fault_list(find, &found);
-    assert_true(found);
+    assert_int_equal(fault_arm("test.other=drop@2", NULL), 0);
+    assert_string_equal(look().armed, "drop@2");
+    pass_other();
+    assert_int_equal(look().acted, 0);
+    pass_other();
+    assert_int_equal(look().acted, 1);
+    assert_int_equal(fault_arm("", NULL), 0);
+    assert_string_equal(look().armed, "");
+}
+
+static void *pass_in_a_thread(void *arg)
+{
+    *(enum fault_result *)arg = pass_other();
+    return NULL;
+}
+
+static void what_holds_goes_on_when_it_is_disarmed(void **state)
+{
+    (void)state;
+    pthread_t thread;
+    enum fault_result result = FAULT_ERROR;
+    assert_int_equal(fault_arm("test.other=hold", NULL), 0);
+    assert_int_equal(pthread_create(&thread, NULL, pass_in_a_thread, &result), 0);
+    while (!look().holds)
+        usleep(1000);
+    assert_int_equal(result, FAULT_ERROR);
+    assert_int_equal(fault_arm("", NULL), 0);
+    pthread_join(thread, NULL);
+    assert_int_equal(result, FAULT_NONE);
+}
+
+static void wall_time_can_jump(void **state)
+{
+    (void)state;
+    int64_t before = clock_wall_ns();
+    assert_int_equal(fault_arm("clock.wall=jump:-3600000@*", NULL), 0);
+    assert_true(clock_wall_ns() < before - 3500 * NSEC_PER_SEC);
+    assert_int_equal(fault_arm("", NULL), 0);
+    assert_true(clock_wall_ns() >= before);
+}
+
+static void patience_is_divided(void **state)
+{
+    (void)state;
+    assert_int_equal(fault_patience_ns(1000), NSEC_PER_SEC);
+    setenv("VMMIG_PATIENCE", "4", 1);
+    assert_int_equal(fault_init(NULL), 0);
+    assert_int_equal(fault_patience_ns(1000), NSEC_PER_SEC / 4);
+    cleanup_error struct vm_error *err = NULL;
+    setenv("VMMIG_PATIENCE", "none", 1);
+    assert_int_equal(fault_init(&err), -1);
+    assert_int_equal(err->kind, VM_ERROR_USAGE);
+    unsetenv("VMMIG_PATIENCE");
+    assert_int_equal(fault_init(NULL), 0);
 }
 
 int main(void)
@@ -126,6 +186,9 @@ int main(void)
         cmocka_unit_test(a_crash_is_kill_9),
         cmocka_unit_test(a_typing_error_is_not_a_test_that_passes),
         cmocka_unit_test(the_points_can_be_listed),
+        cmocka_unit_test(what_holds_goes_on_when_it_is_disarmed),
+        cmocka_unit_test(wall_time_can_jump),
+        cmocka_unit_test(patience_is_divided),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
