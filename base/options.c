@@ -3,7 +3,9 @@
 
 #include "base/text.h"
 
+#include <errno.h>
 #include <inttypes.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { TEXT_COLUMN = 26 };
@@ -55,6 +57,24 @@ int option_parse_rate(const struct option *o, const char *value, void *member,
     if (text_parse_rate(value, &rate, err) < 0 || check_bounds(o, rate, err) < 0)
         return -1;
     *(uint64_t *)member = rate;
+    return 0;
+}
+
+int option_parse_size(const struct option *o, const char *value, void *member,
+                      struct vm_error **err)
+{
+    static const char units[] = "KMGT";
+    char *end;
+    errno = 0;
+    unsigned long long n = strtoull(value, &end, 10);
+    const char *unit = *end ? strchr(units, *end) : NULL;
+    unsigned shift = unit ? 10 * (unsigned)(unit - units + 1) : 0;
+    if (end == value || *value < '0' || *value > '9' || errno || (*end && (!unit || end[1])) ||
+        n > UINT64_MAX >> shift)
+        return error_set(err, VM_ERROR_USAGE, "a size in bytes is expected, as 512M or 4G");
+    if (check_bounds(o, n << shift, err) < 0)
+        return -1;
+    *(uint64_t *)member = n << shift;
     return 0;
 }
 

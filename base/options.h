@@ -47,6 +47,7 @@ option_parse_fn option_parse_flag;   /* bool; a file says yes or no */
 option_parse_fn option_parse_text;   /* const char *, not empty */
 option_parse_fn option_parse_u64;    /* uint64_t between min and max */
 option_parse_fn option_parse_rate;   /* uint64_t bytes a second between min and max */
+option_parse_fn option_parse_size;   /* uint64_t bytes, as 4096, 512M, 4G, between min and max */
 option_parse_fn option_parse_choice; /* unsigned: the place of the word in choices */
 
 #define OPTIONS_MAX 48

@@ -36,6 +36,7 @@ OWNERS = {
     'rados/*': ['repo/store_rados.c'],
     'jansson.h': ['vmm/*', 'tools/*', 'snapshot/*', 'repo/*'],
     'lmdb.h': ['migrate/journal.c', 'repo/*'],
+    'fuse*.h': ['snapshot/holder.h'],
     'vmm/qmp.h': ['vmm/*'],
     'getopt.h': [],
 }

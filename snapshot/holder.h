@@ -1,0 +1,205 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * holder: the process vmmig-mount, which holds a mount and its cache. It is small and apart because
+ * guests that map its files die with it: it opens no repository and no network connection, has one
+ * thread, and does nothing else. Fetchers (vmmig-fetch), which it starts and starts again, read the
+ * repository and write verified data into the cache's files; what a fetcher has not said to be
+ * there is never given to a reader, so that a fetcher may crash at any instant.
+ *
+ *     vmmig-mount --mount DIR --repository URL --cache DIR --cache-size N --control SOCKET ...
+ *
+ * The tree: DIR/IMAGE/FILE, IMAGE as mount_escape writes it. A name is looked up when it is used;
+ * an open file stays what it was when its image is deleted or its name gets another one: opening
+ * the first file of an image takes a lease in the repository, closing (or unmapping) the last one
+ * drops it. Names of templates by digest ("t:NAME@DIGEST") never stand for anything else.
+ *
+ * Reads. A chunk of 64 KiB is present or not. Present: it comes from the cache. Not: it is fetched,
+ * with what follows when reads come in sequence. Files named disk* fail with EIO after read-timeout
+ * without an answer; of all others (memory, device state) a read waits as long as it takes. What
+ * the repository reports as damaged is EIO at once. Writing is EROFS; O_RDWR opens are accepted.
+ *
+ * Cache: an unlinked file per file of an image, sparse, below the cache's folder; nothing is left
+ * when the holder ends, and what others put into the folder is not looked at. At the limit the
+ * chunks that were not read for longest go. A reading guest's pages are in the kernel's page cache
+ * once, whatever the number of clones.
+ *
+ * Working set. Of a template's first use the order is recorded in which its chunks are read, for
+ * some seconds, and a fetcher stores it beside the template; it is read ahead at every later first
+ * use on any host.
+ *
+ * Memory: 1 MiB of buffers, 1 byte per 64 KiB of each file that was opened, HOLDER_TASKS_MAX
+ * requests to fetchers and HOLDER_WAITERS_MAX waiting reads (beyond these /dev/fuse is not read),
+ * HOLDER_IMAGES_MAX images without users.
+ *
+ * This header is for the holder's files alone.
+ */
+#ifndef VMMIG_SNAPSHOT_HOLDER_H
+#define VMMIG_SNAPSHOT_HOLDER_H
+
+#define FUSE_USE_VERSION 314
+
+#include "base/loop.h"
+#include "snapshot/mount_wire.h"
+
+#include <fuse_lowlevel.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+enum {
+    HOLDER_TASKS_MAX = 4096,
+    HOLDER_WAITERS_MAX = 1024,
+    HOLDER_IMAGES_MAX = 128,
+    HOLDER_FETCHERS_MAX = 4,
+    HOLDER_IN_FLIGHT = 48,       /* requests to one fetcher */
+    HOLDER_FETCH_MAX = 1 << 20,  /* bytes of one request */
+    HOLDER_READ_AHEAD = 1 << 20, /* bytes, of reads in sequence */
+    HOLDER_TOUCHES_MAX = MOUNT_PAYLOAD_MAX / sizeof(struct mount_touch),
+    HOLDER_LIST_MAX = 16 << 20,  /* bytes of names in one listing */
+};
+
+struct holder_options {
+    const char *mount, *repository, *cache, *control, *fetcher, *owner, *group;
+    uint64_t cache_size, read_timeout_ms, record_ms;
+    bool foreground, help;
+};
+
+/* ---- images and files: holder_image.c ---- */
+
+enum chunk { CHUNK_ABSENT, CHUNK_FETCHING, CHUNK_ZERO, CHUNK_DATA };
+enum { CHUNK_STATE = 3, CHUNK_USED = 4, CHUNK_TOUCHED = 8 }; /* bits of a chunk's byte */
+
+struct waiter { /* a FUSE read that waits */
+    struct waiter *next;
+    fuse_req_t req;
+    uint64_t offset;
+    size_t len;
+    int64_t deadline_ns;
+};
+
+struct node {
+    struct image_dir *image;
+    unsigned index;
+    uint64_t ino, size;
+    char name[MOUNT_FILE_NAME_MAX + 1];
+    int fd;          /* the cache's file; -1 before the first open */
+    uint8_t *chunks; /* NULL before the first open */
+    uint64_t n_chunks, next_offset;
+    unsigned open;
+    struct waiter *waiters;
+};
+
+struct opener { /* an open that waits for the lease */
+    struct opener *next;
+    fuse_req_t req;
+    struct node *node;
+    struct fuse_file_info fi;
+};
+
+struct image_dir {
+    struct image_dir *next;
+    char name[MOUNT_NAME_MAX + 1];
+    uint64_t number, ino; /* the number of its commit: never given twice */
+    uint64_t lookups;     /* that the kernel holds, of the folder and its files */
+    unsigned open;        /* files */
+    uint64_t lease;       /* 0: none */
+    bool leasing, template;
+    struct opener *openers;
+    int64_t used_ns;
+    /* recording of the working set */
+    bool recording, recorded;
+    int64_t record_until_ns;
+    struct mount_touch *touches;
+    uint32_t n_touches;
+    unsigned n_nodes;
+    struct node nodes[MOUNT_FILES_MAX];
+};
+
+struct holder {
+    struct holder_options options;
+    struct loop *loop;
+    struct fuse_session *session;
+    struct fuse_buf buf;
+    int fuse_fd;
+    struct loop_watch *fuse_watch;
+    bool fuse_paused, mounted, stopping;
+    uid_t uid;
+    gid_t gid;
+    struct image_dir *images;
+    unsigned n_images;
+    uint64_t next_ino;
+    unsigned n_waiters;
+    uint64_t cache_used;
+    struct image_dir *hand_image; /* where eviction goes on */
+    unsigned hand_node;
+    uint64_t hand_chunk;
+    struct mount_state state; /* its counters */
+    struct fetchers *fetchers;
+    struct control_socket *control;
+    uint8_t *read_buffer; /* HOLDER_FETCH_MAX */
+};
+
+/* Find by name and number, or add. NULL without memory. */
+struct image_dir *image_get(struct holder *h, const char *name, uint64_t number,
+                            const struct mount_file *files, unsigned n_files);
+/* The image of that name that has open files, newest first; NULL. */
+struct image_dir *image_find_held(struct holder *h, const char *name);
+struct image_dir *image_of_ino(struct holder *h, uint64_t ino);
+struct node *node_of_ino(struct holder *h, uint64_t ino);
+/* Free those without users beyond HOLDER_IMAGES_MAX. */
+void image_trim(struct holder *h);
+void images_destroy(struct holder *h);
+
+/* The cache's file, ready to be filled. */
+int node_prepare(struct holder *h, struct node *n, struct vm_error **err);
+/* Serve or queue a read. */
+void node_read(struct holder *h, struct node *n, fuse_req_t req, uint64_t offset, size_t len);
+/* `len` bytes at offset are in the cache's file now; a bit per chunk: it is not all zero. */
+void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored);
+/* They could not be had: readers that wait for them fail. */
+void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len);
+/* Fail readers whose time is over; called twice a second. */
+void nodes_expire(struct holder *h, int64_t now_ns);
+/* The recording is over: have it stored. */
+void image_record(struct holder *h, struct image_dir *d);
+
+/* ---- requests to fetchers: holder_fetchers.c ---- */
+
+struct task;
+/* An answer (type OK, FOUND, NAMES, HAVE or FAILED); the last one ends the task. */
+typedef void task_fn(struct holder *h, struct task *t, const struct mount_packet *answer);
+
+struct task {
+    struct task *next;
+    struct mount_message message;
+    void *payload; /* owned */
+    int fds[MOUNT_FILES_MAX];
+    int n_fds;
+    struct fetcher *at; /* NULL: waits to be sent */
+    int64_t not_before_ns, deadline_ns; /* deadline 0: none; FAILED with TIMEOUT then */
+    bool transient_retry; /* UNREACHABLE, TIMEOUT, NO_SPACE are tried again */
+    task_fn *done;
+    fuse_req_t req;
+    struct image_dir *image;
+    struct node *node;
+    void *arg;
+};
+
+int fetchers_start(struct holder *h, struct vm_error **err);
+void fetchers_stop(struct holder *h);
+/* A zeroed task; NULL when there are too many. */
+struct task *task_new(struct holder *h, enum mount_type type, const char *name, task_fn *done);
+void task_submit(struct holder *h, struct task *t);
+void fetchers_tick(struct holder *h, int64_t now_ns);
+/* Start new ones, and end the old once one of them answers. */
+void fetchers_refresh(struct holder *h);
+unsigned fetchers_connected(const struct holder *h, pid_t *ret_newest);
+
+/* ---- FUSE: holder_tree.c ---- */
+
+int tree_mount(struct holder *h, struct vm_error **err);
+void tree_unmount(struct holder *h);
+/* Reading from /dev/fuse goes on or not, by what is pending. */
+void tree_throttle(struct holder *h);
+void tree_opened(struct holder *h, struct image_dir *d, int error);
+
+#endif

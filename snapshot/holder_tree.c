@@ -1,0 +1,575 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The FUSE file system of the holder. */
+#include "base/cleanup.h"
+#include "base/clock.h"
+#include "base/log.h"
+#include "snapshot/holder.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#define NAME_TIMEOUT_S 1.0 /* how long the kernel may keep what a name stands for */
+#define FOREVER_S 1e6
+enum { BACKGROUND_MAX = 128, REQUESTS_PER_TURN = 64 };
+
+static struct holder *of(fuse_req_t req)
+{
+    return fuse_req_userdata(req);
+}
+
+static int errno_of(const struct mount_packet *answer)
+{
+    switch (answer->m.kind) {
+    case VM_ERROR_NOT_FOUND:
+        return ENOENT;
+    case VM_ERROR_USAGE:
+        return ENOENT;
+    case VM_ERROR_DENIED:
+        return EACCES;
+    case VM_ERROR_TIMEOUT:
+    case VM_ERROR_UNREACHABLE:
+        return EIO;
+    default:
+        return EIO;
+    }
+}
+
+/* ---- attributes ---- */
+
+static struct stat attributes(const struct holder *h, uint64_t ino, bool folder, uint64_t size)
+{
+    return (struct stat){
+        .st_ino = ino,
+        .st_mode = folder ? S_IFDIR | 0550 : S_IFREG | 0660,
+        .st_nlink = folder ? 2 : 1,
+        .st_uid = h->uid,
+        .st_gid = h->gid,
+        .st_size = (off_t)size,
+        .st_blocks = (blkcnt_t)((size + 511) / 512),
+        .st_blksize = MOUNT_CHUNK,
+    };
+}
+
+static void tree_getattr(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    struct node *n = node_of_ino(h, ino);
+    (void)fi;
+    if (!n && ino != FUSE_ROOT_ID && !image_of_ino(h, ino)) {
+        fuse_reply_err(req, ESTALE);
+        return;
+    }
+    struct stat st = attributes(h, ino, !n, n ? n->size : 0);
+    fuse_reply_attr(req, &st, n ? FOREVER_S : NAME_TIMEOUT_S);
+}
+
+static void refuse_setattr(fuse_req_t req, fuse_ino_t ino, struct stat *attr, int to_set,
+                           struct fuse_file_info *fi)
+{
+    (void)ino, (void)attr, (void)to_set, (void)fi;
+    fuse_reply_err(req, EROFS);
+}
+
+/* ---- names ---- */
+
+static void reply_folder(struct holder *h, fuse_req_t req, struct image_dir *d)
+{
+    struct fuse_entry_param e = {
+        .ino = d->ino,
+        .attr = attributes(h, d->ino, true, 0),
+        .attr_timeout = FOREVER_S,
+        .entry_timeout = NAME_TIMEOUT_S,
+    };
+    d->lookups++;
+    d->used_ns = clock_mono_ns();
+    fuse_reply_entry(req, &e);
+}
+
+static void found(struct holder *h, struct task *t, const struct mount_packet *answer)
+{
+    const struct mount_file *files = (const struct mount_file *)answer->payload;
+    unsigned n = answer->m.count;
+    struct image_dir *held = image_find_held(h, t->message.name);
+    if (answer->m.type != MOUNT_FOUND) {
+        /* Deleted, or out of reach, and yet in use: who uses it may open it once more. */
+        if (held && held->template)
+            reply_folder(h, t->req, held);
+        else
+            fuse_reply_err(t->req, errno_of(answer));
+        return;
+    }
+    if (n > MOUNT_FILES_MAX || answer->m.payload_len != n * sizeof(*files)) {
+        fuse_reply_err(t->req, EIO);
+        return;
+    }
+    struct image_dir *d = image_get(h, t->message.name, answer->m.number, files, n);
+    if (d)
+        reply_folder(h, t->req, d);
+    else
+        fuse_reply_err(t->req, ENOMEM);
+}
+
+static void lookup_image(struct holder *h, fuse_req_t req, const char *folder)
+{
+    char name[MOUNT_NAME_MAX + 1];
+    if (mount_unescape(folder, name) < 0) {
+        fuse_reply_err(req, ENOENT);
+        return;
+    }
+    struct image_dir *held = image_find_held(h, name);
+    if (held && held->template) {
+        reply_folder(h, req, held);
+        return;
+    }
+    struct task *t = task_new(h, MOUNT_FIND, name, found);
+    if (!t) {
+        fuse_reply_err(req, EAGAIN);
+        return;
+    }
+    t->req = req;
+    t->transient_retry = true;
+    t->deadline_ns = clock_mono_ns() + (int64_t)h->options.read_timeout_ms * NSEC_PER_MSEC;
+    task_submit(h, t);
+}
+
+static void tree_lookup(fuse_req_t req, fuse_ino_t parent, const char *name)
+{
+    struct holder *h = of(req);
+    if (parent == FUSE_ROOT_ID) {
+        lookup_image(h, req, name);
+        return;
+    }
+    struct image_dir *d = image_of_ino(h, parent);
+    for (unsigned i = 0; d && i < d->n_nodes; i++) {
+        struct node *n = &d->nodes[i];
+        if (strcmp(n->name, name))
+            continue;
+        struct fuse_entry_param e = {.ino = n->ino,
+                                     .attr = attributes(h, n->ino, false, n->size),
+                                     .attr_timeout = FOREVER_S,
+                                     .entry_timeout = FOREVER_S};
+        d->lookups++;
+        fuse_reply_entry(req, &e);
+        return;
+    }
+    fuse_reply_err(req, d ? ENOENT : ESTALE);
+}
+
+static void tree_forget(fuse_req_t req, fuse_ino_t ino, uint64_t count)
+{
+    struct image_dir *d = ino == FUSE_ROOT_ID ? NULL : image_of_ino(of(req), ino);
+    if (d)
+        d->lookups -= count < d->lookups ? count : d->lookups;
+    fuse_reply_none(req);
+}
+
+/* ---- listing ---- */
+
+struct listing {
+    char *names; /* escaped, each with its NUL */
+    size_t len;
+    fuse_req_t req;
+    struct fuse_file_info fi;
+    bool failed;
+};
+
+static void listed(struct holder *h, struct task *t, const struct mount_packet *answer)
+{
+    struct listing *l = t->arg;
+    (void)h;
+    if (answer->m.type != MOUNT_NAMES) {
+        fuse_reply_err(l->req, errno_of(answer));
+        free(l->names);
+        free(l);
+        return;
+    }
+    const char *end = (const char *)answer->payload + answer->m.payload_len;
+    for (const char *name = (const char *)answer->payload; name < end; name += strlen(name) + 1) {
+        char escaped[3 * MOUNT_NAME_MAX + 1];
+        mount_escape(name, escaped);
+        size_t n = strlen(escaped) + 1;
+        char *more = l->len + n <= HOLDER_LIST_MAX ? realloc(l->names, l->len + n) : NULL;
+        if (!more) {
+            l->failed = true;
+            break;
+        }
+        l->names = more;
+        memcpy(more + l->len, escaped, n);
+        l->len += n;
+    }
+    if (!(answer->m.flags & MOUNT_LAST))
+        return;
+    if (l->failed) {
+        fuse_reply_err(l->req, EOVERFLOW);
+        free(l->names);
+        free(l);
+    } else {
+        fuse_reply_open(l->req, &l->fi);
+    }
+}
+
+static void tree_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    fi->fh = 0;
+    if (ino != FUSE_ROOT_ID) {
+        fuse_reply_open(req, fi);
+        return;
+    }
+    struct listing *l = calloc(1, sizeof(*l));
+    struct task *t = l ? task_new(h, MOUNT_LIST, NULL, listed) : NULL;
+    if (!t) {
+        free(l);
+        fuse_reply_err(req, ENOMEM);
+        return;
+    }
+    fi->fh = (uint64_t)(uintptr_t)l;
+    l->req = req;
+    l->fi = *fi;
+    t->arg = l;
+    t->deadline_ns = clock_mono_ns() + (int64_t)h->options.read_timeout_ms * NSEC_PER_MSEC;
+    task_submit(h, t);
+}
+
+/* Append an entry; false when the buffer is full. `next`: where the reading goes on behind it. */
+static bool put_entry(fuse_req_t req, char *out, size_t size, size_t *used, const char *name,
+                      bool folder, uint64_t ino, off_t next)
+{
+    struct stat st = {.st_ino = ino, .st_mode = folder ? S_IFDIR : S_IFREG};
+    size_t n = fuse_add_direntry(req, out + *used, size - *used, name, &st, next);
+    if (n > size - *used)
+        return false;
+    *used += n;
+    return true;
+}
+
+static void tree_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
+                         struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    const struct listing *l = (const struct listing *)(uintptr_t)fi->fh;
+    const struct image_dir *d = ino == FUSE_ROOT_ID ? NULL : image_of_ino(h, ino);
+    size_t used = 0;
+    size = size < HOLDER_FETCH_MAX ? size : HOLDER_FETCH_MAX;
+    char *out = (char *)h->read_buffer;
+    /* Offsets: 1 and 2 behind "." and "..", then 3 + the place in the list. */
+    bool more = true;
+    if (offset < 1)
+        more = put_entry(req, out, size, &used, ".", true, ino, 1);
+    if (more && offset < 2)
+        more = put_entry(req, out, size, &used, "..", true, FUSE_ROOT_ID, 2);
+    size_t at = offset > 3 ? (size_t)offset - 3 : 0;
+    while (more && l && at < l->len) {
+        size_t next = at + strlen(l->names + at) + 1;
+        more = put_entry(req, out, size, &used, l->names + at, true, 1, (off_t)next + 3);
+        at = next;
+    }
+    for (; more && d && at < d->n_nodes; at++)
+        more = put_entry(req, out, size, &used, d->nodes[at].name, false, d->nodes[at].ino,
+                         (off_t)at + 4);
+    fuse_reply_buf(req, out, used);
+}
+
+static void tree_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    struct listing *l = (struct listing *)(uintptr_t)fi->fh;
+    (void)ino;
+    if (l)
+        free(l->names);
+    free(l);
+    fuse_reply_err(req, 0);
+}
+
+/* ---- files ---- */
+
+static void dropped(struct holder *h, struct task *t, const struct mount_packet *answer)
+{
+    (void)h;
+    if (answer->m.type == MOUNT_FAILED)
+        log_warn("a lease was not dropped; the next mount of this host does", "image=%s reason=%s",
+                 t->message.name, log_q((const char *)answer->payload));
+}
+
+static void drop_lease(struct holder *h, struct image_dir *d)
+{
+    struct task *t = d->lease ? task_new(h, MOUNT_DROP, d->name, dropped) : NULL;
+    if (!t)
+        return;
+    t->message.number = d->lease;
+    t->transient_retry = true;
+    d->lease = 0;
+    task_submit(h, t);
+}
+
+static void prefetched(struct holder *h, struct task *t, const struct mount_packet *answer)
+{
+    struct image_dir *d = t->image;
+    if (answer->m.type == MOUNT_HAVE) {
+        if (answer->m.file < d->n_nodes && answer->m.len <= HOLDER_FETCH_MAX) {
+            h->state.prefetched_bytes += answer->m.len;
+            node_arrived(h, &d->nodes[answer->m.file], answer->m.offset, answer->m.len,
+                         answer->m.count);
+        }
+        return;
+    }
+    /* Without a known working set this first use makes one. */
+    if (answer->m.type == MOUNT_OK && answer->m.count) {
+        d->recording = false;
+        d->recorded = true;
+        free(steal_ptr(&d->touches));
+    }
+    d->open--;
+    if (!d->open)
+        drop_lease(h, d);
+}
+
+/* The first use of a template: read ahead what is known to be needed, or find out. */
+static void begin_use(struct holder *h, struct image_dir *d)
+{
+    if (!d->template || d->recorded || d->recording)
+        return;
+    struct task *t = task_new(h, MOUNT_PREFETCH, d->name, prefetched);
+    d->touches = calloc(HOLDER_TOUCHES_MAX, sizeof(*d->touches));
+    if (!t || !d->touches) {
+        free(t);
+        free(steal_ptr(&d->touches));
+        return;
+    }
+    for (unsigned i = 0; i < d->n_nodes; i++) {
+        cleanup_error struct vm_error *err = NULL;
+        if (node_prepare(h, &d->nodes[i], &err) < 0) {
+            log_warn("nothing is read ahead", "reason=%s", log_q(error_message(err)));
+            free(t);
+            return;
+        }
+        t->fds[i] = d->nodes[i].fd;
+    }
+    t->n_fds = (int)d->n_nodes;
+    t->message.number = d->number;
+    t->image = d;
+    t->transient_retry = true;
+    d->open++; /* it stays while it is read */
+    d->recording = true;
+    d->n_touches = 0;
+    d->record_until_ns = clock_mono_ns() + (int64_t)h->options.record_ms * NSEC_PER_MSEC;
+    task_submit(h, t);
+}
+
+static void reply_open(struct holder *h, struct opener *o, int error)
+{
+    cleanup_error struct vm_error *err = NULL;
+    if (!error && node_prepare(h, o->node, &err) < 0) {
+        log_error("a file cannot be opened", "image=%s reason=%s", o->node->image->name,
+                  log_q(error_message(err)));
+        error = err->sys_errno == ENOSPC ? ENOSPC : EIO;
+    }
+    if (error) {
+        fuse_reply_err(o->req, error);
+        return;
+    }
+    o->fi.keep_cache = 1;
+    o->node->open++;
+    o->node->image->open++;
+    if (fuse_reply_open(o->req, &o->fi) < 0) { /* it was interrupted: no release will come */
+        o->node->open--;
+        o->node->image->open--;
+    }
+}
+
+void tree_opened(struct holder *h, struct image_dir *d, int error)
+{
+    struct opener *list = steal_ptr(&d->openers);
+    if (!error)
+        begin_use(h, d);
+    while (list) {
+        struct opener *o = list;
+        list = o->next;
+        reply_open(h, o, error);
+        free(o);
+    }
+    if (!d->open)
+        drop_lease(h, d);
+}
+
+static void leased(struct holder *h, struct task *t, const struct mount_packet *answer)
+{
+    struct image_dir *d = t->image;
+    d->leasing = false;
+    if (answer->m.type == MOUNT_OK)
+        d->lease = answer->m.number;
+    tree_opened(h, d, answer->m.type == MOUNT_OK ? 0 : errno_of(answer));
+}
+
+static void tree_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    struct node *n = node_of_ino(h, ino);
+    struct opener *o = n ? calloc(1, sizeof(*o)) : NULL;
+    if (!o) {
+        fuse_reply_err(req, n ? ENOMEM : ESTALE);
+        return;
+    }
+    struct image_dir *d = n->image;
+    *o = (struct opener){.next = d->openers, .req = req, .node = n, .fi = *fi};
+    d->openers = o;
+    d->used_ns = clock_mono_ns();
+    if (d->lease) {
+        tree_opened(h, d, 0);
+        return;
+    }
+    if (d->leasing)
+        return;
+    struct task *t = task_new(h, MOUNT_LEASE, d->name, leased);
+    if (!t) {
+        tree_opened(h, d, EAGAIN);
+        return;
+    }
+    t->message.number = d->number;
+    t->image = d;
+    t->transient_retry = true;
+    t->deadline_ns = clock_mono_ns() + (int64_t)h->options.read_timeout_ms * NSEC_PER_MSEC;
+    d->leasing = true;
+    task_submit(h, t);
+}
+
+static void tree_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    struct node *n = node_of_ino(h, ino);
+    (void)fi;
+    fuse_reply_err(req, 0);
+    if (!n || !n->open)
+        return;
+    struct image_dir *d = n->image;
+    n->open--;
+    d->open--;
+    d->used_ns = clock_mono_ns();
+    unsigned files = 0;
+    for (unsigned i = 0; i < d->n_nodes; i++)
+        files += d->nodes[i].open;
+    if (!files)
+        image_record(h, d);
+    if (!d->open)
+        drop_lease(h, d);
+}
+
+static void tree_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
+                      struct fuse_file_info *fi)
+{
+    struct node *n = node_of_ino(of(req), ino);
+    (void)fi;
+    if (!n || !n->chunks || offset < 0)
+        fuse_reply_err(req, n ? EIO : ESTALE);
+    else
+        node_read(of(req), n, req, (uint64_t)offset, size);
+}
+
+/* Only somebody who maps a file shared and writes into it, or calls write, comes here. */
+static void refuse_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t size,
+                         off_t offset, struct fuse_file_info *fi)
+{
+    struct holder *h = of(req);
+    struct node *n = node_of_ino(h, ino);
+    (void)data, (void)fi;
+    fuse_reply_err(req, EROFS);
+    log_error("somebody wrote to a file of the mount: the write is discarded",
+              "image=%s file=%s pid=%d", n ? n->image->name : "?", n ? n->name : "?",
+              fuse_req_ctx(req) ? fuse_req_ctx(req)->pid : 0);
+    fuse_lowlevel_notify_inval_inode(h->session, ino, offset & ~(off_t)4095,
+                                     (off_t)((size + 8191) & ~(size_t)4095));
+}
+
+static void tree_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
+{
+    (void)ino, (void)fi;
+    fuse_reply_err(req, ENOSYS); /* the kernel does not ask again */
+}
+
+static void tree_init(void *arg, struct fuse_conn_info *conn)
+{
+    (void)arg;
+    conn->want &= ~(unsigned)(FUSE_CAP_WRITEBACK_CACHE | FUSE_CAP_ATOMIC_O_TRUNC);
+    conn->want |= conn->capable & (FUSE_CAP_ASYNC_READ | FUSE_CAP_PARALLEL_DIROPS);
+    conn->max_background = BACKGROUND_MAX;
+    conn->congestion_threshold = BACKGROUND_MAX;
+}
+
+static const struct fuse_lowlevel_ops operations = {
+    .init = tree_init,
+    .lookup = tree_lookup,
+    .forget = tree_forget,
+    .getattr = tree_getattr,
+    .setattr = refuse_setattr,
+    .opendir = tree_opendir,
+    .readdir = tree_readdir,
+    .releasedir = tree_releasedir,
+    .open = tree_open,
+    .release = tree_release,
+    .read = tree_read,
+    .write = refuse_write,
+    .flush = tree_flush,
+};
+
+/* ---- the session ---- */
+
+static void on_fuse(int fd, int ready, void *arg)
+{
+    struct holder *h = arg;
+    (void)fd, (void)ready;
+    for (int i = 0; i < REQUESTS_PER_TURN && !h->fuse_paused; i++) {
+        int n = fuse_session_receive_buf(h->session, &h->buf);
+        if (n == -EINTR)
+            continue;
+        if (n == -EAGAIN)
+            return;
+        if (n <= 0 || fuse_session_exited(h->session)) { /* somebody unmounted it */
+            loop_stop(h->loop);
+            return;
+        }
+        fuse_session_process_buf(h->session, &h->buf);
+    }
+}
+
+void tree_throttle(struct holder *h)
+{
+    bool pause = h->n_waiters >= HOLDER_WAITERS_MAX;
+    if (pause == h->fuse_paused || !h->fuse_watch)
+        return;
+    h->fuse_paused = pause;
+    loop_watch_set_events(h->fuse_watch, pause ? 0 : LOOP_READ, NULL);
+}
+
+int tree_mount(struct holder *h, struct vm_error **err)
+{
+    char options[] = "fsname=vmmig,subtype=vmmig,allow_other,default_permissions,nosuid,nodev,"
+                     "noexec,noatime";
+    char program[] = "vmmig-mount", dash_o[] = "-o";
+    char *argv[] = {program, dash_o, options, NULL};
+    struct fuse_args args = FUSE_ARGS_INIT(3, argv);
+    h->session = fuse_session_new(&args, &operations, sizeof(operations), h);
+    fuse_opt_free_args(&args);
+    if (!h->session)
+        return error_set(err, VM_ERROR_SYSTEM, "libfuse refuses to make a session");
+    if (fuse_session_mount(h->session, h->options.mount) < 0)
+        return error_errno(err, errno ? errno : EIO, "cannot mount at %s", h->options.mount);
+    h->mounted = true;
+    h->fuse_fd = fuse_session_fd(h->session);
+    if (fcntl(h->fuse_fd, F_SETFL, O_NONBLOCK) < 0)
+        return error_errno(err, errno, "/dev/fuse");
+    h->fuse_watch = loop_watch_fd(h->loop, h->fuse_fd, LOOP_READ, on_fuse, h, err);
+    return h->fuse_watch ? 0 : -1;
+}
+
+void tree_unmount(struct holder *h)
+{
+    loop_watch_destroy(steal_ptr(&h->fuse_watch));
+    if (h->mounted)
+        fuse_session_unmount(h->session);
+    if (h->session)
+        fuse_session_destroy(h->session);
+    free(h->buf.mem);
+    h->session = NULL;
+    h->mounted = false;
+}

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mount as whoever reads it sees it: right data, or an error, or a wait; never anything else."""
+import errno
+import filecmp
+import mmap
+import os
+import random
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from .conftest import Failed, build, eventually, leases, mount_tool, repo_tool, store
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Random data, holes, and an odd size."""
+    path = tmp_path / 'disk.raw'
+    rng = random.Random(1)
+    with open(path, 'wb') as f:
+        f.write(rng.randbytes(5 * MIB))
+        f.seek(9 * MIB)
+        f.write(rng.randbytes(3 * MIB + 777))
+        f.truncate(16 * MIB)
+    return path
+
+
+def test_an_image_is_plain_files(url, raw, mounts):
+    store(url, 'web1@monday', disk0_raw=raw, memory_raw=raw)
+    store(url, 'group/a:b', disk0_raw=raw)
+    m = mounts(url)
+    assert sorted(os.listdir(m.path)) == ['group%2Fa:b', 'web1@monday']
+    assert sorted(os.listdir(f'{m.path}/web1@monday')) == ['disk0.raw', 'memory.raw']
+    assert os.path.getsize(m.file('group/a:b')) == 16 * MIB
+    for path in (m.file('group/a:b'), m.file('web1@monday'), m.file('web1@monday', 'memory.raw')):
+        assert filecmp.cmp(path, raw, shallow=False)
+    for missing in ('nobody', 'web1', 'group', 'a%', 'group%2fa:b', 'x' * 200):
+        assert not os.path.exists(f'{m.path}/{missing}')
+
+
+def test_reads_anywhere(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    rng = random.Random(2)
+    with open(m.file('a'), 'rb') as got, open(raw, 'rb') as want:
+        for _ in range(300):
+            at, n = rng.randrange(16 * MIB + 10), rng.randrange(1, 300000)
+            assert os.pread(got.fileno(), n, at) == os.pread(want.fileno(), n, at), (at, n)
+
+
+def test_opening_for_writing_works_and_writing_does_not(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    with open(m.file('a'), 'r+b', buffering=0) as f:
+        with pytest.raises(OSError) as failed:
+            f.write(b'x')
+        assert failed.value.errno == errno.EROFS
+        with mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE) as mine:
+            mine[:5] = b'mine!'
+    for how in (lambda: os.truncate(m.file('a'), 0), lambda: os.unlink(m.file('a')),
+                lambda: open(m.file('a'), 'wb'), lambda: open(m.file('a', 'new'), 'wb'),
+                lambda: os.mkdir(f'{m.path}/new')):
+        with pytest.raises(OSError):
+            how()
+    assert filecmp.cmp(m.file('a'), raw, shallow=False)
+
+
+def test_a_lease_while_a_file_is_open_and_no_longer(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw, memory_raw=raw)
+    m = mounts(url)
+    os.listdir(f'{m.path}/a')
+    os.stat(m.file('a'))
+    assert leases(url) == []
+    with open(m.file('a'), 'rb'), open(m.file('a', 'memory.raw'), 'rb') as second:
+        assert leases(url) == ['a']
+        with mmap.mmap(second.fileno(), 0, prot=mmap.PROT_READ):
+            second.close()
+            assert leases(url) == ['a']
+    eventually('no lease', lambda: leases(url) == [])
+
+
+def test_deleted_and_collected_under_a_reader(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    with open(m.file('a'), 'rb') as f:
+        repo_tool(url, 'delete', 'a')
+        repo_tool(url, 'collect', 1000)
+        # Also for a fetcher that never saw the image by its name.
+        os.kill(m.status()['fetcher_pid'], signal.SIGKILL)
+        with open(raw, 'rb') as want:
+            assert f.read() == want.read()
+    eventually('no lease', lambda: leases(url) == [])
+    eventually('the name is gone', lambda: not os.path.exists(m.file('a')))
+    assert repo_tool(url, 'collect', 1000)[0]['packs'] > 0
+
+
+def test_a_name_that_got_another_image(url, raw, tmp_path, mounts):
+    store(url, 'a', disk0_raw=raw)
+    other = tmp_path / 'other.raw'
+    other.write_bytes(random.Random(3).randbytes(MIB))
+    m = mounts(url)
+    with open(m.file('a'), 'rb') as former:
+        repo_tool(url, 'delete', 'a')
+        store(url, 'a', disk0_raw=other)
+        eventually('the new one', lambda: os.path.getsize(m.file('a')) == MIB)
+        assert filecmp.cmp(m.file('a'), other, shallow=False)
+        with open(raw, 'rb') as want:
+            assert former.read() == want.read()
+
+
+def test_fetchers_die_as_often_as_they_like(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    ended = threading.Event()
+
+    def killer():
+        while not ended.is_set():
+            pid = m.status().get('fetcher_pid')
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+            ended.wait(.15)
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        assert filecmp.cmp(m.file('a'), raw, shallow=False)
+    finally:
+        ended.set()
+        thread.join()
+    assert m.status()['fetcher_starts'] > 1 and m.status()['failed_reads'] == 0
+
+
+@pytest.mark.parametrize('fault', ['mount.fetch=crash@2', 'mount.fetched=crash@3', 'mount.leased=crash@2'])
+def test_a_fetcher_that_dies_at_any_step(url, raw, mounts, fault):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url, faults=fault)
+    for _ in range(2):
+        filecmp.clear_cache()
+        assert filecmp.cmp(m.file('a'), raw, shallow=False)
+        eventually('no lease', lambda: leases(url) == [])
+    assert m.status()['fetcher_starts'] > 1
+    # What it leased and could not tell is dropped by the next one.
+    eventually('no lease', lambda: leases(url) == [])
+
+
+def test_fetchers_are_upgraded_under_readers(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    with open(m.file('a'), 'rb') as f:
+        first = m.status()['fetcher_pid']
+        got = f.read(MIB)
+        mount_tool('refresh', m.socket)
+        eventually('another fetcher', lambda: m.status()['fetcher_pid'] not in (0, first))
+        got += f.read()
+        eventually('the old one ended', lambda: not os.path.exists(f'/proc/{first}'))
+        assert leases(url) == ['a']
+    with open(raw, 'rb') as want:
+        assert got == want.read()
+
+
+def test_without_the_store_disks_fail_and_memory_waits(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw, memory_raw=raw)
+    m = mounts(url, options=['--read-timeout', '1500'])
+    with open(m.file('a', 'memory.raw'), 'rb') as memory, open(m.file('a'), 'rb') as disk:
+        fetcher = m.status()['fetcher_pid']
+        os.kill(fetcher, signal.SIGSTOP)  # as a store that does not answer
+        try:
+            got = []
+            thread = threading.Thread(target=lambda: got.append(os.pread(memory.fileno(), MIB, 0)))
+            thread.start()
+            with pytest.raises(OSError) as failed:
+                os.pread(disk.fileno(), MIB, 0)
+            assert failed.value.errno == errno.EIO
+            assert not got and thread.is_alive()
+        finally:
+            os.kill(fetcher, signal.SIGCONT)
+        thread.join(20)
+        with open(raw, 'rb') as want:
+            assert got == [want.read(MIB)]
+            assert os.pread(disk.fileno(), MIB, 0) == got[0]
+
+
+def test_the_cache_has_a_limit(url, tmp_path, mounts):
+    path = tmp_path / 'large.raw'
+    path.write_bytes(random.Random(4).randbytes(12 * MIB))
+    store(url, 'a', disk0_raw=path)
+    m = mounts(url, options=['--cache-size', '4M'])
+    assert filecmp.cmp(m.file('a'), path, shallow=False)
+    status = m.status()
+    assert status['cache_used'] <= 4 * MIB and status['evicted'] > 0
+    # What the kernel has forgotten too is fetched again.
+    with open(m.file('a'), 'rb') as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with open(path, 'rb') as want:
+            assert f.read() == want.read()
+
+
+def test_foreign_files_in_the_cache_are_told_and_left(url, raw, tmp_path, mounts):
+    store(url, 'a', disk0_raw=raw)
+    cache = tmp_path / 'mount' / 'cache'
+    cache.mkdir(parents=True)
+    (cache / 'vmmig-000001').write_bytes(b'wrong' * 1000)
+    m = mounts(url)
+    assert 'vmmig-000001' in m.log() and 'not the cache' in m.log()
+    assert filecmp.cmp(m.file('a'), raw, shallow=False)
+    assert os.listdir(cache) == ['vmmig-000001']
+
+
+def test_it_stops_when_nobody_uses_it(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    with open(m.file('a'), 'rb'):
+        with pytest.raises(Failed) as failed:
+            mount_tool('stop', m.socket)
+        assert failed.value.kind == 'conflict'
+    eventually('nothing is open', lambda: m.status()['open_files'] == 0)
+    mount_tool('stop', m.socket)
+    m.process.wait(20)
+    assert not os.path.ismount(m.path) and not os.path.exists(m.socket)
+    assert leases(url) == []
+
+
+def test_leases_of_a_holder_that_was_killed(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    os.open(m.file('a'), os.O_RDONLY)
+    m.process.send_signal(signal.SIGKILL)
+    m.process.wait(20)
+    assert leases(url) == ['a']
+    subprocess.run(['umount', '-l', m.path], check=True)
+    m.start()
+    eventually('no lease', lambda: leases(url) == [])
+
+
+@pytest.mark.parametrize('words, status', [
+    (['--cache-size', '12Q'], 2),
+    (['--group', 'no-such-group'], 3),
+    (['--mount', '/nonexistent'], 3),
+    (['--cache', '/dev/null/x'], 16),
+])
+def test_bad_input_is_one_clear_line(url, mounts, words, status):
+    m = mounts(url, start=False)
+    given = {'--mount': m.path, '--repository': url, '--cache': m.cache, '--control': m.socket,
+             '--fetcher': '/bin/true', '--owner': 'x', **dict([words])}
+    done = subprocess.run([os.path.join(build(), 'snapshot/vmmig-mount'), *sum(map(list, given.items()), [])],
+                          capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == status, done
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert not os.path.exists(m.socket) and not os.path.ismount(m.path)
