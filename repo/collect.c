@@ -8,6 +8,7 @@
 #include "repo/quarantine.h"
 #include "repo/repack.h"
 #include "repo/settle.h"
+#include "repo/verified.h"
 
 #include "base/clock.h"
 #include "base/fault.h"
@@ -314,6 +315,8 @@ static int remove_object(struct collection *c, bool is_pack, uint64_t number, bo
     if (!is_pack)
         return 0;
     if (!forwarded && forwarding_erase(c->store, number, err) < 0)
+        return -1;
+    if (verified_forget(c->store, number, err) < 0)
         return -1;
     return quarantine_set(c->store, number, NULL, 0, err);
 }

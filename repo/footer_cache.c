@@ -5,6 +5,7 @@
 #include "base/log.h"
 
 #include <stdlib.h>
+#include <xxhash.h>
 
 enum {
     BYTES_PER_PAGE = PAGE_ID_BYTES + 12, /* identity, its share of the table and of the records */
@@ -29,6 +30,7 @@ struct footer_cache {
     uint64_t unreadable[UNREADABLE];
     unsigned next_unreadable;
     const struct number_set *forbidden; /* NULL: none */
+    const struct quarantine *avoided;   /* NULL: none */
     uint64_t clock, loads;
 };
 
@@ -276,6 +278,29 @@ void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs)
     }
 }
 
+void footer_cache_avoid(struct footer_cache *c, const struct quarantine *q)
+{
+    c->avoided = q;
+}
+
+/* Damaged records get identities that no page has; all different, as the table needs it. */
+static void disown_damaged(struct footer_cache *c, struct footer *f)
+{
+    const struct quarantined *items;
+    if (!c->avoided || !quarantine_of(c->avoided, f->pack, &items))
+        return;
+    for (uint32_t i = 0; i < f->n_records; i++) {
+        const struct footer_record *r = &f->records[i];
+        if (!quarantine_has(c->avoided, f->pack, r->offset))
+            continue;
+        for (uint32_t page = r->first_page; page < r->first_page + r->n_pages; page++) {
+            uint64_t name[2] = {f->pack, page};
+            memset(f->ids[page].bytes, 0xff, PAGE_ID_BYTES);
+            put_le64(f->ids[page].bytes, XXH3_64bits(name, sizeof(name)));
+        }
+    }
+}
+
 static int load_batch(struct footer_cache *c, const uint64_t *packs, size_t n,
                       struct vm_error **err)
 {
@@ -292,8 +317,10 @@ static int load_batch(struct footer_cache *c, const uint64_t *packs, size_t n,
         error_clear(&problems[i]);
         if (!footers[i].n_records)
             remember_unreadable(c, packs[i]);
-        else if (!result)
+        else if (!result) {
+            disown_damaged(c, &footers[i]);
             result = adopt(c, &footers[i], err);
+        }
         footer_finish(&footers[i]);
     }
     return result;

@@ -15,6 +15,7 @@
 
 #include "repo/number_set.h"
 #include "repo/pack.h"
+#include "repo/quarantine.h"
 #include "repo/store.h"
 
 #include <stdatomic.h>
@@ -50,6 +51,12 @@ int footer_cache_load(struct footer_cache *c, const uint64_t *packs, size_t n,
  * former call. The set outlives the cache.
  */
 void footer_cache_forbid(struct footer_cache *c, const struct number_set *packs);
+
+/*
+ * Nothing is found in the damaged records of what is loaded from now on. The quarantine outlives the
+ * cache.
+ */
+void footer_cache_avoid(struct footer_cache *c, const struct quarantine *q);
 
 /*
  * Keep to the limit. Only this and footer_cache_load let footers leave: hits stay good until the

@@ -29,6 +29,7 @@ struct image_writer {
     struct failure failure;
     struct workers *workers;
     struct footer_cache *cache;
+    struct quarantine quarantine; /* as it was when the writer began */
     struct pack_writer *packs;
     struct tree_writer *trees;
     struct dedup *dedup;
@@ -267,6 +268,7 @@ static void count_segment(struct image_writer *w, const struct segment *s)
     w->stat.pages_shared += n[PAGE_KNOWN];
     w->stat.pages_new += n[PAGE_UNKNOWN] + n[PAGE_AGAIN];
     w->stat.pages_again += n[PAGE_AGAIN];
+    w->stat.packs = packs.packs;
     w->stat.bytes_stored = packs.bytes + trees.bytes;
     w->stat.footers_loaded = footer_cache_loads(w->cache);
     w->stat.index_lookups = dedup.lookups;
@@ -429,6 +431,9 @@ static int create_parts(struct image_writer *w, struct vm_error **err)
     if (!w->cache)
         return -1;
     footer_cache_forbid(w->cache, &s->condemned->packs);
+    if (quarantine_load(s->store, &w->quarantine, err) < 0)
+        return -1;
+    footer_cache_avoid(w->cache, &w->quarantine);
     struct pack_writer_setup packs = {s->store,    s->index,      w->cache, w->workers,
                                       &w->failure, s->repository, s->writer};
     if (!(w->packs = pack_writer_create(&packs, err)) ||
@@ -499,6 +504,7 @@ void image_writer_destroy(struct image_writer *w)
         free(f);
     }
     object_set_finish(&w->shared);
+    quarantine_finish(&w->quarantine);
     failure_finish(&w->failure);
     pthread_cond_destroy(&w->changed);
     pthread_mutex_destroy(&w->lock);

@@ -80,6 +80,7 @@ struct image_writer_stat {
     uint64_t bytes_stored;                        /* packs and trees */
     uint64_t footers_loaded, index_lookups, index_hits;
     uint64_t nodes, nodes_shared;
+    uint64_t packs; /* stored; their numbers count from 1 */
 };
 /* From any thread, at any time. */
 void image_writer_stat(struct image_writer *w, struct image_writer_stat *ret_stat);

@@ -9,6 +9,7 @@
  *     map    repository       what holds for the whole: format, UUID, counters
  *     map    cat.00 .. cat.ff the catalogue
  *     map    index.SHARD      SHARD: 6 hexadecimal digits
+ *     map    scrub.XX         when packs were verified last (repo/verified.h)
  *     map    quarantine       damaged packs (repo/quarantine.h)
  */
 #ifndef VMMIG_REPO_NAMES_H

@@ -113,7 +113,7 @@ static int read_again(struct page_reader *r, const struct wanted *w, struct vm_e
 static bool is_known_bad(const struct page_reader *r, const struct recipe_page *p)
 {
     return number_set_has(&r->gone, p->pack) ||
-           (r->quarantine.n && quarantine_has(&r->quarantine, p->pack, p->offset));
+           quarantine_has_record(&r->quarantine, p->pack, p->offset);
 }
 
 static int load_quarantine(struct page_reader *r, struct vm_error **err)

@@ -64,7 +64,7 @@ static size_t lower_bound(const struct quarantine *q, uint64_t pack, uint32_t of
     return low;
 }
 
-static bool is_item(const struct quarantine *q, uint64_t pack, uint32_t offset)
+bool quarantine_has_record(const struct quarantine *q, uint64_t pack, uint32_t offset)
 {
     size_t i = lower_bound(q, pack, offset);
     return i < q->n && q->items[i].pack == pack && q->items[i].offset == offset;
@@ -72,7 +72,8 @@ static bool is_item(const struct quarantine *q, uint64_t pack, uint32_t offset)
 
 bool quarantine_has(const struct quarantine *q, uint64_t pack, uint32_t offset)
 {
-    return q->n && (is_item(q, pack, offset) || is_item(q, pack, QUARANTINED_PACK));
+    return quarantine_has_record(q, pack, offset) ||
+           quarantine_has_record(q, pack, QUARANTINED_PACK);
 }
 
 size_t quarantine_of(const struct quarantine *q, uint64_t pack, const struct quarantined **ret)

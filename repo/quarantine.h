@@ -39,6 +39,8 @@ static inline void quarantine_cleanup(struct quarantine *q)
 
 /* What is quarantined now, in place of what *q holds. */
 int quarantine_load(struct store *s, struct quarantine *q, struct vm_error **err);
+/* Is that record damaged? Those of a pack that is damaged as a whole may be good. */
+bool quarantine_has_record(const struct quarantine *q, uint64_t pack, uint32_t offset);
 /* Is that record, or all of its pack, damaged? */
 bool quarantine_has(const struct quarantine *q, uint64_t pack, uint32_t offset);
 /* Where the pack's items begin, and how many there are. */

@@ -250,7 +250,7 @@ static int read_record(struct repacker *rp, const struct alive_record *r, const 
     const struct footer *footer = &rp->footers[batch_index(rp->batch, r->pack)];
     unsigned n = 0;
     *ret_n = 0;
-    if (op->result != STORE_DONE || quarantine_has(&rp->quarantine, r->pack, r->offset) ||
+    if (op->result != STORE_DONE || quarantine_has_record(&rp->quarantine, r->pack, r->offset) ||
         record_decode(&rp->codec, op->out, op->ret_len, r->pack, r->offset, pages, &n, &problem) < 0)
         return 0;
     for (unsigned i = 0; i < n; i++)

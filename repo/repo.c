@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/repo.h"
+#include "repo/heal.h"
 #include "repo/names.h"
 
 #include "base/clock.h"
+#include "base/log.h"
 
 #include <stdlib.h>
 
@@ -322,6 +324,18 @@ struct image_file *image_session_file(struct image_session *s, const char *name,
     return f;
 }
 
+/* What was stored may be what was damaged elsewhere. That it could not be healed is no failure. */
+static void heal_others(struct image_session *s, uint64_t n_packs)
+{
+    cleanup_error struct vm_error *problem = NULL;
+    uint64_t healed = 0;
+    if (heal_quarantined(s->repo, s->image.writer, n_packs, &healed, &problem) < 0)
+        log_warn("damaged records were not healed", "reason=%s", log_q(error_message(problem)));
+    else if (healed)
+        log_info("damaged records were healed", "image=%s records=%" PRIu64,
+                 log_q(s->image.name), healed);
+}
+
 int image_session_commit(struct image_session *s, struct import_report *ret_report,
                          struct vm_error **err)
 {
@@ -339,6 +353,7 @@ int image_session_commit(struct image_session *s, struct import_report *ret_repo
     const struct object_set *shared = image_writer_shared(s->writer);
     if (catalogue_commit(s->registration, &s->image, shared, err) < 0)
         return -1;
+    heal_others(s, stat.packs);
     if (ret_report)
         *ret_report = (struct import_report){image_size(&s->image), stat};
     return 0;

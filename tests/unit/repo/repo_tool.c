@@ -5,7 +5,7 @@
  * status.
  *
  *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS
- *     [repack|recompress [DEAD-PERCENT [ZSTD-LEVEL]]]] | scrub |
+ *     [repack|recompress [DEAD-PERCENT [ZSTD-LEVEL]]]] | scrub [OLDER-THAN-S [heal]] |
  *     rebuild-index repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show
  *     NAME | delete NAME | diff A B
  */
@@ -156,14 +156,18 @@ static void print_finding(enum scrub_kind kind, const char *what, void *arg)
     printf("{\"%s\": \"%s\"}\n", kind == SCRUB_IMAGE ? "image" : "damage", what);
 }
 
-static int run_scrub(struct repo *r, struct vm_error **err)
+static int run_scrub(struct repo *r, int argc, char **argv, struct vm_error **err)
 {
     struct scrub_report report;
-    if (repo_scrub(r, NULL, print_finding, NULL, &report, err) < 0)
+    struct scrub_options o = {.heal = argc > 4};
+    o.older_than_s = argc > 3 ? (uint64_t)atol(argv[3]) : 0;
+    if (scrub_run(r, &o, print_finding, NULL, &report, err) < 0)
         return -1;
     printf("{\"packs\": %" PRIu64 ", \"bytes\": %" PRIu64 ", \"images\": %" PRIu64
-           ", \"damaged\": %" PRIu64 ", \"touched\": %" PRIu64 "}\n",
-           report.packs, report.bytes, report.images, report.damaged, report.images_touched);
+           ", \"damaged\": %" PRIu64 ", \"touched\": %" PRIu64 ", \"healed\": %" PRIu64
+           ", \"skipped\": %" PRIu64 ", \"oldest\": %" PRIu64 "}\n",
+           report.packs, report.bytes, report.images, report.damaged, report.images_touched,
+           report.healed, report.packs_skipped, report.oldest_s);
     return 0;
 }
 
@@ -190,7 +194,7 @@ static int run(int argc, char **argv, struct vm_error **err)
     if (!strcmp(verb, "collect"))
         return run_collect(r, argc, argv, err);
     if (!strcmp(verb, "scrub"))
-        return run_scrub(r, err);
+        return run_scrub(r, argc, argv, err);
     if (!strcmp(verb, "rebuild-index"))
         return run_rebuild(r, err);
     if (!strcmp(verb, "list"))

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is damaged or lost is found, named with the images it touches, and never returned as data."""
+import random
+import struct
+
+import pytest
+
+from .conftest import Failed
+from .objects import objects
+from .test_repository import MIB, disk, same
+
+
+@pytest.fixture
+def raw(tmp_path):
+    return disk(tmp_path / 'disk.raw', 12)
+
+
+@pytest.fixture
+def other(tmp_path):
+    path = tmp_path / 'other.raw'
+    path.write_bytes(random.Random(5).randbytes(4 * MIB))
+    return path
+
+
+def scrub(repository, *words):
+    """(findings, images touched, report)"""
+    lines = repository.run('scrub', *words)
+    return ([line['damage'] for line in lines if 'damage' in line],
+            sorted(line['image'] for line in lines if 'image' in line), lines[-1])
+
+
+def two_images(repository, raw, other):
+    """`a` and `b` share nothing; the packs and trees of a."""
+    repository.run('import', raw, 'a')
+    store = objects(repository.url)
+    names = store.names('pack.') + store.names('tree.')
+    repository.run('import', other, 'b')
+    return store, names
+
+
+def fails_and_leaves_nothing(repository, image, out):
+    with pytest.raises(Failed) as failed:
+        repository.run('export', image, out)
+    assert failed.value.kind == 'corrupt' and '\n' not in failed.value.text, failed.value.text
+    assert not out.exists()
+
+
+def flip(store, name, at):
+    data = bytearray(store.read(name))
+    data[at] ^= 0x10
+    store.write(name, bytes(data))
+
+
+def records(data):
+    """(offset, length, pages) of the records in a pack, and where its footer begins."""
+    n_records, n_pages = struct.unpack_from('<II', data, len(data) - 32)
+    footer = len(data) - (12 * n_records + 32 * n_pages + 32)
+    entries = [struct.unpack_from('<IIBBH', data, footer + 12 * i) for i in range(n_records)]
+    return [(8 * offset, length, pages) for offset, length, pages, _, _ in entries], footer
+
+
+def test_a_flipped_byte_in_a_record_and_how_it_is_healed(repository, raw, other, tmp_path):
+    store, names = two_images(repository, raw, other)
+    pack = names[0]
+    places, _ = records(store.read(pack))
+    offset, length, _ = places[len(places) // 2]
+    flip(store, pack, offset + length // 2)
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+    found, touched, report = scrub(repository)
+    assert found == [f'{pack.replace(".", " ")}, record at {offset}: its checksum is wrong']
+    assert touched == ['a'] and report['damaged'] == 1
+    assert list(store.pairs('quarantine')) == [pack]
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+    repository.run('export', 'b', tmp_path / 'b.raw')
+    assert same(other, tmp_path / 'b.raw')
+    # Nobody shares it: the next writer of those pages stores them anew, which heals the record.
+    again, = repository.run('import', raw, 'again')
+    assert 0 < again['new'] <= 16
+    repository.run('export', 'a', tmp_path / 'a.raw')
+    assert same(raw, tmp_path / 'a.raw')
+    found, touched, report = scrub(repository)
+    assert (found, touched, report['healed']) == ([], [], 1)
+    repository.second_reader('check')
+    # Repacking takes the pack away for good.
+    repository.run('collect', 1000, 'repack')
+    repository.run('collect', 1000)
+    assert pack not in store.names('pack.') and not store.pairs('quarantine')
+    found, touched, report = scrub(repository)
+    assert (found, touched, report['healed']) == ([], [], 0)
+    repository.run('export', 'a', tmp_path / 'a2.raw')
+    assert same(raw, tmp_path / 'a2.raw')
+
+
+def test_a_scrub_heals_with_what_is_stored_elsewhere(repository, raw, tmp_path):
+    """Stored twice at the same time, so that neither import knew of the other."""
+    repository.run('import', raw, 'a')
+    store = objects(repository.url)
+    mine = store.names('pack.')
+    saved = {f'index.{i:06x}': store.pairs(f'index.{i:06x}') for i in range(16)}
+    for name in saved:
+        store.remove_map(name)
+    repository.run('import', raw, 'b')
+    assert len(store.names('pack.')) == 2 * len(mine)
+    places, _ = records(store.read(mine[0]))
+    for offset, length, _ in places[:3]:
+        flip(store, mine[0], offset + length - 1)
+    found, touched, report = scrub(repository)
+    assert len(found) == 3 and touched == ['a']
+    found, touched, report = scrub(repository, 0, 'heal')
+    assert (found, touched, report['healed']) == ([], [], 3)
+    repository.run('export', 'a', tmp_path / 'a.raw')
+    assert same(raw, tmp_path / 'a.raw')
+
+
+def test_a_record_that_is_not_what_its_identity_says(repository, raw, other, tmp_path):
+    """All checksums are right, as a host with a bad memory would leave it: a scrub alone can tell."""
+    import xxhash
+    store, names = two_images(repository, raw, other)
+    pack = names[0]
+    data = bytearray(store.read(pack))
+    places, footer = records(data)
+    data[footer + 12 * len(places) + 8] ^= 1
+    data[-8:] = struct.pack('<Q', xxhash.xxh3_64_intdigest(bytes(data[footer:-8]), seed=int(pack[5:], 16)))
+    store.write(pack, bytes(data))
+    found, touched, report = scrub(repository)
+    assert found == [f'{pack.replace(".", " ")}, record at 32: its pages are not those that the footer names']
+    assert touched == ['a']
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+
+
+@pytest.mark.parametrize('where', ['header', 'footer', 'trailer'])
+def test_a_flipped_byte_around_the_records(repository, raw, other, tmp_path, where):
+    store, names = two_images(repository, raw, other)
+    pack = names[0]
+    size = len(store.read(pack))
+    flip(store, pack, {'header': 3, 'footer': size - 300, 'trailer': size - 14}[where])
+    found, touched, report = scrub(repository)
+    assert len(found) == 1 and pack[5:] in found[0] and touched == ['a'], found
+    # Every record is whole, and says so itself: the image can be read, and be stored again.
+    repository.run('export', 'a', tmp_path / 'a.raw')
+    assert same(raw, tmp_path / 'a.raw')
+    again, = repository.run('import', raw, 'again')
+    assert again['new'] > 0
+    # Repacking saves what the pack holds.
+    repository.run('delete', 'again')
+    repository.run('collect', 1000, 'repack')
+    repository.run('collect', 1000)
+    assert pack not in store.names('pack.')
+    assert scrub(repository)[:2] == ([], [])
+    repository.run('export', 'a', tmp_path / 'a2.raw')
+    assert same(raw, tmp_path / 'a2.raw')
+
+
+def test_a_truncated_pack(repository, raw, other, tmp_path):
+    store, names = two_images(repository, raw, other)
+    pack = names[0]
+    data = store.read(pack)
+    store.write(pack, data[:len(data) // 2])
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+    found, touched, report = scrub(repository)
+    assert len(found) == 1 and pack[5:] in found[0] and touched == ['a'], found
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+    repository.run('export', 'b', tmp_path / 'b.raw')
+    assert same(other, tmp_path / 'b.raw')
+    repository.run('collect', 1000, 'repack')
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    assert scrub(repository)[2]['damaged'] == 0
+    repository.run('import', raw, 'a')
+    repository.run('export', 'a', tmp_path / 'a.raw')
+    assert same(raw, tmp_path / 'a.raw')
+
+
+def test_a_lost_pack(repository, raw, other, tmp_path):
+    store, names = two_images(repository, raw, other)
+    store.remove(names[0])
+    fails_and_leaves_nothing(repository, 'a', tmp_path / 'out.raw')
+    found, touched, report = scrub(repository)
+    assert found == [f'{names[0].replace(".", " ")}, which images need, is gone'] and touched == ['a']
+    again, = repository.run('import', raw, 'again')
+    assert again['new'] > 0
+    repository.run('export', 'again', tmp_path / 'again.raw')
+    assert same(raw, tmp_path / 'again.raw')
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    assert scrub(repository)[:2] == ([], [])
+
+
+def test_a_damaged_and_a_lost_tree(repository, raw, other, tmp_path):
+    store, names = two_images(repository, raw, other)
+    tree = names[-1]
+    whole = store.read(tree)
+    for damage in ('flip', 'remove'):
+        if damage == 'flip':
+            flip(store, tree, len(whole) - 5)
+        else:
+            store.remove(tree)
+        with pytest.raises(Failed) as failed:
+            repository.run('export', 'a', tmp_path / 'out.raw')
+        assert tree[5:] in failed.value.text
+        found, touched, report = scrub(repository)
+        assert found and all(tree[5:] in line for line in found) and touched == ['a'], found
+        repository.run('export', 'b', tmp_path / f'b-{damage}.raw')
+        with pytest.raises(Failed) as failed:  # what it refers to is not known
+            repository.run('collect')
+        assert 'image a' in failed.value.text
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    assert scrub(repository)[:2] == ([], [])
+
+
+def test_lost_shards_of_the_index_and_its_rebuilding(repository, raw, other, tmp_path):
+    store, _ = two_images(repository, raw, other)
+    for i in range(16):
+        store.remove_map(f'index.{i:06x}')
+    repository.run('export', 'a', tmp_path / 'a.raw')
+    assert same(raw, tmp_path / 'a.raw')
+    assert scrub(repository)[:2] == ([], [])
+    rebuilt, = repository.run('rebuild-index')
+    assert rebuilt['packs'] == len(store.names('pack.'))
+    again, = repository.run('import', raw, 'again')
+    assert again['new'] == 0 and again['stored'] < 2 * MIB // 1000
+
+
+def test_a_stale_recipe(repository, raw, other, tmp_path):
+    """The catalogue's entry of an image comes back, as from an old backup, after its packs were collected."""
+    store, _ = two_images(repository, raw, other)
+    entry, = [(f'cat.{shard:02x}', value) for shard in range(256)
+              for key, value in store.pairs(f'cat.{shard:02x}').items() if key == 'n:a']
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    store.set(entry[0], 'n:a', entry[1])
+    with pytest.raises(Failed):
+        repository.run('export', 'a', tmp_path / 'out.raw')
+    assert not (tmp_path / 'out.raw').exists()
+    found, touched, report = scrub(repository)
+    assert found and touched == ['a']
+    repository.run('export', 'b', tmp_path / 'b.raw')
+    assert same(other, tmp_path / 'b.raw')
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    assert scrub(repository)[:2] == ([], [])
+
+
+def test_a_scrub_goes_on_where_one_was_killed(repository, tmp_path):
+    path = tmp_path / 'random.raw'
+    path.write_bytes(random.Random(3).randbytes(48 * MIB))
+    repository.run('import', path, 'a')
+    packs = repository.run('stat')[0]['packs']
+    first = scrub(repository)[2]
+    assert first['packs'] == packs and first['skipped'] == 0
+    second = scrub(repository, 3600)[2]
+    assert second['packs'] == 0 and second['skipped'] == packs and second['oldest'] < 3600
+    # A pack that was never verified is read, the others not.
+    path.write_bytes(random.Random(4).randbytes(8 * MIB))
+    repository.run('import', path, 'b')
+    third = scrub(repository, 3600)[2]
+    assert third['packs'] == repository.run('stat')[0]['packs'] - packs > 0
