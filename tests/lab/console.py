@@ -135,7 +135,16 @@ class Timeline:
         """The longest time for which the guest did not run, in seconds, whatever the ticks' interval: by how
         much more the host's clock went on than the guest's, where that stops with the guest, and what
         the guest saw itself, where it does not (a TSC that KVM leaves alone)."""
-        return max((b.at - a.at) - (b.clock - a.clock) + b.stood_still for a, b in self._steps(after))
+        return max(self._stood(a, b) for a, b in self._steps(after))
+
+    @staticmethod
+    def _stood(a, b):
+        return (b.at - a.at) - (b.clock - a.clock) + b.stood_still
+
+    def hand_overs(self, after=0):
+        """As pause(), of each change of the host, in their order: what the guest stood still elsewhere, for lack of a
+        CPU, does not count."""
+        return [self._stood(a, b) for a, b in self._steps(after) if a.host != b.host]
 
     def missing(self, after=0):
         """Numbers that never came, and those that came out of order."""
