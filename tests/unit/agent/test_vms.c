@@ -9,6 +9,7 @@
 #include <poll.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -333,6 +334,8 @@ static void a_vmm_that_hangs_is_waited_for_until_the_deadline(void **state)
         assert_int_equal(vm_status(vm, clock_mono_ns() + NSEC_PER_MSEC, &status, &err), -1);
         assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
     }
+    while (atomic_load(&times_asked) < 2)
+        sched_yield(); /* the thread that asks may not have had a CPU yet */
     vm_ask(vm);
     while (atomic_load(&times_asked) < 2) /* its thread may come late */
         sched_yield();
