@@ -6,9 +6,12 @@
 #include "proto/fields.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -43,8 +46,38 @@ static int remove_stale(const struct sockaddr_un *address, struct vm_error **err
     return 0;
 }
 
+static bool is_inherited(const char *path)
+{
+    return !strncmp(path, VMMIG_SOCKET_FD, strlen(VMMIG_SOCKET_FD));
+}
+
+/* "fd:N". To listen at it, even if somebody did before, makes it this process's: agents see who listens. */
+static int listen_inherited(const char *path, struct vm_error **err)
+{
+    char *end;
+    const char *number = path + strlen(VMMIG_SOCKET_FD);
+    long fd = strtol(number, &end, 10);
+    int type = 0;
+    socklen_t n = sizeof(type);
+    struct sockaddr_un address = {.sun_family = AF_UNSPEC};
+    socklen_t address_n = sizeof(address);
+    if (end == number || *end || fd < 0 || fd > INT_MAX)
+        return error_set(err, VM_ERROR_USAGE, "%s does not name a descriptor", path);
+    if (getsockopt((int)fd, SOL_SOCKET, SO_TYPE, &type, &n) < 0 || type != SOCK_SEQPACKET ||
+        getsockname((int)fd, (struct sockaddr *)&address, &address_n) < 0 ||
+        address.sun_family != AF_UNIX)
+        return error_set(err, VM_ERROR_USAGE, "%s is not a Unix socket for packets", path);
+    if (io_set_nonblocking((int)fd, true, err) < 0)
+        return -1;
+    if (fcntl((int)fd, F_SETFD, FD_CLOEXEC) < 0 || listen((int)fd, ATTACH_CONNECTIONS_MAX) < 0)
+        return error_errno(err, errno, "cannot listen at %s", path);
+    return (int)fd;
+}
+
 static int listen_at(const char *path, struct vm_error **err)
 {
+    if (is_inherited(path))
+        return listen_inherited(path, err);
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     snprintf(address.sun_path, sizeof(address.sun_path), "%s", path);
     cleanup_close int fd = new_socket(err);
@@ -449,7 +482,7 @@ void attach_server_stop(struct vmmig_attach *a)
         pthread_join(a->server, NULL);
     }
     a->server_started = false;
-    if (a->listen_fd >= 0)
+    if (a->listen_fd >= 0 && !is_inherited(a->config.socket_path))
         unlink(a->config.socket_path);
     close_fd(&a->listen_fd);
 }

@@ -146,7 +146,12 @@ struct vmmig_callbacks {
 
 struct vmmig_config {
     size_t size;                 /* VMMIG_CONFIG_SIZE */
-    const char *socket_path;     /* where agents connect; at most 107 bytes. A dead socket there is replaced */
+    /*
+     * Where agents connect; at most 107 bytes. A dead socket there is replaced. Or "fd:N": a socket that this
+     * process inherited, bound by whoever started it; an agent that starts a VMM names it so, since it may not
+     * write into the agent's folder. Take the text as it is given.
+     */
+    const char *socket_path;
     const char *vmm;             /* "myvmm 1.2": shown to users */
     /*
      * Two VMMs exchange guests if this text is equal: the state's format, the machine (number and model of
@@ -173,6 +178,7 @@ struct vmmig_config {
 
 #define VMMIG_CONFIG_SIZE sizeof(struct vmmig_config)
 #define VMMIG_SOCKET_WORD "@socket@"
+#define VMMIG_SOCKET_FD "fd:"
 
 /*
  * Choose how to track (want: AUTO, or one by force) and switch on in the VM what that needs. ring_entries: per

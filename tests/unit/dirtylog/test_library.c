@@ -181,6 +181,59 @@ static void a_living_socket_is_not_taken_away(void **state)
     vmmig_destroy(second);
 }
 
+/* As an agent starts a VMM: the socket is bound by another process, and whoever listens is the VMM. */
+static void an_inherited_socket_is_used(void **state)
+{
+    char path[64], name[16];
+    struct toy_vmm *like = new_vmm();
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    snprintf(path, sizeof(path), "/tmp/vmmig-inherited-%d", getpid());
+    strcpy(address.sun_path, path);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET, 0);
+    assert_return_code(bind(fd, (struct sockaddr *)&address, sizeof(address)), 0);
+    snprintf(name, sizeof(name), VMMIG_SOCKET_FD "%d", fd);
+    struct vm_error *err = NULL;
+    assert_null(attach_connect(path, 1000, &err)); /* nobody listens yet */
+    assert_int_equal(err->sys_errno, ECONNREFUSED);
+    error_clear(&err);
+    like->params.socket = name;
+    struct toy_vmm *v = toy_vmm_create_incoming(like);
+    struct attach *a = attach_connect(path, 1000, &err);
+    assert_string_equal(error_message(err), "no error");
+    assert_int_equal(attach_guest(a)->process.pid, getpid());
+    attach_destroy(a);
+    toy_vmm_destroy(v);
+    assert_int_equal(access(path, F_OK), 0); /* it belongs to whoever made it */
+    unlink(path);
+    toy_vmm_destroy(like);
+}
+
+static void what_is_no_socket_for_packets_is_refused(void **state)
+{
+    static const char *const names[] = {"fd:", "fd:x", "fd:99999", "fd:-1"};
+    struct vmmig_error error = {0};
+    struct vmmig_attach *a;
+    char stream[16];
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    snprintf(stream, sizeof(stream), "fd:%d", fd);
+    struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE,
+                                  .vmm = "x",
+                                  .machine = "x",
+                                  .tracking = VMMIG_TRACKING_PLAIN,
+                                  .vm_fd = -1,
+                                  .vcpu_fds = &fd,
+                                  .n_vcpus = 1};
+    memset(&config.callbacks, 1, sizeof(config.callbacks));
+    config.callbacks.log = NULL;
+    for (unsigned i = 0; i < 5; i++) {
+        config.socket_path = i < 4 ? names[i] : stream;
+        assert_int_equal(vmmig_create(&config, &a, &error), -1);
+        assert_int_equal(error.code, EINVAL);
+        assert_non_null(strstr(error.text, config.socket_path));
+    }
+    close(fd);
+}
+
 /* ---- Agents that are wrong ---- */
 
 static int dial(const char *path)
@@ -593,6 +646,8 @@ int main(void)
         cmocka_unit_test(wrong_slots_are_refused_by_name),
         cmocka_unit_test(a_wrong_configuration_is_refused),
         cmocka_unit_test(a_living_socket_is_not_taken_away),
+        cmocka_unit_test(an_inherited_socket_is_used),
+        cmocka_unit_test(what_is_no_socket_for_packets_is_refused),
         cmocka_unit_test(messages_out_of_order_are_answered),
         cmocka_unit_test(garbage_ends_its_connection_only),
         cmocka_unit_test(versions_are_negotiated),

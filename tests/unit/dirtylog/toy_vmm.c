@@ -163,7 +163,7 @@ static void open_library(struct toy_vmm *v)
     snprintf(v->path, sizeof(v->path), "/tmp/vmmig-toy-%d-%u", getpid(), atomic_fetch_add(&number, 1));
     struct vmmig_config config = {
         .size = VMMIG_CONFIG_SIZE,
-        .socket_path = v->path,
+        .socket_path = v->params.socket ? v->params.socket : v->path,
         .vmm = "toy 1",
         .machine = "toy/1",
         .tracking = v->vm ? (enum vmmig_tracking)tiny_vm_kind(v->vm) : VMMIG_TRACKING_PLAIN,
