@@ -32,6 +32,7 @@ static void set_progress(struct job_answer *a)
     m->total = p->total;
     m->remaining = p->remaining;
     m->dirty_rate = p->dirty_rate;
+    m->working_set = p->working_set;
     m->link_rate = p->link_rate;
     m->wire_bytes = p->wire_bytes;
     m->resent_bytes = p->resent_bytes;
@@ -94,6 +95,19 @@ static const char *run_state_name(enum guest_run_state state)
         return "broken";
     }
     return "unknown";
+}
+
+/* What its VMM is, if it was ever there. */
+static void set_info(struct vm_answer *a)
+{
+    struct guest *g = vm_guest(a->vm);
+    if (!g)
+        return;
+    driver_get_info(g, &a->info);
+    field_make_text(a->info.vmm, sizeof(a->info.vmm) - 1);
+    field_make_text(a->info.tracking, sizeof(a->info.tracking) - 1);
+    a->message.vmm = a->info.vmm;
+    a->message.tracking = a->info.tracking;
 }
 
 /* What it does now: its VMM's answer, or why there is none. */
@@ -159,14 +173,16 @@ void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *v
     vmmig__control__vm__init(m);
     m->vm = word(d->name);
     m->origin = word(vm_origin_name(d->origin));
+    m->driver = word(vm_driver_name(d->driver));
     m->pid = d->process.pid;
     m->since_ns = d->since_ns;
     if (whole) {
-        m->qmp_path = d->qmp_path;
+        *(d->driver == VM_DRIVER_QEMU ? &m->qmp_path : &m->socket_path) = d->socket_path;
         m->argv = d->argv;
         while (d->argv[m->n_argv])
             m->n_argv++;
     }
+    set_info(a);
     set_state(a, deadline_ns);
     set_job(a, agent->jobs, whole);
     set_handover(a, agent->transfer);

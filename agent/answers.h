@@ -7,6 +7,7 @@
 #define VMMIG_AGENT_ANSWERS_H
 
 #include "agent/agent.h"
+#include "agent/driver.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "proto/control.h"
@@ -28,6 +29,7 @@ struct vm_answer {
     struct vm *vm; /* NULL: it is arriving */
     char name[VM_NAME_MAX + 1];
     char detail[VM_DETAIL_MAX];
+    struct driver_info info;
     struct job_answer job;
     Vmmig__Control__Handover handover;
     struct transfer_state transfer;

@@ -9,6 +9,9 @@
 
 #include <string.h>
 
+/* A destination that gave up journals that, and ends its VMM, before it says why. */
+enum { CAUSE_WAIT_MS = 1000 };
+
 #define NSEC(ms) fault_patience_ns(ms)
 
 /* ---- Events ---- */
@@ -40,6 +43,21 @@ void attempt_fail(struct attempt *a, struct vm_error *reason)
         a->reason = reason;
     pthread_mutex_unlock(&a->lock);
     attempt_post(a, HANDOVER_EV_FAILED);
+}
+
+struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why)
+{
+    int64_t deadline = clock_mono_ns() + NSEC(CAUSE_WAIT_MS);
+    SCOPE_LOCK(&a->lock);
+    if (why->kind != VM_ERROR_CANCELLED || a->cancelled)
+        return why;
+    while (!a->stop && !a->cancelled && !a->peer_reason &&
+           cond_wait_until(&a->changed, &a->lock, deadline))
+        ;
+    if (!a->peer_reason)
+        return why;
+    error_free(why);
+    return error_copy(a->peer_reason);
 }
 
 /* The next event, or TIMER when none came for a while. False: the agent stops. */
@@ -141,9 +159,13 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         return;
     log_debug("received", "attempt=%s message=%s", uuid_text(&a->id), handover_message_name(m));
     pthread_mutex_lock(&a->lock);
-    if (message->reason && !a->reason)
-        error_set(&a->reason, error_kind_parse(message->reason->kind), "the peer: %s",
+    if (message->reason && !a->peer_reason) {
+        error_set(&a->peer_reason, error_kind_parse(message->reason->kind), "the peer: %s",
                   message->reason->message);
+        pthread_cond_broadcast(&a->changed);
+    }
+    if (message->reason && !a->reason && a->peer_reason)
+        a->reason = error_copy(a->peer_reason);
     if (m == HANDOVER_MSG_RUNNING && message->duration_ns)
         a->resume_took_ns = (int64_t)message->duration_ns;
     pthread_mutex_unlock(&a->lock);
@@ -154,12 +176,13 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
 
 /* ---- The journal ---- */
 
-int attempt_remember(struct attempt *a, const char *qmp_path, char *const *argv,
-                     const char *peer_address, struct vm_error **err)
+int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
+                     char *const *argv, const char *peer_address, struct vm_error **err)
 {
     Vmmig__Peer__Memory memory = VMMIG__PEER__MEMORY__INIT;
     memory.was_running = a->was_running;
-    memory.qmp_path = (char *)(uintptr_t)(qmp_path ? qmp_path : "");
+    memory.driver = driver;
+    memory.socket_path = (char *)(uintptr_t)(socket_path ? socket_path : "");
     memory.peer_address = (char *)(uintptr_t)(peer_address ? peer_address : "");
     memory.argv = (char **)(uintptr_t)argv;
     while (argv && argv[memory.n_argv])
@@ -487,14 +510,28 @@ static void remove_from_table(struct attempt *a)
     pthread_cond_broadcast(&t->changed);
 }
 
+/* Its death is the cause of what follows, unless it is ended by us or because of something else. */
+static void note_death(struct attempt *a)
+{
+    enum handover_state state = a->machine.state;
+    bool on_its_own = state == HANDOVER_SRC_PREPARING || state == HANDOVER_SRC_SENDING ||
+                      state == HANDOVER_SRC_SENT || state == HANDOVER_DST_PREPARED ||
+                      state == HANDOVER_DST_LOADED;
+    SCOPE_LOCK(&a->lock);
+    if (!a->reason && on_its_own)
+        error_set(&a->reason, VM_ERROR_VMM_DIED, "the VM's process %d ended", a->record.vmm.pid);
+}
+
 /*
  * A VMM's death outranks every other event: what the copy reports because of it, or what the peer says
  * meanwhile, must not be judged as if the VMM lived.
  */
 static void feed_with_death_first(struct attempt *a, enum handover_event event)
 {
-    if (a->record.vmm.pid && event != HANDOVER_EV_VM_GONE && !process_alive(&a->record.vmm))
+    if (a->record.vmm.pid && event != HANDOVER_EV_VM_GONE && !process_alive(&a->record.vmm)) {
+        note_death(a);
         feed(a, HANDOVER_EV_VM_GONE);
+    }
     feed(a, event);
 }
 
@@ -587,6 +624,7 @@ void attempt_unref(struct attempt *a)
         guest_destroy(a->guest);
     peer_session_unref(a->session);
     error_free(a->reason);
+    error_free(a->peer_reason);
     free(a->record.blob);
     close_fd(&a->cancel);
     pthread_cond_destroy(&a->changed);

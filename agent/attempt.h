@@ -24,7 +24,7 @@
 #include "migrate/peer_session.h"
 #include "migrate/receiver.h"
 #include "migrate/sender.h"
-#include "vmm/qemu.h"
+#include "vmm/qemu_definition.h"
 
 #include <stdatomic.h>
 
@@ -65,7 +65,7 @@ struct source_part {
     unsigned n_offers;
     struct sender_params params; /* of the copy; regions are filled when the peer answered */
     bool assume_shared;
-    char *dest_qmp;
+    char *dest_socket;
     struct guest_region *regions;
     int copy_cancel; /* latch: the copy ends */
     pthread_t link_thread, copy_thread;
@@ -83,7 +83,8 @@ struct destination_part {
     unsigned n_mapped;
     struct disk_answer *answers;
     unsigned n_answers;
-    char *qmp_path;
+    enum vm_driver driver;
+    char *socket_path;
     char **argv; /* how the VMM was started; one allocation */
     struct process_identity process; /* of the VMM; the work thread's until READY or its end */
     bool prepared_by_user; /* --dest-qmp: the VMM was not started by us */
@@ -127,6 +128,7 @@ struct attempt {
     bool has_notice;
     bool cancelled;          /* the user wished so */
     struct vm_error *reason; /* the first cause of a failure, for the user */
+    struct vm_error *peer_reason; /* the first that the peer named */
     int64_t pause_ns;        /* how long the guest stood; -1: it did not, or is not known */
     struct peer_session *session; /* to the peer, NULL while there is none */
     struct job *job;         /* that shows it, NULL while there is none */
@@ -168,6 +170,11 @@ void attempt_post(struct attempt *a, enum handover_event event);
 /* FAILED with its reason (owned by the call); the first reason stays. */
 void attempt_fail(struct attempt *a, struct vm_error *reason);
 void attempt_set_session(struct attempt *a, struct peer_session *session);
+/*
+ * The other end closed what this one was using: that is not the cause. Wait a moment for the peer to say what
+ * was; takes `why` over and returns it.
+ */
+struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why);
 /* A message of the peer: keep what belongs to it, post its event. Takes what it keeps. */
 void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message);
 /* Wait until it is settled: 0, or TIMEOUT. */
@@ -178,8 +185,8 @@ int attempt_result(struct attempt *a, struct vm_error **err);
 struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *role,
                                 const struct journal_record *record, struct vm_error **err);
 /* Write what recovery needs into the record. */
-int attempt_remember(struct attempt *a, const char *qmp_path, char *const *argv,
-                     const char *peer_address, struct vm_error **err);
+int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
+                     char *const *argv, const char *peer_address, struct vm_error **err);
 Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 
 extern const struct attempt_role attempt_source_role, attempt_destination_role;

@@ -7,13 +7,10 @@
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
-#include "vmm/qemu_portable.h"
-#include "vmm/qemu_preflight.h"
 #include "vmm/qemu_wire.h"
 
 #include <string.h>
 
-enum { ATTACH_TIMEOUT_MS = 5000 };
 /* A source that is away for so long before everything is here has given up, or will ask again. */
 enum { ABANDONED_MS = 60000 };
 /* How much longer than the source this side waits for connections to come back. */
@@ -41,38 +38,20 @@ static int remember_birth(const struct process_identity *process, void *arg, str
     return 0;
 }
 
-static struct qemu *spawn_sink(struct attempt *a, struct vm_error **err)
+static struct guest *make_sink(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
-    const struct config *c = a->transfer->agent->config;
-    cleanup_driver_place struct driver_place place = {0};
-    struct qemu_name_map maps[CONFIG_LIST_MAX];
-    struct qemu_sink_params params = {
-        .definition = &d->definition, .vm = a->vm_name, .maps = maps, .n_maps = c->maps.n};
-    for (unsigned i = 0; i < c->maps.n; i++)
-        maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};
-    if (driver_prepare_launch(c, a->vm_name, d->definition.binary, &place, &params.launch, err) < 0)
-        return NULL;
-    struct qemu_host host = {.binary = params.launch.binary,
-                             .user = params.launch.user,
-                             .assume_shared = d->prepare->prepare->assume_shared,
-                             .scratch_dir = c->runtime_dir};
-    if (qemu_dest_check(&d->definition, &host, err) < 0)
-        return NULL;
+    const Vmmig__Peer__Prepare *p = d->prepare->prepare;
+    struct driver_birth birth = {remember_birth, a};
+    d->prepared_by_user = *p->dest_socket != 0;
+    if (d->prepared_by_user)
+        return driver_sink_adopt(&d->definition, p->dest_socket, err);
     if (FAULT("attempt.spawn") == FAULT_ERROR) {
         error_errno(err, fault_errno(), "attempt.spawn");
         return NULL;
     }
-    params.launch.born = remember_birth;
-    params.launch.born_arg = a;
-    return qemu_sink_spawn(&params, err);
-}
-
-static struct qemu *adopt_sink(struct attempt *a, const char *path, struct vm_error **err)
-{
-    struct destination_part *d = &a->destination;
-    d->prepared_by_user = true;
-    return qemu_sink_attach(&d->definition, path, ATTACH_TIMEOUT_MS, err);
+    return driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition, p->assume_shared,
+                             &birth, err);
 }
 
 static int answer_disks(struct attempt *a, struct vm_error **err)
@@ -167,14 +146,13 @@ static int prepare(struct attempt *a, struct vm_error **err)
     a->was_running = d->definition.state == GUEST_RUNNING;
     if (answer_disks(a, err) < 0)
         return -1;
-    struct qemu *q = *p->dest_qmp ? adopt_sink(a, p->dest_qmp, err) : spawn_sink(a, err);
-    if (!q)
+    a->guest = make_sink(a, err);
+    if (!a->guest)
         return -1;
-    a->guest = qemu_guest(q);
     a->owns_guest = true;
     d->process = a->guest->process;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
-        attempt_remember(a, d->qmp_path, d->argv, NULL, err) < 0)
+        attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0)
         return -1;
     return make_prepared(a, err) < 0 ? -1 : make_receiver(a, err);
 }
@@ -294,7 +272,8 @@ static int register_vm(struct attempt *a, struct vm_error **err)
         return 0;
     struct vm_definition def = {.origin = VM_ORIGIN_RECEIVED,
                                 .argv = d->argv,
-                                .qmp_path = d->qmp_path,
+                                .driver = d->driver,
+                                .socket_path = d->socket_path,
                                 .process = a->record.vmm,
                                 .since_ns = clock_wall_ns()};
     snprintf(def.name, sizeof(def.name), "%s", a->vm_name);
@@ -312,11 +291,15 @@ static int register_vm(struct attempt *a, struct vm_error **err)
 static int remember_socket(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
-    const char *given = d->prepare->prepare->dest_qmp;
-    d->qmp_path = *given ? strdup(given) : driver_socket_path(a->transfer->agent->config, a->vm_name);
-    if (!d->qmp_path)
+    const Vmmig__Peer__Prepare *p = d->prepare->prepare;
+    const struct qemu_definition asked = {.accel = p->definition->accel}; /* which says the kind */
+    d->driver = driver_of_definition(&asked);
+    d->socket_path = *p->dest_socket
+                         ? strdup(p->dest_socket)
+                         : driver_socket_path(a->transfer->agent->config, a->vm_name, d->driver);
+    if (!d->socket_path)
         return error_nomem(err);
-    return attempt_remember(a, d->qmp_path, NULL, NULL, err);
+    return attempt_remember(a, d->driver, d->socket_path, NULL, NULL, err);
 }
 
 /*
@@ -335,8 +318,8 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
 
 static void remove_leftovers(struct destination_part *d)
 {
-    if (d->qmp_path && !d->prepared_by_user)
-        unlink(d->qmp_path);
+    if (d->socket_path && !d->prepared_by_user)
+        unlink(d->socket_path);
 }
 
 static int settled(struct attempt *a, struct vm_error **err)
@@ -356,14 +339,13 @@ static void reconnect(struct attempt *a)
     cleanup_error struct vm_error *err = NULL;
     if (use_registered(a))
         return;
-    struct qemu *q = a->destination.qmp_path
-                         ? qemu_attach(a->destination.qmp_path, ATTACH_TIMEOUT_MS, &err)
-                         : NULL;
-    if (!q) {
+    struct destination_part *d = &a->destination;
+    struct guest *guest =
+        d->socket_path ? driver_reconnect(d->driver, d->socket_path, &err) : NULL;
+    if (!guest) {
         log_warn("cannot reach the VMM yet", "error=%s", log_q(error_message(err)));
         return;
     }
-    struct guest *guest = qemu_guest(q);
     if (!process_identity_equal(&guest->process, &a->record.vmm)) {
         log_error("another process answers for the VMM", "pid=%d", guest->process.pid);
         guest_destroy(guest);
@@ -398,7 +380,7 @@ static void finish(struct attempt *a)
     free(d->mapped);
     free(d->answers);
     free(d->argv);
-    free(d->qmp_path);
+    free(d->socket_path);
     if (d->prepare)
         vmmig__peer__handover__free_unpacked(d->prepare, NULL);
     qemu_definition_finish(&d->definition);
@@ -440,10 +422,11 @@ int attempt_destination_recover(struct attempt *a, const struct journal_record *
     if (!memory)
         return 0;
     a->was_running = memory->was_running;
-    d->qmp_path = strdup(memory->qmp_path);
+    d->socket_path = strdup(memory->socket_path);
+    d->driver = memory->driver == VM_DRIVER_ATTACH ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU;
     d->argv = copy_argv(memory->n_argv, memory->argv);
     vmmig__peer__memory__free_unpacked(memory, NULL);
-    return d->qmp_path && d->argv ? 0 : error_nomem(err);
+    return d->socket_path && d->argv ? 0 : error_nomem(err);
 }
 
 /* ---- Connections of the source ---- */

@@ -60,6 +60,7 @@ static void add_copy(struct job_progress *to, const struct sender_progress *p)
     to->total = p->source.total;
     to->remaining = p->source.remaining;
     to->dirty_rate = p->source.dirty_rate;
+    to->working_set = p->source.working_set;
     to->throttle_percent = p->source.throttle_percent;
     to->throttle_max_percent = p->throttle_max_percent;
     to->link_rate = p->link_rate;

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
+#include "agent/driver.h"
 
 #include "base/cond.h"
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
-#include "vmm/qemu_preflight.h"
 #include "vmm/qemu_wire.h"
 
 #include <string.h>
@@ -183,7 +183,7 @@ static void *copy_main(void *arg)
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
     if (copy(a, &err) < 0)
-        attempt_fail(a, err);
+        attempt_fail(a, io_latch_is_set(a->source.copy_cancel) ? err : attempt_await_cause(a, err));
     else
         attempt_post(a, HANDOVER_EV_TRANSFERRED);
     return NULL;
@@ -254,6 +254,7 @@ static int settled(struct attempt *a, struct vm_error **err)
     CLEANUP(vm) struct vm *vm = vms_get(vms, a->vm_name, NULL);
     if (!vm || !process_identity_equal(&vm_definition(vm)->process, &a->record.vmm))
         return 0;
+    driver_remove_socket(vm_definition(vm));
     return vms_remove(vms, a->vm_name, err);
 }
 
@@ -303,7 +304,7 @@ static void finish(struct attempt *a)
     free(s->offers);
     free(s->offer_disks);
     free(s->regions);
-    free(s->dest_qmp);
+    free(s->dest_socket);
     free(s->root);
     close_fd(&s->copy_cancel);
     vm_put(s->vm);
@@ -363,10 +364,8 @@ static int make_offers(struct attempt *a, struct vm_error **err)
 static int describe(struct attempt *a, const struct transfer_params *p, struct vm_error **err)
 {
     struct source_part *s = &a->source;
-    struct qemu *q = qemu_from_guest(a->guest);
-    if (!q)
-        return error_set(err, VM_ERROR_REFUSED, "VM '%s' is not a QEMU guest", a->vm_name);
-    if (qemu_preflight(q, &s->definition, err) < 0)
+    bool prepared = p->dest_socket && *p->dest_socket;
+    if (driver_define(a->guest, prepared, p->dest_driver, &s->definition, err) < 0)
         return -1;
     if (asprintf(&s->root, "/proc/%d/root", a->guest->process.pid) < 0)
         return error_nomem(err);
@@ -376,13 +375,13 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     m->definition = qemu_wire_pack(&s->definition, err);
     if (!m->definition || (!p->assume_shared && make_offers(a, err) < 0))
         return -1;
-    s->dest_qmp = strdup(p->dest_qmp ? p->dest_qmp : "");
-    if (!s->dest_qmp)
+    s->dest_socket = strdup(p->dest_socket ? p->dest_socket : "");
+    if (!s->dest_socket)
         return error_nomem(err);
     m->channels = s->params.channels;
     m->token = (ProtobufCBinaryData){sizeof(s->params.token.bytes), s->params.token.bytes};
     m->assume_shared = p->assume_shared;
-    m->dest_qmp = s->dest_qmp;
+    m->dest_socket = s->dest_socket;
     return 0;
 }
 
@@ -437,7 +436,8 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
     CLEANUP(peer_session)
     struct peer_session *session =
         peer_session_open(t->context, s->peer, t->agent->config->host, deadline, cancel_fd, err);
-    if (!session || attempt_remember(a, vm_definition(s->vm)->qmp_path, NULL, s->peer, err) < 0)
+    if (!session || attempt_remember(a, vm_definition(s->vm)->driver, vm_definition(s->vm)->socket_path,
+                                     NULL, s->peer, err) < 0)
         return NULL;
     attempt_set_session(a, session);
     return steal_ptr(&a);

@@ -163,8 +163,11 @@ static const struct option config_options[] = {
     {"vmm", "PATH", parse_vmm, MEMBER(vmms), .def = "/usr/bin/qemu-system-x86_64",
      .repeatable = true,
      .text =
-         "A binary that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
+         "A QEMU that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
          "default"},
+    {"attach-vmm", "PATH", parse_vmm, MEMBER(attach_vmms), .repeatable = true,
+     .text = "A VMM that links libvmmig-attach and may be run as a VM, here or by a peer, with any "
+             "arguments"},
     {"log-dir", "DIR", parse_path, MEMBER(log_dir), .def = "/var/log/vmmig",
      .text = "Where each VM's output goes, NAME.log"},
     {"vm-cgroup", "DIR", parse_path_or_none, MEMBER(vm_cgroup), .def = "none",
@@ -345,6 +348,8 @@ void config_destroy(struct config *c)
         free(texts[i]);
     for (unsigned i = 0; i < c->vmms.n; i++)
         free(c->vmms.list[i]);
+    for (unsigned i = 0; i < c->attach_vmms.n; i++)
+        free(c->attach_vmms.list[i]);
     for (unsigned i = 0; i < c->maps.n; i++) {
         free(c->maps.list[i].from);
         free(c->maps.list[i].to);
@@ -360,15 +365,25 @@ const char *config_map_name(const struct config *c, const char *name)
     return name;
 }
 
-const char *config_find_vmm(const struct config *c, const char *argv0)
+static const char *find_binary(const struct config_vmms *list, const char *argv0)
 {
-    for (unsigned i = 0; i < c->vmms.n; i++) {
-        const char *path = c->vmms.list[i];
+    for (unsigned i = 0; i < list->n; i++) {
+        const char *path = list->list[i];
         const char *slash = strrchr(path, '/');
         if (!strcmp(path, argv0) || !strcmp(slash + 1, argv0))
             return path;
     }
     return NULL;
+}
+
+const char *config_find_vmm(const struct config *c, const char *argv0)
+{
+    return find_binary(&c->vmms, argv0);
+}
+
+const char *config_find_attach_vmm(const struct config *c, const char *argv0)
+{
+    return find_binary(&c->attach_vmms, argv0);
 }
 
 void config_print_help(FILE *out)

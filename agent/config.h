@@ -55,7 +55,8 @@ struct config {
     struct endpoint listen; /* host "": none, this agent takes no VMs */
     char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_plain */
     bool insecure_plain; /* plain TCP with peers */
-    struct config_vmms vmms; /* binaries that may be run as a VM */
+    struct config_vmms vmms; /* QEMUs that may be run as a VM */
+    struct config_vmms attach_vmms; /* and VMMs that link libvmmig-attach */
     char *log_dir;         /* what VMMs print */
     char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "": the agent's */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
@@ -78,6 +79,7 @@ DEFINE_CLEANUP(config, struct config *, config_destroy)
 const char *config_map_name(const struct config *c, const char *name);
 /* The listed binary that `argv0` (a path, or a bare name) means, or NULL: not allowed. */
 const char *config_find_vmm(const struct config *c, const char *argv0);
+const char *config_find_attach_vmm(const struct config *c, const char *argv0);
 
 /* For --help, the sample configuration and the manual. 80 columns. */
 void config_print_help(FILE *out);

@@ -2,77 +2,90 @@
 #include "agent/driver.h"
 
 #include "base/clock.h"
-#include "vmm/qemu.h"
+#include "vmm/spawn.h"
 
 #include <string.h>
 
-enum { ATTACH_TIMEOUT_MS = 5000, KILL_TIMEOUT_MS = 10000 };
+enum { KILL_TIMEOUT_MS = 10000 };
+
+static const struct driver *const drivers[] = {[VM_DRIVER_QEMU] = &driver_qemu,
+                                               [VM_DRIVER_ATTACH] = &driver_attach};
+#define N_DRIVERS (sizeof(drivers) / sizeof(*drivers))
+
+enum vm_driver driver_of(const struct guest *g)
+{
+    for (size_t i = 0; i < N_DRIVERS; i++)
+        if (!strcmp(drivers[i]->guest_driver, g->ops->driver))
+            return (enum vm_driver)i;
+    return VM_DRIVER_QEMU;
+}
+
+enum vm_driver driver_of_definition(const struct qemu_definition *d)
+{
+    for (size_t i = 0; i < N_DRIVERS; i++)
+        if (drivers[i]->defines(d))
+            return (enum vm_driver)i;
+    return VM_DRIVER_QEMU;
+}
+
+/* ---- Places ---- */
 
 void driver_place_finish(struct driver_place *p)
 {
-    free(p->qmp_path);
+    free(p->socket_path);
     free(p->log_path);
     free(p->cgroup);
     *p = (struct driver_place){0};
 }
 
-char *driver_socket_path(const struct config *config, const char *name)
+static char *join(const char *folder, const char *name, const char *suffix)
 {
     char *path;
-    return asprintf(&path, "%s/%s.qmp", config->runtime_dir, name) < 0 ? NULL : path;
+    return asprintf(&path, "%s/%s%s", folder, name, suffix) < 0 ? NULL : path;
 }
 
-static int make_place(const struct config *config, const char *name, struct driver_place *place,
-                      struct vm_error **err)
+char *driver_socket_path(const struct config *config, const char *name, enum vm_driver driver)
 {
-    place->qmp_path = driver_socket_path(config, name);
-    if (!place->qmp_path)
-        return error_nomem(err);
-    if (asprintf(&place->log_path, "%s/%s.log", config->log_dir, name) < 0) {
-        place->log_path = NULL;
-        return error_nomem(err);
-    }
-    if (*config->vm_cgroup && asprintf(&place->cgroup, "%s/%s", config->vm_cgroup, name) < 0) {
-        place->cgroup = NULL;
-        return error_nomem(err);
-    }
-    return 0;
+    char suffix[16];
+    snprintf(suffix, sizeof(suffix), ".%s", drivers[driver]->socket_suffix);
+    return join(config->runtime_dir, name, suffix);
 }
 
-int driver_prepare_launch(const struct config *config, const char *name, const char *argv0,
-                          struct driver_place *ret_place, struct qemu_launch *ret_launch,
-                          struct vm_error **err)
+static int make_place(const struct config *config, const char *name, enum vm_driver driver,
+                      struct driver_place *ret, struct vm_error **err)
 {
-    const char *binary = config_find_vmm(config, argv0);
-    if (!binary)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "%.256s is not among the binaries that may be run as a VM (`vmm` in the "
-                         "agent's configuration)",
-                         argv0);
     cleanup_driver_place struct driver_place place = {0};
-    if (make_place(config, name, &place, err) < 0)
-        return -1;
-    *ret_launch = (struct qemu_launch){
-        .binary = binary,
-        .qmp_path = place.qmp_path,
-        .log_path = place.log_path,
-        .user = config->vm_user,
-        .cgroup = place.cgroup,
-    };
-    *ret_place = place;
+    place.socket_path = driver_socket_path(config, name, driver);
+    place.log_path = join(config->log_dir, name, ".log");
+    if (*config->vm_cgroup)
+        place.cgroup = join(config->vm_cgroup, name, "");
+    if (!place.socket_path || !place.log_path || (*config->vm_cgroup && !place.cgroup))
+        return error_nomem(err);
+    *ret = place;
     place = (struct driver_place){0};
     return 0;
 }
 
+static int not_allowed(const char *argv0, const char *keys, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_REFUSED,
+                     "%.256s is not among the binaries that may be run as a VM (%s in the agent's "
+                     "configuration)",
+                     argv0, keys);
+}
+
+/* ---- VMs of this host ---- */
+
 /* What is known of a guest that was just started or found. */
-static int define(const char *name, enum vm_origin origin, const struct guest *guest,
-                  const char *qmp_path, char *const *argv, struct vm_definition *ret,
-                  struct vm_error **err)
+static int describe(const char *name, enum vm_origin origin, const struct guest *guest,
+                    const char *socket_path, char *const *argv, struct vm_definition *ret,
+                    struct vm_error **err)
 {
     struct vm_definition d = {
         .origin = origin,
         .argv = (char **)(uintptr_t)argv,
-        .qmp_path = (char *)(uintptr_t)qmp_path,
+        .driver = driver_of(guest),
+        .socket_path = (char *)(uintptr_t)socket_path,
         .process = guest->process,
         .since_ns = clock_wall_ns(),
     };
@@ -84,57 +97,114 @@ int driver_run(const struct config *config, const char *name, char *const *argv,
                struct vm_definition *ret_definition, struct guest **ret_guest,
                struct vm_error **err)
 {
-    cleanup_driver_place struct driver_place place = {0};
-    struct qemu_launch launch;
-    if (driver_prepare_launch(config, name, argv[0], &place, &launch, err) < 0)
+    struct driver_launch launch = {
+        .config = config, .vm = name, .argv = argv, .cwd = cwd && *cwd ? cwd : NULL};
+    size_t i = 0;
+    while (i < N_DRIVERS && !(launch.binary = drivers[i]->find_binary(config, argv[0])))
+        i++;
+    if (i == N_DRIVERS)
+        return not_allowed(argv[0], "`vmm` and `attach-vmm`", err);
+    if (make_place(config, name, (enum vm_driver)i, &launch.place, err) < 0)
         return -1;
-    launch.argv = argv;
-    launch.cwd = cwd && *cwd ? cwd : NULL;
-    struct qemu *q = qemu_spawn(&launch, err);
-    if (!q)
+    cleanup_driver_place struct driver_place place = launch.place;
+    CLEANUP(guest) struct guest *guest = drivers[i]->start(&launch, err);
+    if (!guest)
         return -1;
-    struct guest *guest = qemu_guest(q);
-    if (define(name, VM_ORIGIN_RUN, guest, place.qmp_path, argv, ret_definition, err) < 0) {
+    if (describe(name, VM_ORIGIN_RUN, guest, place.socket_path, argv, ret_definition, err) < 0) {
         guest_kill(guest, KILL_TIMEOUT_MS, NULL);
-        guest_destroy(guest);
         return -1;
     }
-    *ret_guest = guest;
+    *ret_guest = steal_ptr(&guest);
     return 0;
 }
 
-int driver_attach(const char *name, const char *qmp_path, struct vm_definition *ret_definition,
-                  struct guest **ret_guest, struct vm_error **err)
+int driver_adopt(enum vm_driver driver, const char *name, const char *path,
+                 struct vm_definition *ret_definition, struct guest **ret_guest,
+                 struct vm_error **err)
 {
     cleanup_free char **argv = NULL;
-    struct qemu *q = qemu_attach(qmp_path, ATTACH_TIMEOUT_MS, err);
-    if (!q)
-        return -1;
-    CLEANUP(guest) struct guest *guest = qemu_guest(q);
-    if (process_argv(guest->process.pid, &argv, err) < 0 ||
-        define(name, VM_ORIGIN_ATTACHED, guest, qmp_path, argv, ret_definition, err) < 0)
+    CLEANUP(guest) struct guest *guest = drivers[driver]->adopt(path, err);
+    if (!guest || process_argv(guest->process.pid, &argv, err) < 0 ||
+        describe(name, VM_ORIGIN_ATTACHED, guest, path, argv, ret_definition, err) < 0)
         return -1;
     *ret_guest = steal_ptr(&guest);
     return 0;
 }
 
+struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err)
+{
+    return drivers[driver]->adopt(path, err);
+}
+
+void driver_get_info(struct guest *g, struct driver_info *ret_info)
+{
+    *ret_info = (struct driver_info){.vmm = ""};
+    const struct driver *d = drivers[driver_of(g)];
+    if (d->info)
+        d->info(g, ret_info);
+}
+
+/* ---- The two ends of a migration ---- */
+
+int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver,
+                  struct qemu_definition *ret_definition, struct vm_error **err)
+{
+    const struct driver *d = drivers[driver_of(g)], *there = drivers[prepared_driver];
+    if (prepared && d != there)
+        return error_set(err, VM_ERROR_REFUSED, "the guest of %s can be taken in by %s only, not by %s",
+                         d->title, d->title, there->title);
+    cleanup_qemu_definition struct qemu_definition made = {0};
+    if (d->define(g, &made, err) < 0)
+        return -1;
+    if (!prepared && d->check_startable && d->check_startable(&made, err) < 0)
+        return -1;
+    *ret_definition = made;
+    made = (struct qemu_definition){0};
+    return 0;
+}
+
+struct guest *driver_sink_start(const struct config *config, const char *name,
+                                const struct qemu_definition *d, bool assume_shared,
+                                const struct driver_birth *birth, struct vm_error **err)
+{
+    enum vm_driver kind = driver_of_definition(d);
+    const struct driver *driver = drivers[kind];
+    struct driver_launch launch = {
+        .config = config, .vm = name, .binary = driver->find_binary(config, d->binary), .birth = birth};
+    if (!launch.binary) {
+        not_allowed(d->binary, kind == VM_DRIVER_QEMU ? "`vmm`" : "`attach-vmm`", err);
+        return NULL;
+    }
+    if (make_place(config, name, kind, &launch.place, err) < 0)
+        return NULL;
+    cleanup_driver_place struct driver_place place = launch.place;
+    return driver->sink_start(&launch, d, assume_shared, err);
+}
+
+struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *path,
+                                struct vm_error **err)
+{
+    return drivers[driver_of_definition(d)]->sink_adopt(d, path, err);
+}
+
+/* ---- The registry's ---- */
+
 struct guest *driver_connect(const struct vm_definition *d, void *arg, struct vm_error **err)
 {
     (void)arg;
-    struct qemu *q = qemu_attach(d->qmp_path, ATTACH_TIMEOUT_MS, err);
-    return q ? qemu_guest(q) : NULL;
+    return driver_reconnect(d->driver, d->socket_path, err);
 }
 
 void driver_describe_end(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg)
 {
     const struct config *config = arg;
     cleanup_driver_place struct driver_place place = {0};
-    char line[QEMU_SPAWN_MESSAGE_MAX] = "";
+    char line[SPAWN_MESSAGE_MAX] = "";
     out[0] = 0;
     /* The output of a VM that was attached goes elsewhere. */
-    if (d->origin == VM_ORIGIN_ATTACHED || make_place(config, d->name, &place, NULL) < 0)
+    if (d->origin == VM_ORIGIN_ATTACHED || make_place(config, d->name, d->driver, &place, NULL) < 0)
         return;
-    qemu_log_last_line(place.log_path, 0, line);
+    spawn_log_last_line(place.log_path, 0, line);
     field_make_text(line, VM_DETAIL_MAX - 64);
     if (*line)
         snprintf(out, VM_DETAIL_MAX, "its process ended; the last it said was: %s", line);
@@ -144,7 +214,13 @@ void driver_forget_dead(const struct vm_definition *d, void *arg)
 {
     const struct config *config = arg;
     cleanup_driver_place struct driver_place place = {0};
-    if (d->origin != VM_ORIGIN_ATTACHED && make_place(config, d->name, &place, NULL) == 0 &&
-        place.cgroup)
+    if (d->origin != VM_ORIGIN_ATTACHED &&
+        make_place(config, d->name, d->driver, &place, NULL) == 0 && place.cgroup)
         rmdir(place.cgroup);
+}
+
+void driver_remove_socket(const struct vm_definition *d)
+{
+    if (d->origin != VM_ORIGIN_ATTACHED)
+        unlink(d->socket_path);
 }

@@ -1,20 +1,32 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * driver: the VMMs of this host as the agent starts and finds them: which binaries it may run, as
- * whom, where their sockets and logs are. Everything may block for seconds. Threads: any.
+ * whom, where their sockets and logs are, and what differs between kinds of VMMs (enum vm_driver). Beyond
+ * this module a VM is a struct guest and a definition (vmm/qemu_definition.h), whatever its kind.
+ *
+ *     driver_run(...), driver_adopt(...)           a VM for the registry (agent/vms.h)
+ *     driver_connect(...)                          the registry's, after a restart of the agent
+ *     driver_define(guest, ...)                    source: what its destination has to be, and may it move
+ *     driver_sink_start(...), driver_sink_adopt(...)   destination: a VMM that waits for that guest
+ *     driver_reconnect(...)                        destination, after a restart of the agent
+ *
+ * A kind is a `struct driver` below, one file each: driver_qemu.c, driver_attach.c. Everything may block for
+ * seconds. Threads: any.
  */
 #ifndef VMMIG_AGENT_DRIVER_H
 #define VMMIG_AGENT_DRIVER_H
 
 #include "agent/config.h"
 #include "agent/vms.h"
-#include "vmm/qemu_spawn.h"
+#include "vmm/qemu_definition.h"
 
-/* Where a VM's things are; for qemu_launch, whose pointers are to this. */
+enum { DRIVER_ATTACH_TIMEOUT_MS = 5000 };
+
+/* Where a VM's things are. */
 struct driver_place {
-    char *qmp_path; /* RUNTIME_DIR/NAME.qmp */
-    char *log_path; /* LOG_DIR/NAME.log */
-    char *cgroup;   /* VM_CGROUP/NAME, or NULL */
+    char *socket_path; /* RUNTIME_DIR/NAME. and the driver's suffix */
+    char *log_path;    /* LOG_DIR/NAME.log */
+    char *cgroup;      /* VM_CGROUP/NAME, or NULL */
 };
 
 void driver_place_finish(struct driver_place *p);
@@ -24,29 +36,98 @@ static inline void driver_place_cleanup(struct driver_place *p)
 }
 #define cleanup_driver_place __attribute__((cleanup(driver_place_cleanup)))
 
+/* What a new VMM's process waits for before it becomes one (vmm/spawn.h). */
+struct driver_birth {
+    int (*born)(const struct process_identity *process, void *arg, struct vm_error **err);
+    void *arg;
+};
+
+/* A VMM that is about to be started. */
+struct driver_launch {
+    const struct config *config;
+    const char *vm;
+    const char *binary; /* of the configuration's list */
+    struct driver_place place;
+    char *const *argv;  /* of `vmmig run`; NULL for a sink */
+    const char *cwd;    /* NULL: the driver's choice */
+    const struct driver_birth *birth; /* NULL: nobody takes note */
+};
+
+/* Names for people; "" where the driver knows none. */
+struct driver_info {
+    char vmm[VM_DETAIL_MAX];      /* what the VMM calls itself */
+    char tracking[VM_DETAIL_MAX]; /* how it finds written pages */
+};
+
+/* A kind of VMM. Guests that these calls return are the caller's. */
+struct driver {
+    const char *guest_driver;  /* guest_ops.driver */
+    const char *socket_suffix; /* "qmp" */
+    const char *title;         /* "a QEMU" */
+    /* The listed binary that argv0 means, or NULL. */
+    const char *(*find_binary)(const struct config *config, const char *argv0);
+    struct guest *(*start)(const struct driver_launch *launch, struct vm_error **err);
+    struct guest *(*adopt)(const char *path, struct vm_error **err);
+    int (*define)(struct guest *g, struct qemu_definition *ret, struct vm_error **err);
+    bool (*defines)(const struct qemu_definition *d);
+    /* May a destination of this definition be started by an agent? */
+    int (*check_startable)(const struct qemu_definition *d, struct vm_error **err);
+    struct guest *(*sink_start)(const struct driver_launch *launch, const struct qemu_definition *d,
+                                bool assume_shared, struct vm_error **err);
+    struct guest *(*sink_adopt)(const struct qemu_definition *d, const char *path,
+                                struct vm_error **err);
+    void (*info)(struct guest *g, struct driver_info *ret);
+};
+
+extern const struct driver driver_qemu, driver_attach;
+
+enum vm_driver driver_of(const struct guest *g);
+
 /*
- * What every launch on this host has in common; argv, fds and cwd are the caller's to set. REFUSED
- * if argv0 is not among the binaries that the configuration lists. `place` outlives `launch`.
+ * Start a VM from a user's command line; its kind is that of the list on which the binary is. When it fails
+ * nothing is left.
  */
-int driver_prepare_launch(const struct config *config, const char *name, const char *argv0,
-                          struct driver_place *ret_place, struct qemu_launch *ret_launch,
-                          struct vm_error **err);
-
-/* Where the socket of a VM of that name is when the agent starts it; allocated. NULL: no memory. */
-char *driver_socket_path(const struct config *config, const char *name);
-
-/* Start a VM from a user's command line. When it fails nothing is left. */
 int driver_run(const struct config *config, const char *name, char *const *argv, const char *cwd,
                struct vm_definition *ret_definition, struct guest **ret_guest,
                struct vm_error **err);
 /* Adopt one that runs. */
-int driver_attach(const char *name, const char *qmp_path, struct vm_definition *ret_definition,
-                  struct guest **ret_guest, struct vm_error **err);
+int driver_adopt(enum vm_driver driver, const char *name, const char *path,
+                 struct vm_definition *ret_definition, struct guest **ret_guest,
+                 struct vm_error **err);
+
+/*
+ * What a destination for this guest has to be; REFUSED by name when it cannot move. `prepared`: the user names
+ * a VMM of kind `prepared_driver` that waits there; else the agent there is to start one.
+ */
+int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver,
+                  struct qemu_definition *ret_definition, struct vm_error **err);
+
+enum vm_driver driver_of_definition(const struct qemu_definition *d);
+/*
+ * Where the socket of a VM of that name is when the agent starts it; allocated. NULL: no memory.
+ */
+char *driver_socket_path(const struct config *config, const char *name, enum vm_driver driver);
+/*
+ * Start a VMM that waits for the guest of a validated definition, from an allowed binary, checked against the
+ * definition; at driver_socket_path.
+ */
+struct guest *driver_sink_start(const struct config *config, const char *name,
+                                const struct qemu_definition *d, bool assume_shared,
+                                const struct driver_birth *birth, struct vm_error **err);
+/* One that waits there already; REFUSED if it is not what the definition says. */
+struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *path,
+                                struct vm_error **err);
+/* The VMM at that socket. */
+struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err);
+
+void driver_get_info(struct guest *g, struct driver_info *ret_info);
 
 /* For vms_params; arg is the configuration. */
 struct guest *driver_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
 void driver_describe_end(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg);
 /* Removes its cgroup, which cannot be removed while a process is in it. */
 void driver_forget_dead(const struct vm_definition *d, void *arg);
+/* The VMM ended and its name is still ours: remove the socket, unless the VM's user made it. */
+void driver_remove_socket(const struct vm_definition *d);
 
 #endif

@@ -89,6 +89,7 @@ struct job_progress {
     uint64_t total;           /* bytes of guest memory */
     uint64_t remaining;       /* bytes */
     uint64_t dirty_rate;      /* bytes a second */
+    uint64_t working_set;     /* bytes written at least once since the first round; 0: not known */
     uint64_t link_rate;       /* bytes a second on the wire, as measured now */
     uint64_t wire_bytes;      /* sent, everything included */
     uint64_t resent_bytes;    /* acknowledged and yet sent again: always 0 */

@@ -80,8 +80,10 @@ static int attach_claimed(struct control_session *s, const Vmmig__Control__Attac
     struct agent *agent = control_agent(s);
     cleanup_vm_definition struct vm_definition d = {0};
     struct guest *guest;
+    enum vm_driver driver = *m->socket_path ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU;
+    const char *path = *m->socket_path ? m->socket_path : m->qmp_path;
     if (vms_check_free(agent->vms, m->vm, err) < 0 ||
-        driver_attach(m->vm, m->qmp_path, &d, &guest, err) < 0 || keep(agent, &d, guest, err) < 0)
+        driver_adopt(driver, m->vm, path, &d, &guest, err) < 0 || keep(agent, &d, guest, err) < 0)
         return -1;
     log_info("attached a VM", "vm=%s pid=%d", m->vm, d.process.pid);
     return reply_vm(s, m->vm, err);
@@ -218,9 +220,8 @@ static int detach_claimed(struct control_session *s, const char *name, struct vm
         vms_remove(agent->vms, name, err) < 0)
         return -1;
     /* The socket of a VMM that the agent started would otherwise be left for ever. */
-    const struct vm_definition *d = vm_definition(vm);
-    if (vm_presence(vm) == VM_ENDED && d->origin != VM_ORIGIN_ATTACHED)
-        unlink(d->qmp_path);
+    if (vm_presence(vm) == VM_ENDED)
+        driver_remove_socket(vm_definition(vm));
     log_info("detached a VM", "vm=%s", name);
     return control_reply(s, VMMIG__CONTROL__TYPE__VM, &a.message.base, err);
 }
@@ -307,7 +308,8 @@ static int handle_send(struct control_session *s, const struct control_message *
         .max_bandwidth = m->send->max_bandwidth,
         .connections = m->send->connections,
         .compress = compress_of(m->send->compress),
-        .dest_qmp = m->send->dest_qmp,
+        .dest_socket = *m->send->dest_socket ? m->send->dest_socket : m->send->dest_qmp,
+        .dest_driver = *m->send->dest_socket ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU,
         .assume_shared = m->send->assume_shared,
     };
     /* An unknown VM is said now, not by a job that fails. */

@@ -22,7 +22,7 @@ enum { CONNECTIONS_MAX = 256 };
 struct send_job {
     struct transfer *t;
     struct transfer_params params;
-    char *vm, *to, *dest_qmp;
+    char *vm, *to, *dest_socket;
 };
 
 static void send_job_free(void *arg)
@@ -30,7 +30,7 @@ static void send_job_free(void *arg)
     struct send_job *s = arg;
     free(s->vm);
     free(s->to);
-    free(s->dest_qmp);
+    free(s->dest_socket);
     free(s);
 }
 
@@ -76,14 +76,14 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
     s->params = *params;
     s->params.vm = s->vm = strdup(params->vm);
     s->params.to = s->to = strdup(params->to);
-    s->params.dest_qmp = s->dest_qmp = strdup(params->dest_qmp ? params->dest_qmp : "");
+    s->params.dest_socket = s->dest_socket = strdup(params->dest_socket ? params->dest_socket : "");
     struct job_params job = {.kind = JOB_SEND,
                              .vm = s->vm,
                              .peer = s->to,
                              .run = send_run,
                              .arg = s,
                              .free_arg = send_job_free};
-    if (!s->vm || !s->to || !s->dest_qmp) {
+    if (!s->vm || !s->to || !s->dest_socket) {
         send_job_free(s);
         return error_nomem(err);
     }

@@ -38,7 +38,8 @@ struct transfer_params {
     uint64_t max_bandwidth;    /* bytes a second; 0: what the configuration says */
     unsigned connections;      /* 0: TRANSFER_CONNECTIONS_DEFAULT */
     enum policy_compress compress;
-    const char *dest_qmp;      /* "": the agent there starts the VMM */
+    const char *dest_socket;   /* of a VMM that waits there; "": the agent there starts one */
+    enum vm_driver dest_driver; /* of what kind that is */
     bool assume_shared;
 };
 

@@ -39,12 +39,13 @@ int vm_record_write(const char *folder, const struct vm_definition *d, struct vm
     m.origin = d->origin;
     m.argv = d->argv;
     m.n_argv = count(d->argv);
-    m.qmp_path = d->qmp_path;
+    m.socket_path = d->socket_path;
     m.boot = (ProtobufCBinaryData){sizeof(d->process.boot.bytes),
                                    (uint8_t *)(uintptr_t)d->process.boot.bytes};
     m.pid = d->process.pid;
     m.start = d->process.start;
     m.since_ns = d->since_ns;
+    m.driver = d->driver;
     cleanup_buffer struct buffer out = {.limit = VM_RECORD_MAX};
     buffer_put(&out, VM_RECORD_MAGIC, MAGIC_SIZE);
     buffer_put_le64(&out, 0);
@@ -86,15 +87,22 @@ static bool origin_is_known(unsigned origin)
 #undef X
 }
 
+static bool driver_is_known(unsigned driver)
+{
+#define X(id, number, name) || driver == number
+    return false VM_DRIVERS(X);
+#undef X
+}
+
 /* Is what the file says a definition, and of the VM whose file it is? */
 static int check(const Vmmig__Record__Vm *m, const char *name, struct vm_error **err)
 {
     if (strcmp(m->name, name) || !vm_name_is_valid(name))
         return corrupt(err, "it is another VM's record");
-    if (!origin_is_known(m->origin) || m->pid <= 0)
+    if (!origin_is_known(m->origin) || !driver_is_known(m->driver) || m->pid <= 0)
         return corrupt(err, "its fields are out of range");
     if (field_check_uuid("the boot id", m->boot.data, m->boot.len, err) < 0 ||
-        field_check_path("the QMP socket", m->qmp_path, err) < 0 ||
+        field_check_path("the VMM's socket", m->socket_path, err) < 0 ||
         field_check_argv("the command line", m->argv, m->n_argv, err) < 0)
         return error_set_kind(err, VM_ERROR_CORRUPT);
     return 0;
@@ -103,7 +111,9 @@ static int check(const Vmmig__Record__Vm *m, const char *name, struct vm_error *
 static int to_definition(const Vmmig__Record__Vm *m, struct vm_definition *ret,
                          struct vm_error **err)
 {
-    struct vm_definition d = {.origin = (enum vm_origin)m->origin, .since_ns = m->since_ns};
+    struct vm_definition d = {.origin = (enum vm_origin)m->origin,
+                              .driver = (enum vm_driver)m->driver,
+                              .since_ns = m->since_ns};
     strcpy(d.name, m->name);
     d.process.pid = m->pid;
     d.process.start = m->start;
@@ -114,7 +124,7 @@ static int to_definition(const Vmmig__Record__Vm *m, struct vm_definition *ret,
         return error_nomem(err);
     memcpy(argv, m->argv, m->n_argv * sizeof(*argv));
     d.argv = argv;
-    d.qmp_path = m->qmp_path;
+    d.socket_path = m->socket_path;
     return vm_definition_copy(&d, ret, err);
 }
 

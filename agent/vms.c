@@ -56,10 +56,22 @@ const char *vm_origin_name(enum vm_origin origin)
     return "?";
 }
 
+const char *vm_driver_name(enum vm_driver driver)
+{
+    switch (driver) {
+#define X(id, number, name)                                                                        \
+    case VM_DRIVER_##id:                                                                           \
+        return name;
+        VM_DRIVERS(X)
+#undef X
+    }
+    return "?";
+}
+
 void vm_definition_finish(struct vm_definition *d)
 {
     free(d->argv);
-    free(d->qmp_path);
+    free(d->socket_path);
     *d = (struct vm_definition){0};
 }
 
@@ -86,8 +98,8 @@ int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_
 {
     struct vm_definition copy = *d;
     copy.argv = copy_argv(d->argv);
-    copy.qmp_path = strdup(d->qmp_path);
-    if (!copy.argv || !copy.qmp_path) {
+    copy.socket_path = strdup(d->socket_path);
+    if (!copy.argv || !copy.socket_path) {
         vm_definition_finish(&copy);
         return error_nomem(err);
     }
@@ -300,7 +312,7 @@ static void adopt(struct vms *vms, struct vm *vm)
     cleanup_error struct vm_error *err = NULL;
     CLEANUP(guest) struct guest *guest = vms->params.connect(d, vms->params.arg, &err);
     if (guest && !process_identity_equal(&guest->process, &d->process))
-        error_set(&err, VM_ERROR_REFUSED, "another process answers at %s", d->qmp_path);
+        error_set(&err, VM_ERROR_REFUSED, "another process answers at %s", d->socket_path);
     if (err) {
         log_warn("a VM does not answer", "vm=%s reason=%s", d->name, log_q(error_message(err)));
         set_presence(vm, VM_UNREACHABLE, error_message(err));

@@ -46,6 +46,15 @@
 enum vm_origin { VM_ORIGINS(X) };
 #undef X
 
+/* What kind of VMM it is (agent/driver.h). X(id, number on disk, stable name) */
+#define VM_DRIVERS(X)                                                                              \
+    X(QEMU, 0, "qemu")                                                                             \
+    X(ATTACH, 1, "attach")
+
+#define X(id, number, name) VM_DRIVER_##id = number,
+enum vm_driver { VM_DRIVERS(X) };
+#undef X
+
 #define VM_DETAIL_MAX 256 /* with the NUL */
 
 enum vm_presence { VM_PRESENT, VM_UNREACHABLE, VM_ENDED };
@@ -54,7 +63,8 @@ struct vm_definition {
     char name[VM_NAME_MAX + 1];
     enum vm_origin origin;
     char **argv;    /* how it was started, ended by NULL; one allocation (base/process.h) */
-    char *qmp_path; /* the VMM's control socket */
+    enum vm_driver driver;
+    char *socket_path; /* the VMM's control socket */
     struct process_identity process;
     int64_t since_ns; /* wall clock; shown only */
 };
@@ -133,5 +143,6 @@ int vm_status(struct vm *vm, int64_t deadline_ns, struct guest_status *ret_statu
 void vm_ask(struct vm *vm);
 
 const char *vm_origin_name(enum vm_origin origin);
+const char *vm_driver_name(enum vm_driver driver);
 
 #endif

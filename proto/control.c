@@ -60,6 +60,11 @@ static int check_attach(const Vmmig__Control__Attach *m, struct vm_error **err)
 {
     if (check_name(m->vm, err) < 0)
         return -1;
+    if (!*m->qmp_path == !*m->socket_path)
+        return error_set(err, VM_ERROR_PROTOCOL,
+                         "exactly one of a QMP socket and a VMM's own socket must be named");
+    if (*m->socket_path)
+        return field_check_path("the path of the VMM's socket", m->socket_path, err);
     return field_check_path("the path of the QMP socket", m->qmp_path, err);
 }
 
@@ -110,6 +115,10 @@ static int check_send(const Vmmig__Control__Send *m, struct vm_error **err)
         return out_of_range("the number of connections", err);
     if ((unsigned)m->compress > VMMIG__CONTROL__COMPRESS__COMPRESS_ZSTD)
         return out_of_range("the compression", err);
+    if (*m->dest_qmp && *m->dest_socket)
+        return error_set(err, VM_ERROR_PROTOCOL, "two sockets of a prepared VMM are named");
+    if (*m->dest_socket)
+        return field_check_path("the destination VMM's socket", m->dest_socket, err);
     return *m->dest_qmp ? field_check_path("the destination's QMP socket", m->dest_qmp, err) : 0;
 }
 
@@ -242,7 +251,11 @@ static int check_vm(const Vmmig__Control__Vm *m, struct vm_error **err)
         return -1;
     if ((unsigned)m->presence > VMMIG__CONTROL__PRESENCE__ENDED)
         return out_of_range("the VM's presence", err);
-    if (*m->qmp_path && field_check_path("the QMP socket", m->qmp_path, err) < 0)
+    if ((*m->qmp_path && field_check_path("the QMP socket", m->qmp_path, err) < 0) ||
+        (*m->socket_path && field_check_path("the VMM's socket", m->socket_path, err) < 0) ||
+        (*m->driver && check_word("the VM's driver", m->driver, err) < 0) ||
+        field_check_text("the VMM's name", m->vmm, 0, CONTROL_TEXT_MAX, err) < 0 ||
+        field_check_text("the VMM's tracking", m->tracking, 0, CONTROL_WORD_MAX, err) < 0)
         return -1;
     if (m->n_argv && field_check_argv("the VM's command line", m->argv, m->n_argv, err) < 0)
         return -1;

@@ -117,7 +117,7 @@ static int check_prepare(const Vmmig__Peer__Prepare *p, struct vm_error **err)
         return bad("number of channels", err);
     if (p->token.len != 16)
         return bad("token", err);
-    if (!text_ok(p->dest_qmp, PEER_TEXT_MAX))
+    if (!text_ok(p->dest_socket, PEER_TEXT_MAX))
         return bad("path of the prepared VMM", err);
     if (p->n_offers > PEER_DISKS_MAX)
         return bad("number of questions about disks", err);

@@ -26,10 +26,11 @@ struct cli {
     const char *socket;
     bool json, help;
     const char *qmp;
+    const char *vmm_socket;
     const char *to;
     uint64_t downtime_limit_ms, max_bandwidth, connections;
     unsigned compress; /* Vmmig__Control__Compress */
-    const char *dest_qmp;
+    const char *dest_qmp, *dest_socket;
     bool assume_shared, background;
     bool here, gone;
     const char *fenced;

@@ -37,6 +37,11 @@ static json_t *string(const char *text)
     return made;
 }
 
+static json_t *text_or_null(const char *text)
+{
+    return *text ? string(text) : json_null();
+}
+
 static json_t *number(uint64_t value)
 {
     return json_integer((json_int_t)value);
@@ -84,12 +89,13 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
     return json_pack(
         "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
         "s:o, "
-        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
         string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
         instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error, "phase",
         string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
-        "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "link_rate",
+        "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "working_set_bytes",
+        j->working_set ? number(j->working_set) : json_null(), "link_rate",
         number(j->link_rate), "wire_bytes", number(j->wire_bytes), "resent_bytes",
         number(j->resent_bytes), "opaque_bytes", number(j->opaque_bytes), "pages", pages(j),
         "throttle_percent", number(j->throttle_percent), "throttle_max_percent",
@@ -130,12 +136,15 @@ json_t *cli_json_vm(const Vmmig__Control__Vm *vm)
     for (size_t i = 0; i < vm->n_argv; i++)
         json_array_append_new(argv, string(vm->argv[i]));
     json_t *object = json_pack(
-        "{s:o, s:o, s:s, s:o, s:o, s:i, s:o, s:o, s:o}", "vm", string(vm->vm), "state",
+        "{s:o, s:o, s:s, s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o, s:o}", "vm", string(vm->vm), "state",
         string(vm->state), "presence", presence_name(vm->presence), "detail", string(vm->detail),
-        "origin", string(vm->origin), "pid", (int)vm->pid, "since", instant(vm->since_ns), "job",
+        "origin", string(vm->origin), "pid", (int)vm->pid, "since", instant(vm->since_ns), "driver",
+        string(vm->driver), "vmm", text_or_null(vm->vmm), "tracking", text_or_null(vm->tracking), "job",
         vm->job ? cli_json_job(vm->job) : json_null(), "handover", handover(vm->handover));
-    if (object && *vm->qmp_path) {
-        json_object_set_new(object, "qmp", string(vm->qmp_path));
+    bool whole = *vm->qmp_path || *vm->socket_path;
+    if (object && whole) {
+        json_object_set_new(object, *vm->qmp_path ? "qmp" : "socket",
+                            string(*vm->qmp_path ? vm->qmp_path : vm->socket_path));
         json_object_set(object, "argv", argv);
     }
     json_decref(argv);
@@ -163,11 +172,6 @@ static const char *owner_name(Vmmig__Control__Owner owner)
 {
     static const char *const names[] = {"unknown", "here", "peer", "undecided", "nobody"};
     return names[owner];
-}
-
-static json_t *text_or_null(const char *text)
-{
-    return *text ? string(text) : json_null();
 }
 
 static json_t *finding(const Vmmig__Control__Finding *f)

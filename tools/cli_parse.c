@@ -72,15 +72,29 @@ static int no_such_command(int n, char **words, struct vm_error **err)
     return error_set(err, VM_ERROR_USAGE, "there is no command '%s'; see vmmig --help", said);
 }
 
-/* The command's options and the common ones in one table. */
-static void join_options(const struct cli_command *command, struct option rows[OPTIONS_MAX])
+/* Has the command an option of that name itself? Then the common one can only stand before the command. */
+static bool has_own(const struct cli_command *command, const char *name)
+{
+    for (const struct option *o = command->options; o && o->name; o++)
+        if (!strcmp(o->name, name))
+            return true;
+    return false;
+}
+
+/* The command's options and the common ones in one table; true if it hides one of the latter. */
+static bool join_options(const struct cli_command *command, struct option rows[OPTIONS_MAX])
 {
     size_t n = 0;
+    bool hides = false;
     for (const struct option *o = command->options; o && o->name; o++)
         rows[n++] = *o;
-    for (const struct option *o = cli_common_options; o->name; o++)
-        rows[n++] = *o;
+    for (const struct option *o = cli_common_options; o->name; o++) {
+        hides |= has_own(command, o->name);
+        if (!has_own(command, o->name))
+            rows[n++] = *o;
+    }
     rows[n] = (struct option){NULL};
+    return hides;
 }
 
 static int check_arguments(const struct cli_command *command, const struct cli *c,
@@ -118,13 +132,22 @@ static int find_rest(const struct cli_command *command, int argc, char **argv)
     return argc;
 }
 
-static int parse_command(const struct cli_command *command, int argc, char **argv, struct cli *c,
-                         struct vm_error **err)
+/* argv: the options that stood before the command, `lead` of them, then the rest of the line. */
+static int parse_command(const struct cli_command *command, int argc, char **argv, int lead,
+                         struct cli *c, struct vm_error **err)
 {
     struct option rows[OPTIONS_MAX];
-    join_options(command, rows);
-    if (options_set_defaults(rows, c, err) < 0)
+    struct positionals none;
+    bool hides = join_options(command, rows);
+    if (options_set_defaults(cli_common_options, c, err) < 0 ||
+        options_set_defaults(rows, c, err) < 0)
         return -1;
+    if (hides) {
+        if (options_parse(cli_common_options, lead, argv, c, &none, err) < 0)
+            return -1;
+        argc -= lead;
+        argv += lead;
+    }
     int end = command->takes_rest ? find_rest(command, argc, argv) : argc;
     /* A missing required option is no reason to refuse the help. */
     for (int i = 0; i < end && strcmp(argv[i], "--"); i++)
@@ -170,7 +193,7 @@ int cli_parse(int argc, char **argv, const struct cli_command **ret_command, str
         return error_nomem(err);
     memcpy(rest, argv, (size_t)lead * sizeof(*rest));
     memcpy(rest + lead, argv + lead + words, (size_t)(argc - lead - words) * sizeof(*rest));
-    if (parse_command(command, argc - words, rest, &c, err) < 0)
+    if (parse_command(command, argc - words, rest, lead, &c, err) < 0)
         return -1;
     /* The rest has to outlive the list. */
     if (c.args.rest)
@@ -212,9 +235,9 @@ void cli_print_command_help(FILE *out, const struct cli_command *command)
     fputs("\n\n", out);
     text_wrap(out, command->text, 0, 0);
     fputs("\nOptions:\n", out);
-    if (command->options)
-        options_print_help(out, command->options, "--");
-    options_print_help(out, cli_common_options, "--");
+    struct option rows[OPTIONS_MAX];
+    join_options(command, rows);
+    options_print_help(out, rows, "--");
 }
 
 static void print_command_manual(FILE *out, const struct cli_command *c)

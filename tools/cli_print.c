@@ -183,6 +183,23 @@ static void print_handover(FILE *out, const Vmmig__Control__Handover *h, const c
                      "             `vmmig resolve %s --here|--gone --i-fenced HOST`\n", vm);
 }
 
+/* How a copy that is under way converges. */
+static void print_copy(FILE *out, const Vmmig__Control__Job *j)
+{
+    if (!j->total)
+        return;
+    fprintf(out, "  dirty      %s/s", text_size(j->dirty_rate));
+    if (j->working_set)
+        fprintf(out, ", working set %s", text_size(j->working_set));
+    fprintf(out, "\n  link       %s/s\n", text_size(j->link_rate));
+    if (j->predicted_pause_ns >= 0)
+        fprintf(out, "  pause      %s, as predicted\n", duration_text(j->predicted_pause_ns));
+    if (j->throttle_percent)
+        fprintf(out, "  throttled  by %u%%\n", j->throttle_percent);
+    if (*j->note)
+        fprintf(out, "  note       %s\n", j->note);
+}
+
 void cli_print_vm(FILE *out, const Vmmig__Control__Vm *vm)
 {
     fprintf(out, "%s\n  state      %s", vm->vm, vm->state);
@@ -192,15 +209,20 @@ void cli_print_vm(FILE *out, const Vmmig__Control__Vm *vm)
             vm->origin);
     if (*vm->qmp_path)
         fprintf(out, "  qmp        %s\n", vm->qmp_path);
+    if (*vm->socket_path)
+        fprintf(out, "  socket     %s\n", vm->socket_path);
+    if (*vm->vmm)
+        fprintf(out, "  VMM        %s, which tracks by %s\n", vm->vmm, vm->tracking);
     if (vm->handover)
         print_handover(out, vm->handover, vm->vm);
     if (!vm->job)
         return;
     char line[512];
     format_job(vm->job, line, sizeof(line));
-    if (vm->job->state == VMMIG__CONTROL__JOB_STATE__RUNNING)
+    if (vm->job->state == VMMIG__CONTROL__JOB_STATE__RUNNING) {
         fprintf(out, "  job        %s\n", line);
-    else if (vm->job->error)
+        print_copy(out, vm->job);
+    } else if (vm->job->error)
         fprintf(out, "  last job   %s to %s: %s\n", vm->job->kind, vm->job->peer,
                 vm->job->error->message);
     else

@@ -50,11 +50,15 @@ static int run_attach(const struct cli *c, struct vm_error **err)
     Vmmig__Control__Attach m = VMMIG__CONTROL__ATTACH__INIT;
     if (check_vm_name(c, err) < 0)
         return -1;
-    char *path = realpath(c->qmp, NULL);
+    if (!c->qmp == !c->vmm_socket)
+        return error_set(err, VM_ERROR_USAGE, c->qmp ? "--qmp and --socket exclude each other"
+                                                     : "--qmp PATH or --socket PATH is required");
+    const char *given = c->qmp ? c->qmp : c->vmm_socket;
+    char *path = realpath(given, NULL);
     if (!path)
-        return error_errno(err, errno, "--qmp %s", c->qmp);
+        return error_errno(err, errno, "--%s %s", c->qmp ? "qmp" : "socket", given);
     m.vm = cli_word(c->args.list[0]);
-    m.qmp_path = path;
+    *(c->qmp ? &m.qmp_path : &m.socket_path) = path;
     int r = ask_vm(c, VMMIG__CONTROL__TYPE__ATTACH, &m.base, "attached", err);
     free(path);
     return r;
@@ -137,7 +141,10 @@ static int run_send(const struct cli *c, struct vm_error **err)
     m.max_bandwidth = c->max_bandwidth;
     m.connections = (uint32_t)c->connections;
     m.compress = c->compress;
+    if (c->dest_qmp && c->dest_socket)
+        return error_set(err, VM_ERROR_USAGE, "--dest-qmp and --dest-socket exclude each other");
     m.dest_qmp = cli_word(c->dest_qmp ? c->dest_qmp : "");
+    m.dest_socket = cli_word(c->dest_socket ? c->dest_socket : "");
     m.assume_shared = c->assume_shared;
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
@@ -219,8 +226,11 @@ static int run_resolve(const struct cli *c, struct vm_error **err)
 #define MEMBER(m) .offset = offsetof(struct cli, m)
 
 static const struct option attach_options[] = {
-    {"qmp", "PATH", option_parse_text, MEMBER(qmp), .required = true,
-     .text = "Its QMP socket, which nobody else may be using"},
+    {"qmp", "PATH", option_parse_text, MEMBER(qmp),
+     .text = "QMP socket of a QEMU, which nobody else may be using"},
+    {"socket", "PATH", option_parse_text, MEMBER(vmm_socket),
+     .text = "Socket of a VMM that links libvmmig-attach. The agent's own control socket is named "
+             "before the command, as in `vmmig --socket PATH attach`"},
     {NULL}};
 
 static const struct option send_options[] = {
@@ -244,8 +254,10 @@ static const struct option send_options[] = {
      .choices = "auto|none|lz4|zstd", .text = "auto measures what is fastest, page by page"},
     {"dest-qmp", "PATH", option_parse_text, MEMBER(dest_qmp),
      .text =
-         "A VMM that waits at the destination, started with -incoming defer. Without it the agent "
+         "A QEMU that waits at the destination, started with -incoming defer. Without it the agent "
          "there starts one"},
+    {"dest-socket", "PATH", option_parse_text, MEMBER(dest_socket),
+     .text = "The same for a VMM that links libvmmig-attach: the socket of one that waits there"},
     {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),
      .text = "Vouch that the disks at both ends are the same, where the agents cannot prove it. If "
              "they are not, the guest's data is destroyed"},
@@ -262,16 +274,20 @@ static const struct option resolve_options[] = {
 #undef MEMBER
 
 static const struct cli_command commands[] = {
-    {"run", "NAME -- QEMU [ARGUMENT]...", 1, 1, true, NULL, "start a VM under the agent",
-     "Start a VM from its QEMU command line. The agent adds a QMP socket of its own, nothing "
-     "else. The binary must be one that the agent's configuration lists. The VM outlives the "
-     "agent. Relative paths are those of the current directory.\n\n"
-     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2",
+    {"run", "NAME -- VMM [ARGUMENT]...", 1, 1, true, NULL, "start a VM under the agent",
+     "Start a VM from its QEMU command line, to which the agent adds a QMP socket of its own, "
+     "nothing else. Or from that of a VMM that links libvmmig-attach, in which @socket@ stands "
+     "where its socket is named. The binary must be one that the agent's configuration lists. The "
+     "VM outlives the agent. Relative paths are those of the current directory.\n\n"
+     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2\n\n"
+     "    vmmig run web2 -- vmmig-vmm --socket @socket@ --memory 512M",
      run_run},
-    {"attach", "NAME --qmp PATH", 1, 1, false, attach_options, "adopt a QEMU that already runs",
-     "Adopt a QEMU (7.2 or later) that runs already, through its QMP socket. The VM is not "
-     "touched.\n\n"
-     "    vmmig attach web1 --qmp /run/web1.qmp",
+    {"attach", "NAME --qmp|--socket PATH", 1, 1, false, attach_options,
+     "adopt a VM that already runs",
+     "Adopt a VM that runs already: a QEMU (7.2 or later) through its QMP socket, a VMM that links "
+     "libvmmig-attach through its own. The VM is not touched.\n\n"
+     "    vmmig attach web1 --qmp /run/web1.qmp\n\n"
+     "    vmmig attach web2 --socket /run/web2.vmm",
      run_attach},
     {"list", "", 0, 0, false, NULL, "the VMs of this host",
      "List the VMs of the agent with what they do now.", run_list},
@@ -317,13 +333,15 @@ static const struct cli_object objects[] = {
     {"a VM (run, attach, status NAME, detach; list: an array `vms`)",
      "vm, state (running, paused, incoming, postmigrate, broken, unreachable, ended, arriving), "
      "presence (present, unreachable, ended), detail, origin (run, attached, received), pid, "
-     "since, job (a job, or null), handover (null, or attempt, state, text, peer, in_doubt, "
-     "settled), and in the answer about one VM qmp and argv"},
+     "since, driver (qemu, attach), vmm and tracking (what a VMM that links libvmmig-attach calls "
+     "itself, and how it finds written pages; null for others), job (a job, or null), handover "
+     "(null, or attempt, state, text, peer, in_doubt, settled), and in the answer about one VM qmp "
+     "or socket, and argv"},
     {"a job (send, watch, cancel; jobs: an array `jobs`)",
      "job, kind (send, receive), vm, peer, state (running, done, failed, cancelled), cancelling, "
      "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
-     "undoing), round, total_bytes, remaining_bytes, dirty_rate, link_rate, wire_bytes, "
-     "resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "
+     "undoing), round, total_bytes, remaining_bytes, dirty_rate, working_set_bytes (null if not "
+     "known), link_rate, wire_bytes, resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "
      "wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
      "predicted_pause_ms, pause_ms, note"},
     {"the agent (status)",

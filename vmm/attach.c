@@ -196,7 +196,7 @@ static int define_argv(struct attach *a, struct qemu_definition *d, struct vm_er
     char *only[] = {(char *)(uintptr_t)name};
     const char *slash = strrchr(name, '/');
     d->argv = n ? attach_copy_argv(n, info->incoming_argv) : attach_copy_argv(1, only);
-    d->binary = strdup(n && slash ? slash + 1 : "none");
+    d->binary = strdup(n && slash ? slash + 1 : ATTACH_NO_BINARY);
     if (n && !slash) {
         free(d->binary);
         d->binary = strdup(name);

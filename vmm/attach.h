@@ -6,7 +6,8 @@
  *     attach_connect("/run/web2.vmm", 5000, &err)         adopt a VMM that runs
  *     attach_define(a, &definition, &err)                  what a destination must be
  *     attach_sink_connect(definition, path, 5000, &err)    adopt one that waits for the guest
- *     attach_sink_spawn(&params, &err)                     start one that waits for it
+ *     attach_spawn(&launch, &err)                          start one
+ *     attach_sink_spawn(definition, &launch, &err)         start one that waits for the guest
  *     attach_guest(a)                                      what the engines use
  *
  * What the calls of guest.h do here, beyond what is said there:
@@ -26,6 +27,12 @@
  * status  POSTMIGRATE is never said: such a guest is PAUSED.
  * announce Nothing: guests of such VMMs announce themselves through their devices.
  *
+ * spawn   The agent binds the socket and hands it to the VMM, whose command line names it as "fd:N" where
+ *         VMMIG_SOCKET_WORD stood (dirtylog/vmmig-attach.h): a VMM without privileges need not write into the agent's
+ *         folder, and a restarted agent finds it by the path. A VMM that ends before it listens is VMM_DIED with the
+ *         last line of its log; one that goes on in another process is REFUSED and ended. A failed spawn leaves
+ *         no process and no socket.
+ *
  * A region is a memory slot, in the VMM's order. What the VMM tells is checked: memfds must be long enough and sealed
  * against shrinking, so that no later access faults. A VMM that punches holes into hugetlb memory while none is left
  * in the pool can still make the agent fault.
@@ -41,11 +48,15 @@
 #include "base/error.h"
 #include "vmm/guest.h"
 #include "vmm/qemu_definition.h"
+#include "vmm/spawn.h"
 
 #include <stdbool.h>
 #include <stdint.h>
 
 #define ATTACH_PIECE (32u << 20)
+
+/* binary of a definition whose VMM does not say how a destination is started. */
+#define ATTACH_NO_BINARY "none"
 
 struct attach;
 
@@ -55,7 +66,7 @@ struct attach_info {
     char *tracking; /* "bitmap", "ring" ... */
     unsigned n_vcpus;
     char **incoming_argv; /* ended by NULL; empty: destinations are started by hand */
-};
+}; /* constant as long as the handle lives */
 
 /*
  * Adopt the VMM behind a socket. REFUSED with sys_errno EPROTOTYPE if what listens there is no such VMM (a QEMU,
@@ -73,7 +84,7 @@ const struct attach_info *attach_info(const struct attach *a);
 
 /*
  * The guest as a definition that can travel: accel "attach", machine as the VMM says, argv its incoming_argv (or its
- * name alone), ram its slots, no disks, NICs or devices. qemu_definition_finish it.
+ * name alone, and binary ATTACH_NO_BINARY), ram its slots, no disks, NICs or devices. qemu_definition_finish it.
  */
 int attach_define(struct attach *a, struct qemu_definition *ret_definition, struct vm_error **err);
 /* Does this definition describe such a guest (and not one of QEMU's)? */
@@ -85,5 +96,16 @@ bool attach_is_definition(const struct qemu_definition *d);
  */
 struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
                                    int timeout_ms, struct vm_error **err);
+
+struct attach_launch {
+    struct spawn_params spawn; /* fds: none. argv has VMMIG_SOCKET_WORD, as a word or within one */
+    const char *socket_path;   /* at most 107 bytes */
+    int timeout_ms;            /* until it answers; 0: 30 s */
+};
+
+struct attach *attach_spawn(const struct attach_launch *launch, struct vm_error **err);
+/* With the definition's command line: launch->spawn.argv and cwd do not matter. Checked as by attach_sink_connect. */
+struct attach *attach_sink_spawn(const struct qemu_definition *definition,
+                                 const struct attach_launch *launch, struct vm_error **err);
 
 #endif

@@ -74,9 +74,10 @@ static int dial(const char *path, struct vm_error **err)
         return error_errno(err, errno, "cannot make a socket");
     if (connect(fd, (const struct sockaddr *)&address, sizeof(address)) == 0)
         return steal_fd(&fd);
-    int why = errno;
-    error_errno(err, why, "cannot connect to %s", path);
-    return why == EPROTOTYPE ? error_set_kind(err, VM_ERROR_REFUSED) : -1;
+    if (errno != EPROTOTYPE)
+        return error_errno(err, errno, "cannot connect to %s", path);
+    error_errno(err, EPROTOTYPE, "%s is no socket of a VMM that links libvmmig-attach", path);
+    return error_set_kind(err, VM_ERROR_REFUSED);
 }
 
 char **attach_copy_argv(size_t n, char *const *argv)
@@ -150,7 +151,8 @@ static int greet(struct attach_client *c, int fd, int64_t deadline_ns, struct vm
     if (c->process.pid && !process_identity_equal(&c->process, &process))
         return error_set(err, VM_ERROR_VMM_DIED, "another VMM has the socket now");
     c->process = process;
-    return keep_info(&c->info, a.message.welcome, err);
+    /* The same VMM says the same again; others may be reading it. */
+    return c->info.vmm ? 0 : keep_info(&c->info, a.message.welcome, err);
 }
 
 static int connect_client(struct attach_client *c, int64_t deadline_ns, struct vm_error **err)

@@ -6,6 +6,7 @@
  *     attach.c          guest_ops, definition
  *     attach_memory.c   the guest's memory and the dirty bitmap, mapped
  *     attach_source.c   the source
+ *     attach_spawn.c    starting a VMM
  *     attach_sink.c     the sink
  */
 #ifndef VMMIG_VMM_ATTACH_PRIVATE_H
@@ -118,7 +119,8 @@ int attach_source_stop(struct guest *g, struct vm_error **err);
 /* The engine has paused the guest. */
 void attach_source_paused(struct attach *a);
 
-int attach_sink_begin(struct attach *a, struct vm_error **err);
+/* Is it the VMM of the definition, and does it wait? Then it is a sink from now on. */
+int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
 void attach_sink_destroy(struct attach_sink *s);
 int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
 int attach_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,

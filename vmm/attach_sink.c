@@ -60,7 +60,7 @@ static int check_memory(const struct attach_memory_map *m, const struct qemu_def
     return 0;
 }
 
-int attach_sink_begin(struct attach *a, struct vm_error **err)
+static int begin(struct attach *a, struct vm_error **err)
 {
     struct attach_sink *s = calloc(1, sizeof(*s));
     if (!s)
@@ -74,6 +74,14 @@ int attach_sink_begin(struct attach *a, struct vm_error **err)
     }
     a->sink = s;
     return 0;
+}
+
+int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
+{
+    return check_waits(a, d, err) < 0 || begin(a, err) < 0 ||
+                   check_memory(&a->sink->memory, d, err) < 0
+               ? -1
+               : 0;
 }
 
 struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
@@ -92,10 +100,7 @@ struct attach *attach_sink_connect(const struct qemu_definition *definition, con
         error_propagate(err, failure);
         return NULL;
     }
-    if (check_waits(a, definition, err) < 0 || attach_sink_begin(a, err) < 0 ||
-        check_memory(&a->sink->memory, definition, err) < 0)
-        return NULL;
-    return steal_ptr(&a);
+    return attach_sink_make(a, definition, err) < 0 ? NULL : steal_ptr(&a);
 }
 
 int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n)

@@ -33,9 +33,9 @@ int qemu_explain(struct qemu *q, struct vm_error **err)
         return error_wrap(err, "QEMU (process %d) still runs, but QMP is lost",
                           q->guest.process.pid);
     }
-    char line[QEMU_SPAWN_MESSAGE_MAX] = "";
+    char line[SPAWN_MESSAGE_MAX] = "";
     if (q->log_path)
-        qemu_log_last_line(q->log_path, q->log_offset, line);
+        spawn_log_last_line(q->log_path, q->log_offset, line);
     if (!*line)
         return -1;
     error_clear(err);
@@ -406,7 +406,7 @@ struct qemu *qemu_spawn(const struct qemu_launch *launch, struct vm_error **err)
     if (!q)
         return NULL;
     q->log_path = strdup(launch->log_path);
-    q->log_offset = qemu_log_size(launch->log_path);
+    q->log_offset = spawn_log_size(launch->log_path);
     if (!q->log_path) {
         error_nomem(err);
         return NULL;

@@ -1,33 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * qemu_spawn: start a QEMU that outlives the agent.
- *
- * The new process is nobody's child but init's, in a session of its own, with nothing inherited but
- * the descriptors of `fds` (under the numbers that they have here, so that an argv may name them as
- * /proc/self/fd/N), /dev/null for standard input, and the log for output. Signals are at their
- * defaults, the environment holds PATH, HOME and LANG only. Its death is seen through its identity
- * and its QMP connection, as for a QEMU that was adopted.
+ * qemu_spawn: start a QEMU that outlives the agent (vmm/spawn.h says how it is set up). Its death is seen through
+ * its identity and its QMP connection, as for a QEMU that was adopted.
  *
  * QMP: a listening socket is bound at qmp_path here and given to QEMU as one more monitor, so that it is
  * there before QEMU runs, and a restarted agent finds the VM by that path. Monitors of the user's argv stay
  * theirs. A file that a dead QEMU left at that path is replaced; a living listener is CONFLICT.
  *
  * A QEMU that ends before it answers becomes VMM_DIED with the last line that it wrote to its log. A failed
- * spawn leaves no process and no socket. Threads: any; nothing but async-signal-safe calls happens
- * between fork and exec.
+ * spawn leaves no process and no socket. Threads: any.
  */
 #ifndef VMMIG_VMM_QEMU_SPAWN_H
 #define VMMIG_VMM_QEMU_SPAWN_H
 
 #include "base/error.h"
 #include "base/process.h"
+#include "vmm/spawn.h"
 
 #include <stddef.h>
 
 #define QEMU_SPAWN_FDS_MAX 320
 /* What vmmig adds to a command line for its own monitor is named by this id. */
 #define QEMU_SPAWN_MONITOR_ID "vmmig-qmp"
-#define QEMU_SPAWN_MESSAGE_MAX 512
 
 struct qemu_launch {
     const char *binary;   /* path to execute */
@@ -52,14 +46,6 @@ struct qemu_launch {
     int (*born)(const struct process_identity *process, void *arg, struct vm_error **err);
     void *born_arg;
 };
-
-/*
- * The last line of the log from offset on that says something (before "load of migration failed"),
- * control characters replaced; "" if there is none.
- */
-void qemu_log_last_line(const char *log_path, size_t offset, char out[QEMU_SPAWN_MESSAGE_MAX]);
-/* Bytes in the log now, 0 if there is none. */
-size_t qemu_log_size(const char *log_path);
 
 /*
  * Start the process. *ret_fd is a connection to its QMP socket on which nothing was said yet (the greeting

@@ -505,6 +505,9 @@ struct qmp *qmp_connect(const char *path, int timeout_ms, qmp_event_fn *on_event
     if (connect_before(fd, &address, deadline_ns) < 0) {
         if (errno == EAGAIN)
             error_set(err, VM_ERROR_TIMEOUT, "%s: other clients wait for this monitor", path);
+        else if (errno == EPROTOTYPE)
+            error_set(err, VM_ERROR_REFUSED,
+                      "%s is no QMP socket: a VMM that links libvmmig-attach may have it", path);
         else
             error_errno(err, errno, "cannot connect to the QMP socket %s", path);
         return NULL;

@@ -37,6 +37,7 @@ static void a_file_sets_every_kind_of_value(void **state)
                                     "listen = 10.0.0.1:7000\n"
                                     "vmm = /opt/qemu/bin/qemu-kvm\n"
                                     "vmm = /usr/local/bin/qemu\n"
+                                    "attach-vmm = /opt/bin/vmmig-vmm\n"
                                     "map tap0 = tap7\n"
                                     "map   br0=br1\n"
                                     "max-jobs = 3\n"
@@ -56,6 +57,9 @@ static void a_file_sets_every_kind_of_value(void **state)
     assert_string_equal(config_find_vmm(c, "/usr/local/bin/qemu"), "/usr/local/bin/qemu");
     assert_null(config_find_vmm(c, "/tmp/qemu-kvm"));
     assert_null(config_find_vmm(c, "../bin/qemu-kvm"));
+    assert_string_equal(config_find_attach_vmm(c, "vmmig-vmm"), "/opt/bin/vmmig-vmm");
+    assert_null(config_find_attach_vmm(c, "qemu-kvm")); /* two lists, two kinds of command lines */
+    assert_null(config_find_vmm(c, "vmmig-vmm"));
     assert_string_equal(config_map_name(c, "tap0"), "tap7");
     assert_string_equal(config_map_name(c, "br0"), "br1");
     assert_string_equal(config_map_name(c, "tap1"), "tap1");

@@ -145,7 +145,8 @@ static struct vm_definition define(const char *name, pid_t pid)
 {
     static char path[] = "/run/vm.qmp";
     struct vm_definition d = {.origin = VM_ORIGIN_RUN, .argv = (char **)(uintptr_t)vm_argv,
-                              .qmp_path = path, .since_ns = 12345};
+                              .driver = VM_DRIVER_ATTACH, .socket_path = path,
+                              .since_ns = 12345};
     snprintf(d.name, sizeof(d.name), "%s", name);
     assert_int_equal(process_identify(pid, &d.process, NULL), 0);
     return d;
@@ -175,7 +176,8 @@ static void a_vm_is_found_again_by_the_next_agent(void **state)
         const struct vm_definition *d = vm_definition(vm);
         assert_string_equal(d->name, "web1");
         assert_int_equal(d->origin, VM_ORIGIN_RUN);
-        assert_string_equal(d->qmp_path, "/run/vm.qmp");
+        assert_int_equal(d->driver, VM_DRIVER_ATTACH);
+        assert_string_equal(d->socket_path, "/run/vm.qmp");
         assert_int_equal(d->process.pid, f->child);
         assert_int_equal(d->since_ns, 12345);
         assert_string_equal(d->argv[0], "/usr/bin/vmm");

@@ -65,6 +65,12 @@ static void sends(void **state)
     assert_int_equal(JUDGE(SEND, m), VM_ERROR_PROTOCOL);
     m.dest_qmp = TEXT("/run/web1.qmp");
     assert_int_equal(JUDGE(SEND, m), FINE);
+    m.dest_socket = TEXT("/run/web1.vmm");
+    assert_int_equal(JUDGE(SEND, m), VM_ERROR_PROTOCOL); /* both */
+    m.dest_qmp = TEXT("");
+    assert_int_equal(JUDGE(SEND, m), FINE);
+    m.dest_socket = TEXT("relative");
+    assert_int_equal(JUDGE(SEND, m), VM_ERROR_PROTOCOL);
 }
 
 static void verdicts(void **state)
@@ -121,6 +127,12 @@ static void runs_and_attaches(void **state)
     assert_int_equal(JUDGE(ATTACH, attach), VM_ERROR_PROTOCOL);
     attach.qmp_path = TEXT("/run/web1.qmp");
     assert_int_equal(JUDGE(ATTACH, attach), FINE);
+    attach.socket_path = TEXT("/run/web1.vmm");
+    assert_int_equal(JUDGE(ATTACH, attach), VM_ERROR_PROTOCOL); /* both */
+    attach.qmp_path = TEXT("");
+    assert_int_equal(JUDGE(ATTACH, attach), FINE);
+    attach.socket_path = TEXT("web1.vmm");
+    assert_int_equal(JUDGE(ATTACH, attach), VM_ERROR_PROTOCOL);
 }
 
 static void greetings(void **state)

@@ -115,6 +115,24 @@ static void options_may_stand_before_the_command(void **state)
     assert_true(c.help);
 }
 
+/* `attach` has a --socket of its own: the agent's can only stand before the command. */
+static void a_commands_own_option_hides_the_common_one(void **state)
+{
+    (void)state;
+    const struct cli_command *command;
+    struct cli c;
+    cleanup_error struct vm_error *err = NULL;
+    assert_int_equal(parse("--json --socket /agent attach web1 --socket /vmm", &command, &c, NULL), 0);
+    assert_string_equal(c.socket, "/agent");
+    assert_string_equal(c.vmm_socket, "/vmm");
+    assert_true(c.json);
+    assert_int_equal(parse("attach web1 --socket /vmm --json", &command, &c, NULL), 0);
+    assert_string_equal(c.socket, CLI_DEFAULT_SOCKET);
+    assert_string_equal(c.vmm_socket, "/vmm");
+    assert_true(c.json);
+    assert_int_equal(parse("attach web1 --socket /vmm --socket /agent", &command, &c, &err), -1);
+}
+
 static void help_needs_no_arguments(void **state)
 {
     (void)state;
@@ -143,8 +161,8 @@ static void bad_lines_get_one_clear_line(void **state)
          "unexpected argument 'web2'; usage: vmmig send NAME --to HOST"},
         {"list x", "unexpected argument 'x'; usage: vmmig list"},
         {"list -- x", "vmmig list takes nothing behind --"},
-        {"run web1", "usage: vmmig run NAME -- QEMU [ARGUMENT]..."},
-        {"run web1 --", "usage: vmmig run NAME -- QEMU [ARGUMENT]..."},
+        {"run web1", "usage: vmmig run NAME -- VMM [ARGUMENT]..."},
+        {"run web1 --", "usage: vmmig run NAME -- VMM [ARGUMENT]..."},
         {"status web1 --to h", "there is no option --to"},
         {"send web1 --to h --downtime-limit 0",
          "--downtime-limit 0: at least 1 is allowed"},
@@ -204,6 +222,7 @@ int main(void)
         cmocka_unit_test(compressions_have_the_protocols_numbers),
         cmocka_unit_test(a_command_line_is_not_looked_into),
         cmocka_unit_test(options_may_stand_before_the_command),
+        cmocka_unit_test(a_commands_own_option_hides_the_common_one),
         cmocka_unit_test(help_needs_no_arguments),
         cmocka_unit_test(bad_lines_get_one_clear_line),
         cmocka_unit_test(progress_is_one_line),

@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* QEMU as the agent starts and finds it (vmm/qemu.h). */
+#include "agent/driver.h"
+
+#include "vmm/qemu.h"
+#include "vmm/qemu_preflight.h"
+
+static struct qemu_launch make_launch(const struct driver_launch *l)
+{
+    return (struct qemu_launch){.binary = l->binary,
+                                .argv = l->argv,
+                                .cwd = l->cwd,
+                                .qmp_path = l->place.socket_path,
+                                .log_path = l->place.log_path,
+                                .user = l->config->vm_user,
+                                .cgroup = l->place.cgroup,
+                                .born = l->birth ? l->birth->born : NULL,
+                                .born_arg = l->birth ? l->birth->arg : NULL};
+}
+
+static struct guest *guest_of(struct qemu *q)
+{
+    return q ? qemu_guest(q) : NULL;
+}
+
+static struct guest *start(const struct driver_launch *l, struct vm_error **err)
+{
+    struct qemu_launch launch = make_launch(l);
+    return guest_of(qemu_spawn(&launch, err));
+}
+
+static struct guest *adopt(const char *path, struct vm_error **err)
+{
+    return guest_of(qemu_attach(path, DRIVER_ATTACH_TIMEOUT_MS, err));
+}
+
+static int define(struct guest *g, struct qemu_definition *ret, struct vm_error **err)
+{
+    return qemu_preflight(qemu_from_guest(g), ret, err);
+}
+
+static bool defines(const struct qemu_definition *d)
+{
+    return !driver_attach.defines(d);
+}
+
+static struct guest *sink_start(const struct driver_launch *l, const struct qemu_definition *d,
+                                bool assume_shared, struct vm_error **err)
+{
+    const struct config *c = l->config;
+    struct qemu_name_map maps[CONFIG_LIST_MAX];
+    struct qemu_sink_params params = {
+        .definition = d, .vm = l->vm, .launch = make_launch(l), .maps = maps, .n_maps = c->maps.n};
+    struct qemu_host host = {.binary = l->binary,
+                             .user = c->vm_user,
+                             .assume_shared = assume_shared,
+                             .scratch_dir = c->runtime_dir};
+    for (unsigned i = 0; i < c->maps.n; i++)
+        maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};
+    if (qemu_dest_check(d, &host, err) < 0)
+        return NULL;
+    return guest_of(qemu_sink_spawn(&params, err));
+}
+
+static struct guest *sink_adopt(const struct qemu_definition *d, const char *path,
+                                struct vm_error **err)
+{
+    return guest_of(qemu_sink_attach(d, path, DRIVER_ATTACH_TIMEOUT_MS, err));
+}
+
+const struct driver driver_qemu = {.guest_driver = "qemu",
+                                   .socket_suffix = "qmp",
+                                   .title = "a QEMU",
+                                   .find_binary = config_find_vmm,
+                                   .start = start,
+                                   .adopt = adopt,
+                                   .define = define,
+                                   .defines = defines,
+                                   .sink_start = sink_start,
+                                   .sink_adopt = sink_adopt};

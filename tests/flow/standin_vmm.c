@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * standin_vmm: a VMM that links libvmmig-attach and runs no guest: its "vCPU" is a thread that writes memory and
+ * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
+ *
+ *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
+ *                 [--incoming] [--by-hand]
+ *
+ * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
+ * started. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
+ * missing, stale or torn fails the load.
+ */
+#include "dirtylog/vmmig-attach.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+#include <xxhash.h>
+
+#define PAGE 4096u
+#define MIB (1ull << 20)
+#define HIGH_ADDRESS (4ull << 30)
+#define SLICE_NS 1000000
+
+struct slot {
+    uint8_t *memory;
+    uint64_t size;
+    int fd;
+};
+
+struct state {
+    uint64_t writes, hash;
+};
+
+struct vmm {
+    struct vmmig_attach *attach;
+    struct slot slots[2];
+    double rate; /* pages a slice */
+    uint64_t working, writes;
+    pthread_t writer;
+    bool running;
+    atomic_bool stop, quit;
+};
+
+static void die(const char *what)
+{
+    perror(what);
+    exit(1);
+}
+
+/* ---- The writer ---- */
+
+static uint64_t mix(uint64_t x)
+{
+    x = (x ^ x >> 31) * 0x9e3779b97f4a7c15u;
+    return x ^ x >> 29;
+}
+
+/* Half of what is written shrinks, the other half does not. */
+static void write_page(struct vmm *v, uint64_t page)
+{
+    uint64_t *words = (uint64_t *)(void *)(v->slots[1].memory + page * PAGE);
+    uint64_t seed = ++v->writes;
+    for (unsigned i = 0; i < PAGE / sizeof(*words); i++)
+        words[i] = page % 2 ? mix(seed + i) : seed << 16 | i % 7;
+    vmmig_mark_dirty(v->attach, HIGH_ADDRESS + page * PAGE, PAGE);
+}
+
+static void *writer_main(void *arg)
+{
+    struct vmm *v = arg;
+    double due = 0;
+    struct timespec next;
+    clock_gettime(CLOCK_MONOTONIC, &next);
+    while (!atomic_load(&v->stop)) {
+        vmmig_vcpu_enter(v->attach, 0);
+        for (due += v->rate; due >= 1; due--)
+            write_page(v, v->writes % v->working);
+        vmmig_vcpu_exit(v->attach, 0, 0);
+        next.tv_nsec += SLICE_NS;
+        if (next.tv_nsec >= 1000000000) {
+            next.tv_nsec -= 1000000000;
+            next.tv_sec++;
+        }
+        clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &next, NULL);
+    }
+    return NULL;
+}
+
+/* ---- Callbacks ---- */
+
+static void say(const char *text)
+{
+    printf("%s\n", text);
+    fflush(stdout);
+}
+
+static int on_pause(void *arg)
+{
+    struct vmm *v = arg;
+    if (v->running) {
+        atomic_store(&v->stop, true);
+        pthread_join(v->writer, NULL);
+        say("paused");
+    }
+    v->running = false;
+    return 0;
+}
+
+static int on_resume(void *arg)
+{
+    struct vmm *v = arg;
+    if (v->running)
+        return 0;
+    atomic_store(&v->stop, false);
+    int failed = pthread_create(&v->writer, NULL, writer_main, v);
+    v->running = !failed;
+    if (!failed)
+        say("running");
+    return -failed;
+}
+
+static uint64_t hash_memory(const struct vmm *v)
+{
+    uint64_t hash = 0;
+    for (int i = 0; i < 2; i++)
+        hash = XXH3_64bits_withSeed(v->slots[i].memory, v->slots[i].size, hash);
+    return hash;
+}
+
+static int on_save(void *arg, int fd)
+{
+    struct vmm *v = arg;
+    struct state s = {v->writes, hash_memory(v)};
+    return write(fd, &s, sizeof(s)) == sizeof(s) ? 0 : -EIO;
+}
+
+static int on_load(void *arg, int fd)
+{
+    struct vmm *v = arg;
+    struct state s;
+    if (read(fd, &s, sizeof(s)) != sizeof(s))
+        return -EIO;
+    if (s.hash != hash_memory(v)) {
+        say("memory is not what it was");
+        return -EILSEQ;
+    }
+    v->writes = s.writes;
+    say("loaded");
+    return 0;
+}
+
+static int on_quit(void *arg)
+{
+    struct vmm *v = arg;
+    atomic_store(&v->quit, true);
+    return 0;
+}
+
+static void on_kick(void *arg, unsigned vcpu)
+{
+    (void)arg; /* it looks at its `stop` often enough */
+    (void)vcpu;
+}
+
+static void on_log(void *arg, const char *text)
+{
+    (void)arg;
+    say(text);
+}
+
+/* ---- Life ---- */
+
+static void make_slot(struct slot *s, uint64_t size)
+{
+    s->size = size;
+    s->fd = memfd_create("standin", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (s->fd < 0 || ftruncate(s->fd, (off_t)size) < 0)
+        die("memory");
+    s->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
+    if (s->memory == MAP_FAILED)
+        die("memory");
+}
+
+/* Without KVM there is nothing in the log but what is marked: a recording of nothing. */
+static const char *empty_recording(const struct vmm *v)
+{
+    static char path[32];
+    int fd = memfd_create("recording", 0);
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    dprintf(fd, "vmmig-trace 1\nslots %llu %llu\n", (unsigned long long)v->slots[0].size / PAGE,
+            (unsigned long long)v->slots[1].size / PAGE);
+    return path;
+}
+
+static void must(int result, const struct vmmig_error *error)
+{
+    if (result == 0)
+        return;
+    fprintf(stderr, "standin_vmm: %s\n", error->text);
+    exit(1);
+}
+
+static void attach(struct vmm *v, const char *socket, const char *machine,
+                   const char *const *incoming_argv)
+{
+    struct vmmig_error error = {0};
+    struct vmmig_slot slots[2];
+    struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE,
+                                  .socket_path = socket,
+                                  .vmm = "standin 1",
+                                  .machine = machine,
+                                  .tracking = VMMIG_TRACKING_TRACE,
+                                  .trace_path = empty_recording(v),
+                                  .vm_fd = -1,
+                                  .n_vcpus = 1,
+                                  .agent_uid = (uid_t)-1,
+                                  .incoming_argv = incoming_argv,
+                                  .callbacks = {.pause = on_pause,
+                                                .resume = on_resume,
+                                                .save = on_save,
+                                                .load = on_load,
+                                                .kick = on_kick,
+                                                .quit = on_quit,
+                                                .log = on_log},
+                                  .arg = v};
+    must(vmmig_create(&config, &v->attach, &error), &error);
+    for (unsigned i = 0; i < 2; i++) {
+        slots[i] = (struct vmmig_slot){.kvm_slot = i,
+                                       .guest_address = i ? HIGH_ADDRESS : 0,
+                                       .size = v->slots[i].size,
+                                       .host = v->slots[i].memory,
+                                       .memfd = v->slots[i].fd};
+        snprintf(slots[i].name, sizeof(slots[i].name), "%s", i ? "high" : "low");
+    }
+    must(vmmig_set_slots(v->attach, slots, 2, &error), &error);
+}
+
+static uint64_t number(const char *text)
+{
+    char *end;
+    unsigned long long n = strtoull(text, &end, 10);
+    if (end == text || *end) {
+        fprintf(stderr, "standin_vmm: %s is no number\n", text);
+        exit(2);
+    }
+    return n;
+}
+
+struct options {
+    const char *socket, *machine, *memory, *rate, *working;
+    bool incoming, by_hand;
+};
+
+static struct options parse(int argc, char **argv)
+{
+    static const struct option rows[] = {
+        {"socket", required_argument, NULL, 's'},  {"memory", required_argument, NULL, 'm'},
+        {"rate", required_argument, NULL, 'r'},    {"working", required_argument, NULL, 'w'},
+        {"machine", required_argument, NULL, 'M'}, {"incoming", no_argument, NULL, 'i'},
+        {"by-hand", no_argument, NULL, 'b'},       {0}};
+    struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8"};
+    for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
+        switch (c) {
+        case 's': o.socket = optarg; break;
+        case 'm': o.memory = optarg; break;
+        case 'r': o.rate = optarg; break;
+        case 'w': o.working = optarg; break;
+        case 'M': o.machine = optarg; break;
+        case 'i': o.incoming = true; break;
+        case 'b': o.by_hand = true; break;
+        default: exit(2);
+        }
+    }
+    if (!o.socket) {
+        fprintf(stderr, "standin_vmm: --socket is missing\n");
+        exit(2);
+    }
+    return o;
+}
+
+int main(int argc, char **argv)
+{
+    struct options o = parse(argc, argv);
+    struct vmm v = {.rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
+                    .working = number(o.working) * MIB / PAGE};
+    const char *const incoming[] = {argv[0],   "--socket", VMMIG_SOCKET_WORD, "--memory", o.memory,
+                                    "--rate",  o.rate,     "--working",       o.working,  "--machine",
+                                    o.machine, "--incoming", NULL};
+    make_slot(&v.slots[0], 2 * MIB);
+    make_slot(&v.slots[1], number(o.memory) * MIB);
+    attach(&v, o.socket, o.machine, o.by_hand ? NULL : incoming);
+    if (o.incoming) {
+        vmmig_set_state(v.attach, VMMIG_INCOMING, NULL);
+        say("ready");
+    } else {
+        for (uint64_t page = 0; page < v.slots[1].size / PAGE; page += 2 + page % 3)
+            write_page(&v, page);
+        if (on_resume(&v) < 0)
+            die("writer");
+        vmmig_set_state(v.attach, VMMIG_RUNNING, NULL);
+        say("ready");
+    }
+    while (!atomic_load(&v.quit))
+        usleep(2000);
+    vmmig_destroy(v.attach);
+    return 0;
+}
