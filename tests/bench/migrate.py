@@ -16,6 +16,7 @@ the guest stand still (the stamps of its console's ticks); wire_bytes all that b
 of both agents and both QEMUs without their vCPUs' threads.
 """
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -62,6 +63,7 @@ class Race:
         self.cluster, self.vm, self.dest_qmp = cluster, vm, dest_qmp
         self.here, self.there = cluster.agents
         self.console = cluster.console(vm.name)
+        self.options = []
         self.damaged = dict.fromkeys(['vmmig-qemu', *MODES], 0)
         self.boot()
 
@@ -101,12 +103,18 @@ class Race:
                 raise
             self.damaged[tool] += 1
             for pid in self.qemu_pids():
-                os.kill(pid, 9)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
                 eventually('its end', lambda: self.here.host.reap() or not os.path.exists(f'/proc/{pid}'))
-            for path in (self.vm.qmp_path, self.vm.judge_path):
-                os.unlink(self.here.host.path(path))
+            self.forget_sockets()
             self.boot()
             return float('nan')
+
+    def forget_sockets(self):
+        """Of a QEMU that was killed; one that ended by itself has removed them."""
+        for path in (self.vm.qmp_path, self.vm.judge_path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.here.host.path(path))
 
     def start_destination(self):
         self.there.host.popen(self.vm.argv(incoming='defer'), name=self.vm.name)
@@ -115,10 +123,10 @@ class Race:
 
     def vmmig(self):
         self.here.vmmig('attach', self.vm.name, '--qmp', self.vm.qmp_path)
-        options = []
+        options = list(self.options)
         if self.dest_qmp:
             self.start_destination()
-            options = ['--dest-qmp', self.vm.qmp_path]
+            options += ['--dest-qmp', self.vm.qmp_path]
         source = self.here.json('status', self.vm.name)['pid']
         used = cpu_of(source)
         start = time.monotonic()
@@ -180,8 +188,7 @@ class Race:
         cpu = cpu_of(source_pid) - used + cpu_of(target_pid)
         os.kill(source_pid, 9)
         eventually('the end of the source', lambda: self.ended(source_pid))
-        for path in (self.vm.qmp_path, self.vm.judge_path):
-            os.unlink(self.here.host.path(path))
+        self.forget_sockets()
         return total, cpu
 
 
