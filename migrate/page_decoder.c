@@ -3,20 +3,29 @@
 
 #include "base/clock.h"
 
+#include <errno.h>
 #include <lz4.h>
+#include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <xxhash.h>
 #include <zstd.h>
+
+/* Where a page is. */
+struct place {
+    const struct guest_region *region;
+    uint64_t offset;
+};
 
 struct page_decoder {
     struct page_decoder_config config;
     struct guest_region *regions;
     ZSTD_DCtx *zstd;
-    uint8_t *packed; /* received bytes of compressed units */
-    uint8_t *plain;  /* what they decompress to, where that does not go into guest memory at once */
+    uint8_t *payload; /* as received */
+    uint8_t *plain;   /* what a unit decompresses to */
     bool begun, failed;
-    struct page_meta meta;          /* of the batch under way */
-    uint8_t *pages[PAGE_BATCH_MAX]; /* where each of its pages is */
+    struct page_meta meta; /* of the batch under way */
+    struct place places[PAGE_BATCH_MAX];
     struct page_decoder_stats stats;
 };
 
@@ -37,9 +46,9 @@ struct page_decoder *page_decoder_create(const struct page_decoder_config *confi
     dec->config = *config;
     dec->regions = calloc(config->n_regions + 1, sizeof(*dec->regions));
     dec->zstd = ZSTD_createDCtx();
-    dec->packed = malloc(PAGE_PAYLOAD_MAX);
+    dec->payload = malloc(PAGE_PAYLOAD_MAX);
     dec->plain = malloc(PAGE_PAYLOAD_MAX);
-    if (!dec->regions || !dec->zstd || !dec->packed || !dec->plain) {
+    if (!dec->regions || !dec->zstd || !dec->payload || !dec->plain) {
         error_nomem(err);
         return NULL;
     }
@@ -55,7 +64,7 @@ void page_decoder_destroy(struct page_decoder *dec)
         return;
     free(dec->regions);
     ZSTD_freeDCtx(dec->zstd);
-    free(dec->packed);
+    free(dec->payload);
     free(dec->plain);
     free(dec);
 }
@@ -69,7 +78,7 @@ const struct page_decoder_stats *page_decoder_stats(const struct page_decoder *d
 
 /* Where the pages of a run are; each must be mapped, in its region and of this channel. */
 static int locate_run(const struct page_decoder *dec, const struct page_run *run,
-                      uint8_t **ret_pages, struct vm_error **err)
+                      struct place *ret_places, struct vm_error **err)
 {
     unsigned number = page_addr_region(run->addr);
     uint64_t first = page_addr_number(run->addr);
@@ -86,36 +95,9 @@ static int locate_run(const struct page_decoder *dec, const struct page_run *run
             return error_set(err, VM_ERROR_PROTOCOL,
                              "invalid page batch: page %#llx of %s belongs to another channel",
                              (unsigned long long)(first + i), region->name);
-        ret_pages[i] = region->base + (first + i) * GUEST_PAGE_SIZE;
+        ret_places[i] = (struct place){region, (first + i) * GUEST_PAGE_SIZE};
     }
     return 0;
-}
-
-static void add_iovec(struct iovec *iov, unsigned *n, uint8_t *data, size_t len)
-{
-    if (*n && (uint8_t *)iov[*n - 1].iov_base + iov[*n - 1].iov_len == data)
-        iov[*n - 1].iov_len += len;
-    else
-        iov[(*n)++] = (struct iovec){data, len};
-}
-
-/* Raw pages to their place, the rest to `packed`, in the order of the payload. */
-static unsigned place_payload(struct page_decoder *dec, struct iovec *ret_iov)
-{
-    unsigned n = 0, page = 0;
-    size_t packed = 0;
-    for (unsigned i = 0; i < dec->meta.n_units; i++) {
-        const struct page_unit *unit = &dec->meta.units[i];
-        if (unit->kind == PAGE_RAW) {
-            for (unsigned j = 0; j < unit->pages; j++)
-                add_iovec(ret_iov, &n, dec->pages[page + j], GUEST_PAGE_SIZE);
-        } else if (unit->len) {
-            add_iovec(ret_iov, &n, dec->packed + packed, unit->len);
-            packed += unit->len;
-        }
-        page += unit->pages;
-    }
-    return n;
 }
 
 int page_decoder_begin(struct page_decoder *dec, const void *meta, size_t meta_len,
@@ -130,11 +112,13 @@ int page_decoder_begin(struct page_decoder *dec, const void *meta, size_t meta_l
         return -1;
     unsigned page = 0;
     for (unsigned i = 0; i < dec->meta.n_runs; i++) {
-        if (locate_run(dec, &dec->meta.runs[i], dec->pages + page, err) < 0)
+        if (locate_run(dec, &dec->meta.runs[i], dec->places + page, err) < 0)
             return -1;
         page += dec->meta.runs[i].count;
     }
-    *ret_n = place_payload(dec, ret_iov);
+    *ret_n = payload_len > 0;
+    if (payload_len)
+        ret_iov[0] = (struct iovec){dec->payload, payload_len};
     dec->begun = true;
     dec->stats.cpu_ns += clock_thread_cpu_ns() - start;
     return 0;
@@ -143,27 +127,76 @@ int page_decoder_begin(struct page_decoder *dec, const void *meta, size_t meta_l
 /* ---- commit ---- */
 
 /* How many of the pages lie side by side, beginning with the first. */
-static unsigned contiguous(uint8_t *const *pages, unsigned n)
+static unsigned contiguous(const struct place *places, unsigned n)
 {
     unsigned i = 1;
-    while (i < n && pages[i] == pages[0] + (size_t)i * GUEST_PAGE_SIZE)
+    while (i < n && places[i].region == places[0].region &&
+           places[i].offset == places[0].offset + (uint64_t)i * GUEST_PAGE_SIZE)
         i++;
     return i;
 }
 
-static void clear_pages(const struct page_decoder *dec, uint8_t *const *pages, unsigned n)
+static uint8_t *mapped(const struct place *at)
+{
+    return at->region->base + at->offset;
+}
+
+/* Bytes that lie side by side in guest memory. */
+static int put(const struct place *at, const uint8_t *data, size_t len, struct vm_error **err)
+{
+    if (!at->region->file) {
+        memcpy(mapped(at), data, len);
+        return 0;
+    }
+    for (size_t done = 0; done < len;) {
+        ssize_t n = pwrite(at->region->file, data + done, len - done, (off_t)(at->offset + done));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return error_set(err, VM_ERROR_NO_SPACE, "no memory for the guest's pages of %s: %s",
+                             at->region->name, strerror(n ? errno : ENOSPC));
+        done += (size_t)n;
+    }
+    return 0;
+}
+
+static int put_pages(const struct place *places, unsigned n, const uint8_t *data,
+                     struct vm_error **err)
 {
     for (unsigned i = 0, run; i < n; i += run) {
-        run = contiguous(pages + i, n - i);
+        run = contiguous(places + i, n - i);
+        if (put(places + i, data + (size_t)i * GUEST_PAGE_SIZE, (size_t)run * GUEST_PAGE_SIZE,
+                err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* The page as it is; in `room` if that does not fault it into our mapping. */
+static const uint8_t *look_at(const struct place *at, uint8_t *room)
+{
+    int file = at->region->file;
+    bool copied = file && pread(file, room, GUEST_PAGE_SIZE, (off_t)at->offset) == GUEST_PAGE_SIZE;
+    return copied ? room : mapped(at);
+}
+
+static int clear_pages(const struct page_decoder *dec, const struct place *places, unsigned n,
+                       struct vm_error **err)
+{
+    static const uint8_t zero[GUEST_PAGE_SIZE];
+    for (unsigned i = 0, run; i < n; i += run) {
+        run = contiguous(places + i, n - i);
         /* Where the kernel cannot give memory back (not shared memory, locked), it says so. */
         if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN &&
-            madvise(pages[i], (size_t)run * GUEST_PAGE_SIZE, MADV_REMOVE) == 0)
+            madvise(mapped(places + i), (size_t)run * GUEST_PAGE_SIZE, MADV_REMOVE) == 0)
             continue;
-        for (unsigned j = 0; j < run; j++) {
-            if (!page_is_zero(pages[i + j]))
-                memset(pages[i + j], 0, GUEST_PAGE_SIZE);
+        for (unsigned j = i; j < i + run; j++) {
+            if (!page_is_zero(look_at(places + j, dec->plain)) &&
+                put(places + j, zero, GUEST_PAGE_SIZE, err) < 0)
+                return -1;
         }
     }
+    return 0;
 }
 
 static bool decompress(struct page_decoder *dec, enum page_kind kind, const uint8_t *packed,
@@ -176,53 +209,54 @@ static bool decompress(struct page_decoder *dec, enum page_kind kind, const uint
     return !ZSTD_isError(n) && n == size;
 }
 
-static bool decode_block(struct page_decoder *dec, const struct page_unit *unit,
-                         const uint8_t *packed, uint8_t *const *pages)
+static int invalid(enum page_kind kind, struct vm_error **err)
 {
-    size_t size = (size_t)unit->pages * GUEST_PAGE_SIZE;
-    if (contiguous(pages, unit->pages) == unit->pages)
-        return decompress(dec, unit->kind, packed, unit->len, pages[0], size);
-    if (!decompress(dec, unit->kind, packed, unit->len, dec->plain, size))
-        return false;
-    for (unsigned i = 0; i < unit->pages; i++)
-        memcpy(pages[i], dec->plain + (size_t)i * GUEST_PAGE_SIZE, GUEST_PAGE_SIZE);
-    return true;
+    return error_set(err, VM_ERROR_PROTOCOL,
+                     "invalid page batch: a %s unit does not yield its pages", page_kind_name(kind));
 }
 
-static bool decode_delta(struct page_decoder *dec, const struct page_unit *unit,
-                         const uint8_t *packed, uint8_t *page)
+static int decode_block(struct page_decoder *dec, const struct page_unit *unit,
+                        const uint8_t *packed, const struct place *places, struct vm_error **err)
 {
+    size_t size = (size_t)unit->pages * GUEST_PAGE_SIZE;
+    if (!decompress(dec, unit->kind, packed, unit->len, dec->plain, size))
+        return invalid(unit->kind, err);
+    return put_pages(places, unit->pages, dec->plain, err);
+}
+
+static int decode_delta(struct page_decoder *dec, const struct page_unit *unit,
+                        const uint8_t *packed, const struct place *at, struct vm_error **err)
+{
+    const uint8_t *former = look_at(at, dec->plain + GUEST_PAGE_SIZE);
     int n =
         LZ4_decompress_safe_usingDict((const char *)packed + PAGE_DELTA_CHECK_SIZE,
                                       (char *)dec->plain, (int)unit->len - PAGE_DELTA_CHECK_SIZE,
-                                      GUEST_PAGE_SIZE, (const char *)page, GUEST_PAGE_SIZE);
+                                      GUEST_PAGE_SIZE, (const char *)former, GUEST_PAGE_SIZE);
     if (n != (int)GUEST_PAGE_SIZE ||
         (uint32_t)XXH3_128bits(dec->plain, GUEST_PAGE_SIZE).low64 != get_le32(packed))
-        return false;
-    memcpy(page, dec->plain, GUEST_PAGE_SIZE);
-    return true;
+        return invalid(unit->kind, err);
+    return put(at, dec->plain, GUEST_PAGE_SIZE, err);
 }
 
-static bool decode_unit(struct page_decoder *dec, const struct page_unit *unit,
-                        const uint8_t *packed, uint8_t *const *pages)
+static int decode_unit(struct page_decoder *dec, const struct page_unit *unit,
+                       const uint8_t *packed, const struct place *places, struct vm_error **err)
 {
     switch (unit->kind) {
     case PAGE_ZERO:
-        clear_pages(dec, pages, unit->pages);
-        return true;
+        return clear_pages(dec, places, unit->pages, err);
     case PAGE_LZ4:
     case PAGE_ZSTD:
-        return decode_block(dec, unit, packed, pages);
+        return decode_block(dec, unit, packed, places, err);
     case PAGE_DELTA:
-        return decode_delta(dec, unit, packed, pages[0]);
-    case PAGE_RAW: /* has been received into its place */
-        return true;
+        return decode_delta(dec, unit, packed, places, err);
+    case PAGE_RAW:
+        return put_pages(places, unit->pages, packed, err);
     case PAGE_FRESH_ZERO: /* never in a unit */
     case PAGE_SAME:
     case PAGE_KIND_COUNT:
         break;
     }
-    return false;
+    return invalid(unit->kind, err);
 }
 
 int page_decoder_commit(struct page_decoder *dec, struct vm_error **err)
@@ -231,18 +265,15 @@ int page_decoder_commit(struct page_decoder *dec, struct vm_error **err)
     if (!dec->begun)
         return error_set(err, VM_ERROR_FAILED, "there is no page batch to commit");
     dec->begun = false;
-    const uint8_t *packed = dec->packed;
+    const uint8_t *packed = dec->payload;
     unsigned page = 0;
     for (unsigned i = 0; i < dec->meta.n_units; i++) {
         const struct page_unit *unit = &dec->meta.units[i];
-        if (!decode_unit(dec, unit, packed, dec->pages + page)) {
+        if (decode_unit(dec, unit, packed, dec->places + page, err) < 0) {
             dec->failed = true;
-            return error_set(err, VM_ERROR_PROTOCOL,
-                             "invalid page batch: a %s unit does not yield its pages",
-                             page_kind_name(unit->kind));
+            return -1;
         }
-        if (unit->kind != PAGE_RAW)
-            packed += unit->len;
+        packed += unit->len;
         page += unit->pages;
         dec->stats.kinds[unit->kind].pages += unit->pages;
         dec->stats.kinds[unit->kind].bytes_in += unit->len;

@@ -180,6 +180,7 @@ void receiver_serve(struct receiver *r, struct conn *conn, const struct channel_
 {
     unsigned number = hello->id.number;
     struct vm_error *err = NULL;
+    pthread_setname_np(pthread_self(), "vmmig-receiver");
     if (number > r->n_lanes) {
         cleanup_error struct vm_error *reason = NULL;
         error_set(&reason, VM_ERROR_PROTOCOL, "there is no data channel %u", number);

@@ -162,6 +162,7 @@ static void *page_worker_main(void *arg)
 {
     struct page_worker *w = arg;
     struct page_batch *batch;
+    pthread_setname_np(pthread_self(), "vmmig-encoder");
     while ((batch = queue_get(w->batches))) {
         struct vm_error *err = NULL;
         if (send_batch(w, batch, &err) < 0) {
@@ -233,6 +234,7 @@ static void *byte_worker_main(void *arg)
 {
     struct sender *s = arg;
     struct chunk *chunk;
+    pthread_setname_np(pthread_self(), "vmmig-bytes");
     while ((chunk = queue_get(s->chunks))) {
         struct vm_error *err = NULL;
         int sent = chunk->length ? send_bytes(s, chunk->data, chunk->length,

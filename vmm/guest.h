@@ -63,6 +63,11 @@ struct guest_region {
     uint64_t size;      /* bytes, a multiple of GUEST_PAGE_SIZE */
     uint64_t page_size; /* of the memory behind it: 4096, or that of hugetlb */
     uint8_t *base;      /* where it is mapped in this process; NULL if it is not */
+    /*
+     * A file that is the same memory from its first byte on, or 0. Pages are written through it: that
+     * costs a third of a fault in our mapping, and memory that runs out is an error and no signal.
+     */
+    int file;
 };
 
 struct guest_source_params {

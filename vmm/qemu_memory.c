@@ -52,6 +52,7 @@ static int map_region(struct qemu_memory *m, unsigned i, struct vm_error **err)
     if (base == MAP_FAILED)
         return error_errno(err, errno, "cannot map %" PRIu64 " MiB of %s", r->size >> 20, r->name);
     r->base = base;
+    r->file = r->page_size > GUEST_PAGE_SIZE ? 0 : m->fds[i]; /* hugetlbfs has no write() */
     madvise(base, r->size, MADV_DONTDUMP);
     return 0;
 }
@@ -142,7 +143,8 @@ int qemu_memory_bind(struct qemu_memory *m, const struct process_identity *proce
         if (!m->remote[i])
             return error_set(err, VM_ERROR_FAILED, "QEMU has not mapped the memory made for %s",
                              m->regions[i].name);
-        close_fd(&m->fds[i]);
+        if (!m->regions[i].file)
+            close_fd(&m->fds[i]);
     }
     return 0;
 }

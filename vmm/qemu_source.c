@@ -294,6 +294,7 @@ static void *source_thread(void *arg)
 {
     struct qemu_source *s = arg;
     struct vm_error *err = NULL;
+    pthread_setname_np(pthread_self(), "vmmig-source");
     run(s, &err);
     for (unsigned i = 0; i < s->params.channels; i++) {
         if (s->open[i])

@@ -4,6 +4,7 @@
 #include <assert.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 const char *const page_content_names[CONTENT_COUNT] = {"zero",     "text",   "kernel",
                                                        "repeated", "sparse", "random"};
@@ -90,14 +91,27 @@ void touch_page(struct prng *r, uint8_t *page)
         page[prng_below(r, GUEST_PAGE_SIZE)] += (uint8_t)(1 + prng_below(r, 255));
 }
 
+/* Regions with an even number are files as well, as a destination's are. */
 static void map_region(struct guest_region *region, unsigned number, unsigned pages)
 {
     *region = (struct guest_region){.size = (uint64_t)pages * GUEST_PAGE_SIZE,
                                     .page_size = GUEST_PAGE_SIZE};
     snprintf(region->name, sizeof(region->name), "ram%u", number);
-    region->base =
-        mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    int file = memfd_create(region->name, MFD_CLOEXEC);
+    assert(file > 0 && ftruncate(file, (off_t)region->size) == 0);
+    region->base = mmap(NULL, region->size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
     assert(region->base != MAP_FAILED);
+    if (number % 2 == 0)
+        region->file = file;
+    else
+        close(file);
+}
+
+static void unmap_region(struct guest_region *region)
+{
+    munmap(region->base, region->size);
+    if (region->file)
+        close(region->file);
 }
 
 void fixture_init(struct fixture *f, const unsigned pages[FIXTURE_REGIONS])
@@ -113,8 +127,8 @@ void fixture_init(struct fixture *f, const unsigned pages[FIXTURE_REGIONS])
 void fixture_finish(struct fixture *f)
 {
     for (unsigned i = 0; i < FIXTURE_REGIONS; i++) {
-        munmap(f->source[i].base, f->source[i].size);
-        munmap(f->destination[i].base, f->destination[i].size);
+        unmap_region(&f->source[i]);
+        unmap_region(&f->destination[i]);
     }
 }
 
