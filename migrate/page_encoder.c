@@ -59,6 +59,7 @@ struct page_encoder {
     uint8_t *snapshot;                 /* of the batch's pages, if mapped_source */
     unsigned delta_tries, delta_skips; /* failures in a row; pages skipped since */
     double block_bytes;                /* per page in compressed blocks, moving average */
+    unsigned probes;
     struct page_encoder_stats stats;
     struct job job;
     struct page_meta meta;
@@ -291,15 +292,15 @@ static const uint8_t *gather(struct page_encoder *enc, const struct pending **pa
 }
 
 /* Compressed bytes in `out`, or 0 if they are more than `limit`. */
-static size_t compress(struct page_encoder *enc, const uint8_t *data, size_t len, uint8_t *out,
-                       size_t limit)
+static size_t compress(struct page_encoder *enc, enum page_mode mode, const uint8_t *data,
+                       size_t len, uint8_t *out, size_t limit)
 {
-    if (enc->job.mode == PAGE_MODE_LZ4) {
+    if (mode == PAGE_MODE_LZ4) {
         int n = LZ4_compress_fast_extState(enc->lz4, (const char *)data, (char *)out, (int)len,
                                            (int)limit, 1);
         return n > 0 ? (size_t)n : 0;
     }
-    int level = 1 + (int)(enc->job.mode - PAGE_MODE_ZSTD_1);
+    int level = 1 + (int)(mode - PAGE_MODE_ZSTD_1);
     size_t n = ZSTD_compressCCtx(enc->zstd, out, limit, data, len, level);
     return ZSTD_isError(n) ? 0 : n;
 }
@@ -309,8 +310,8 @@ static void encode_block(struct page_encoder *enc, const struct pending **pages,
     struct job *job = &enc->job;
     enum page_kind kind = job->mode == PAGE_MODE_LZ4 ? PAGE_LZ4 : PAGE_ZSTD;
     size_t len = (size_t)n * GUEST_PAGE_SIZE;
-    size_t packed = compress(enc, gather(enc, pages, n), len, enc->packed + job->packed_len,
-                             len * WORTH_PERCENT / 100);
+    size_t packed = compress(enc, job->mode, gather(enc, pages, n), len,
+                             enc->packed + job->packed_len, len * WORTH_PERCENT / 100);
     enc->block_bytes +=
         ((double)(packed ? packed : len) / n - enc->block_bytes) * BLOCK_BYTES_WEIGHT;
     if (!packed) {
@@ -474,6 +475,30 @@ int page_encoder_encode(struct page_encoder *enc, const struct page_batch *batch
         .wall_ns = clock_mono_ns() - wall,
     };
     return 0;
+}
+
+/* Beside one another in the batch, as they would be in a block. */
+void page_encoder_probe(struct page_encoder *enc, enum page_mode mode, bool next,
+                        struct page_sample *ret_sample)
+{
+    const struct job *job = &enc->job;
+    const struct pending *pages[PAGE_PROBE_PAGES];
+    unsigned n = job->n_pending < PAGE_PROBE_PAGES ? job->n_pending : PAGE_PROBE_PAGES;
+    *ret_sample = (struct page_sample){.mode = mode, .pages = n};
+    if (!n)
+        return;
+    enc->probes += next;
+    unsigned first = enc->probes * PAGE_PROBE_PAGES % (job->n_pending - n + 1);
+    for (unsigned i = 0; i < n; i++)
+        pages[i] = &job->pending[first + i];
+    size_t len = (size_t)n * GUEST_PAGE_SIZE, packed = 0;
+    int64_t wall = clock_mono_ns(), start = clock_thread_cpu_ns();
+    if (mode != PAGE_MODE_RAW)
+        packed = compress(enc, mode, gather(enc, pages, n), len, enc->packed,
+                          len * WORTH_PERCENT / 100);
+    ret_sample->cpu_ns = clock_thread_cpu_ns() - start;
+    ret_sample->wall_ns = clock_mono_ns() - wall;
+    ret_sample->bytes = packed ? packed : len;
 }
 
 void encoded_batch_finish(struct encoded_batch *out)

@@ -75,6 +75,7 @@ enum page_mode {
 #define PAGE_ENCODER_CHANNELS_MAX 16u
 #define PAGE_ENCODER_MEMORY_DEFAULT (64ul << 20)
 #define PAGE_ENCODER_MEMORY_MIN (6ul << 20) /* for each channel */
+#define PAGE_PROBE_PAGES 16u
 
 struct page_encoder_config {
     const struct guest_region *regions; /* only sizes are used; not kept */
@@ -127,6 +128,13 @@ DEFINE_CLEANUP(page_encoder, struct page_encoder *, page_encoder_destroy)
 /* Encode the batch into *ret_out, which must be empty. Takes no reference of the batch. */
 int page_encoder_encode(struct page_encoder *enc, const struct page_batch *batch,
                         enum page_mode mode, struct encoded_batch *ret_out, struct vm_error **err);
+/*
+ * What up to PAGE_PROBE_PAGES of the last batch's pages take in some mode; nothing comes of it but
+ * the figures. Between encode and the end of the batch's memory. Pages go round from call to call
+ * when `next` is true. `sample->pages` is 0 if there was nothing to encode.
+ */
+void page_encoder_probe(struct page_encoder *enc, enum page_mode mode, bool next,
+                        struct page_sample *ret_sample);
 /* Free what it holds; it is empty then. */
 void encoded_batch_finish(struct encoded_batch *out);
 

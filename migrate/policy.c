@@ -14,12 +14,16 @@
 #define LINK_WEIGHT 0.5
 /* A change of mode is taken back below this share of the former page rate. */
 #define TRIAL_SHARE 0.92
-/* Raw is as good as another mode from this share of its page rate on. */
-#define RAW_SHARE 0.99
+/* A cheaper mode is as good as the one in use from this share of its page rate on. */
+#define CHEAPER_SHARE 0.985
+/* Bytes per page that differ by less are the same. */
+#define SAME_BYTES 1.02
 /* Weight of a full batch in the averages; batches below the minimum say too little. */
 #define BATCH_WEIGHT 0.25
-#define SAMPLE_WEIGHT 2
+#define PROBE_WEIGHT 0.4
 #define BATCH_PAGES_MIN 8
+/* What remains of the sums of times with every batch. */
+#define TIME_FADE 0.95
 #define CREDIT_MAX_NS 1e9
 
 /* Until they are measured: pages of a Linux guest. */
@@ -56,7 +60,8 @@ double policy_predict(const struct policy *p, enum page_mode mode)
 {
     const struct policy_mode *m = &p->modes[mode];
     double ns = p->scan_ns_per_page + m->ns_per_page + m->bytes_per_page * p->send_ns_per_byte;
-    double cores = min_double(p->config.cores, p->config.workers / p->stretch);
+    double stretch = p->cpu_ns > 0 && p->wall_ns > p->cpu_ns ? p->wall_ns / p->cpu_ns : 1;
+    double cores = min_double(p->config.cores, p->config.workers / stretch);
     return min_double(p->link_rate / m->bytes_per_page, cores * NSEC_PER_SEC / ns);
 }
 
@@ -65,18 +70,21 @@ static bool is_eligible(const struct policy *p, enum page_mode mode)
     return is_allowed(p, mode) && p->modes[mode].barred_until_ns <= p->now_ns;
 }
 
+/* The cheapest of those that promise about as much as the best. */
 static enum page_mode best_mode(const struct policy *p)
 {
-    enum page_mode best = p->mode;
     double best_rate = 0;
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
         double rate = policy_predict(p, (enum page_mode)i);
-        if (is_eligible(p, (enum page_mode)i) && rate > best_rate) {
-            best = (enum page_mode)i;
+        if (is_eligible(p, (enum page_mode)i) && rate > best_rate)
             best_rate = rate;
-        }
     }
-    return best;
+    for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
+        if (is_eligible(p, (enum page_mode)i) &&
+            policy_predict(p, (enum page_mode)i) >= best_rate * POLICY_TIE)
+            return (enum page_mode)i;
+    }
+    return p->mode;
 }
 
 void policy_init(struct policy *p, const struct policy_config *config)
@@ -84,9 +92,8 @@ void policy_init(struct policy *p, const struct policy_config *config)
     *p = (struct policy){
         .config = *config,
         .scan_ns_per_page = SCAN_NS_DEFAULT,
-        .stretch = 1,
         .link_rate = POLICY_LINK_INITIAL,
-        .next_sample = POLICY_SAMPLE_GAP,
+        .probe_credit = POLICY_PROBE_CREDIT,
     };
     memcpy(p->modes, mode_defaults, sizeof(p->modes));
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++)
@@ -136,21 +143,22 @@ static void change_mode(struct policy *p, enum page_mode mode)
 static void reconsider(struct policy *p)
 {
     enum page_mode best = best_mode(p);
-    double now = policy_predict(p, p->mode);
-    if (p->trial.active && p->trial.forced)
+    double now = policy_predict(p, p->mode), share = best < p->mode ? CHEAPER_SHARE : POLICY_GAIN;
+    if (best == p->mode || (p->trial.active && p->trial.forced))
         return;
-    if (best != p->mode && policy_predict(p, best) > now * POLICY_GAIN)
+    /* The link limits, so the cores do not: a lighter mode would only fill it sooner. */
+    if (p->link_known &&
+        p->modes[best].bytes_per_page > p->modes[p->mode].bytes_per_page * SAME_BYTES)
+        return;
+    if (policy_predict(p, best) >= now * share)
         change_mode(p, best);
-    else if (p->mode != PAGE_MODE_RAW && is_eligible(p, PAGE_MODE_RAW) &&
-             policy_predict(p, PAGE_MODE_RAW) >= now * RAW_SHARE)
-        change_mode(p, PAGE_MODE_RAW);
 }
 
 /* The mode whose figures are oldest, if its turn has come and the credit pays for it. */
-static bool choose_sample(struct policy *p, enum page_mode *ret_mode)
+bool policy_wants_probe(struct policy *p, enum page_mode *ret_mode)
 {
     int oldest = -1;
-    if (p->batches < p->next_sample)
+    if (p->batches < p->next_probe || p->probe_credit <= 0)
         return false;
     for (int i = PAGE_MODE_RAW + 1; i < PAGE_MODE_COUNT; i++) {
         if (i != (int)p->mode && is_allowed(p, (enum page_mode)i) &&
@@ -159,24 +167,16 @@ static bool choose_sample(struct policy *p, enum page_mode *ret_mode)
     }
     if (oldest < 0)
         return false;
-    double ns = PAGE_BATCH_MAX * NSEC_PER_SEC *
-                (1 / policy_predict(p, (enum page_mode)oldest) - 1 / policy_predict(p, p->mode));
-    if (ns > p->sample_credit)
-        return false;
-    if (ns > 0)
-        p->sample_credit -= ns;
-    p->next_sample = p->batches + POLICY_SAMPLE_GAP;
+    p->modes[oldest].last_batch = p->batches;
+    p->next_probe = p->batches + POLICY_PROBE_GAP;
     *ret_mode = (enum page_mode)oldest;
     return true;
 }
 
 enum page_mode policy_choose(struct policy *p)
 {
-    enum page_mode mode = p->mode;
     p->batches++;
-    if (choose_sample(p, &mode))
-        p->modes[mode].last_batch = p->batches;
-    return mode;
+    return p->mode;
 }
 
 static void average(double *value, double seen, double weight)
@@ -189,19 +189,38 @@ void policy_note_batch(struct policy *p, const struct page_sample *sample)
     struct policy_mode *m = &p->modes[sample->mode];
     double pages = sample->pages, weight = BATCH_WEIGHT * pages / PAGE_BATCH_MAX;
 
-    if (sample->mode != p->mode)
-        weight *= SAMPLE_WEIGHT; /* these come rarely */
     p->seen_encode_ns += sample->wall_ns;
     if (sample->pages < BATCH_PAGES_MIN)
         return;
     average(&p->scan_ns_per_page, (double)sample->scan_ns / pages, weight);
-    if (sample->cpu_ns > 0 && sample->wall_ns >= sample->cpu_ns)
-        average(&p->stretch, (double)sample->wall_ns / (double)sample->cpu_ns, weight);
+    p->wall_ns = p->wall_ns * TIME_FADE + (double)sample->wall_ns;
+    p->cpu_ns = p->cpu_ns * TIME_FADE + (double)sample->cpu_ns;
     average(&m->bytes_per_page, (double)sample->bytes / pages, m->measured ? weight : 1);
     average(&m->ns_per_page, (double)(sample->cpu_ns - sample->scan_ns) / pages,
             m->measured ? weight : 1);
     m->measured = true;
     m->last_batch = p->batches;
+    reconsider(p);
+}
+
+/* Raw has no figures of its own on these pages: then the other's are taken as they are. */
+void policy_note_probe(struct policy *p, const struct page_sample *used,
+                       const struct page_sample *other)
+{
+    const struct policy_mode *u = &p->modes[used->mode];
+    struct policy_mode *m = &p->modes[other->mode];
+    double pages = other->pages;
+    p->probe_credit -= (double)(used->cpu_ns + other->cpu_ns);
+    if (other->pages < BATCH_PAGES_MIN || used->mode == other->mode)
+        return;
+    double bytes = (double)other->bytes / pages, ns = (double)other->cpu_ns / pages;
+    if (used->mode != PAGE_MODE_RAW && u->measured && used->bytes && used->cpu_ns > 0) {
+        bytes = u->bytes_per_page * (double)other->bytes / (double)used->bytes;
+        ns = u->ns_per_page * (double)other->cpu_ns / (double)used->cpu_ns;
+    }
+    average(&m->bytes_per_page, bytes, m->measured ? PROBE_WEIGHT : 1);
+    average(&m->ns_per_page, ns, m->measured ? PROBE_WEIGHT : 1);
+    m->measured = true;
     reconsider(p);
 }
 
@@ -263,9 +282,9 @@ static void challenge(struct policy *p)
         POLICY_LINK_BATCHES * PAGE_BATCH_MAX * raw->bytes_per_page * NSEC_PER_SEC / p->link_rate;
     if (interval_ns < POLICY_LINK_INTERVAL)
         interval_ns = POLICY_LINK_INTERVAL;
-    if (p->sample_credit < interval_ns * POLICY_TRIAL_LENGTH)
+    if (p->trial_credit < interval_ns * POLICY_TRIAL_LENGTH)
         return;
-    p->sample_credit -= interval_ns * POLICY_TRIAL_LENGTH;
+    p->trial_credit -= interval_ns * POLICY_TRIAL_LENGTH;
     change_mode(p, PAGE_MODE_RAW);
     p->trial.forced = true;
 }
@@ -301,8 +320,11 @@ void policy_note_link(struct policy *p, const struct policy_link_sample *sample)
         return;
 
     p->now_ns += seen->interval_ns;
-    p->sample_credit = min_double(CREDIT_MAX_NS, p->sample_credit + POLICY_SAMPLE_SHARE *
-                                                                        (double)seen->interval_ns);
+    p->trial_credit = min_double(
+        CREDIT_MAX_NS, p->trial_credit + POLICY_TRIAL_SHARE * (double)seen->interval_ns);
+    p->probe_credit = min_double(CREDIT_MAX_NS,
+                                 p->probe_credit + POLICY_PROBE_SHARE * p->config.workers *
+                                                       (double)seen->interval_ns);
     /* Nothing at all comes through: the connection is gone, and says nothing about the link. */
     if (seen->bytes)
         judge_interval(p, seen);

@@ -9,15 +9,20 @@
  *         page_encoder_encode(enc, batch, policy_choose(&policy), &out, &err);
  *         policy_note_batch(&policy, &out.sample);
  *         ... send it ...
+ *         if (policy_wants_probe(&policy, &other))
+ *             page_encoder_probe(enc, mode, &a), page_encoder_probe(enc, other, &b),
+ *             policy_note_probe(&policy, &a, &b);
  *         policy_note_send(&policy, bytes, cpu_ns);
  *     and now and then (each acknowledgement, or a timer):
  *         policy_note_link(&policy, &(struct policy_link_sample){...});
  *
  * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
  * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page
- * are moving averages of what the encoders measured. It changes to a mode that promises POLICY_GAIN
- * times as much, and to raw as soon as raw is as good: compression that would make the migration
- * slower turns itself off, on a fast link as well as for pages that do not compress.
+ * are moving averages of what the encoders measured. Of the modes that promise about as much as the
+ * best (POLICY_TIE), it takes the cheapest: the core that is spared is the guest's. It changes to a
+ * dearer mode if that promises POLICY_GAIN times as much, and to a cheaper one as soon as that is as
+ * good: compression that would make the migration slower turns itself off, on a fast link as well as
+ * for pages that do not compress. While the link is what limits, it takes no mode with more bytes.
  *
  * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
  * fewer pages a second are acknowledged than before, it is taken back, and all modes that cost more
@@ -25,9 +30,11 @@
  * looks good because the link looks slow, raw is tried in truth now and then: it may be the other
  * end that is slow.
  *
- * Samples. Modes not in use are tried on one batch now and then, so that what is known of them
- * stays fresh. The time that samples and trials of raw cost is paid from a credit of
- * POLICY_SAMPLE_SHARE of the time passed; so a short migration has no trial of raw.
+ * Probes. What other modes would do is measured on a few pages of a batch that was sent already, in
+ * the mode in use and in the other, and nothing of it is sent: so a probe costs CPU time, at most
+ * POLICY_PROBE_SHARE of the workers' (and POLICY_PROBE_CREDIT at the beginning), and no bytes; and
+ * both figures are of the same pages. Trials of raw are paid from a credit of POLICY_TRIAL_SHARE of
+ * the time passed; so a short migration has none.
  *
  * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
  * While hardly anybody waits and the encoders are busy, the link is faster than believed, and the
@@ -50,9 +57,12 @@
 #define POLICY_LINK_INTERVAL 20000000
 #define POLICY_LINK_BATCHES 4
 #define POLICY_LINK_INTERVAL_MAX 2000000000
-#define POLICY_GAIN 1.03           /* a change of mode must promise this */
-#define POLICY_SAMPLE_SHARE 0.025  /* of the time, for sampling other modes */
-#define POLICY_SAMPLE_GAP 16       /* batches between two samples, at least */
+#define POLICY_GAIN 1.04           /* a change to a dearer mode must promise this */
+#define POLICY_TIE 0.97            /* from this share of the best on, a mode is as good */
+#define POLICY_TRIAL_SHARE 0.025   /* of the time, for trials of raw */
+#define POLICY_PROBE_SHARE 0.01    /* of the workers' time */
+#define POLICY_PROBE_CREDIT 1e6    /* ns */
+#define POLICY_PROBE_GAP 4         /* batches between two probes, at least */
 #define POLICY_TRIAL_SETTLE 1      /* intervals after a change that are not judged, */
 #define POLICY_TRIAL_LENGTH 4      /* and after which the trial ends */
 #define POLICY_BAR 2000000000      /* ns */
@@ -79,7 +89,7 @@ struct policy_mode {
     double bytes_per_page;
     double ns_per_page;              /* CPU time beyond the scan, which is the same in every mode */
     bool measured;                   /* else these are defaults */
-    uint64_t last_batch;             /* number of the batch that was last encoded in this mode */
+    uint64_t last_batch;             /* number of the batch that was last encoded or probed in it */
     int64_t barred_until_ns, bar_ns; /* the next bar lasts bar_ns */
 };
 
@@ -88,12 +98,12 @@ struct policy {
     enum page_mode mode; /* the choice, apart from samples */
     struct policy_mode modes[PAGE_MODE_COUNT];
     double scan_ns_per_page, send_ns_per_byte;
-    double stretch;   /* wall time / CPU time of encoding */
+    double wall_ns, cpu_ns; /* of encoding, sums that fade */
     double link_rate; /* bytes a second */
     bool link_known;  /* was the limit when last judged */
     uint64_t batches;
-    uint64_t next_sample; /* not before this batch */
-    double sample_credit; /* ns */
+    uint64_t next_probe; /* not before this batch */
+    double probe_credit, trial_credit; /* ns */
 
     /* The interval that is not judged yet. */
     struct policy_link_sample seen;
@@ -115,6 +125,11 @@ void policy_init(struct policy *p, const struct policy_config *config);
 /* The mode for the next batch. */
 enum page_mode policy_choose(struct policy *p);
 void policy_note_batch(struct policy *p, const struct page_sample *sample);
+/* Whether the last batch's pages should be probed, and in which mode beside the one in use. */
+bool policy_wants_probe(struct policy *p, enum page_mode *ret_mode);
+/* The same pages in the mode of a batch, and in another. */
+void policy_note_probe(struct policy *p, const struct page_sample *used,
+                       const struct page_sample *other);
 /* CPU time that it took to encrypt and send so many bytes. Optional. */
 void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns);
 void policy_note_link(struct policy *p, const struct policy_link_sample *sample);

@@ -16,6 +16,8 @@ enum { QUEUE_BATCHES = 4, QUEUE_CHUNKS = 16 };
 /* Of all encoders together. With the driver's slabs and what is in flight it keeps the agent below
  * 100 MiB, whatever the guest's size. */
 #define ENCODER_MEMORY (44ul << 20)
+/* While so many chunks in a row did not shrink, only one in as many is tried. */
+enum { BYTES_PATIENCE = 16 };
 enum { PILOT_INTERVAL_MS = 10 };
 enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
 /* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
@@ -32,13 +34,6 @@ struct page_worker {
     bool started;
 };
 
-/* The next item for channel 0: bytes, or a barrier if length is 0. */
-struct chunk {
-    size_t length;
-    struct stream_barrier barrier;
-    uint8_t data[];
-};
-
 /* A frame on its way: what must stay until it is acknowledged. */
 struct page_frame {
     struct sender *s;
@@ -46,7 +41,10 @@ struct page_frame {
     struct page_batch *batch; /* NULL unless the encoded batch borrows from it */
 };
 
+/* The next frame for channel 0: bytes, or a barrier if length is 0. */
 struct byte_frame {
+    size_t length;
+    struct stream_barrier barrier;
     uint8_t meta[STREAM_BARRIER_META_MAX];
     uint8_t payload[];
 };
@@ -58,6 +56,7 @@ struct sender {
     struct channel_sender *channels[SENDER_CHANNELS_MAX + 1];
     struct page_worker workers[SENDER_CHANNELS_MAX];
     struct queue *chunks;
+    unsigned futile, skipped; /* chunks in a row that did not shrink; not tried since. The byte worker's */
     pthread_t byte_thread;
     bool byte_thread_started;
     atomic_uint_fast64_t pages_given, zero_pages_given; /* by the driver */
@@ -115,17 +114,33 @@ static void dispose_batch(void *item)
     page_batch_unref(item);
 }
 
-/* Encode the batch and give it to the channel. Takes over the reference. */
+/* The last batch is on its way: what would another mode have made of it? */
+static void probe(struct page_worker *w, enum page_mode used)
+{
+    struct sender *s = w->s;
+    struct page_sample a, b;
+    enum page_mode other;
+    pthread_mutex_lock(&s->policy_lock);
+    bool wanted = policy_wants_probe(&s->policy, &other);
+    pthread_mutex_unlock(&s->policy_lock);
+    if (!wanted)
+        return;
+    page_encoder_probe(w->encoder, used, true, &a);
+    page_encoder_probe(w->encoder, other, false, &b);
+    SCOPE_LOCK(&s->policy_lock);
+    policy_note_probe(&s->policy, &a, &b);
+}
+
+/* Encode the batch and give it to the channel. */
 static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm_error **err)
 {
     struct sender *s = w->s;
     struct page_frame *f = calloc(1, sizeof(*f));
-    if (!f) {
-        page_batch_unref(batch);
+    if (!f)
         return error_nomem(err);
-    }
     f->s = s;
     f->batch = batch;
+    page_batch_ref(batch);
     pthread_mutex_lock(&s->policy_lock);
     enum page_mode mode = policy_choose(&s->policy);
     pthread_mutex_unlock(&s->policy_lock);
@@ -155,6 +170,7 @@ static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm
         return -1;
     atomic_fetch_add(&s->blocked_ns, clock_mono_ns() - before);
     atomic_fetch_add(&w->frames, 1);
+    probe(w, mode);
     return 0;
 }
 
@@ -165,7 +181,9 @@ static void *page_worker_main(void *arg)
     pthread_setname_np(pthread_self(), "vmmig-encoder");
     while ((batch = queue_get(w->batches))) {
         struct vm_error *err = NULL;
-        if (send_batch(w, batch, &err) < 0) {
+        int sent = send_batch(w, batch, &err);
+        page_batch_unref(batch);
+        if (sent < 0) {
             sender_fail(w->s, err);
             break;
         }
@@ -175,41 +193,57 @@ static void *page_worker_main(void *arg)
 
 /* ---- Channel 0: the loader's bytes and the barrier ---- */
 
-static int send_barrier(struct sender *s, const struct stream_barrier *barrier,
-                        struct vm_error **err)
+/* Each takes the frame over. */
+static int send_barrier(struct sender *s, struct byte_frame *f, struct vm_error **err)
 {
-    struct byte_frame *f = malloc(sizeof(*f));
-    if (!f)
-        return error_nomem(err);
     struct channel_frame frame = {.type = FRAME_BARRIER,
                                   .meta = f->meta,
-                                  .meta_len = stream_barrier_pack(barrier, f->meta),
+                                  .meta_len = stream_barrier_pack(&f->barrier, f->meta),
                                   .release = free,
                                   .release_arg = f};
     return channel_sender_send(s->channels[0], &frame, err);
 }
 
-/*
- * Compress unless the user or the policy turned that off. What does not shrink goes as it is.
- */
-static int send_bytes(struct sender *s, const uint8_t *data, size_t length, bool compress,
-                      struct vm_error **err)
+/* The user or the policy may have turned it off; and what did not shrink for long is tried rarely. */
+static bool may_compress(struct sender *s)
 {
-    int room = LZ4_compressBound((int)length);
-    struct byte_frame *f = malloc(sizeof(*f) + (size_t)room);
-    if (!f)
-        return error_nomem(err);
-    struct stream_bytes head = {(uint32_t)length, STREAM_PLAIN};
-    size_t n = length;
-    if (compress) {
-        int shrunk = LZ4_compress_default((const char *)data, (char *)f->payload, (int)length, room);
-        if (shrunk > 0 && (size_t)shrunk < length - length / 32) {
-            head.encoding = STREAM_LZ4;
-            n = (size_t)shrunk;
-        }
+    if (s->params.compress == POLICY_NONE)
+        return false;
+    if (s->futile >= BYTES_PATIENCE && ++s->skipped < BYTES_PATIENCE)
+        return false;
+    s->skipped = 0;
+    SCOPE_LOCK(&s->policy_lock);
+    return s->policy.mode != PAGE_MODE_RAW;
+}
+
+/* A shorter frame with the same bytes, or NULL if they do not shrink. */
+static struct byte_frame *shrink(struct sender *s, const struct byte_frame *f, size_t *ret_len)
+{
+    int room = (int)(f->length - f->length / 32);
+    struct byte_frame *out = malloc(sizeof(*out) + (size_t)room);
+    int n = out ? LZ4_compress_default((const char *)f->payload, (char *)out->payload,
+                                       (int)f->length, room)
+                : 0;
+    s->futile = n > 0 ? 0 : s->futile + 1;
+    if (n <= 0) {
+        free(out);
+        return NULL;
     }
-    if (head.encoding == STREAM_PLAIN)
-        memcpy(f->payload, data, length);
+    out->length = f->length;
+    *ret_len = (size_t)n;
+    return out;
+}
+
+static int send_bytes(struct sender *s, struct byte_frame *f, struct vm_error **err)
+{
+    struct stream_bytes head = {(uint32_t)f->length, STREAM_PLAIN};
+    size_t n = f->length;
+    struct byte_frame *shorter = may_compress(s) ? shrink(s, f, &n) : NULL;
+    if (shorter) {
+        head.encoding = STREAM_LZ4;
+        free(f);
+        f = shorter;
+    }
     stream_bytes_pack(&head, f->meta);
     struct iovec iov = {f->payload, n};
     struct channel_frame frame = {.type = FRAME_BYTES,
@@ -222,26 +256,14 @@ static int send_bytes(struct sender *s, const uint8_t *data, size_t length, bool
     return channel_sender_send(s->channels[0], &frame, err);
 }
 
-static bool bytes_are_compressed(struct sender *s)
-{
-    if (s->params.compress == POLICY_NONE)
-        return false;
-    SCOPE_LOCK(&s->policy_lock);
-    return s->policy.mode != PAGE_MODE_RAW;
-}
-
 static void *byte_worker_main(void *arg)
 {
     struct sender *s = arg;
-    struct chunk *chunk;
     pthread_setname_np(pthread_self(), "vmmig-bytes");
-    while ((chunk = queue_get(s->chunks))) {
+    struct byte_frame *f;
+    while ((f = queue_get(s->chunks))) {
         struct vm_error *err = NULL;
-        int sent = chunk->length ? send_bytes(s, chunk->data, chunk->length,
-                                              bytes_are_compressed(s), &err)
-                                 : send_barrier(s, &chunk->barrier, &err);
-        free(chunk);
-        if (sent < 0) {
+        if ((f->length ? send_bytes(s, f, &err) : send_barrier(s, f, &err)) < 0) {
             sender_fail(s, err);
             break;
         }
@@ -270,11 +292,11 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
     return stopped(err);
 }
 
-static int put_chunk(struct sender *s, struct chunk *chunk, struct vm_error **err)
+static int put_chunk(struct sender *s, struct byte_frame *f, struct vm_error **err)
 {
-    if (queue_put(s->chunks, chunk))
+    if (queue_put(s->chunks, f))
         return 0;
-    free(chunk);
+    free(f);
     return stopped(err);
 }
 
@@ -283,12 +305,12 @@ static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err
     struct sender *s = arg;
     for (const uint8_t *p = data; n;) {
         size_t length = n < STREAM_BYTES_MAX ? n : STREAM_BYTES_MAX;
-        struct chunk *chunk = malloc(sizeof(*chunk) + length);
-        if (!chunk)
+        struct byte_frame *f = malloc(sizeof(*f) + length);
+        if (!f)
             return error_nomem(err);
-        chunk->length = length;
-        memcpy(chunk->data, p, length);
-        if (put_chunk(s, chunk, err) < 0)
+        f->length = length;
+        memcpy(f->payload, p, length);
+        if (put_chunk(s, f, err) < 0)
             return -1;
         p += length;
         n -= length;
@@ -300,18 +322,18 @@ static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err
 static int on_memory_done(void *arg, struct vm_error **err)
 {
     struct sender *s = arg;
-    struct chunk *chunk = calloc(1, sizeof(*chunk));
-    if (!chunk)
+    struct byte_frame *f = calloc(1, sizeof(*f));
+    if (!f)
         return error_nomem(err);
-    chunk->barrier.n = s->params.channels;
+    f->barrier.n = s->params.channels;
     for (unsigned i = 0; i < s->params.channels; i++) {
         if (!queue_wait_idle(s->workers[i].batches)) {
-            free(chunk);
+            free(f);
             return stopped(err);
         }
-        chunk->barrier.frames[i] = atomic_load(&s->workers[i].frames);
+        f->barrier.frames[i] = atomic_load(&s->workers[i].frames);
     }
-    return put_chunk(s, chunk, err);
+    return put_chunk(s, f, err);
 }
 
 static void on_done(void *arg, struct vm_error *err)
@@ -416,6 +438,9 @@ static void tell_policy(struct sender *s, struct pilot *pilot, int64_t interval_
     pilot->last_blocked_ns = blocked;
     SCOPE_LOCK(&s->policy_lock);
     policy_note_link(&s->policy, &sample);
+    if (pilot->mode != s->policy.mode)
+        log_debug("pages go in another way", "mode=%s link_mbps=%.0f",
+                  page_mode_name(s->policy.mode), s->policy.link_rate * 8 / 1e6);
     pilot->mode = s->policy.mode;
 }
 
