@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compares migrations of the same guest, in turn (A B C A B C ...), in one run: vmmig against QEMU's own.
 
-    /usr/bin/python3 tests/bench/migrate.py [--case NAME]... [--rounds N] [--tls] [--json FILE]
+    /usr/bin/python3 tests/bench/migrate.py [--case NAME]... [--link RATE]... [--rounds N] [--tls]
+                                             [--json FILE]
 
 Cases:
     linux-1gbit      Linux with 1 GiB, working, over 1 Gbit/s
     random-unshaped  1 GiB that does not compress, over a link without a limit
     unmapped         the same, with a destination that the user prepared: its memory is not mapped
+    modes            vmmig alone, auto beside every --compress: 100 Mbit/s, 1 and 10 Gbit/s and no limit,
+                     memory that compresses, does not, and is zero
 
 The guest is booted once and goes back and forth. Prints medians with their spread, and for every metric
 vmmig's ratio to the best of QEMU's modes. VMMIG_BUILD names the build folder.
 
-Metrics: total_ms from the command until the user is told that it is done; pause_ms as a host sees
-the guest stand still (the stamps of its console's ticks); wire_bytes all that both hosts sent; cpu_s
-of both agents and both QEMUs without their vCPUs' threads.
+Metrics: total_ms as a user waits for it, from the command until he is told that it is done, the start of
+the destination's QEMU included, with every tool; copy_ms the same without that start, with every tool;
+pause_ms as a host sees the guest stand still (the stamps of its console's ticks); wire_bytes all that
+both hosts sent; cpu_s of both agents and both QEMUs without their vCPUs' threads; others_pct how much of
+the machine's CPU time went elsewhere meanwhile, or was stolen by the machine's host: above a few percent,
+the row says little.
 """
 import argparse
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -36,24 +43,56 @@ MODES = {
     'qemu-multifd-zstd': (['multifd'], {'multifd-channels': 2, 'multifd-compression': 'zstd'}),
     'qemu-xbzrle': (['xbzrle'], {}),
 }
-METRICS = {'total_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's'}
+# The tools that are vmmig, with the options of `vmmig send`.
+VMMIG = {
+    'vmmig-qemu': [],
+    'vmmig-lz4': ['--compress', 'lz4'],
+    'vmmig-zstd': ['--compress', 'zstd'],
+    'vmmig-none': ['--compress', 'none'],
+}
+METRICS = {'total_ms': 'ms', 'copy_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's', 'others_pct': '%'}
 HZ = os.sysconf('SC_CLK_TCK')
 
 
+def cpu_times(path):
+    with open(path, encoding='ascii') as file:
+        fields = file.read().rpartition(')')[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
 def cpu_of(pid):
-    """CPU seconds of a process without its vCPUs' threads."""
-    total = 0
+    """CPU seconds of a process and the threads that it had, without its vCPUs' threads."""
+    total = cpu_times(f'/proc/{pid}/stat')
     for task in os.listdir(f'/proc/{pid}/task'):
-        try:
+        with contextlib.suppress(OSError):
             with open(f'/proc/{pid}/task/{task}/comm', encoding='ascii') as file:
                 if file.read().startswith('CPU '):
-                    continue
-            with open(f'/proc/{pid}/task/{task}/stat', encoding='ascii') as file:
-                fields = file.read().rpartition(')')[2].split()
-        except OSError:
-            continue
-        total += int(fields[11]) + int(fields[12])
+                    total -= cpu_times(f'/proc/{pid}/task/{task}/stat')
     return total / HZ
+
+
+def machine_cpu():
+    """Seconds that all CPUs were busy, or stolen."""
+    with open('/proc/stat', encoding='ascii') as file:
+        user, nice, system, _, _, irq, softirq, steal = (int(n) for n in file.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / HZ
+
+
+def family_cpu(root):
+    """Seconds of a process and all its descendants, children that have ended included."""
+    children, times = {}, {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError):
+            with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
+                fields = file.read().rpartition(')')[2].split()
+            children.setdefault(int(fields[1]), []).append(int(pid))
+            times[int(pid)] = sum(map(int, fields[11:15])) / HZ
+    total, todo = 0, [root]
+    while todo:
+        pid = todo.pop()
+        total += times.get(pid, 0)
+        todo += children.get(pid, [])
+    return total
 
 
 class Race:
@@ -64,7 +103,7 @@ class Race:
         self.here, self.there = cluster.agents
         self.console = cluster.console(vm.name)
         self.options = []
-        self.damaged = dict.fromkeys(['vmmig-qemu', *MODES], 0)
+        self.damaged = dict.fromkeys([*VMMIG, *MODES], 0)
         self.boot()
 
     def boot(self):
@@ -79,17 +118,21 @@ class Race:
 
     def run(self, tool):
         """One migration. Returns its metrics."""
-        move = self.vmmig if tool == 'vmmig-qemu' else lambda: self.native(*MODES[tool])
+        move = (lambda: self.vmmig(VMMIG[tool])) if tool in VMMIG else lambda: self.native(*MODES[tool])
         mark = self.console.mark()
         agents = [agent.process.pid for agent in (self.here, self.there)]
         before = {pid: cpu_of(pid) for pid in agents}
         sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there))
-        total, cpu = move()
+        began, busy, ours = time.monotonic(), machine_cpu(), family_cpu(os.getpid())
+        total, copy, cpu = move()
+        others = machine_cpu() - busy - (family_cpu(os.getpid()) - ours)
+        others /= (time.monotonic() - began) * os.cpu_count()
         sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there)) - sent
         cpu += sum(cpu_of(pid) - before[pid] for pid in agents)
         self.here, self.there = self.there, self.here
         pause = self.judge(tool, mark)
-        return {'total_ms': total * 1000, 'pause_ms': pause * 1000, 'wire_bytes': sent, 'cpu_s': cpu}
+        return {'total_ms': total * 1000, 'copy_ms': copy * 1000, 'pause_ms': pause * 1000, 'wire_bytes': sent,
+                'cpu_s': cpu, 'others_pct': max(0, others * 100)}
 
     def judge(self, tool, mark):
         """The pause. A guest whose memory QEMU's own migration damaged (TCG, before QEMU 9.0) is counted and
@@ -99,7 +142,7 @@ class Race:
             self.console.check(after=mark)
             return self.console.pause(after=mark)
         except (AssertionError, TimeoutError):
-            if tool == 'vmmig-qemu':
+            if tool in VMMIG:
                 raise
             self.damaged[tool] += 1
             for pid in self.qemu_pids():
@@ -121,9 +164,17 @@ class Race:
         eventually('the destination', lambda: os.path.exists(self.there.host.path(self.vm.judge_path)))
         return self.vm.qmp(self.there.host)
 
-    def vmmig(self):
+    def until_prepared(self):
+        """Seconds from the command to the destination's readiness, as the source's agent logged them."""
+        said = self.here.log()
+        begin, ready = (re.findall(rf'^ts=\S+T(\d+):(\d+):([\d.]+)Z .*{what}', said, re.MULTILINE)[-1]
+                        for what in ('msg="job begins" kind=send', 'to=SRC_SENDING'))
+        begin, ready = (int(h) * 3600 + int(m) * 60 + float(sec) for h, m, sec in (begin, ready))
+        return (ready - begin) % 86400
+
+    def vmmig(self, options):
         self.here.vmmig('attach', self.vm.name, '--qmp', self.vm.qmp_path)
-        options = list(self.options)
+        options = [*options, *self.options]
         if self.dest_qmp:
             self.start_destination()
             options += ['--dest-qmp', self.vm.qmp_path]
@@ -144,14 +195,15 @@ class Race:
         target = self.there.json('status', self.vm.name)['pid']
         self.there.vmmig('detach', self.vm.name)
         self.last = json.loads(said)
-        return total, last - used + cpu_of(target)
+        return total, total - self.until_prepared(), last - used + cpu_of(target)
 
     def ended(self, pid):
         self.here.host.reap()
         return not os.path.exists(f'/proc/{pid}')
 
     def native(self, capabilities, parameters):
-        source, target = self.vm.qmp(self.here.host), self.start_destination()
+        source, began = self.vm.qmp(self.here.host), time.monotonic()
+        target = self.start_destination()
         source_pid = next(pid for pid, argv in self.here.host.processes().items() if 'qemu-system' in argv[0])
         target_pid = next(pid for pid, argv in self.there.host.processes().items() if 'qemu-system' in argv[0])
         tls = not self.cluster.plain
@@ -182,14 +234,14 @@ class Race:
         source('migrate', uri=f'tcp:{self.there.host.name}:4444')
         while (info := source('query-migrate'))['status'] not in ('completed', 'failed'):
             time.sleep(0.005)
-        total = time.monotonic() - start
         assert info['status'] == 'completed', info
         eventually('the guest', lambda: target('query-status')['status'] == 'running')
+        total, copy = time.monotonic() - began, time.monotonic() - start
         cpu = cpu_of(source_pid) - used + cpu_of(target_pid)
         os.kill(source_pid, 9)
         eventually('the end of the source', lambda: self.ended(source_pid))
         self.forget_sockets()
-        return total, cpu
+        return total, copy, cpu
 
 
 def linux_1gbit(plain):
@@ -209,20 +261,41 @@ def unmapped(plain):
 
 
 CASES = {'linux-1gbit': linux_1gbit, 'random-unshaped': random_unshaped, 'unmapped': unmapped}
+# Link, and how much memory is moved over it.
+LINKS = {'100mbit': 64, '1gbit': 384, '10gbit': 512, None: 512}
+FILLS = ['text', 'random', 'zero']
 
 
-def run_case(name, rounds, plain):
-    cluster, vm, dest_qmp, tools = CASES[name](plain)
+def race(name, cluster, vm, dest_qmp, tools, rounds):
     results = {tool: [] for tool in tools}
     with cluster:
-        race = Race(cluster, vm, dest_qmp)
-        race.run(tools[0])  # warms up: not counted
+        contest = Race(cluster, vm, dest_qmp)
+        contest.run(tools[0])  # warms up: not counted
         for _ in range(rounds):
             for tool in tools:
-                results[tool].append(race.run(tool))
+                results[tool].append(contest.run(tool))
                 print(f'  {name} {tool}: ' + ', '.join(f'{m} {v:.4g}' for m, v in results[tool][-1].items()),
                       file=sys.stderr, flush=True)
-    return results, race.damaged
+    return results, contest.damaged
+
+
+def modes(rounds, plain, links=None):
+    """Yields a name, its results and what was damaged, for every link and content."""
+    for rate, mib in LINKS.items():
+        for fill in FILLS:
+            if links and (rate or 'unshaped') not in links:
+                continue
+            name = f'{fill}-{rate or "unshaped"}'
+            vm = BareGuest('bench', mem_mib=mib, dirty_mib=4, rate_mbps=1, scan_mbps=0, fill=fill)
+            yield name, *race(name, Cluster(rate=rate, plain=plain), vm, False, list(VMMIG), rounds)
+
+
+def run_case(name, rounds, plain, links=None):
+    """Yields a name, its results and what was damaged."""
+    if name == 'modes':
+        yield from modes(rounds, plain, links)
+    else:
+        yield name, *race(name, *CASES[name](plain), rounds)
 
 
 def median(runs, metric):
@@ -242,12 +315,15 @@ def show(name, results, damaged):
         print(f'{tool:22}' + ''.join(f'{cell:>24}' for cell in cells)
               + (f'   damaged the guest {damaged[tool]} times' if damaged[tool] else ''))
     best = {m: min(middle[tool][m] for tool in results if tool != 'vmmig-qemu') for m in METRICS}
-    print(f'{"vmmig / best of QEMU":22}' + ''.join(f'{middle["vmmig-qemu"][m] / best[m]:>24.2f}' for m in METRICS))
+    ratios = [middle['vmmig-qemu'][m] / best[m] if best[m] else float('nan') for m in METRICS]
+    print(f'{"vmmig / best other":22}' + ''.join(f'{ratio:>24.2f}' for ratio in ratios))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--case', action='append', choices=list(CASES))
+    parser.add_argument('--case', action='append', choices=[*CASES, 'modes'])
+    parser.add_argument('--link', action='append', choices=[link or 'unshaped' for link in LINKS],
+                        help='only these links of the case modes')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--tls', action='store_true', help='both sides with TLS')
     parser.add_argument('--json', metavar='FILE')
@@ -256,13 +332,13 @@ def main():
                              check=True).stdout.splitlines()[0]
     machine = {'cpus': os.cpu_count(), 'kernel': os.uname().release, 'qemu': version, 'tls': options.tls}
     results = []
-    for name in options.case or CASES:
-        found, damaged = run_case(name, options.rounds, not options.tls)
-        show(name, found, damaged)
-        results += [{'case': name, 'tool': tool, 'metric': metric, 'unit': unit,
-                     'runs': [run[metric] for run in runs],
-                     'median': median(runs, metric), 'damaged_guests': damaged[tool]}
-                    for tool, runs in found.items() for metric, unit in METRICS.items()]
+    for case in options.case or CASES:
+        for name, found, damaged in run_case(case, options.rounds, not options.tls, options.link):
+            show(name, found, damaged)
+            results += [{'case': name, 'tool': tool, 'metric': metric, 'unit': unit,
+                         'runs': [run[metric] for run in runs],
+                         'median': median(runs, metric), 'damaged_guests': damaged[tool]}
+                        for tool, runs in found.items() for metric, unit in METRICS.items()]
     if options.json:
         with open(options.json, 'w', encoding='utf-8') as file:
             json.dump({'machine': machine, 'results': results}, file, indent=1)
