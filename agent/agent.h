@@ -11,6 +11,7 @@
 #include "agent/vms.h"
 #include "base/loop.h"
 
+struct repository;
 struct transfer;
 
 struct agent {
@@ -19,6 +20,7 @@ struct agent {
     struct job_table *jobs;
     struct vms *vms;
     struct transfer *transfer; /* agent/transfer.h */
+    struct repository *repository; /* agent/repository.h */
     int64_t started_ns; /* wall clock */
 };
 

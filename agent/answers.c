@@ -57,6 +57,23 @@ static void set_progress(struct job_answer *a)
     m->n_pages = JOB_ENC_COUNT;
 }
 
+static void set_snapshot(struct job_answer *a)
+{
+    struct job_snapshot *p = &a->status.progress.snapshot;
+    Vmmig__Control__SnapshotResult *m = &a->snapshot;
+    if (!*p->image)
+        return;
+    vmmig__control__snapshot_result__init(m);
+    m->image = p->image;
+    m->parent = p->parent;
+    m->memory_bytes = p->memory_bytes;
+    m->disk_bytes = p->disk_bytes;
+    m->disk_read_bytes = p->disk_read_bytes;
+    m->stored_bytes = p->stored_bytes;
+    m->frozen = p->frozen;
+    a->message.snapshot = m;
+}
+
 void job_answer_init(struct job_answer *a, const struct job_status *status)
 {
     Vmmig__Control__Job *m = &a->message;
@@ -73,6 +90,7 @@ void job_answer_init(struct job_answer *a, const struct job_status *status)
     m->elapsed_ns = status->elapsed_ns;
     set_error(a);
     set_progress(a);
+    set_snapshot(a);
 }
 
 void job_answer_finish(struct job_answer *a)

@@ -177,6 +177,13 @@ static const struct option config_options[] = {
          "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
+    {"repository", "URL", parse_text, MEMBER(repository), .def = "dir:/var/lib/vmmig/repo",
+     .text = "Where snapshots and templates are, and images: dir:FOLDER or "
+             "rados:POOL[/NAMESPACE][?conf=FILE&id=USER]"},
+    {"scratch-dir", "DIR", parse_path, MEMBER(scratch_dir), .def = "/var/lib/vmmig/scratch",
+     .text = "Room for what guests overwrite while a snapshot of them is stored. On a local disk"},
+    {"nbdkit-plugin", "PATH", parse_path, MEMBER(nbdkit_plugin),
+     .text = "nbdkit's plugin through which disks leave a VM. The installed one if it is not set"},
     {"map", "NAME = NAME", parse_map, MEMBER(maps), .repeatable = true,
      .text = "What a tap or bridge in a peer's command line is called on this host"},
     {"max-vms", "N", option_parse_u64, MEMBER(max_vms), .min = 1, .max = CONFIG_VMS_MAX,
@@ -296,6 +303,8 @@ static int set_missing(struct config *c, const bool *seen, struct vm_error **err
         if (copy_text(*host ? host : "localhost", &c->host, err) < 0)
             return -1;
     }
+    if (!c->nbdkit_plugin && copy_text(NBDKIT_PLUGIN, &c->nbdkit_plugin, err) < 0)
+        return -1;
     if (c->control_socket)
         return 0;
     cleanup_free char *path = NULL;
@@ -343,7 +352,7 @@ void config_destroy(struct config *c)
         return;
     char *texts[] = {c->host,    c->state_dir, c->runtime_dir, c->control_socket, c->control_group,
                      c->ca_file, c->cert_file, c->key_file,    c->vm_user,    c->log_dir,
-                     c->vm_cgroup};
+                     c->vm_cgroup,  c->repository, c->scratch_dir, c->nbdkit_plugin};
     for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++)
         free(texts[i]);
     for (unsigned i = 0; i < c->vmms.n; i++)

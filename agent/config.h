@@ -60,6 +60,9 @@ struct config {
     char *log_dir;         /* what VMMs print */
     char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "": the agent's */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
+    char *repository;      /* URL of the repository for snapshots and templates */
+    char *scratch_dir;     /* what a snapshot under way keeps aside */
+    char *nbdkit_plugin;   /* takes disks out of VMs */
     struct config_maps maps;
     uint64_t max_vms, max_jobs, max_clients;
     uint64_t max_bandwidth;      /* bytes a second of one migration, 0: no limit */

@@ -2,8 +2,10 @@
 /* QEMU as the agent starts and finds it (vmm/qemu.h). */
 #include "agent/driver.h"
 
+#include "base/log.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_preflight.h"
+#include "vmm/qemu_snapshot.h"
 
 static struct qemu_launch make_launch(const struct driver_launch *l)
 {
@@ -31,7 +33,18 @@ static struct guest *start(const struct driver_launch *l, struct vm_error **err)
 
 static struct guest *adopt(const char *path, struct vm_error **err)
 {
-    return guest_of(qemu_attach(path, DRIVER_ATTACH_TIMEOUT_MS, err));
+    bool found = false;
+    cleanup_error struct vm_error *failed = NULL;
+    struct qemu *q = qemu_attach(path, DRIVER_ATTACH_TIMEOUT_MS, err);
+    if (!q)
+        return NULL;
+    /* A former agent may have ended while it took a snapshot. */
+    if (qemu_snapshot_sweep(q, &found, &failed) < 0)
+        log_warn("what a snapshot left in QEMU stays there", "qmp=%s error=%s", log_q(path),
+                 log_q(error_message(failed)));
+    else if (found)
+        log_warn("a snapshot was cut short; it is taken out of QEMU", "qmp=%s", log_q(path));
+    return qemu_guest(q);
 }
 
 static int define(struct guest *g, struct qemu_definition *ret, struct vm_error **err)

@@ -39,11 +39,14 @@
 
 #define JOB_HISTORY_MAX 256
 #define JOB_NOTE_MAX 256 /* with the NUL */
+#define JOB_IMAGE_MAX 129 /* with the NUL; IMAGE_NAME_MAX of repo/image.h */
 
 /* X(id, stable name) */
 #define JOB_KINDS(X)                                                                               \
     X(SEND, "send")                                                                                \
-    X(RECEIVE, "receive")
+    X(RECEIVE, "receive")                                                                          \
+    X(SNAPSHOT, "snapshot")                                                                        \
+    X(RESTORE, "restore")
 
 /* X(id, stable name, text) */
 #define JOB_PHASES(X)                                                                              \
@@ -52,7 +55,12 @@
     X(PAUSED, "paused", "the guest is paused; sending the rest")                                   \
     X(DECIDING, "deciding", "committed; waiting for the destination's answer")                     \
     X(FINISHING, "finishing", "moved; removing the old copy")                                      \
-    X(UNDOING, "undoing", "undone; the guest goes on at the source")
+    X(UNDOING, "undoing", "undone; the guest goes on at the source")                               \
+    X(SWITCHING, "switching", "the guest is paused for an instant")                                \
+    X(STORING, "storing", "storing disks and memory while the guest runs")                         \
+    X(COMMITTING, "committing", "making the snapshot visible")                                     \
+    X(WRITING, "writing", "writing the disks")                                                     \
+    X(LOADING, "loading", "loading memory and device state")
 
 /* How a page went over the wire. X(id, stable name) */
 #define JOB_ENCODINGS(X)                                                                           \
@@ -83,6 +91,15 @@ enum job_encoding { JOB_ENCODINGS(X) JOB_ENC_COUNT };
 enum job_state { JOB_STATES(X) JOB_STATE_COUNT };
 #undef X
 
+/* Of a snapshot that is taken or restored. */
+struct job_snapshot {
+    char image[JOB_IMAGE_MAX], parent[JOB_IMAGE_MAX];
+    uint64_t memory_bytes, disk_bytes; /* of the guest */
+    uint64_t disk_read_bytes;          /* that were read of its disks */
+    uint64_t stored_bytes;             /* added to the repository */
+    unsigned frozen;                   /* file systems that held still */
+};
+
 struct job_progress {
     enum job_phase phase;
     unsigned round;
@@ -104,6 +121,7 @@ struct job_progress {
     unsigned reconnects;
     int64_t predicted_pause_ns; /* -1: not known yet */
     int64_t pause_ns;         /* how long the guest stood; -1: it was not paused yet */
+    struct job_snapshot snapshot;
     char note[JOB_NOTE_MAX];  /* what a user should know: "throttling the guest to converge" */
 };
 

@@ -6,6 +6,7 @@
 #include "agent/agent.h"
 #include "agent/control.h"
 #include "agent/driver.h"
+#include "agent/repository.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/fault.h"
@@ -193,13 +194,16 @@ static int run_agent(struct config *config, struct vm_error **err)
         watches[2] = loop_watch_signal(loop, SIGHUP, on_hangup, NULL, err);
     CLEANUP(job_table) struct job_table *jobs =
         watches[2] ? job_table_create((unsigned)config->max_jobs, err) : NULL;
-    CLEANUP(vms) struct vms *vms = jobs ? open_vms(config, err) : NULL;
+    CLEANUP(repository)
+    struct repository *repository = jobs ? repository_create(config->repository, err) : NULL;
+    CLEANUP(vms) struct vms *vms = repository ? open_vms(config, err) : NULL;
     int r = -1;
     if (vms) {
         struct agent agent = {.config = config,
                               .loop = loop,
                               .jobs = jobs,
                               .vms = vms,
+                              .repository = repository,
                               .started_ns = clock_wall_ns()};
         r = serve(&agent, err);
     }

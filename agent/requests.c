@@ -4,6 +4,7 @@
 #include "agent/answers.h"
 #include "agent/doctor.h"
 #include "agent/driver.h"
+#include "agent/snapshots.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/fault.h"
@@ -489,6 +490,11 @@ static const struct {
     {VMMIG__CONTROL__TYPE__CANCEL, handle_cancel}, {VMMIG__CONTROL__TYPE__JOBS, handle_jobs},
     {VMMIG__CONTROL__TYPE__WATCH, handle_watch},   {VMMIG__CONTROL__TYPE__DOCTOR, handle_doctor},
     {VMMIG__CONTROL__TYPE__FAULTS, handle_faults},
+    {VMMIG__CONTROL__TYPE__SNAPSHOT, snapshots_handle_take},
+    {VMMIG__CONTROL__TYPE__SNAPSHOT_LIST, snapshots_handle_list},
+    {VMMIG__CONTROL__TYPE__SNAPSHOT_DELETE, snapshots_handle_delete},
+    {VMMIG__CONTROL__TYPE__SNAPSHOT_PRUNE, snapshots_handle_prune},
+    {VMMIG__CONTROL__TYPE__RESTORE, snapshots_handle_restore},
 };
 
 int request_handle(struct control_session *s, const struct control_message *m,

@@ -40,7 +40,8 @@
 #define VM_ORIGINS(X)                                                                              \
     X(RUN, 1, "run")                                                                               \
     X(ATTACHED, 2, "attached")                                                                     \
-    X(RECEIVED, 3, "received")
+    X(RECEIVED, 3, "received")                                                                     \
+    X(RESTORED, 4, "restored")
 
 #define X(id, number, name) VM_ORIGIN_##id = number,
 enum vm_origin { VM_ORIGINS(X) };

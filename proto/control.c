@@ -208,6 +208,79 @@ static int check_fault_points(const Vmmig__Control__FaultPoints *m, struct vm_er
     return 0;
 }
 
+/* ---- snapshots ---- */
+
+static int check_snapshot(const Vmmig__Control__Snapshot *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0 || check_word("the snapshot's name", m->name, err) < 0)
+        return -1;
+    return *m->guest_agent
+               ? field_check_path("the socket of the guest's agent", m->guest_agent, err)
+               : 0;
+}
+
+static int check_snapshot_list(const Vmmig__Control__SnapshotList *m, struct vm_error **err)
+{
+    if (*m->vm && check_name(m->vm, err) < 0)
+        return -1;
+    return check_word("the snapshot", m->image, err);
+}
+
+static int check_snapshot_delete(const Vmmig__Control__SnapshotDelete *m, struct vm_error **err)
+{
+    return check_word("the snapshot", m->image, err);
+}
+
+static int check_snapshot_prune(const Vmmig__Control__SnapshotPrune *m, struct vm_error **err)
+{
+    if (check_name(m->vm, err) < 0)
+        return -1;
+    if (m->keep_last > CONTROL_KEEP_MAX || m->keep_daily > CONTROL_KEEP_MAX ||
+        m->keep_weekly > CONTROL_KEEP_MAX)
+        return out_of_range("the number to keep", err);
+    return m->keep_last || m->keep_daily || m->keep_weekly
+               ? 0
+               : error_set(err, VM_ERROR_PROTOCOL, "nothing says how many to keep");
+}
+
+static int check_restore(const Vmmig__Control__Restore *m, struct vm_error **err)
+{
+    if (check_word("the snapshot", m->image, err) < 0 || (*m->as && check_name(m->as, err) < 0))
+        return -1;
+    return *m->disk_dir ? field_check_path("the folder for disks", m->disk_dir, err) : 0;
+}
+
+static int check_snapshot_info(const Vmmig__Control__SnapshotInfo *m, struct vm_error **err)
+{
+    if (check_word("the snapshot", m->image, err) < 0 || check_name(m->vm, err) < 0 ||
+        check_word("the snapshot's name", m->name, err) < 0 ||
+        check_word("the parent", m->parent, err) < 0)
+        return -1;
+    if (m->n_files > CONTROL_SNAPSHOTS_MAX)
+        return out_of_range("the number of files", err);
+    for (size_t i = 0; i < m->n_files; i++)
+        if (check_word("the file", m->files[i]->name, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_snapshots(const Vmmig__Control__Snapshots *m, struct vm_error **err)
+{
+    if (m->n_snapshots > CONTROL_SNAPSHOTS_MAX)
+        return out_of_range("the number of snapshots", err);
+    for (size_t i = 0; i < m->n_snapshots; i++)
+        if (check_snapshot_info(m->snapshots[i], err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_snapshot_result(const Vmmig__Control__SnapshotResult *m, struct vm_error **err)
+{
+    return check_word("the snapshot", m->image, err) < 0
+               ? -1
+               : check_word("the parent", m->parent, err);
+}
+
 static int check_pages(const Vmmig__Control__Job *m, struct vm_error **err)
 {
     if (m->n_pages > 16)
@@ -230,6 +303,8 @@ static int check_job(const Vmmig__Control__Job *m, struct vm_error **err)
     if ((unsigned)m->state > VMMIG__CONTROL__JOB_STATE__CANCELLED)
         return out_of_range("the job's state", err);
     if (m->error && check_error(m->error, err) < 0)
+        return -1;
+    if (m->snapshot && check_snapshot_result(m->snapshot, err) < 0)
         return -1;
     return check_pages(m, err);
 }

@@ -36,6 +36,8 @@
 #define CONTROL_BANDWIDTH_MIN (64ULL << 10)
 #define CONTROL_BANDWIDTH_MAX (1ULL << 50)
 #define CONTROL_CONNECTIONS_MAX 16
+#define CONTROL_SNAPSHOTS_MAX 1024 /* of one answer: the newest */
+#define CONTROL_KEEP_MAX 100000
 #define CONTROL_INTERVAL_MS_MIN 50
 #define CONTROL_INTERVAL_MS_MAX 60000
 
@@ -62,6 +64,12 @@
     X(AGENT, agent, Agent, false)                                                                  \
     X(JOB, job, Job, false)                                                                        \
     X(JOB_LIST, job_list, JobList, false)                                                          \
+    X(SNAPSHOT, snapshot, Snapshot, true)                                                          \
+    X(SNAPSHOT_LIST, snapshot_list, SnapshotList, true)                                            \
+    X(SNAPSHOT_DELETE, snapshot_delete, SnapshotDelete, true)                                      \
+    X(SNAPSHOT_PRUNE, snapshot_prune, SnapshotPrune, true)                                         \
+    X(RESTORE, restore, Restore, true)                                                             \
+    X(SNAPSHOTS, snapshots, Snapshots, false)                                                      \
     X(OK, ok, Ok, false)                                                                           \
     X(DIAGNOSIS, diagnosis, Diagnosis, false)                                                      \
     X(FAULT_POINTS, fault_points, FaultPoints, false)

@@ -71,8 +71,8 @@ static int hash_page(struct segment *s, unsigned i, struct page_hasher *hasher,
     s->state[i] = PAGE_ABSENT;
     if (!s->given[i])
         return 0;
-    s->state[i] = page_is_zero(page) ? PAGE_ZERO : PAGE_UNKNOWN;
-    if (s->state[i] == PAGE_ZERO)
+    s->state[i] = page_all_zero(page) ? PAGE_ZEROS : PAGE_UNKNOWN;
+    if (s->state[i] == PAGE_ZEROS)
         return 0;
     return page_hasher_hash(hasher, page, PAGE_BYTES, &s->ids[i], err);
 }
@@ -87,7 +87,7 @@ static int hash_extent(struct segment *s, unsigned extent, struct page_hasher *h
         if (s->state[first + i] == PAGE_ABSENT)
             return 0;
     for (unsigned i = 0; i < EXTENT_PAGES; i++) {
-        if (s->state[first + i] == PAGE_ZERO)
+        if (s->state[first + i] == PAGE_ZEROS)
             continue;
         s->mask[extent] |= (uint16_t)(1u << i);
         ids[n++] = s->ids[first + i];

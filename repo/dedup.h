@@ -31,7 +31,7 @@ enum {
 
 enum page_state {
     PAGE_ABSENT,  /* not given: as before */
-    PAGE_ZERO,
+    PAGE_ZEROS,
     PAGE_UNKNOWN, /* given, not found */
     PAGE_KNOWN,   /* found: hits[i] */
     PAGE_AGAIN,   /* found, but to be stored again */

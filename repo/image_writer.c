@@ -214,7 +214,7 @@ static int place_whole(struct image_writer *w, struct segment *s, unsigned exten
     if (!pages)
         return -1;
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {
-        if (s->state[i] == PAGE_ZERO)
+        if (s->state[i] == PAGE_ZEROS)
             continue;
         memcpy(pages + (size_t)n * PAGE_BYTES, s->data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
         ids[n++] = s->ids[i];
@@ -224,7 +224,7 @@ static int place_whole(struct image_writer *w, struct segment *s, unsigned exten
         return -1;
     n = 0;
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {
-        if (s->state[i] == PAGE_ZERO)
+        if (s->state[i] == PAGE_ZEROS)
             leaf_builder_place_zero(&slot_of(s)->part, i);
         else
             leaf_builder_place(&slot_of(s)->part, i, &s->ids[i], &place, n++);
@@ -242,7 +242,7 @@ static int place_extent(struct image_writer *w, struct segment *s, unsigned exte
         return place_whole(w, s, extent, err);
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {
         int done = 0;
-        if (s->state[i] == PAGE_ZERO)
+        if (s->state[i] == PAGE_ZEROS)
             leaf_builder_place_zero(&slot_of(s)->part, i);
         else if (s->state[i] == PAGE_KNOWN)
             done = place_known(w, s, i, err);
@@ -264,7 +264,7 @@ static void count_segment(struct image_writer *w, const struct segment *s)
     struct tree_writer_stat trees = tree_writer_stat(w->trees);
     struct dedup_stat dedup = dedup_stat(w->dedup);
     SCOPE_LOCK(&w->lock);
-    w->stat.pages_zero += n[PAGE_ZERO];
+    w->stat.pages_zero += n[PAGE_ZEROS];
     w->stat.pages_shared += n[PAGE_KNOWN];
     w->stat.pages_new += n[PAGE_UNKNOWN] + n[PAGE_AGAIN];
     w->stat.pages_again += n[PAGE_AGAIN];

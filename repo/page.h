@@ -32,7 +32,7 @@ static inline bool page_id_equal(const struct page_id *a, const struct page_id *
     return !memcmp(a, b, sizeof(*a));
 }
 
-static inline bool page_is_zero(const void *page)
+static inline bool page_all_zero(const void *page)
 {
     const uint8_t *p = page;
     return !p[0] && !memcmp(p, p + 1, PAGE_BYTES - 1);

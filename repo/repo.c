@@ -300,6 +300,11 @@ struct image_writer *image_session_writer(struct image_session *s)
     return s->writer;
 }
 
+uint64_t image_session_number(const struct image_session *s)
+{
+    return registration_number(s->registration);
+}
+
 struct image_file *image_session_file(struct image_session *s, const char *name, uint64_t size,
                                       struct vm_error **err)
 {

@@ -92,6 +92,8 @@ struct image_session *image_session_begin(struct repo *r, const char *name, cons
 void image_session_end(struct image_session *s);
 DEFINE_CLEANUP(image_session, struct image_session *, image_session_end)
 struct image_writer *image_session_writer(struct image_session *s);
+/* The number that the image will have as image.writer: no other image ever had it. */
+uint64_t image_session_number(const struct image_session *s);
 struct image_file *image_session_file(struct image_session *s, const char *name, uint64_t size,
                                       struct vm_error **err);
 int image_session_commit(struct image_session *s, struct import_report *ret_report,

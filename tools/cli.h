@@ -36,6 +36,9 @@ struct cli {
     const char *fenced;
     const char *ip;
     uint64_t days;
+    bool disk_only, dry_run, paused;
+    const char *guest_agent, *as, *disk_dir;
+    uint64_t keep_last, keep_daily, keep_weekly;
     bool replace;
     const char *arm;
 };
@@ -64,7 +67,7 @@ struct cli_family {
     const struct cli_object *objects;   /* ended by a row without `of`; may be NULL */
 };
 
-extern const struct cli_family cli_family_vm, cli_family_pki, cli_family_doctor;
+extern const struct cli_family cli_family_vm, cli_family_snapshot, cli_family_pki, cli_family_doctor;
 /* In the order of the help, ended by NULL. A new family is declared above and listed in
  * tools/cli_commands.c. */
 extern const struct cli_family *const cli_families[];

@@ -11,7 +11,7 @@ static json_t *milliseconds(int64_t ns)
     return ns < 0 ? json_null() : json_real((double)ns / NSEC_PER_MSEC);
 }
 
-static json_t *instant(int64_t wall_ns)
+json_t *cli_json_instant(int64_t wall_ns)
 {
     char text[40], stamp[32];
     time_t seconds = (time_t)(wall_ns / NSEC_PER_SEC);
@@ -79,6 +79,17 @@ static const char *state_name(Vmmig__Control__JobState state)
     }
 }
 
+static json_t *snapshot(const Vmmig__Control__SnapshotResult *s)
+{
+    if (!s)
+        return json_null();
+    return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "image", string(s->image), "parent",
+                     *s->parent ? string(s->parent) : json_null(), "memory_bytes",
+                     number(s->memory_bytes), "disk_bytes", number(s->disk_bytes),
+                     "disk_read_bytes", number(s->disk_read_bytes), "stored_bytes",
+                     number(s->stored_bytes), "frozen", number(s->frozen));
+}
+
 json_t *cli_json_job(const Vmmig__Control__Job *j)
 {
     struct uuid id;
@@ -92,7 +103,7 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
         "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
         string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
-        instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error, "phase",
+        cli_json_instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error, "phase",
         string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
         "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "working_set_bytes",
         j->working_set ? number(j->working_set) : json_null(), "link_rate",
@@ -101,7 +112,8 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
         "throttle_percent", number(j->throttle_percent), "throttle_max_percent",
         number(j->throttle_max_percent), "connections", number(j->connections), "reconnects",
         number(j->reconnects), "predicted_pause_ms", milliseconds(j->predicted_pause_ns),
-        "pause_ms", milliseconds(j->pause_ns), "note", string(j->note));
+        "pause_ms", milliseconds(j->pause_ns), "note", string(j->note), "snapshot",
+        snapshot(j->snapshot));
 }
 
 json_t *cli_json_jobs(const Vmmig__Control__JobList *jobs)
@@ -138,7 +150,7 @@ json_t *cli_json_vm(const Vmmig__Control__Vm *vm)
     json_t *object = json_pack(
         "{s:o, s:o, s:s, s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o, s:o}", "vm", string(vm->vm), "state",
         string(vm->state), "presence", presence_name(vm->presence), "detail", string(vm->detail),
-        "origin", string(vm->origin), "pid", (int)vm->pid, "since", instant(vm->since_ns), "driver",
+        "origin", string(vm->origin), "pid", (int)vm->pid, "since", cli_json_instant(vm->since_ns), "driver",
         string(vm->driver), "vmm", text_or_null(vm->vmm), "tracking", text_or_null(vm->tracking), "job",
         vm->job ? cli_json_job(vm->job) : json_null(), "handover", handover(vm->handover));
     bool whole = *vm->qmp_path || *vm->socket_path;
@@ -162,7 +174,7 @@ json_t *cli_json_vms(const Vmmig__Control__Vms *vms)
 json_t *cli_json_agent(const Vmmig__Control__Agent *a)
 {
     return json_pack("{s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o}", "software", string(a->software),
-                     "host", string(a->host), "pid", (int)a->pid, "started", instant(a->started_ns),
+                     "host", string(a->host), "pid", (int)a->pid, "started", cli_json_instant(a->started_ns),
                      "listen", *a->listen ? string(a->listen) : json_null(), "vms",
                      number(a->n_vms), "jobs_running", number(a->n_jobs), "rss_anon_bytes",
                      number(a->rss_anon));
@@ -188,7 +200,7 @@ static json_t *finding(const Vmmig__Control__Finding *f)
                      text_or_null(f->advice), "attempt", attempt, "role", text_or_null(f->role),
                      "record", text_or_null(f->record), "state", text_or_null(f->state), "peer",
                      text_or_null(f->peer), "changed",
-                     f->changed_ns ? instant(f->changed_ns) : json_null(), "pid", (int)f->pid,
+                     f->changed_ns ? cli_json_instant(f->changed_ns) : json_null(), "pid", (int)f->pid,
                      "vmm_runs", (int)f->vmm_runs);
 }
 

@@ -80,8 +80,9 @@ void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
     if (j->round)
         append(out, size, " round %u", j->round);
     if (j->total)
-        append(out, size, ", %s left, dirty %s/s", text_size(j->remaining),
-               text_size(j->dirty_rate));
+        append(out, size, ", %s left", text_size(j->remaining));
+    if (j->total && !j->snapshot)
+        append(out, size, ", dirty %s/s", text_size(j->dirty_rate));
     if (j->wire_bytes)
         append(out, size, ", link %s/s", text_size(j->link_rate));
     if (pages_sent(j)) {
@@ -112,10 +113,28 @@ static void print_traffic(FILE *out, const Vmmig__Control__Job *j)
                 text_size(j->resent_bytes));
 }
 
+/* Of a snapshot: what it is of, and what it took. */
+static void print_snapshot(FILE *out, const Vmmig__Control__SnapshotResult *s)
+{
+    if (s->memory_bytes)
+        fprintf(out, "  memory         %s\n", text_size(s->memory_bytes));
+    fprintf(out, "  disks          %s", text_size(s->disk_bytes));
+    if (s->disk_read_bytes < s->disk_bytes)
+        fprintf(out, ", of which %s were read", text_size(s->disk_read_bytes));
+    fprintf(out, "\n  stored         %s", text_size(s->stored_bytes));
+    fprintf(out, *s->parent ? ", since %s\n" : "\n", s->parent);
+    if (s->frozen)
+        fprintf(out, "  frozen         %u file systems\n", s->frozen);
+}
+
 void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
 {
     if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "send"))
         fprintf(out, "%s runs at %s now\n", j->vm, j->peer);
+    else if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "snapshot"))
+        fprintf(out, "%s is stored\n", j->peer);
+    else if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "restore"))
+        fprintf(out, "%s is restored from %s\n", j->vm, j->peer);
     else
         fprintf(out, "%s of %s: %s\n", j->kind, j->vm,
                 j->state == VMMIG__CONTROL__JOB_STATE__DONE        ? "done"
@@ -127,7 +146,10 @@ void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
         fprintf(out, "  guest's pause  %s\n", duration_text(j->pause_ns));
     if (j->round)
         fprintf(out, "  rounds         %u\n", j->round);
-    print_traffic(out, j);
+    if (j->snapshot && !strcmp(j->kind, "snapshot"))
+        print_snapshot(out, j->snapshot);
+    if (!j->snapshot)
+        print_traffic(out, j);
     if (j->throttle_max_percent)
         fprintf(out, "  throttled      by up to %u%%\n", j->throttle_max_percent);
     if (*j->note)
@@ -138,8 +160,8 @@ void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
 static void format_job(const Vmmig__Control__Job *j, char *out, size_t size)
 {
     *out = 0;
-    append(out, size, "%s %s %s: %s", j->kind, !strcmp(j->kind, "receive") ? "from" : "to", j->peer,
-           j->phase);
+    bool from = !strcmp(j->kind, "receive") || !strcmp(j->kind, "restore");
+    append(out, size, "%s %s %s: %s", j->kind, from ? "from" : "to", j->peer, j->phase);
     if (j->total && !strcmp(j->phase, "copying"))
         append(out, size, ", round %u, %s left", j->round, text_size(j->remaining));
 }

@@ -16,6 +16,8 @@
 
 /* Print the object with a newline; takes the reference over. A NULL (out of memory) is an error. */
 int cli_print_json(json_t *object, struct vm_error **err);
+/* A wall clock time as text. */
+json_t *cli_json_instant(int64_t wall_ns);
 json_t *cli_json_error(const struct vm_error *error);
 json_t *cli_json_vm(const Vmmig__Control__Vm *vm);
 json_t *cli_json_vms(const Vmmig__Control__Vms *vms);

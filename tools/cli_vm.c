@@ -338,7 +338,7 @@ static const struct cli_object objects[] = {
      "(null, or attempt, state, text, peer, in_doubt, settled), and in the answer about one VM qmp "
      "or socket, and argv"},
     {"a job (send, watch, cancel; jobs: an array `jobs`)",
-     "job, kind (send, receive), vm, peer, state (running, done, failed, cancelled), cancelling, "
+     "job, kind (send, receive, snapshot, restore), vm, peer, state (running, done, failed, cancelled), cancelling, "
      "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
      "undoing), round, total_bytes, remaining_bytes, dirty_rate, working_set_bytes (null if not "
      "known), link_rate, wire_bytes, resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "

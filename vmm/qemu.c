@@ -116,6 +116,14 @@ void qemu_forget_fd(struct qemu *q, const char *name)
 
 /* Events, in the QMP reader's thread. */
 
+static void note_resume(struct qemu *q)
+{
+    q->resumes++;
+    if (q->stopped_at_ns)
+        q->last_pause_ns = clock_mono_ns() - q->stopped_at_ns;
+    q->stopped_at_ns = 0;
+}
+
 static void on_event(const char *event, json_t *data, void *arg)
 {
     struct qemu *q = arg;
@@ -131,7 +139,7 @@ static void on_event(const char *event, json_t *data, void *arg)
         else if (!strcmp(event, "STOP"))
             q->stopped_at_ns = clock_mono_ns();
         else if (!strcmp(event, "RESUME"))
-            q->resumes++, q->stopped_at_ns = 0;
+            note_resume(q);
         pthread_cond_broadcast(&q->changed);
     }
     /* Fails only when the counter is full, and then it is readable. */

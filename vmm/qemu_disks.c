@@ -2,6 +2,7 @@
 #include "vmm/qemu_disks.h"
 
 #include "base/cleanup.h"
+#include "vmm/qemu_disk_move.h"
 #include "vmm/qemu_inspect.h"
 #include "vmm/qmp.h"
 #include "vmm/rbd_name.h"
@@ -345,4 +346,80 @@ int qemu_disks_compare(const struct qemu_argv *argv, const json_t *nodes, const 
         if (check_option_open(d, &argv->options[k], err) < 0)
             return -1;
     return 0;
+}
+
+/* ---- another place for a disk ---- */
+
+static bool same_path(const struct qemu_definition *d, const char *x, const char *y)
+{
+    char a[QEMU_STRING_MAX], b[QEMU_STRING_MAX];
+    return normal_path(d->cwd, x, a) && normal_path(d->cwd, y, b) && !strcmp(a, b);
+}
+
+static int set_option(struct qemu_argv *a, unsigned i, char *text, struct vm_error **err)
+{
+    if (!text)
+        return error_nomem(err);
+    qemu_argv_set(a, i, text);
+    return 0;
+}
+
+/* Of one option: *ret_moved counts what was changed. */
+static int move_option(const struct qemu_definition *d, struct qemu_argv *a, unsigned i,
+                       const char *from, const char *to, unsigned *ret_moved, struct vm_error **err)
+{
+    const struct qemu_option *o = &a->options[i];
+    unsigned moved = 0;
+    if (is_image_option(o->name)) {
+        if (!same_path(d, o->value, from))
+            return 0;
+        ++*ret_moved;
+        return set_option(a, i, strdup(to), err);
+    }
+    if (strcmp(o->name, "drive") && strcmp(o->name, "blockdev"))
+        return 0;
+    cleanup_qemu_props struct qemu_props p = {0};
+    if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0)
+        return -1;
+    for (unsigned k = 0; k < p.n; k++) {
+        const char *file = prop_file(o->name, &p.list[k]);
+        if (!file || !same_path(d, file, from))
+            continue;
+        char *value = strdup(to);
+        if (!value)
+            return error_nomem(err);
+        free(p.list[k].value);
+        p.list[k].value = value;
+        moved++;
+    }
+    *ret_moved += moved;
+    return moved ? set_option(a, i, qemu_props_format(&p, qemu_option_implied_key(o->name)), err)
+                 : 0;
+}
+
+int qemu_disk_move(struct qemu_definition *d, unsigned disk, const char *to, struct vm_error **err)
+{
+    struct qemu_disk *k = &d->disks[disk];
+    cleanup_qemu_argv struct qemu_argv a = {0};
+    unsigned moved = 0;
+    if (strcmp(k->driver, "file"))
+        return error_set(err, VM_ERROR_REFUSED,
+                         "disk %s (%s) cannot be put elsewhere: it is no file, but a %s", k->name,
+                         k->file, k->driver);
+    if (qemu_argv_parse(d->argv, &a, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < a.n; i++)
+        if (move_option(d, &a, i, k->file, to, &moved, err) < 0)
+            return -1;
+    if (!moved)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "disk %s (%s) cannot be put elsewhere: the command line does not name it "
+                         "plainly",
+                         k->name, k->file);
+    char **argv = qemu_argv_format(&a);
+    if (!argv)
+        return error_nomem(err);
+    free(d->argv);
+    d->argv = argv;
+    return qemu_set_text(&k->file, to, err);
 }

@@ -27,6 +27,7 @@ struct outgoing {
     int ours; /* our end of the stream */
     bool limited;
     bool one_round; /* see loses_writes() */
+    bool background;
     pthread_t watcher;
 
     /* Under q->lock. */
@@ -89,6 +90,8 @@ static int confirm(struct outgoing *o, struct vm_error **err)
         return error_set(err, VM_ERROR_FAILED, "QEMU's migration ended as '%s'%s%.400s", status,
                          *why ? ": " : "", why);
     }
+    if (o->background)
+        return 0;
     if (qemu_query_run_state(o->q, state, err) < 0)
         return -1;
     if (strcmp(state, "postmigrate"))
@@ -240,6 +243,7 @@ static int open_stream(struct outgoing *o, const struct guest_source_params *par
         .channels = params->channels,
         .regions = params->regions,
         .n_regions = params->n_regions,
+        .background = params->background,
         .events = &o->events,
         .arg = o->arg,
         .ended = on_stream_ended,
@@ -287,9 +291,11 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     SCOPE_LOCK(&q->source_lock);
     if (q->outgoing)
         return error_set(err, VM_ERROR_CONFLICT, "this VM is already being migrated");
-    bool one_round;
-    if (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
-        set_parameters(q, params, one_round, err) < 0)
+    bool one_round = false;
+    /* A background snapshot begins while the guest stands: qemu_snapshot_can_protect has asked. */
+    if (!params->background &&
+        (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
+         set_parameters(q, params, one_round, err) < 0))
         return -1;
     struct outgoing *o = calloc(1, sizeof(*o));
     if (!o)
@@ -299,7 +305,8 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
                            .arg = arg,
                            .ours = -1,
                            .limited = params->max_bandwidth != 0,
-                           .one_round = one_round};
+                           .one_round = one_round,
+                           .background = params->background};
     if (open_stream(o, params, err) < 0 || migrate(o, err) < 0) {
         qemu_forget_fd(q, fd_name);
         free_outgoing(o);

@@ -356,6 +356,8 @@ static int source_init(struct qemu_source *s, const struct qemu_source_params *p
     if (params->opaque)
         return 0;
     s->parser = qemu_stream_create(&PARSER_EVENTS, s, err);
+    if (s->parser && params->background)
+        qemu_stream_set_background(s->parser);
     return s->parser ? 0 : -1;
 }
 

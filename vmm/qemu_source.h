@@ -73,6 +73,7 @@ struct qemu_source_params {
     const struct guest_region *regions;
     unsigned n_regions;
     bool opaque; /* do not parse: everything is bytes */
+    bool background; /* the stream of a background snapshot (qemu_stream.h) */
 
     /* pages, bytes and memory_done are called with `arg`; done and round are not called. */
     const struct guest_source_events *events;

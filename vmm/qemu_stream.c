@@ -61,6 +61,7 @@ struct qemu_stream {
     bool failed;
     bool ram_begun;             /* its START was seen */
     bool taken;                 /* a page was left out of rest */
+    bool background;            /* qemu_stream_set_background */
     enum section_type previous; /* between sections: of what came last */
     enum section_type section;  /* that we are in */
     uint32_t ram_id;
@@ -215,6 +216,16 @@ static int step_subsection(struct qemu_stream *p, struct cursor *c, struct vm_er
     return STEP_DONE;
 }
 
+/* A background snapshot's memory ends where the first device begins; what was consumed of it is rest. */
+static int end_of_background(struct qemu_stream *p, struct cursor *c, struct vm_error **err)
+{
+    c->p = p->record;
+    p->state = STATE_PASS;
+    if (emit_rest(p, p->record, err) < 0 || p->events->memory_end(p->arg, err) < 0)
+        return STEP_ERROR;
+    return STEP_DONE;
+}
+
 /* START or FULL, whose header names it. */
 static int step_named_section(struct qemu_stream *p, struct cursor *c, enum section_type type,
                               struct vm_error **err)
@@ -228,7 +239,8 @@ static int step_named_section(struct qemu_stream *p, struct cursor *c, enum sect
     if (c->failed)
         return STEP_MORE;
     if (strcmp(name, "ram") != 0)
-        return go_opaque(p, c, name, err);
+        return p->background && p->ram_begun && type == TYPE_FULL ? end_of_background(p, c, err)
+                                                                  : go_opaque(p, c, name, err);
     if (type != TYPE_START || p->ram_begun)
         return broken(p, err, VM_ERROR_PROTOCOL,
                       "a second beginning of memory, or one in one piece");
@@ -491,6 +503,11 @@ struct qemu_stream *qemu_stream_create(const struct qemu_stream_events *events, 
 void qemu_stream_destroy(struct qemu_stream *p)
 {
     free(p);
+}
+
+void qemu_stream_set_background(struct qemu_stream *p)
+{
+    p->background = true;
 }
 
 int qemu_stream_feed(struct qemu_stream *p, const void *data, size_t len, size_t *ret_consumed,

@@ -18,7 +18,7 @@
  *
  * Behind the memory's END section everything is rest: sections of devices carry no length. For
  * the same reason a device's section that comes before it cannot be skipped (virtio-mem of QEMU
- * >= 8.0, dirty bitmaps, VFIO; and with background-snapshot there is no END section). Then:
+ * >= 8.0, dirty bitmaps, VFIO). Then:
  *
  *   - while no page was taken out, the parser reports `opaque`, and everything from there on is
  *     rest, pages of mapped blocks too. Rest is then the whole stream, unchanged. In a pre-copy
@@ -27,6 +27,11 @@
  *   - after that it is an error (REFUSED). To go on, the remainder would have to be loaded after
  *     all pages taken out so far, while the guest still runs; and CONTINUE records in it would
  *     go to the wrong block, which nobody would notice before the guest does.
+ *
+ * With QEMU's capability background-snapshot (qemu_stream_set_background) memory has no END
+ * section: its pages come in any order, each once, and the first section in one piece behind them
+ * is that of a device. There memory ends, and that section and all behind it are rest. Nothing of
+ * the memory comes after it, so that no CONTINUE can go astray.
  *
  * Speed. Page data is not looked at and not copied; the pointers in events lie in the bytes fed
  * and are valid during the call. No record is longer than QEMU_STREAM_RECORD_MAX: fed that many
@@ -86,6 +91,9 @@ struct qemu_stream *qemu_stream_create(const struct qemu_stream_events *events, 
                                        struct vm_error **err);
 void qemu_stream_destroy(struct qemu_stream *p);
 DEFINE_CLEANUP(qemu_stream, struct qemu_stream *, qemu_stream_destroy)
+
+/* The stream is that of a background snapshot. Before the first feed. */
+void qemu_stream_set_background(struct qemu_stream *p);
 
 /*
  * Consume as many whole records as there are. *ret_consumed <= len is set on success. Bytes left

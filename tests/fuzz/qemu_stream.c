@@ -104,11 +104,14 @@ static const struct qemu_stream_events EVENTS = {on_machine, on_blocks,     on_p
                                                  on_rest,    on_memory_end, on_opaque};
 
 /* Parse in feeds that grow by `cut`; the error, or NULL. */
-static struct vm_error *parse(struct seen *s, const uint8_t *data, size_t size, size_t cut)
+static struct vm_error *parse(struct seen *s, const uint8_t *data, size_t size, size_t cut,
+                              bool background)
 {
     struct vm_error *err = NULL;
     CLEANUP(qemu_stream) struct qemu_stream *p = qemu_stream_create(&EVENTS, s, &err);
     *s = (struct seen){0};
+    if (p && background)
+        qemu_stream_set_background(p);
     size_t done = 0, end = 0;
     while (p && end < size) {
         end = cut > size - end ? size : end + cut;
@@ -134,16 +137,22 @@ static struct vm_error *parse(struct seen *s, const uint8_t *data, size_t size, 
     return err;
 }
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+static void run(const uint8_t *data, size_t size, bool background)
 {
     struct seen whole, pieces;
-    cleanup_error struct vm_error *first = parse(&whole, data, size, size);
-    cleanup_error struct vm_error *second = parse(&pieces, data, size, 1 + size % 61);
+    cleanup_error struct vm_error *first = parse(&whole, data, size, size, background);
+    cleanup_error struct vm_error *second = parse(&pieces, data, size, 1 + size % 61, background);
     assert(!first == !second);
     assert(whole.events == pieces.events);
     if (first)
         assert(strcmp(first->message, second->message) == 0);
     else
         assert(whole.rest == pieces.rest && whole.rest_bytes == pieces.rest_bytes);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    run(data, size, false);
+    run(data, size, true);
     return 0;
 }

@@ -87,11 +87,11 @@ static int run_import(struct repo *r, int argc, char **argv, struct vm_error **e
     return 0;
 }
 
-static int run_export(struct repo *r, char **argv, struct vm_error **err)
+static int run_export(struct repo *r, int argc, char **argv, struct vm_error **err)
 {
     struct repo_control control = {.cancel_fd = -1};
     int64_t started = clock_mono_ns();
-    if (image_export(r, argv[3], NULL, argv[4], &control, err) < 0)
+    if (image_export(r, argv[3], argc > 5 ? argv[5] : NULL, argv[4], &control, err) < 0)
         return -1;
     printf("{\"exported\": true");
     print_usage(started);
@@ -202,7 +202,7 @@ static int run(int argc, char **argv, struct vm_error **err)
     if (!strcmp(verb, "import") && argc > 4)
         return run_import(r, argc, argv, err);
     if (!strcmp(verb, "export") && argc > 4)
-        return run_export(r, argv, err);
+        return run_export(r, argc, argv, err);
     if (!strcmp(verb, "show") && argc > 3)
         return run_show(r, argv, err);
     if (!strcmp(verb, "delete") && argc > 3)

@@ -35,10 +35,10 @@ static void a_page_is_identified_by_sha256(void **state)
 static void zeros_are_told_from_almost_zeros(void **state)
 {
     uint8_t page[PAGE_BYTES] = {0};
-    assert_true(page_is_zero(page));
+    assert_true(page_all_zero(page));
     for (int i = 0; i < PAGE_BYTES; i++) {
         page[i] = 1;
-        assert_false(page_is_zero(page));
+        assert_false(page_all_zero(page));
         page[i] = 0;
     }
 }

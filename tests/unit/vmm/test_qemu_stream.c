@@ -26,6 +26,7 @@ struct outcome {
     struct buffer text; /* the events, one a line, except rest */
     struct buffer rest;
     int fail_in; /* this many events from now, a callback fails */
+    bool background;
 };
 
 static int note(struct outcome *o, struct vm_error **err, const char *fmt, ...)
@@ -118,6 +119,8 @@ static int parse(struct outcome *o, const struct buffer *in, size_t cut, unsigne
 {
     CLEANUP(qemu_stream) struct qemu_stream *p = qemu_stream_create(&EVENTS, o, err);
     assert_non_null(p);
+    if (o->background)
+        qemu_stream_set_background(p);
     size_t done = 0, end = 0;
     while (end < in->len) {
         size_t more = cut ? cut : 1 + (size_t)rand_r(&seed) % 9000;
@@ -687,6 +690,45 @@ static void a_callbacks_error_comes_through_unchanged_and_ends_it(void **state)
     }
 }
 
+/* Pages in any order, no END; the first device ends memory, wherever feeds are cut. */
+static void a_background_snapshots_memory_ends_at_the_first_device(void **state)
+{
+    (void)state;
+    const char *const mapped[] = {"pc.ram"};
+    cleanup_buffer struct buffer in = {0};
+    maker_header(&in, "pc");
+    maker_ram(&in, BLOCKS, N_BLOCKS);
+    maker_records(&in, MAKER_PART);
+    maker_page(&in, "pc.ram", 3, 7);
+    maker_page(&in, NULL, 1, 0);
+    maker_eos(&in);
+    maker_records(&in, MAKER_PART);
+    maker_page(&in, NULL, 0, 9);
+    maker_eos(&in);
+    const size_t memory = in.len;
+    maker_devices(&in, 50);
+    const size_t pages = 2 * (8 + 4096) + 8 + 1 + 7; /* of which one names its block */
+    for (size_t cut = 0; cut < 70; cut++) {
+        char expected[128];
+        cleanup_error struct vm_error *err = NULL;
+        struct outcome o = {.mapped = mapped, .n_mapped = 1, .background = true};
+        assert_int_equal(parse(&o, &in, cut, 5, &err), 0);
+        snprintf(expected, sizeof(expected),
+                 "page 0 3000 07\npage 0 1000 00\npage 0 0 09\nmemory_end after %zu\n",
+                 memory - pages);
+        buffer_put_u8(&o.text, 0);
+        assert_non_null(strstr((char *)o.text.data, expected));
+        assert_int_equal(o.rest.len, in.len - pages);
+        outcome_finish(&o);
+    }
+    /* Not in other streams, and not before memory has begun. */
+    cleanup_error struct vm_error *err = NULL;
+    struct outcome o = {.mapped = mapped, .n_mapped = 1};
+    assert_int_equal(parse(&o, &in, 100, 0, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_REFUSED);
+    outcome_finish(&o);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -696,6 +738,7 @@ int main(void)
         cmocka_unit_test(cuts_change_nothing),
         cmocka_unit_test(a_section_without_length_makes_the_stream_opaque),
         cmocka_unit_test(what_newer_versions_add_passes),
+        cmocka_unit_test(a_background_snapshots_memory_ends_at_the_first_device),
         cmocka_unit_test(what_the_format_does_not_allow_is_refused_by_name),
         cmocka_unit_test(an_early_end_is_an_error_wherever_it_comes),
         cmocka_unit_test(a_callbacks_error_comes_through_unchanged_and_ends_it),

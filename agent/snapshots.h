@@ -1,0 +1,24 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * snapshots: the requests about snapshots (proto/control.proto), and their jobs. A snapshot or a restore is the one
+ * job of its VM: `send` and others are refused meanwhile, and the reverse.
+ *
+ * Handlers run in the session's thread and answer it; jobs in their own.
+ */
+#ifndef VMMIG_AGENT_SNAPSHOTS_H
+#define VMMIG_AGENT_SNAPSHOTS_H
+
+#include "agent/control.h"
+
+int snapshots_handle_take(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err);
+int snapshots_handle_list(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err);
+int snapshots_handle_delete(struct control_session *s, const struct control_message *m,
+                            struct vm_error **err);
+int snapshots_handle_prune(struct control_session *s, const struct control_message *m,
+                           struct vm_error **err);
+int snapshots_handle_restore(struct control_session *s, const struct control_message *m,
+                             struct vm_error **err);
+
+#endif

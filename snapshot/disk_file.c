@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/disk_file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <libnbd.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+struct disk_file {
+    char *path;
+    int fd;                 /* raw */
+    struct nbd_handle *nbd; /* others */
+};
+
+static int make_formatted(const char *path, const char *format, uint64_t size,
+                          struct vm_error **err)
+{
+    extern char **environ;
+    char bytes[32];
+    int status;
+    pid_t pid;
+    snprintf(bytes, sizeof(bytes), "%" PRIu64, size);
+    char *argv[] = {(char[]){"qemu-img"}, (char[]){"create"}, (char[]){"-q"}, (char[]){"-f"},
+                    (char *)(uintptr_t)format, (char[]){"--"}, (char *)(uintptr_t)path, bytes, NULL};
+    int rc = posix_spawnp(&pid, argv[0], NULL, NULL, argv, environ);
+    if (rc)
+        return error_errno(err, rc, "cannot run qemu-img, which makes %s images", format);
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    return WIFEXITED(status) && !WEXITSTATUS(status)
+               ? 0
+               : error_set(err, VM_ERROR_FAILED, "qemu-img cannot make the %s image %s", format,
+                           path);
+}
+
+int disk_file_make(const char *path, const char *format, uint64_t size, struct vm_error **err)
+{
+    /* Exclusive in either case: qemu-img would write over what is there. */
+    cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot make %s", path);
+    int r;
+    if (!strcmp(format, "raw"))
+        r = ftruncate(fd, (off_t)size) < 0 ? error_errno(err, errno, "cannot size %s", path) : 0;
+    else
+        r = make_formatted(path, format, size, err);
+    if (r < 0)
+        unlink(path);
+    return r;
+}
+
+static int nbd_fail(const struct disk_file *f, const char *what, struct vm_error **err)
+{
+    return error_set(err, nbd_get_errno() == ENOSPC ? VM_ERROR_NO_SPACE : VM_ERROR_FAILED,
+                     "%s %s: %s", what, f->path, nbd_get_error());
+}
+
+static int connect_server(struct disk_file *f, const char *format, struct vm_error **err)
+{
+    cleanup_free char *option = NULL;
+    if (asprintf(&option, "--format=%s", format) < 0) {
+        option = NULL;
+        return error_nomem(err);
+    }
+    char *argv[] = {(char[]){"qemu-nbd"}, (char[]){"--discard=unmap"}, option, (char[]){"--"}, f->path,
+                    NULL};
+    f->nbd = nbd_create();
+    if (!f->nbd || nbd_connect_systemd_socket_activation(f->nbd, argv) < 0)
+        return nbd_fail(f, "qemu-nbd cannot write", err);
+    return 0;
+}
+
+struct disk_file *disk_file_open(const char *path, const char *format, struct vm_error **err)
+{
+    CLEANUP(disk_file) struct disk_file *f = calloc(1, sizeof(*f));
+    if (!f || !(f->path = strdup(path))) {
+        if (f)
+            f->fd = -1;
+        error_nomem(err);
+        return NULL;
+    }
+    f->fd = -1;
+    if (strcmp(format, "raw") != 0)
+        return connect_server(f, format, err) < 0 ? NULL : steal_ptr(&f);
+    f->fd = open(path, O_WRONLY | O_CLOEXEC);
+    if (f->fd < 0) {
+        error_errno(err, errno, "cannot write %s", path);
+        return NULL;
+    }
+    return steal_ptr(&f);
+}
+
+int disk_file_write(struct disk_file *f, uint64_t offset, const void *data, size_t len,
+                    struct vm_error **err)
+{
+    if (f->nbd)
+        return nbd_pwrite(f->nbd, data, len, offset, 0) < 0 ? nbd_fail(f, "cannot write", err) : 0;
+    for (size_t done = 0; done < len;) {
+        ssize_t n = pwrite(f->fd, (const char *)data + done, len - done, (off_t)(offset + done));
+        if (n < 0 && errno != EINTR)
+            return error_errno(err, errno, "cannot write %s", f->path);
+        done += n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
+int disk_file_finish(struct disk_file *f, struct vm_error **err)
+{
+    CLEANUP(disk_file) struct disk_file *owned = f;
+    if (f->nbd && (nbd_flush(f->nbd, 0) < 0 || nbd_shutdown(f->nbd, 0) < 0))
+        return nbd_fail(f, "cannot complete", err);
+    if (f->fd >= 0 && fdatasync(f->fd) < 0)
+        return error_errno(err, errno, "cannot complete %s", f->path);
+    return 0;
+}
+
+void disk_file_close(struct disk_file *f)
+{
+    if (!f)
+        return;
+    nbd_close(f->nbd); /* ends qemu-nbd, too; takes NULL */
+    close_fd(&f->fd);
+    free(f->path);
+    free(f);
+}

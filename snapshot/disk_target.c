@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/disk_target.h"
+
+#include "base/fault.h"
+#include "base/io.h"
+#include "snapshot/push_wire.h"
+
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+
+enum { AGENT_FD = 3 };
+
+struct disk_target {
+    struct disk_target_params params;
+    pid_t nbdkit;
+    int data; /* what the plugin says */
+    int over; /* latch: the thread is through */
+    pthread_t thread;
+    bool started;
+    uint8_t *buffer;
+    atomic_uint_fast64_t bytes;
+    pthread_mutex_t lock;
+    struct vm_error *error; /* under lock */
+};
+
+/* ---- what arrives ---- */
+
+static int take(struct disk_target *t, const struct push_message *m, struct vm_error **err)
+{
+    const struct disk_target_params *p = &t->params;
+    bool write = m->op == PUSH_WRITE;
+    if ((!write && m->op != PUSH_ZERO) || (write && m->len > PUSH_WRITE_MAX))
+        return error_set(err, VM_ERROR_PROTOCOL, "nbdkit says %" PRIu32 ", which nobody knows",
+                         m->op);
+    if (write && io_read_full(t->data, t->buffer, (size_t)m->len, INT64_MAX, -1, err) < 0)
+        return -1;
+    if (FAULT("snapshot.arrived") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "cannot take a disk's data");
+    atomic_fetch_add(&t->bytes, m->len);
+    return gather_write(p->gather, p->file, p->size, m->offset, write ? t->buffer : NULL, m->len,
+                        err);
+}
+
+static int receive(struct disk_target *t, struct vm_error **err)
+{
+    for (;;) {
+        struct push_message m;
+        if (io_read_full(t->data, &m, sizeof(m), INT64_MAX, -1, err) < 0)
+            return error_wrap(err, "nbdkit ended before the disk was complete");
+        if (m.op == PUSH_CLOSE)
+            return 0;
+        if (take(t, &m, err) < 0)
+            return -1;
+    }
+}
+
+static void *receive_main(void *arg)
+{
+    struct disk_target *t = arg;
+    struct vm_error *err = NULL;
+    receive(t, &err);
+    shutdown(t->data, SHUT_RDWR); /* the plugin's next write fails */
+    pthread_mutex_lock(&t->lock);
+    t->error = err;
+    pthread_mutex_unlock(&t->lock);
+    io_latch_set(t->over);
+    return NULL;
+}
+
+/* ---- nbdkit ---- */
+
+static int spawn_nbdkit(struct disk_target *t, int nbd, int data, struct vm_error **err)
+{
+    extern char **environ;
+    char size[32], fd[16], plugin[4096];
+    snprintf(plugin, sizeof(plugin), "%s", t->params.plugin);
+    snprintf(size, sizeof(size), "size=%" PRIu64, t->params.size);
+    snprintf(fd, sizeof(fd), "fd=%d", AGENT_FD);
+    char name[] = "nbdkit", single[] = "-s", parent[] = "--exit-with-parent";
+    char *argv[] = {name, single, parent, plugin, fd, size, NULL};
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attr;
+    sigset_t none;
+    sigemptyset(&none);
+    posix_spawn_file_actions_init(&actions);
+    posix_spawnattr_init(&attr);
+    posix_spawnattr_setsigmask(&attr, &none);
+    posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK);
+    /* In this order: neither descriptor is below 3. */
+    posix_spawn_file_actions_adddup2(&actions, nbd, 0);
+    posix_spawn_file_actions_adddup2(&actions, nbd, 1);
+    posix_spawn_file_actions_adddup2(&actions, data, AGENT_FD);
+    int rc = posix_spawnp(&t->nbdkit, name, &actions, &attr, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    posix_spawnattr_destroy(&attr);
+    if (!rc)
+        return 0;
+    t->nbdkit = 0;
+    return error_errno(err, rc, "cannot run nbdkit, which takes disks out of QEMU");
+}
+
+static int make_pair(int ret_fds[2], struct vm_error **err)
+{
+    return socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ret_fds) < 0
+               ? error_errno(err, errno, "cannot make a socket")
+               : 0;
+}
+
+static int start(struct disk_target *t, int *ret_qemu_fd, struct vm_error **err)
+{
+    int nbd[2], data[2];
+    if (make_pair(nbd, err) < 0)
+        return -1;
+    cleanup_close int qemus = nbd[0], nbdkits = nbd[1];
+    if (make_pair(data, err) < 0)
+        return -1;
+    t->data = data[0];
+    cleanup_close int plugins = data[1];
+    t->over = io_latch_new(err);
+    t->buffer = malloc(PUSH_WRITE_MAX);
+    if (!t->buffer)
+        return error_nomem(err);
+    if (t->over < 0 || spawn_nbdkit(t, nbdkits, plugins, err) < 0)
+        return -1;
+    int rc = pthread_create(&t->thread, NULL, receive_main, t);
+    if (rc)
+        return error_errno(err, rc, "cannot start a thread");
+    t->started = true;
+    *ret_qemu_fd = steal_fd(&qemus);
+    return 0;
+}
+
+struct disk_target *disk_target_create(const struct disk_target_params *params, int *ret_qemu_fd,
+                                       struct vm_error **err)
+{
+    struct disk_target *t = calloc(1, sizeof(*t));
+    if (!t) {
+        error_nomem(err);
+        return NULL;
+    }
+    t->params = *params;
+    t->data = t->over = -1;
+    pthread_mutex_init(&t->lock, NULL);
+    if (access(params->plugin, R_OK) < 0)
+        error_errno(err, errno, "cannot read nbdkit's plugin %s", params->plugin);
+    else if (start(t, ret_qemu_fd, err) == 0)
+        return t;
+    disk_target_destroy(t);
+    return NULL;
+}
+
+const struct vm_error *disk_target_error(struct disk_target *t)
+{
+    SCOPE_LOCK(&t->lock);
+    return t->error;
+}
+
+uint64_t disk_target_bytes(struct disk_target *t)
+{
+    return atomic_load(&t->bytes);
+}
+
+int disk_target_finish(struct disk_target *t, int64_t deadline_ns, int cancel_fd,
+                       struct vm_error **err)
+{
+    if (io_wait(t->over, POLLIN, deadline_ns, cancel_fd, err) < 0)
+        return -1;
+    const struct vm_error *failed = disk_target_error(t);
+    return failed ? error_propagate(err, error_copy(failed)) : 0;
+}
+
+void disk_target_destroy(struct disk_target *t)
+{
+    if (!t)
+        return;
+    if (t->nbdkit) {
+        kill(t->nbdkit, SIGKILL);
+        while (waitpid(t->nbdkit, NULL, 0) < 0 && errno == EINTR)
+            ;
+    }
+    if (t->data >= 0)
+        shutdown(t->data, SHUT_RDWR);
+    if (t->started)
+        pthread_join(t->thread, NULL);
+    close_fd(&t->data);
+    close_fd(&t->over);
+    error_free(t->error);
+    free(t->buffer);
+    pthread_mutex_destroy(&t->lock);
+    free(t);
+}

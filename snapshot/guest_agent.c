@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/guest_agent.h"
+
+#include "base/clock.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "vmm/qemu_argv.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+static const char port_name[] = "org.qemu.guest_agent.0";
+#define CLOSE_TIMEOUT_NS (5 * NSEC_PER_SEC)
+
+struct guest_agent {
+    int fd;
+    bool frozen;
+    char line[GUEST_AGENT_LINE];
+    size_t n; /* bytes of `line` that were read */
+};
+
+static void json_free(json_t **j)
+{
+    json_decref(*j);
+}
+#define cleanup_json __attribute__((cleanup(json_free)))
+
+/* ---- where it is ---- */
+
+static bool option_is(const struct qemu_option *o, const char *name, struct qemu_props *ret_props)
+{
+    return !strcmp(o->name, name) && o->value &&
+           qemu_props_parse(o->value, qemu_option_implied_key(o->name), ret_props, NULL) == 0;
+}
+
+static bool equal(const struct qemu_props *p, const char *key, const char *value)
+{
+    const char *found = qemu_props_get(p, key);
+    return found && !strcmp(found, value);
+}
+
+/* The id of the chardev behind the agent's port; free it. */
+static char *find_port(const struct qemu_argv *a)
+{
+    for (unsigned i = 0; i < a->n; i++) {
+        cleanup_qemu_props struct qemu_props p = {0};
+        if (option_is(&a->options[i], "device", &p) && equal(&p, "driver", "virtserialport") &&
+            equal(&p, "name", port_name) && qemu_props_get(&p, "chardev"))
+            return strdup(qemu_props_get(&p, "chardev"));
+    }
+    return NULL;
+}
+
+char *guest_agent_find(char *const *argv, const char *cwd)
+{
+    cleanup_qemu_argv struct qemu_argv a = {0};
+    if (qemu_argv_parse(argv, &a, NULL) < 0)
+        return NULL;
+    cleanup_free char *chardev = find_port(&a);
+    for (unsigned i = 0; chardev && i < a.n; i++) {
+        cleanup_qemu_props struct qemu_props p = {0};
+        if (!option_is(&a.options[i], "chardev", &p) || !equal(&p, "backend", "socket") ||
+            !equal(&p, "id", chardev) || !qemu_props_get(&p, "path"))
+            continue;
+        char *whole = NULL;
+        const char *path = qemu_props_get(&p, "path");
+        return asprintf(&whole, "%s%s%s", *path == '/' ? "" : cwd, *path == '/' ? "" : "/", path) < 0
+                   ? NULL
+                   : whole;
+    }
+    return NULL;
+}
+
+/* ---- lines ---- */
+
+/* The next line, NUL-terminated, without what came before the last 0xff. */
+static int read_line(struct guest_agent *ga, int64_t deadline, char **ret_line, size_t *ret_used,
+                     struct vm_error **err)
+{
+    for (;;) {
+        char *end = memchr(ga->line, '\n', ga->n);
+        if (end) {
+            *end = 0;
+            char *from = memrchr(ga->line, 0xff, (size_t)(end - ga->line));
+            *ret_line = from ? from + 1 : ga->line;
+            *ret_used = (size_t)(end + 1 - ga->line);
+            return 0;
+        }
+        if (ga->n == sizeof(ga->line))
+            return error_set(err, VM_ERROR_PROTOCOL, "the guest's agent says too much");
+        ssize_t n =
+            io_read_some(ga->fd, ga->line + ga->n, sizeof(ga->line) - ga->n, deadline, -1, err);
+        if (n <= 0)
+            return n ? -1 : error_set(err, VM_ERROR_UNREACHABLE, "QEMU closed the connection");
+        ga->n += (size_t)n;
+    }
+}
+
+/* Say a command; *ret_value is what it returned, if that is a number. */
+static int command(struct guest_agent *ga, const char *text, int64_t deadline, int64_t *ret_value,
+                   struct vm_error **err)
+{
+    char *line = NULL;
+    size_t used = 0;
+    if (io_write_full(ga->fd, text, strlen(text), deadline, -1, err) < 0 ||
+        read_line(ga, deadline, &line, &used, err) < 0)
+        return -1;
+    cleanup_json json_t *reply = json_loads(line, 0, NULL);
+    memmove(ga->line, ga->line + used, ga->n - used);
+    ga->n -= used;
+    const json_t *value = json_object_get(reply, "return");
+    const char *why = json_string_value(json_object_get(json_object_get(reply, "error"), "desc"));
+    if (!value)
+        return error_set(err, VM_ERROR_FAILED, "the guest's agent refuses: %s",
+                         why ? log_q(why) : "it does not say why");
+    *ret_value = json_integer_value(value);
+    return 0;
+}
+
+/* What was said to others before us is skipped. */
+static int synchronise(struct guest_agent *ga, int64_t deadline, struct vm_error **err)
+{
+    char text[96];
+    int64_t id = clock_mono_ns() & 0xffffffff, value;
+    snprintf(text, sizeof(text),
+             "\xff{\"execute\":\"guest-sync-delimited\",\"arguments\":{\"id\":%lld}}\n",
+             (long long)id);
+    if (command(ga, text, deadline, &value, err) < 0)
+        return -1;
+    return value == id ? 0
+                       : error_set(err, VM_ERROR_PROTOCOL, "the guest's agent answers somebody else");
+}
+
+/* ---- the two commands ---- */
+
+static int connect_to(int fd, const char *path, struct vm_error **err)
+{
+    struct sockaddr_un a = {.sun_family = AF_UNIX};
+    if (strlen(path) >= sizeof(a.sun_path))
+        return error_set(err, VM_ERROR_USAGE, "the path of the guest's agent is too long: %s", path);
+    strcpy(a.sun_path, path);
+    return connect(fd, (struct sockaddr *)&a, sizeof(a)) < 0 ? error_errno(err, errno, "%s", path)
+                                                             : 0;
+}
+
+struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, struct vm_error **err)
+{
+    CLEANUP(guest_agent) struct guest_agent *ga = calloc(1, sizeof(*ga));
+    if (!ga) {
+        error_nomem(err);
+        return NULL;
+    }
+    ga->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (ga->fd < 0) {
+        error_errno(err, errno, "cannot make a socket");
+        return NULL;
+    }
+    if (connect_to(ga->fd, path, err) < 0 || io_set_nonblocking(ga->fd, true, err) < 0 ||
+        synchronise(ga, deadline_ns, err) < 0) {
+        error_wrap(err, "the guest's agent");
+        return NULL;
+    }
+    return steal_ptr(&ga);
+}
+
+int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
+                       struct vm_error **err)
+{
+    int64_t n;
+    ga->frozen = true; /* also if the answer is lost */
+    if (command(ga, "{\"execute\":\"guest-fsfreeze-freeze\"}\n", deadline_ns, &n, err) < 0)
+        return -1;
+    *ret_n = n > 0 && n < 1 << 20 ? (unsigned)n : 0;
+    return 0;
+}
+
+int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err)
+{
+    int64_t n;
+    if (command(ga, "{\"execute\":\"guest-fsfreeze-thaw\"}\n", deadline_ns, &n, err) < 0)
+        return -1;
+    ga->frozen = false;
+    return 0;
+}
+
+void guest_agent_close(struct guest_agent *ga)
+{
+    if (!ga)
+        return;
+    if (ga->frozen && guest_agent_thaw(ga, clock_mono_ns() + CLOSE_TIMEOUT_NS, NULL) < 0)
+        log_warn("the guest's file systems may still be frozen");
+    close_fd(&ga->fd);
+    free(ga);
+}

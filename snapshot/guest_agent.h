@@ -1,0 +1,35 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * guest_agent: the agent within a guest (qemu-ga), reached through a socket of QEMU's, and its two commands that a
+ * snapshot needs.
+ *
+ *     path = guest_agent_find(argv, cwd)                of the command line, NULL if it has none; free it
+ *     ga = guest_agent_open(path, deadline, &err)
+ *     guest_agent_freeze(ga, deadline, &n, &err)        n file systems hold still from here on
+ *     guest_agent_thaw(ga, deadline, &err)
+ *     guest_agent_close(ga)                             thaws if that was not done
+ *
+ * What it says comes from the guest: lines of at most GUEST_AGENT_LINE bytes, of which nothing is believed but
+ * that and how many file systems it froze. TIMEOUT if nobody in the guest answers. Threads: one.
+ */
+#ifndef VMMIG_SNAPSHOT_GUEST_AGENT_H
+#define VMMIG_SNAPSHOT_GUEST_AGENT_H
+
+#include "base/cleanup.h"
+#include "base/error.h"
+
+#include <stdint.h>
+
+enum { GUEST_AGENT_LINE = 65536 };
+
+struct guest_agent;
+
+char *guest_agent_find(char *const *argv, const char *cwd);
+struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, struct vm_error **err);
+int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
+                       struct vm_error **err);
+int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err);
+void guest_agent_close(struct guest_agent *ga);
+DEFINE_CLEANUP(guest_agent, struct guest_agent *, guest_agent_close)
+
+#endif

@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/memory_image.h"
+
+#include "base/fault.h"
+#include "base/io.h"
+#include "snapshot/snapshot.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { COPY_BYTES = 1 << 20 };
+
+struct block {
+    struct image_file *file;
+    uint8_t *seen; /* a bit per page */
+};
+
+struct memory_image {
+    struct memory_image_setup setup;
+    struct guest_region *regions;
+    unsigned n;
+    struct block blocks[GUEST_REGIONS_MAX];
+    uint64_t total;
+    atomic_uint_fast64_t done;
+    int state_fd;
+    uint64_t state_bytes;
+    bool memory_done;
+    int over; /* latch */
+    pthread_mutex_t lock;
+    struct vm_error *error; /* under lock, once it is over */
+};
+
+/* ---- events ---- */
+
+static void note_page(struct memory_image *m, struct block *b, uint64_t page)
+{
+    uint8_t bit = (uint8_t)(1u << page % 8);
+    if (!(b->seen[page / 8] & bit))
+        atomic_fetch_add(&m->done, GUEST_PAGE_SIZE);
+    b->seen[page / 8] |= bit;
+}
+
+static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
+{
+    struct memory_image *m = arg;
+    int r = 0;
+    if (FAULT("snapshot.memory") == FAULT_ERROR)
+        r = error_errno(err, fault_errno(), "cannot take the guest's memory");
+    for (unsigned i = 0; i < batch->n && r == 0; i++) {
+        const struct page_ref *p = &batch->pages[i];
+        struct block *b = &m->blocks[page_addr_region(p->addr)];
+        uint64_t page = page_addr_number(p->addr);
+        note_page(m, b, page);
+        r = gather_page(m->setup.gather, b->file, page, p->data, err);
+    }
+    page_batch_unref(batch);
+    return r;
+}
+
+static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err)
+{
+    struct memory_image *m = arg;
+    if (n > SNAPSHOT_STATE_MAX - m->state_bytes)
+        return error_set(err, VM_ERROR_REFUSED, "the VM's device state is larger than %llu MiB",
+                         SNAPSHOT_STATE_MAX >> 20);
+    for (size_t done = 0; done < n;) {
+        ssize_t w = pwrite(m->state_fd, (const char *)data + done, n - done,
+                           (off_t)(m->state_bytes + done));
+        if (w < 0 && errno != EINTR)
+            return error_errno(err, errno, "cannot keep the VM's device state");
+        done += w > 0 ? (size_t)w : 0;
+    }
+    m->state_bytes += n;
+    return 0;
+}
+
+static int on_memory_done(void *arg, struct vm_error **err)
+{
+    struct memory_image *m = arg;
+    (void)err;
+    m->memory_done = true;
+    return 0;
+}
+
+static void on_done(void *arg, struct vm_error *err)
+{
+    struct memory_image *m = arg;
+    uint64_t done = atomic_load(&m->done);
+    if (!err && (!m->memory_done || done != m->total))
+        error_set(&err, VM_ERROR_REFUSED,
+                  "QEMU gave %" PRIu64 " of %" PRIu64
+                  " bytes of the guest's memory page by page: memory that comes and goes "
+                  "(virtio-mem) cannot be snapshotted",
+                  done, m->total);
+    pthread_mutex_lock(&m->lock);
+    m->error = err;
+    pthread_mutex_unlock(&m->lock);
+    io_latch_set(m->over);
+}
+
+static const struct guest_source_events events = {
+    .pages = on_pages,
+    .bytes = on_bytes,
+    .memory_done = on_memory_done,
+    .done = on_done,
+};
+
+const struct guest_source_events *memory_image_events(void)
+{
+    return &events;
+}
+
+const struct guest_region *memory_image_regions(const struct memory_image *m, unsigned *ret_n)
+{
+    *ret_n = m->n;
+    return m->regions;
+}
+
+void memory_image_progress(struct memory_image *m, uint64_t *ret_done, uint64_t *ret_total)
+{
+    *ret_done = atomic_load(&m->done);
+    *ret_total = m->total;
+}
+
+int memory_image_wait(struct memory_image *m, int64_t deadline_ns, int cancel_fd,
+                      struct vm_error **err)
+{
+    cleanup_error struct vm_error *waited = NULL;
+    if (io_wait(m->over, POLLIN, deadline_ns, cancel_fd, &waited) < 0)
+        return waited->kind == VM_ERROR_TIMEOUT ? 0 : error_propagate(err, steal_ptr(&waited));
+    SCOPE_LOCK(&m->lock);
+    return m->error ? error_propagate(err, error_copy(m->error)) : 1;
+}
+
+/* ---- device state ---- */
+
+int memory_image_store_state(struct memory_image *m, struct vm_error **err)
+{
+    struct image_file *file =
+        image_session_file(m->setup.session, SNAPSHOT_STATE_FILE, m->state_bytes, err);
+    cleanup_free uint8_t *buffer = malloc(COPY_BYTES);
+    if (!file)
+        return -1;
+    if (!buffer)
+        return error_nomem(err);
+    for (uint64_t at = 0; at < m->state_bytes;) {
+        uint64_t left = m->state_bytes - at;
+        ssize_t n = pread(m->state_fd, buffer, left < COPY_BYTES ? left : COPY_BYTES, (off_t)at);
+        if (n < 0)
+            return error_errno(err, errno, "cannot read the VM's device state again");
+        /* Less than asked for only at the end: pages stay whole. */
+        if ((n < COPY_BYTES && at + (uint64_t)n != m->state_bytes) ||
+            gather_write(m->setup.gather, file, m->state_bytes, at, buffer, (uint64_t)n, err) < 0)
+            return err && *err ? -1 : error_set(err, VM_ERROR_FAILED, "device state was cut short");
+        at += (uint64_t)n;
+    }
+    return 0;
+}
+
+/* ---- life ---- */
+
+static int add_blocks(struct memory_image *m, struct vm_error **err)
+{
+    const struct memory_image_setup *s = &m->setup;
+    if (qemu_definition_regions(&s->vm->definition, &m->regions, &m->n, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < m->n; i++) {
+        struct block *b = &m->blocks[i];
+        uint64_t size = m->regions[i].size;
+        b->file = image_session_file(s->session, s->vm->ram_files[i], size, err);
+        if (!b->file)
+            return -1;
+        b->seen = calloc(1, size / GUEST_PAGE_SIZE / 8 + 1);
+        if (!b->seen)
+            return error_nomem(err);
+        m->total += size;
+    }
+    return 0;
+}
+
+struct memory_image *memory_image_create(const struct memory_image_setup *setup,
+                                         struct vm_error **err)
+{
+    CLEANUP(memory_image) struct memory_image *m = calloc(1, sizeof(*m));
+    if (!m) {
+        error_nomem(err);
+        return NULL;
+    }
+    m->setup = *setup;
+    m->over = -1;
+    pthread_mutex_init(&m->lock, NULL);
+    m->state_fd = open(setup->scratch_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (m->state_fd < 0) {
+        error_errno(err, errno, "cannot make a file for device state in %s", setup->scratch_dir);
+        return NULL;
+    }
+    m->over = io_latch_new(err);
+    if (m->over < 0 || add_blocks(m, err) < 0)
+        return NULL;
+    return steal_ptr(&m);
+}
+
+void memory_image_destroy(struct memory_image *m)
+{
+    if (!m)
+        return;
+    for (unsigned i = 0; i < m->n; i++)
+        free(m->blocks[i].seen);
+    free(m->regions);
+    close_fd(&m->state_fd);
+    close_fd(&m->over);
+    error_free(m->error);
+    pthread_mutex_destroy(&m->lock);
+    free(m);
+}

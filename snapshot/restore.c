@@ -1,0 +1,334 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/restore.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "snapshot/disk_file.h"
+#include "snapshot/snapshot.h"
+#include "vmm/qemu_disk_move.h"
+#include "vmm/qemu_json.h"
+
+#include <errno.h>
+#include <pwd.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum { PIECE = 1 << 20, BLOCK = 65536 };
+#define LOAD_NS (120 * NSEC_PER_SEC)
+
+struct restore {
+    struct repo *repo;
+    struct lease lease;
+    bool leased, keep;
+    struct qemu_json vm;
+    bool made[QEMU_DISKS_MAX]; /* by us */
+    uint64_t done, total;
+    uint8_t *buffer;
+};
+
+static const struct image_entry *entry(const struct restore *r, const char *name,
+                                       struct vm_error **err)
+{
+    const struct image_entry *e = image_find_file(&r->lease.image, name);
+    if (!e)
+        error_set(err, VM_ERROR_CORRUPT, "snapshot %s has no file %s", r->lease.image.name, name);
+    return e;
+}
+
+static struct file_reader *reader_of(struct restore *r, const struct image_entry *e,
+                                     struct vm_error **err)
+{
+    return file_reader_create(repo_store(r->repo), &e->root, e->size, err);
+}
+
+/* ---- opening ---- */
+
+static int read_definition(struct restore *r, struct vm_error **err)
+{
+    const struct image_entry *e = image_find_file(&r->lease.image, SNAPSHOT_DEFINITION_FILE);
+    if (!e)
+        return error_set(err, VM_ERROR_REFUSED, "%s is not a snapshot of a VM",
+                         r->lease.image.name);
+    if (e->size > QEMU_JSON_MAX)
+        return error_set(err, VM_ERROR_CORRUPT, "the definition in %s is too large",
+                         r->lease.image.name);
+    CLEANUP(file_reader) struct file_reader *reader = reader_of(r, e, err);
+    cleanup_free char *text = malloc(e->size + 1);
+    if (!reader)
+        return -1;
+    if (!text)
+        return error_nomem(err);
+    if (file_reader_read(reader, 0, text, e->size, err) < 0)
+        return -1;
+    return qemu_json_read(text, e->size, &r->vm, err);
+}
+
+/* Memory files are the blocks, byte for byte. */
+static int check_files(struct restore *r, struct vm_error **err)
+{
+    const struct qemu_definition *d = &r->vm.definition;
+    if (!image_find_file(&r->lease.image, SNAPSHOT_STATE_FILE))
+        return error_set(err, VM_ERROR_REFUSED,
+                         "snapshot %s has disks alone: export them, and start a VM on them",
+                         r->lease.image.name);
+    for (unsigned i = 0; i < d->n_ram; i++) {
+        const struct image_entry *e = entry(r, r->vm.ram_files[i], err);
+        if (!e)
+            return -1;
+        if (e->size != d->ram[i].size)
+            return error_set(err, VM_ERROR_CORRUPT, "%s of snapshot %s is not the VM's memory",
+                             e->name, r->lease.image.name);
+        r->total += e->size;
+    }
+    for (unsigned i = 0; i < d->n_disks; i++) {
+        const struct image_entry *e =
+            *r->vm.disk_files[i] ? entry(r, r->vm.disk_files[i], err) : NULL;
+        if (*r->vm.disk_files[i] && !e)
+            return -1;
+        r->total += e ? e->size : 0;
+    }
+    return 0;
+}
+
+struct restore *restore_open(struct repo *repo, const char *image, const char *holder,
+                             struct vm_error **err)
+{
+    CLEANUP(restore) struct restore *r = calloc(1, sizeof(*r));
+    if (!r || !(r->buffer = malloc(PIECE))) {
+        error_nomem(err);
+        return NULL;
+    }
+    r->repo = repo;
+    if (catalogue_lease(repo_store(repo), image, holder, &r->lease, err) < 0)
+        return NULL;
+    r->leased = true;
+    return read_definition(r, err) < 0 || check_files(r, err) < 0 ? NULL : steal_ptr(&r);
+}
+
+void restore_close(struct restore *r)
+{
+    cleanup_error struct vm_error *failed = NULL;
+    if (!r)
+        return;
+    for (unsigned i = 0; i < r->vm.definition.n_disks && !r->keep; i++)
+        if (r->made[i])
+            unlink(r->vm.definition.disks[i].file);
+    if (r->leased && catalogue_lease_drop(repo_store(r->repo), &r->lease, &failed) < 0)
+        log_warn("a lease stays in the repository", "image=%s error=%s",
+                 log_q(r->lease.image.name), log_q(error_message(failed)));
+    qemu_json_finish(&r->vm);
+    free(r->buffer);
+    free(r);
+}
+
+const struct qemu_definition *restore_definition(const struct restore *r)
+{
+    return &r->vm.definition;
+}
+
+void restore_keep(struct restore *r)
+{
+    r->keep = true;
+}
+
+/* ---- disks ---- */
+
+static int place_disk(struct restore *r, unsigned i, const char *vm, const char *folder,
+                      struct vm_error **err)
+{
+    struct qemu_disk *k = &r->vm.definition.disks[i];
+    const char *format = *k->format ? k->format : "raw";
+    cleanup_free char *to = NULL;
+    struct stat st;
+    int n = folder                ? asprintf(&to, "%s/%s-disk%u.%s", folder, vm, i, format)
+            : *k->file == '/'     ? asprintf(&to, "%s", k->file)
+                                  : asprintf(&to, "%s/%s", r->vm.definition.cwd, k->file);
+    if (n < 0) {
+        to = NULL;
+        return error_nomem(err);
+    }
+    if (qemu_disk_move(&r->vm.definition, i, to, err) < 0)
+        return -1;
+    if (lstat(to, &st) == 0)
+        return error_set(err, VM_ERROR_CONFLICT,
+                         "disk %s: there is %s already: remove it, or say --disk-dir", k->name, to);
+    return 0;
+}
+
+int restore_place_disks(struct restore *r, const char *vm, const char *folder,
+                        struct vm_error **err)
+{
+    struct stat st;
+    if (folder && stat(folder, &st) < 0)
+        return error_errno(err, errno, "--disk-dir %s", folder);
+    if (folder && !S_ISDIR(st.st_mode))
+        return error_set(err, VM_ERROR_USAGE, "--disk-dir %s is not a folder", folder);
+    for (unsigned i = 0; i < r->vm.definition.n_disks; i++)
+        if (*r->vm.disk_files[i] && place_disk(r, i, vm, folder, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int give_to(const char *path, const char *user, struct vm_error **err)
+{
+    struct passwd entry_of, *found;
+    char text[4096];
+    if (!user || !*user)
+        return 0;
+    if (getpwnam_r(user, &entry_of, text, sizeof(text), &found) || !found)
+        return error_set(err, VM_ERROR_NOT_FOUND, "there is no user %s", user);
+    return chown(path, found->pw_uid, found->pw_gid) < 0
+               ? error_errno(err, errno, "cannot give %s to %s", path, user)
+               : 0;
+}
+
+int restore_make_disks(struct restore *r, const char *user, struct vm_error **err)
+{
+    for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
+        const struct qemu_disk *k = &r->vm.definition.disks[i];
+        const struct image_entry *e = entry(r, r->vm.disk_files[i], NULL);
+        if (!e)
+            continue;
+        if (disk_file_make(k->file, *k->format ? k->format : "raw", e->size, err) < 0)
+            return -1;
+        r->made[i] = true;
+        if (give_to(k->file, user, err) < 0)
+            return -1;
+    }
+    FAULT("restore.made");
+    return 0;
+}
+
+/* ---- content ---- */
+
+typedef int write_fn(void *arg, uint64_t offset, const uint8_t *data, size_t len,
+                     struct vm_error **err);
+
+static bool is_zero(const uint8_t *data, size_t len)
+{
+    return !*data && !memcmp(data, data + 1, len - 1);
+}
+
+/* Everything of one file that is not zero, in whole blocks. */
+static int pour(struct restore *r, const struct image_entry *e, size_t block, write_fn *write,
+                void *arg, const struct restore_control *c, struct vm_error **err)
+{
+    CLEANUP(file_reader) struct file_reader *reader = reader_of(r, e, err);
+    uint64_t start = 0, len = 0, before = r->done;
+    if (!reader)
+        return -1;
+    for (uint64_t at = 0;;) {
+        if (at >= start + len) {
+            if (file_reader_next_data(reader, at, &start, &len, err) < 0)
+                return -1;
+            if (!len)
+                break;
+            at = start;
+        }
+        uint64_t left = start + len - at;
+        size_t n = left < PIECE ? (size_t)left : PIECE;
+        if (io_latch_is_set(c->cancel_fd))
+            return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+        if (file_reader_read(reader, at, r->buffer, n, err) < 0)
+            return -1;
+        for (size_t i = 0; i < n; i += block) {
+            size_t some = n - i < block ? n - i : block;
+            if (!is_zero(r->buffer + i, some) && write(arg, at + i, r->buffer + i, some, err) < 0)
+                return -1;
+        }
+        at += n;
+        r->done = before + at;
+        c->progress(c->arg, r->done, r->total);
+    }
+    r->done = before + e->size;
+    return 0;
+}
+
+static int write_disk(void *arg, uint64_t offset, const uint8_t *data, size_t len,
+                      struct vm_error **err)
+{
+    return disk_file_write(arg, offset, data, len, err);
+}
+
+int restore_fill_disks(struct restore *r, const struct restore_control *c, struct vm_error **err)
+{
+    for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
+        const struct qemu_disk *k = &r->vm.definition.disks[i];
+        if (!r->made[i])
+            continue;
+        CLEANUP(disk_file)
+        struct disk_file *f = disk_file_open(k->file, *k->format ? k->format : "raw", err);
+        if (!f || pour(r, entry(r, r->vm.disk_files[i], NULL), BLOCK, write_disk, f, c, err) < 0 ||
+            disk_file_finish(steal_ptr(&f), err) < 0)
+            return -1;
+    }
+    FAULT("restore.filled");
+    return 0;
+}
+
+struct memory {
+    struct guest *guest;
+    const struct guest_region *region;
+    unsigned number;
+};
+
+static int write_page(void *arg, uint64_t offset, const uint8_t *data, size_t len,
+                      struct vm_error **err)
+{
+    struct memory *m = arg;
+    uint64_t addr = page_addr(m->number, offset / GUEST_PAGE_SIZE);
+    (void)err;
+    guest_sink_populate(m->guest, &addr, 1, NULL); /* else it counts as the agent's memory */
+    memcpy(m->region->base + offset, data, len);
+    return 0;
+}
+
+static int load_memory(struct restore *r, struct guest *guest, const struct restore_control *c,
+                       struct vm_error **err)
+{
+    const struct guest_region *regions;
+    unsigned n;
+    if (guest_sink_regions(guest, &regions, &n) < 0 || n != r->vm.definition.n_ram)
+        return error_set(err, VM_ERROR_FAILED, "the VM that waits has other memory");
+    for (unsigned i = 0; i < n; i++) {
+        struct memory m = {guest, &regions[i], i};
+        if (!regions[i].base || regions[i].size != r->vm.definition.ram[i].size)
+            return error_set(err, VM_ERROR_FAILED, "the memory %s of the VM that waits is not mapped",
+                             regions[i].name);
+        if (pour(r, entry(r, r->vm.ram_files[i], NULL), GUEST_PAGE_SIZE, write_page, &m, c, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int load_state(struct restore *r, struct guest *guest, const struct restore_control *c,
+                      struct vm_error **err)
+{
+    const struct image_entry *e = entry(r, SNAPSHOT_STATE_FILE, err);
+    CLEANUP(file_reader) struct file_reader *reader = e ? reader_of(r, e, err) : NULL;
+    int64_t deadline = clock_mono_ns() + LOAD_NS;
+    if (!reader)
+        return -1;
+    for (uint64_t at = 0; at < e->size;) {
+        size_t n = e->size - at < PIECE ? (size_t)(e->size - at) : PIECE;
+        if (file_reader_read(reader, at, r->buffer, n, err) < 0 ||
+            guest_sink_bytes(guest, r->buffer, n, deadline, c->cancel_fd, err) < 0)
+            return -1;
+        at += n;
+    }
+    return guest_sink_finish(guest, deadline, c->cancel_fd, err);
+}
+
+int restore_load(struct restore *r, struct guest *guest, const struct restore_control *c,
+                 struct vm_error **err)
+{
+    if (load_memory(r, guest, c, err) < 0)
+        return -1;
+    FAULT("restore.memory");
+    return load_state(r, guest, c, err);
+}

@@ -1,0 +1,52 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * restore: a VM from a snapshot, in steps between which the caller starts its VMM.
+ *
+ *     r = restore_open(repo, "web1@nightly", "restore web1", &err)     lease, definition
+ *     restore_place_disks(r, "web1b", "/srv/disks" or NULL, &err)      where they go; CONFLICT if one is there
+ *     restore_make_disks(r, user, &err)                                empty ones
+ *     guest = a VMM that waits for the guest of restore_definition(r)
+ *     restore_fill_disks(r, &control, &err)
+ *     restore_load(r, guest, &control, &err)                           memory and device state; the guest stands
+ *     restore_keep(r)                                                  the disks stay
+ *     restore_close(r)                                                 always; without keep they are removed
+ *
+ * What is read from the repository is verified there, and the definition is validated. Disks are files: raw ones
+ * sparse, others made by qemu-img and written through a qemu-nbd of ours. With a folder they are called
+ * VM-diskN.FORMAT there. REFUSED by name: a disk that is no file, a snapshot without memory. A lease keeps the
+ * snapshot readable meanwhile, though it be deleted.
+ *
+ * Memory: 1 MiB, and what a file_reader takes. Threads: one.
+ */
+#ifndef VMMIG_SNAPSHOT_RESTORE_H
+#define VMMIG_SNAPSHOT_RESTORE_H
+
+#include "repo/repo.h"
+#include "vmm/guest.h"
+#include "vmm/qemu_definition.h"
+
+struct restore;
+
+struct restore_control {
+    int cancel_fd;
+    /* `done` of `total` bytes of all files. Called often. */
+    void (*progress)(void *arg, uint64_t done, uint64_t total);
+    void *arg;
+};
+
+struct restore *restore_open(struct repo *repo, const char *image, const char *holder,
+                             struct vm_error **err);
+void restore_close(struct restore *r);
+DEFINE_CLEANUP(restore, struct restore *, restore_close)
+
+const struct qemu_definition *restore_definition(const struct restore *r);
+int restore_place_disks(struct restore *r, const char *vm, const char *folder,
+                        struct vm_error **err);
+/* They will be `user`'s; "" or NULL: ours. */
+int restore_make_disks(struct restore *r, const char *user, struct vm_error **err);
+int restore_fill_disks(struct restore *r, const struct restore_control *c, struct vm_error **err);
+int restore_load(struct restore *r, struct guest *guest, const struct restore_control *c,
+                 struct vm_error **err);
+void restore_keep(struct restore *r);
+
+#endif

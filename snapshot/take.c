@@ -1,0 +1,391 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/snapshot.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "snapshot/chain.h"
+#include "snapshot/disk_target.h"
+#include "snapshot/guest_agent.h"
+#include "snapshot/memory_image.h"
+#include "vmm/qemu.h"
+#include "vmm/qemu_preflight.h"
+#include "vmm/qemu_snapshot.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define GUEST_AGENT_NS (10 * NSEC_PER_SEC)
+#define RESUME_NS (30 * NSEC_PER_SEC)
+#define TARGET_NS (60 * NSEC_PER_SEC)
+#define STEP_NS (100 * NSEC_PER_MSEC)
+
+struct take {
+    const struct snapshot_params *p;
+    struct qemu *qemu;
+    struct qemu_json vm;
+    struct snapshot_progress progress;
+    struct snapshot_report *report;
+
+    struct qemu_snapshot *disks;
+    unsigned n_disks;
+    struct image_session *session;
+    struct gather *gather;
+    struct memory_image *memory;
+    struct disk_target *targets[QEMU_SNAPSHOT_DISKS_MAX];
+    struct guest_agent *guest_agent;
+    bool was_running, sourcing;
+};
+
+static void tell(struct take *t, enum snapshot_phase phase)
+{
+    struct image_writer_stat stat = {0};
+    t->progress.phase = phase;
+    if (t->session)
+        image_writer_stat(image_session_writer(t->session), &stat);
+    if (t->memory)
+        memory_image_progress(t->memory, &t->progress.memory_done, &t->progress.memory_total);
+    t->progress.stored = stat.bytes_stored;
+    if (t->p->progress)
+        t->p->progress(t->p->arg, &t->progress);
+}
+
+static void note(struct take *t, const char *text)
+{
+    char *out = t->report->note;
+    size_t n = strlen(out);
+    snprintf(out + n, SNAPSHOT_NOTE_MAX - n, "%s%s", n ? "; " : "", text);
+}
+
+/* ---- before the instant ---- */
+
+static int look_at_vm(struct take *t, struct vm_error **err)
+{
+    struct qemu_definition *d = &t->vm.definition;
+    snprintf(t->vm.name, sizeof(t->vm.name), "%s", t->p->vm);
+    if (qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->vm, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < d->n_disks; i++)
+        if (!d->disks[i].writable)
+            t->vm.disk_files[i][0] = 0;
+    t->was_running = d->state == GUEST_RUNNING;
+    if (t->p->disk_only)
+        return 0;
+    if (!t->was_running)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the guest is paused, and QEMU would let it run: resume it first, or say "
+                         "--disk-only");
+    if (qemu_snapshot_can_protect(t->qemu, err) < 0)
+        return error_wrap(err, "the guest's memory cannot be write-protected (say --disk-only, or "
+                               "let QEMU use userfaultfd: vm.unprivileged_userfaultfd=1)");
+    return 0;
+}
+
+/*
+ * The names of a snapshot's bitmaps: no other image of this repository, and no other repository, has them.
+ */
+static void bitmap_prefix(const struct repo *r, uint64_t writer, char out[QEMU_SNAPSHOT_PREFIX_MAX])
+{
+    const struct uuid *u = repo_uuid(r);
+    snprintf(out, QEMU_SNAPSHOT_PREFIX_MAX, "vmmig-%02x%02x%02x%02x%02x%02x-%" PRIx64, u->bytes[0],
+             u->bytes[1], u->bytes[2], u->bytes[3], u->bytes[4], u->bytes[5], writer);
+}
+
+/* Do the parent's disks have the sizes of those that are here? */
+static bool sizes_fit(const struct take *t, const struct image *parent)
+{
+    unsigned n;
+    const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    for (unsigned i = 0; i < n; i++) {
+        const struct image_entry *e = image_find_file(parent, t->vm.disk_files[disks[i].number]);
+        if (!e || e->size != disks[i].size)
+            return false;
+    }
+    return true;
+}
+
+/* *ret_prefix stays empty if the disks have to be read whole. */
+static int choose_parent(struct take *t, struct image *parent,
+                         char ret_prefix[QEMU_SNAPSHOT_PREFIX_MAX], struct vm_error **err)
+{
+    char prefix[QEMU_SNAPSHOT_PREFIX_MAX];
+    ret_prefix[0] = 0;
+    if (snapshot_newest(t->p->repo, t->p->vm, parent, err) < 0)
+        return -1;
+    if (!parent->name[0])
+        return 0;
+    bitmap_prefix(t->p->repo, parent->writer, prefix);
+    if (qemu_snapshot_has_bitmap(t->disks, prefix) && sizes_fit(t, parent))
+        memcpy(ret_prefix, prefix, sizeof(prefix));
+    else if (t->n_disks)
+        note(t, "disks were read whole: QEMU has no note of what was written since the last "
+                "snapshot");
+    return 0;
+}
+
+static int open_targets(struct take *t, int *fds, struct vm_error **err)
+{
+    unsigned n;
+    const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    for (unsigned i = 0; i < n; i++) {
+        const char *name = t->vm.disk_files[disks[i].number];
+        struct disk_target_params p = {.gather = t->gather,
+                                       .file =
+                                           image_session_file(t->session, name, disks[i].size, err),
+                                       .size = disks[i].size,
+                                       .plugin = t->p->plugin};
+        if (!p.file || !(t->targets[i] = disk_target_create(&p, &fds[i], err)))
+            return -1;
+        t->report->disk_bytes += disks[i].size;
+    }
+    return 0;
+}
+
+static int open_image(struct take *t, struct vm_error **err)
+{
+    char image[IMAGE_NAME_MAX + 1], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX],
+        prefix[QEMU_SNAPSHOT_PREFIX_MAX];
+    int fds[QEMU_SNAPSHOT_DISKS_MAX];
+    cleanup_free struct image *parent = calloc(1, sizeof(*parent));
+    if (!parent)
+        return error_nomem(err);
+    if (snapshot_image_name(t->p->vm, t->p->name, image, err) < 0 ||
+        !(t->disks = qemu_snapshot_create(t->qemu, &t->vm.definition, err)))
+        return -1;
+    qemu_snapshot_disks(t->disks, &t->n_disks);
+    if (choose_parent(t, parent, parent_prefix, err) < 0 ||
+        !(t->session = image_session_begin(t->p->repo, image, *parent->name ? parent->name : NULL,
+                                           err)) ||
+        !(t->gather = gather_create(image_session_writer(t->session), err)))
+        return -1;
+    strcpy(t->report->image, image);
+    strcpy(t->report->parent, parent->name);
+    bitmap_prefix(t->p->repo, image_session_number(t->session), prefix);
+    memset(fds, -1, sizeof(fds));
+    if (open_targets(t, fds, err) < 0) {
+        for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
+            close_fd(&fds[i]);
+        return -1;
+    }
+    struct qemu_snapshot_params disks = {.nbd_fds = fds,
+                                         .scratch_dir = t->p->scratch_dir,
+                                         .bitmap = prefix,
+                                         .parent = *parent_prefix ? parent_prefix : NULL};
+    if (qemu_snapshot_prepare(t->disks, &disks, err) < 0)
+        return -1;
+    struct memory_image_setup memory = {t->vm.ram_files ? &t->vm : NULL, t->session, t->gather,
+                                        t->p->scratch_dir};
+    if (t->p->disk_only)
+        return 0;
+    t->report->memory_bytes = t->vm.definition.memory;
+    t->memory = memory_image_create(&memory, err);
+    return t->memory ? 0 : -1;
+}
+
+/* ---- the instant ---- */
+
+/* File systems hold still: must be so if the user named the agent, is good to have if not. */
+static int freeze(struct take *t, struct vm_error **err)
+{
+    struct vm_error *failed = NULL;
+    char text[SNAPSHOT_NOTE_MAX];
+    cleanup_free char *found =
+        t->p->guest_agent || !t->was_running
+            ? NULL
+            : guest_agent_find(t->vm.definition.argv, t->vm.definition.cwd);
+    const char *path = t->p->guest_agent ? t->p->guest_agent : found;
+    if (!path)
+        return 0;
+    if (!t->was_running)
+        return error_set(err, VM_ERROR_REFUSED, "the guest is paused: its agent cannot answer");
+    int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
+    t->guest_agent = guest_agent_open(path, deadline, &failed);
+    if (t->guest_agent &&
+        guest_agent_freeze(t->guest_agent, deadline, &t->report->frozen, &failed) == 0)
+        return 0;
+    guest_agent_close(steal_ptr(&t->guest_agent));
+    if (t->p->guest_agent)
+        return error_propagate(err, failed);
+    snprintf(text, sizeof(text), "file systems were not frozen: %s", error_message(failed));
+    note(t, text);
+    error_free(failed);
+    return 0;
+}
+
+/* Only a warning: the snapshot is good, and the guest's agent thaws by itself sooner or later. */
+static void thaw(struct take *t)
+{
+    cleanup_error struct vm_error *failed = NULL;
+    if (t->guest_agent &&
+        guest_agent_thaw(t->guest_agent, clock_mono_ns() + GUEST_AGENT_NS, &failed) < 0)
+        note(t, error_message(failed));
+    guest_agent_close(steal_ptr(&t->guest_agent));
+}
+
+static int start_memory(struct take *t, struct vm_error **err)
+{
+    struct guest_source_params source = {.channels = 1, .background = true};
+    source.regions = memory_image_regions(t->memory, &source.n_regions);
+    if (guest_source_start(t->p->guest, &source, memory_image_events(), t->memory, err) < 0)
+        return -1;
+    t->sourcing = true;
+    FAULT("snapshot.protecting");
+    return qemu_snapshot_wait_resumed(t->qemu, clock_mono_ns() + RESUME_NS, err);
+}
+
+static int go_on(struct take *t, struct vm_error **err)
+{
+    if (t->memory)
+        return start_memory(t, err);
+    return t->was_running ? guest_resume(t->p->guest, err) : 0;
+}
+
+static int switch_over(struct take *t, struct vm_error **err)
+{
+    tell(t, SNAPSHOT_SWITCHING);
+    if (freeze(t, err) < 0 || qemu_snapshot_switch(t->disks, err) < 0 || go_on(t, err) < 0)
+        return -1;
+    thaw(t);
+    t->report->pause_ns = t->was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
+    t->progress.pause_ns = t->report->pause_ns;
+    return 0;
+}
+
+/* ---- after ---- */
+
+/* A target that failed tells more than QEMU does about it. */
+static int check_targets(struct take *t, struct vm_error **err)
+{
+    for (unsigned i = 0; i < t->n_disks; i++) {
+        const struct vm_error *failed = t->targets[i] ? disk_target_error(t->targets[i]) : NULL;
+        if (failed) {
+            error_clear(err);
+            return error_propagate(err, error_copy(failed));
+        }
+    }
+    return -1;
+}
+
+static int copy(struct take *t, struct vm_error **err)
+{
+    bool memory = !t->memory, disks = !t->n_disks;
+    if (qemu_snapshot_push(t->disks, err) < 0)
+        return check_targets(t, err);
+    while (!memory || !disks) {
+        struct qemu_snapshot_progress p;
+        int64_t until = clock_mono_ns() + STEP_NS;
+        int r = disks ? 1 : qemu_snapshot_wait(t->disks, until, t->p->cancel_fd, &p, err);
+        if (r < 0)
+            return check_targets(t, err);
+        if (!disks) {
+            t->progress.disk_done = p.done;
+            t->progress.disk_total = p.total;
+        }
+        disks = r;
+        r = memory ? 1 : memory_image_wait(t->memory, disks ? until : 0, t->p->cancel_fd, err);
+        if (r < 0)
+            return -1;
+        memory = r;
+        tell(t, SNAPSHOT_COPYING);
+    }
+    FAULT("snapshot.copied");
+    return 0;
+}
+
+static int stop_source(struct take *t, struct vm_error **err)
+{
+    if (!t->sourcing)
+        return 0;
+    t->sourcing = false;
+    return guest_source_stop(t->p->guest, err);
+}
+
+/* QEMU lets go of the disks' targets; what it wrote has arrived then. */
+static int detach(struct take *t, struct vm_error **err)
+{
+    bool found;
+    if (stop_source(t, err) < 0 || qemu_snapshot_sweep(t->qemu, &found, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < t->n_disks; i++) {
+        if (disk_target_finish(t->targets[i], clock_mono_ns() + TARGET_NS, t->p->cancel_fd, err) < 0)
+            return -1;
+        t->report->disk_read += disk_target_bytes(t->targets[i]);
+    }
+    return 0;
+}
+
+static int store_definition(struct take *t, struct vm_error **err)
+{
+    cleanup_free char *text = qemu_json_write(&t->vm, err);
+    if (!text)
+        return -1;
+    size_t n = strlen(text);
+    struct image_file *file = image_session_file(t->session, SNAPSHOT_DEFINITION_FILE, n, err);
+    return file ? gather_write(t->gather, file, n, 0, (const uint8_t *)text, n, err) : -1;
+}
+
+static int commit(struct take *t, struct vm_error **err)
+{
+    struct import_report written;
+    tell(t, SNAPSHOT_COMMITTING);
+    if ((t->memory && memory_image_store_state(t->memory, err) < 0) || store_definition(t, err) < 0)
+        return -1;
+    gather_flush(t->gather);
+    FAULT("snapshot.commit");
+    if (io_latch_is_set(t->p->cancel_fd))
+        return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+    if (image_session_commit(t->session, &written, err) < 0)
+        return -1;
+    FAULT("snapshot.committed");
+    t->report->stored = written.written.bytes_stored;
+    return 0;
+}
+
+static int run(struct take *t, struct vm_error **err)
+{
+    tell(t, SNAPSHOT_PREPARING);
+    return look_at_vm(t, err) < 0 || open_image(t, err) < 0 || switch_over(t, err) < 0 ||
+                   copy(t, err) < 0 || detach(t, err) < 0
+               ? -1
+               : commit(t, err);
+}
+
+/* The guest runs, whatever happened; what else fails here is only logged. */
+static void clean_up(struct take *t, bool committed)
+{
+    cleanup_error struct vm_error *failed = NULL;
+    if (stop_source(t, &failed) < 0)
+        log_warn("memory's migration does not end", "error=%s", log_q(error_message(failed)));
+    error_clear(&failed);
+    if (qemu_snapshot_finish(t->disks, committed, &failed) < 0)
+        log_warn("a snapshot leaves something in QEMU", "error=%s", log_q(error_message(failed)));
+    thaw(t);
+    for (unsigned i = 0; i < t->n_disks; i++)
+        disk_target_destroy(t->targets[i]);
+    memory_image_destroy(t->memory);
+    gather_destroy(t->gather);
+    image_session_end(t->session);
+    qemu_json_finish(&t->vm);
+}
+
+int snapshot_take(const struct snapshot_params *params, struct snapshot_report *ret_report,
+                  struct vm_error **err)
+{
+    struct snapshot_report report = {.pause_ns = -1};
+    struct take t = {.p = params, .report = &report, .progress = {.pause_ns = -1}};
+    char image[IMAGE_NAME_MAX + 1];
+    if (snapshot_image_name(params->vm, params->name, image, err) < 0)
+        return -1;
+    t.qemu = qemu_from_guest(params->guest);
+    if (!t.qemu)
+        return error_set(err, VM_ERROR_REFUSED, "only QEMU's VMs can be snapshotted");
+    int r = run(&t, err);
+    clean_up(&t, r == 0);
+    if (r < 0)
+        return error_wrap(err, "snapshot %s", image);
+    *ret_report = report;
+    return 0;
+}

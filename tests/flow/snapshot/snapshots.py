@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent with a repository, and what a test looks at after a snapshot."""
+import contextlib
+import json
+import os
+import subprocess
+
+from agents import fault_build
+from lab.guests import built
+
+REPO = '/var/lib/vmmig/repo'
+
+
+def make_agent(cluster, faults=None):
+    """The first host's agent, started, with an empty repository."""
+    agent = cluster.agents[0]
+    folder = fault_build() if faults else os.path.dirname(os.path.dirname(built('agent/vmmigd')))
+    agent.options['nbdkit-plugin'] = os.path.join(folder, 'snapshot/nbdkit-vmmig-plugin.so')
+    tool(agent, 'init')
+    return agent.start(faults=faults)
+
+
+def tool(agent, *words):
+    url = 'dir:' + agent.host.path(REPO)
+    return subprocess.run([built('tests/unit/repo/repo_tool'), url, *words], check=True,
+                          capture_output=True, text=True)
+
+
+@contextlib.contextmanager
+def export_file(agent, image, name):
+    """A file of an image, as a file of this machine while it is needed."""
+    path = os.path.join(agent.cluster.folder, 'exported')
+    tool(agent, 'export', image, path, name)
+    try:
+        yield path
+    finally:
+        os.unlink(path)
+
+
+def export(agent, image, name):
+    """The content of a file of an image."""
+    with export_file(agent, image, name) as path, open(path, 'rb') as file:
+        return file.read()
+
+
+def image_file(agent, image, path):
+    """The file of the image that holds the disk which the VM had at that path."""
+    files = {disk['file']: disk['image_file'] for disk in json.loads(export(agent, image, 'vm.json'))['disks']}
+    return files[path]
+
+
+def disks(cluster, vm):
+    """Gives the guest a raw disk and a qcow2 one with an iothread; their paths."""
+    plain, qcow2 = (os.path.join(cluster.shared, f'{vm.name}.{form}') for form in ('raw', 'qcow2'))
+    for path, form in ((plain, 'raw'), (qcow2, 'qcow2')):
+        subprocess.run(['qemu-img', 'create', '-q', '-f', form, path, '64M'], check=True)
+        subprocess.run(['qemu-io', '-f', form, '-c', 'write -P 0x11 1M 3M', path], check=True, capture_output=True)
+        os.chmod(path, 0o666)
+    vm.options = [
+        '-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={plain}',
+        '-device', 'virtio-blk-pci,drive=d0', '-object', 'iothread,id=io0',
+        '-drive', f'file={qcow2},format=qcow2,if=none,id=d1', '-device', 'virtio-blk-pci,drive=d1,iothread=io0']
+    return plain, qcow2
+
+
+def start(agent, vm):
+    console = agent.cluster.console(vm.name)
+    agent.host.popen(vm.argv(), name=vm.name)
+    console.wait_for('ready', timeout=60)
+    agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+    return console
+
+
+def left_in_qemu(monitor):
+    """Names of what a snapshot put into QEMU and did not take out. Bitmaps are to stay: one per disk."""
+    nodes = monitor('query-named-block-nodes', flat=True)
+    found = [node['node-name'] for node in nodes if node['node-name'].startswith('vmmig-')]
+    found += [job['id'] for job in monitor('query-jobs')]
+    found += [o['name'] for o in monitor('qom-list', path='/objects') if o['name'].startswith('vmmig-')]
+    for node in nodes:
+        bitmaps = [b['name'] for b in node.get('dirty-bitmaps', [])]
+        found += bitmaps if len(bitmaps) > 1 else []
+    return found
+
+
+def untouched(vm, agent):
+    """Nothing of a snapshot is left, in QEMU or on the host."""
+    assert left_in_qemu(vm.qmp(agent.host)) == []
+    assert [line for line in agent.host.processes() if 'nbdkit' in str(line)] == []
+    assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []

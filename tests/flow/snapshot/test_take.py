@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots of running QEMU guests, as their user sees them."""
+import json
+import subprocess
+
+import pytest
+from agents import Cluster
+from lab import BareGuest
+from snapshots import disks, export, export_file, image_file, left_in_qemu, make_agent, start, untouched
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope='module')
+def agent():
+    with Cluster(hosts=1, start=False, plain=True) as cluster:
+        yield make_agent(cluster)
+
+
+@pytest.fixture(scope='module')
+def web1(agent):
+    """A guest with a plain disk, and a qcow2 one with an iothread, that was snapshotted once."""
+    vm = BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1)
+    plain, qcow2 = disks(agent.cluster, vm)
+    console = start(agent, vm)
+    first = agent.json('snapshot', 'web1', 'first')
+    return vm, console, plain, qcow2, first
+
+
+def test_all_of_it_is_one_image(agent, web1):
+    vm, console, plain, qcow2, first = web1
+    assert first['state'] == 'done' and first['kind'] == 'snapshot'
+    shown, = agent.json('snapshot', 'show', 'web1@first')['snapshots']
+    sizes = {file['name']: file['size_bytes'] for file in shown['files']}
+    assert sizes['memory.raw'] == 256 * MIB and shown['memory']
+    assert sizes['disk0.raw'] == sizes['disk1.raw'] == 64 * MIB
+    assert set(sizes) == {'memory.raw', 'disk0.raw', 'disk1.raw', 'device.state', 'vm.json'}
+    definition = json.loads(export(agent, 'web1@first', 'vm.json'))
+    assert definition['ram'][0]['image_file'] == 'memory.raw'
+    for disk in definition['disks']:
+        form = 'raw' if disk['file'] == plain else 'qcow2'
+        with export_file(agent, 'web1@first', disk['image_file']) as stored:
+            same = subprocess.run(['qemu-img', 'compare', '-U', '-f', form, '-F', 'raw', disk['file'], stored],
+                                  capture_output=True, text=True, check=False)
+        assert 'identical' in same.stdout, same
+    console.wait_ticks(5)
+    console.verify()
+    untouched(vm, agent)
+
+
+def test_an_idle_disk_is_not_read_again_and_little_is_stored(agent, web1):
+    vm, console, _, _, first = web1
+    again = agent.json('snapshot', 'web1', 'second')['snapshot']
+    assert again['parent'] == 'web1@first'
+    assert again['disk_read_bytes'] == 0
+    console.wait_ticks(5)
+    untouched(vm, agent)
+    assert again['stored_bytes'] < first['snapshot']['stored_bytes']
+
+
+def test_what_was_written_is_read_and_nothing_else(agent, web1):
+    vm, _, _, qcow2, _ = web1
+    monitor = vm.qmp(agent.host)
+    before = agent.json('snapshot', 'web1', 'w1')['snapshot']
+    assert before['disk_read_bytes'] == 0
+    monitor.hmp('qemu-io d1 "write -P 0x33 4M 256k"')
+    after = agent.json('snapshot', 'web1', 'w2')['snapshot']
+    assert after['disk_read_bytes'] == 256 << 10
+    name = image_file(agent, 'web1@w2', qcow2)
+    new, old = export(agent, 'web1@w2', name), export(agent, 'web1@w1', name)
+    assert new[4 * MIB:4 * MIB + (256 << 10)] == b'\x33' * (256 << 10)
+    assert new[:4 * MIB] == old[:4 * MIB] and new[4 * MIB + (256 << 10):] == old[4 * MIB + (256 << 10):]
+
+
+def test_a_failed_one_loses_no_note_of_what_was_written(agent, web1):
+    vm, _, _, qcow2, _ = web1
+    vm.qmp(agent.host).hmp('qemu-io d1 "write -P 0x44 8M 64k"')
+    failed = agent.vmmig('snapshot', 'web1', 'w2', check=False)  # the name is taken
+    assert failed.returncode == 4 and 'w2' in failed.stderr
+    untouched(vm, agent)
+    good = agent.json('snapshot', 'web1', 'w3')['snapshot']
+    assert good['disk_read_bytes'] == 64 << 10
+    assert export(agent, 'web1@w3', image_file(agent, 'web1@w3', qcow2))[8 * MIB:8 * MIB + 65536] == b'\x44' * 65536
+
+
+def test_disks_alone(agent, web1):
+    vm, console, _, _, _ = web1
+    done = agent.json('snapshot', 'web1', 'disks', '--disk-only')['snapshot']
+    assert done['memory_bytes'] == 0 and done['disk_bytes'] == 128 * MIB
+    shown, = agent.json('snapshot', 'show', 'web1@disks')['snapshots']
+    assert not shown['memory']
+    console.wait_ticks(3)
+    untouched(vm, agent)
+
+
+def test_deletion_of_any_and_retention(agent, web1):
+    names = [s['name'] for s in agent.json('snapshot', 'list', 'web1')['snapshots']]
+    assert names[:2] == ['first', 'second']
+    agent.vmmig('snapshot', 'delete', 'web1@second')
+    kept = [name for name in names if name != 'second'][-2:]
+    told = agent.json('snapshot', 'prune', 'web1', '--keep-last', '2', '--dry-run')['snapshots']
+    assert [s['name'] for s in agent.json('snapshot', 'list', 'web1')['snapshots']] != kept
+    gone = agent.json('snapshot', 'prune', 'web1', '--keep-last', '2')['snapshots']
+    assert told == gone
+    assert [s['name'] for s in agent.json('snapshot', 'list', 'web1')['snapshots']] == kept
+    after = agent.json('snapshot', 'web1', 'after')['snapshot']
+    assert after['parent'] == f'web1@{kept[-1]}' and after['disk_read_bytes'] == 0
+
+
+@pytest.mark.parametrize('words, status, says', [
+    (['snapshot', 'web1', 'a/b'], 2, 'cannot be a snapshot'),
+    (['snapshot', 'web1', '-a'], 2, ''),
+    (['snapshot', 'nobody', 'x'], 3, 'nobody'),
+    (['snapshot', 'web1', 'x', '--guest-agent', '/dev/null'], 6, 'agent'),
+    (['snapshot', 'show', 'web1@nope'], 3, 'web1@nope'),
+    (['snapshot', 'show', 'nope'], 2, 'VM@NAME'),
+    (['snapshot', 'delete', 'web1@nope'], 3, 'web1@nope'),
+    (['snapshot', 'prune', 'web1'], 2, '--keep-last'),
+])
+def test_bad_input_is_one_clear_line(agent, web1, words, status, says):
+    said = agent.vmmig(*words, check=False)
+    lines = [line for line in said.stderr.splitlines() if line.startswith('vmmig:')]
+    assert (said.returncode, len(lines)) == (status, 1), said
+    assert says in lines[0]
+    untouched(web1[0], agent)
+
+
+def test_a_paused_guest_is_not_set_going(agent, web1):
+    vm, console, _, _, _ = web1
+    monitor = vm.qmp(agent.host)
+    monitor('stop')
+    said = agent.vmmig('snapshot', 'web1', 'paused', check=False)
+    assert said.returncode == 5 and '--disk-only' in said.stderr
+    agent.vmmig('snapshot', 'web1', 'paused', '--disk-only')
+    assert monitor('query-status')['status'] == 'paused'
+    assert left_in_qemu(monitor) == []
+    monitor('cont')
+    console.wait_ticks(3)

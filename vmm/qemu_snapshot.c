@@ -1,0 +1,422 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "vmm/qemu_snapshot.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+#include "base/io.h"
+#include "vmm/qemu_internal.h"
+#include "vmm/qemu_snapshot_sweep.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { GRANULARITY = 65536, CBW_TIMEOUT_S = 30, NAME_MAX_TEXT = 96 };
+#define LOOK_AGAIN_NS (50 * NSEC_PER_MSEC)
+
+struct disk {
+    char device[QEMU_STRING_MAX]; /* QOM path of the device that has it */
+    char node[64];
+    char name[64]; /* for messages */
+};
+
+struct qemu_snapshot {
+    struct qemu *q;
+    bool was_running, prepared;
+    char bitmap[QEMU_SNAPSHOT_PREFIX_MAX + 1], parent[QEMU_SNAPSHOT_PREFIX_MAX + 1];
+    unsigned n;
+    struct qemu_snapshot_disk disks[QEMU_SNAPSHOT_DISKS_MAX];
+    struct disk places[QEMU_SNAPSHOT_DISKS_MAX];
+    json_t *nodes; /* as query-named-block-nodes said at first */
+};
+
+static const char *number(char out[NAME_MAX_TEXT], const char *prefix, unsigned i)
+{
+    snprintf(out, NAME_MAX_TEXT, "%s%u", prefix, i);
+    return out;
+}
+#define NAME(prefix, i) number((char[NAME_MAX_TEXT]){0}, SNAPSHOT_##prefix, i)
+
+static const char *bitmap_name(char out[NAME_MAX_TEXT], const char *prefix, unsigned i)
+{
+    snprintf(out, NAME_MAX_TEXT, "%s-%u", prefix, i);
+    return out;
+}
+#define BITMAP(prefix, i) bitmap_name((char[NAME_MAX_TEXT]){0}, prefix, i)
+
+/* ---- which disks ---- */
+
+static int cannot(const struct qemu_disk *disk, const char *why, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_REFUSED, "disk %s (%s) cannot be snapshotted: %s", disk->name,
+                     disk->file, why);
+}
+
+/* The guest's own access to a device of the host goes past QEMU's block layer. */
+static int check_device(struct qemu *q, const struct qemu_disk *disk, const char *device,
+                        struct vm_error **err)
+{
+    CLEANUP(json) json_t *type = NULL;
+    if (qemu_command(q, "qom-get", json_pack("{s:s, s:s}", "path", device, "property", "type"),
+                     &type, err) < 0)
+        return -1;
+    const char *name = json_is_string(type) ? json_string_value(type) : "";
+    if (!strcmp(name, "scsi-generic") || !strcmp(name, "scsi-block"))
+        return cannot(disk, "it is a host device passed through to the guest", err);
+    return 0;
+}
+
+/* The part of the VM that has this file as its image; NULL if none has. */
+static const json_t *find_backend(const json_t *backends, const char *file)
+{
+    size_t i;
+    json_t *b;
+    json_array_foreach((json_t *)(uintptr_t)backends, i, b)
+    {
+        if (!strcmp(qmp_string(json_object_get(b, "inserted"), "file"), file))
+            return b;
+    }
+    return NULL;
+}
+
+static int take_disk(struct qemu_snapshot *s, const struct qemu_definition *d, unsigned which,
+                     const json_t *backends, struct vm_error **err)
+{
+    const struct qemu_disk *disk = &d->disks[which];
+    const json_t *b = find_backend(backends, disk->file);
+    const json_t *inserted = json_object_get(b, "inserted");
+    const char *device = qmp_string(b, "qdev"), *node = qmp_string(inserted, "node-name");
+    json_int_t size = qmp_integer(json_object_get(inserted, "image"), "virtual-size");
+    if (!b)
+        return cannot(disk, "it is written beside a disk of the guest (an external data file?)", err);
+    if (!*device)
+        return cannot(disk, "no device of the guest has it", err);
+    if (size <= 0 || !*node)
+        return cannot(disk, "QEMU does not say how large it is", err);
+    if (s->n == QEMU_SNAPSHOT_DISKS_MAX)
+        return error_set(err, VM_ERROR_REFUSED, "the VM has more than %d writable disks",
+                         QEMU_SNAPSHOT_DISKS_MAX);
+    if (check_device(s->q, disk, device, err) < 0)
+        return -1;
+    struct disk *place = &s->places[s->n];
+    snprintf(place->device, sizeof(place->device), "%s", device);
+    snprintf(place->node, sizeof(place->node), "%s", node);
+    snprintf(place->name, sizeof(place->name), "%.60s", disk->name);
+    s->disks[s->n++] = (struct qemu_snapshot_disk){.number = which, .size = (uint64_t)size};
+    return 0;
+}
+
+static int find_disks(struct qemu_snapshot *s, const struct qemu_definition *d,
+                      struct vm_error **err)
+{
+    CLEANUP(json) json_t *backends = NULL;
+    if (qemu_command(s->q, "query-block", NULL, &backends, err) < 0 ||
+        qemu_command(s->q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &s->nodes,
+                     err) < 0)
+        return -1;
+    for (unsigned i = 0; i < d->n_disks; i++)
+        if (d->disks[i].writable && take_disk(s, d, i, backends, err) < 0)
+            return -1;
+    return 0;
+}
+
+static void free_snapshot(struct qemu_snapshot *s)
+{
+    if (!s)
+        return;
+    json_decref(s->nodes);
+    free(s);
+}
+DEFINE_CLEANUP(qemu_snapshot, struct qemu_snapshot *, free_snapshot)
+
+struct qemu_snapshot *qemu_snapshot_create(struct qemu *q, const struct qemu_definition *d,
+                                           struct vm_error **err)
+{
+    bool found;
+    CLEANUP(qemu_snapshot) struct qemu_snapshot *s = calloc(1, sizeof(*s));
+    if (!s) {
+        error_nomem(err);
+        return NULL;
+    }
+    s->q = q;
+    s->was_running = d->state == GUEST_RUNNING;
+    if (qemu_snapshot_sweep(q, &found, err) < 0 || find_disks(s, d, err) < 0)
+        return NULL;
+    return steal_ptr(&s);
+}
+
+const struct qemu_snapshot_disk *qemu_snapshot_disks(const struct qemu_snapshot *s, unsigned *ret_n)
+{
+    *ret_n = s->n;
+    return s->disks;
+}
+
+static bool has_bitmap(const struct qemu_snapshot *s, unsigned i, const char *prefix)
+{
+    size_t k, m;
+    json_t *node, *bitmap;
+    json_array_foreach(s->nodes, k, node)
+    {
+        if (strcmp(qmp_string(node, "node-name"), s->places[i].node))
+            continue;
+        json_array_foreach(json_object_get(node, "dirty-bitmaps"), m, bitmap)
+        {
+            if (!strcmp(qmp_string(bitmap, "name"), BITMAP(prefix, s->disks[i].number)))
+                return qmp_bool(bitmap, "recording") && !qmp_bool(bitmap, "busy") &&
+                       !qmp_bool(bitmap, "inconsistent");
+        }
+    }
+    return false;
+}
+
+bool qemu_snapshot_has_bitmap(const struct qemu_snapshot *s, const char *prefix)
+{
+    for (unsigned i = 0; i < s->n; i++)
+        if (!has_bitmap(s, i, prefix))
+            return false;
+    return true;
+}
+
+/* ---- before the instant ---- */
+
+/* Where the filter keeps old data: a sparse file without a name. */
+static int add_scratch(struct qemu_snapshot *s, unsigned i, const char *folder,
+                       struct vm_error **err)
+{
+    CLEANUP(json) json_t *set = NULL;
+    char path[48];
+    cleanup_close int fd = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd < 0 || ftruncate(fd, (off_t)s->disks[i].size) < 0)
+        return error_errno(err, errno, "cannot make a file for a snapshot's old data in %s", folder);
+    if (qmp_execute_fd(s->q->qmp, "add-fd", NULL, fd, QMP_TIMEOUT_MS, &set, err) < 0)
+        return qemu_explain(s->q, err);
+    json_int_t number_of_set = qmp_integer(set, "fdset-id");
+    snprintf(path, sizeof(path), "/dev/fdset/%" PRId64, (int64_t)number_of_set);
+    json_t *node = json_pack("{s:s, s:s, s:{s:s, s:s, s:s, s:s}}", "driver", "raw", "node-name",
+                             NAME(SCRATCH, i), "file", "driver", "file", "filename", path,
+                             "locking", "off", "discard", "unmap");
+    int r = qemu_command(s->q, "blockdev-add", node, NULL, err);
+    qmp_execute(s->q->qmp, "remove-fd", json_pack("{s:I}", "fdset-id", number_of_set),
+                QMP_TIMEOUT_MS, NULL, NULL);
+    return r;
+}
+
+static int add_target(struct qemu_snapshot *s, unsigned i, int *fd, struct vm_error **err)
+{
+    if (qemu_give_fd(s->q, NAME(TARGET, i), *fd, err) < 0)
+        return -1;
+    close_fd(fd);
+    json_t *node = json_pack("{s:s, s:s, s:{s:s, s:s}}", "driver", "nbd", "node-name",
+                             NAME(TARGET, i), "server", "type", "fd", "str", NAME(TARGET, i));
+    if (qemu_command(s->q, "blockdev-add", node, NULL, err) == 0)
+        return 0;
+    qemu_forget_fd(s->q, NAME(TARGET, i));
+    return -1;
+}
+
+/* It does nothing until the device is put above it. */
+static int add_filter(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
+{
+    json_t *node = json_pack("{s:s, s:s, s:s, s:s, s:s, s:i}", "driver", "copy-before-write",
+                             "node-name", NAME(FILTER, i), "file", s->places[i].node, "target",
+                             NAME(SCRATCH, i), "on-cbw-error", "break-snapshot", "cbw-timeout",
+                             CBW_TIMEOUT_S);
+    return qemu_command(s->q, "blockdev-add", node, NULL, err);
+}
+
+static json_t *bitmap_args(const char *node, const char *name, bool disabled)
+{
+    return json_pack("{s:s, s:s, s:i, s:b}", "node", node, "name", name, "granularity", GRANULARITY,
+                     "disabled", disabled);
+}
+
+static int prepare_disk(struct qemu_snapshot *s, unsigned i, const struct qemu_snapshot_params *p,
+                        int *fd, struct vm_error **err)
+{
+    s->disks[i].incremental = p->parent && has_bitmap(s, i, p->parent);
+    if (add_target(s, i, fd, err) < 0 || add_scratch(s, i, p->scratch_dir, err) < 0 ||
+        add_filter(s, i, err) < 0 ||
+        /* What it notes before the instant is read once too often, and not missed. */
+        qemu_command(s->q, "block-dirty-bitmap-add",
+                     bitmap_args(s->places[i].node, BITMAP(p->bitmap, s->disks[i].number), false), NULL, err) < 0)
+        return error_wrap(err, "disk %s", s->places[i].name);
+    return 0;
+}
+
+int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_params *p,
+                          struct vm_error **err)
+{
+    int fds[QEMU_SNAPSHOT_DISKS_MAX], r = 0;
+    memcpy(fds, p->nbd_fds, s->n * sizeof(*fds));
+    s->prepared = true;
+    snprintf(s->bitmap, sizeof(s->bitmap), "%s", p->bitmap);
+    snprintf(s->parent, sizeof(s->parent), "%s", p->parent ? p->parent : "");
+    if (s->was_running)
+        r = qemu_command(s->q, "object-add",
+                         json_pack("{s:s, s:s, s:s}", "qom-type", "secret", "id", SNAPSHOT_MARKER,
+                                   "data", "running"),
+                         NULL, err);
+    for (unsigned i = 0; i < s->n && r == 0; i++)
+        r = prepare_disk(s, i, p, &fds[i], err);
+    for (unsigned i = 0; i < s->n; i++)
+        close_fd(&fds[i]);
+    FAULT("snapshot.prepared");
+    return r;
+}
+
+/* ---- the instant, and after ---- */
+
+int qemu_snapshot_switch(struct qemu_snapshot *s, struct vm_error **err)
+{
+    if (s->was_running && qemu_command(s->q, "stop", NULL, NULL, err) < 0)
+        return -1;
+    FAULT("snapshot.paused");
+    for (unsigned i = 0; i < s->n; i++)
+        if (snapshot_set_drive(s->q, s->places[i].device, NAME(FILTER, i), err) < 0)
+            return error_wrap(err, "disk %s cannot be snapshotted", s->places[i].name);
+    FAULT("snapshot.switched");
+    return 0;
+}
+
+static int add_access(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
+{
+    const char *access = NAME(ACCESS, i);
+    json_t *node = json_pack("{s:s, s:s, s:s}", "driver", "snapshot-access", "node-name", access,
+                             "file", NAME(FILTER, i));
+    if (qemu_command(s->q, "blockdev-add", node, NULL, err) < 0)
+        return -1;
+    if (!s->disks[i].incremental)
+        return 0;
+    json_t *merge = json_pack("{s:s, s:s, s:[{s:s, s:s}]}", "node", access, "target", "changed",
+                              "bitmaps", "node", s->places[i].node, "name", BITMAP(s->parent, s->disks[i].number));
+    if (qemu_command(s->q, "block-dirty-bitmap-add", bitmap_args(access, "changed", true), NULL,
+                     err) == 0)
+        return qemu_command(s->q, "block-dirty-bitmap-merge", merge, NULL, err);
+    json_decref(merge);
+    return -1;
+}
+
+static int begin_job(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
+{
+    json_t *job = json_pack("{s:s, s:s, s:s, s:s, s:b}", "device", NAME(ACCESS, i), "target",
+                            NAME(TARGET, i), "job-id", NAME(JOB, i), "sync",
+                            s->disks[i].incremental ? "bitmap" : "full", "auto-dismiss", 0);
+    if (job && s->disks[i].incremental) {
+        json_object_set_new(job, "bitmap", json_string("changed"));
+        json_object_set_new(job, "bitmap-mode", json_string("never"));
+    }
+    return qemu_command(s->q, "blockdev-backup", job, NULL, err);
+}
+
+int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err)
+{
+    for (unsigned i = 0; i < s->n; i++)
+        if (add_access(s, i, err) < 0 || begin_job(s, i, err) < 0)
+            return error_wrap(err, "disk %s", s->places[i].name);
+    FAULT("snapshot.pushing");
+    return 0;
+}
+
+/* 1: all jobs are over, 0: not yet. */
+static int look(struct qemu_snapshot *s, struct qemu_snapshot_progress *p, struct vm_error **err)
+{
+    CLEANUP(json) json_t *jobs = NULL;
+    unsigned over = 0, seen = 0;
+    size_t i;
+    json_t *job;
+    *p = (struct qemu_snapshot_progress){0};
+    if (qemu_command(s->q, "query-jobs", NULL, &jobs, err) < 0)
+        return -1;
+    json_array_foreach(jobs, i, job)
+    {
+        const char *id = qmp_string(job, "id"), *failed = qmp_string(job, "error");
+        if (strncmp(id, SNAPSHOT_JOB, strlen(SNAPSHOT_JOB)) != 0)
+            continue;
+        unsigned k = (unsigned)strtoul(id + strlen(SNAPSHOT_JOB), NULL, 10);
+        if (*failed)
+            return error_set(err, VM_ERROR_FAILED, "QEMU cannot push disk %s: %.300s",
+                             k < s->n ? s->places[k].name : id, failed);
+        over += !strcmp(qmp_string(job, "status"), "concluded");
+        seen++;
+        p->done += (uint64_t)qmp_integer(job, "current-progress");
+        p->total += (uint64_t)qmp_integer(job, "total-progress");
+    }
+    if (seen < s->n)
+        return error_set(err, VM_ERROR_FAILED, "a job that pushes a disk was removed from QEMU");
+    return over == s->n;
+}
+
+int qemu_snapshot_wait(struct qemu_snapshot *s, int64_t deadline_ns, int cancel_fd,
+                       struct qemu_snapshot_progress *ret_progress, struct vm_error **err)
+{
+    for (;;) {
+        uint64_t events;
+        cleanup_error struct vm_error *waited = NULL;
+        if (read(s->q->poke, &events, sizeof(events)) < 0 && errno != EAGAIN)
+            return error_errno(err, errno, "cannot wait for QEMU");
+        int done = look(s, ret_progress, err);
+        int64_t now = clock_mono_ns();
+        if (done || now >= deadline_ns)
+            return done;
+        int64_t until = now + LOOK_AGAIN_NS;
+        if (io_wait(s->q->poke, POLLIN, until < deadline_ns ? until : deadline_ns, cancel_fd,
+                    &waited) < 0 &&
+            waited->kind != VM_ERROR_TIMEOUT)
+            return error_propagate(err, steal_ptr(&waited));
+    }
+}
+
+/* ---- the end ---- */
+
+/* Of one disk: keep the bitmap of this snapshot alone, or of all others. */
+static int drop_bitmaps(struct qemu_snapshot *s, unsigned i, const json_t *node, bool committed,
+                        struct vm_error **err)
+{
+    size_t k;
+    json_t *bitmap;
+    json_array_foreach(json_object_get(node, "dirty-bitmaps"), k, bitmap)
+    {
+        const char *name = qmp_string(bitmap, "name");
+        bool ours = !strcmp(name, BITMAP(s->bitmap, s->disks[i].number));
+        if (strncmp(name, "vmmig-", 6) != 0 || ours == committed)
+            continue;
+        if (qemu_command(s->q, "block-dirty-bitmap-remove",
+                         json_pack("{s:s, s:s}", "node", s->places[i].node, "name", name), NULL,
+                         err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int settle_bitmaps(struct qemu_snapshot *s, bool committed, struct vm_error **err)
+{
+    CLEANUP(json) json_t *nodes = NULL;
+    size_t k;
+    json_t *node;
+    if (qemu_command(s->q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) <
+        0)
+        return -1;
+    for (unsigned i = 0; i < s->n; i++)
+        json_array_foreach(nodes, k, node)
+        {
+            if (!strcmp(qmp_string(node, "node-name"), s->places[i].node) &&
+                drop_bitmaps(s, i, node, committed, err) < 0)
+                return -1;
+        }
+    return 0;
+}
+
+int qemu_snapshot_finish(struct qemu_snapshot *s, bool committed, struct vm_error **err)
+{
+    CLEANUP(qemu_snapshot) struct qemu_snapshot *owned = s;
+    bool found;
+    if (!s || !s->prepared)
+        return 0;
+    if (qemu_snapshot_sweep(s->q, &found, err) < 0)
+        return error_wrap(err, "the snapshot's filters cannot be taken out of QEMU");
+    FAULT("snapshot.swept");
+    return settle_bitmaps(s, committed, err);
+}

@@ -1,0 +1,236 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "vmm/qemu_snapshot_sweep.h"
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "vmm/qemu_internal.h"
+#include "vmm/qemu_snapshot.h"
+
+#include <string.h>
+
+#define JOB_END_NS (30 * NSEC_PER_SEC)
+#define LOOK_AGAIN_NS (10 * NSEC_PER_MSEC)
+
+static bool begins(const char *text, const char *prefix)
+{
+    return !strncmp(text, prefix, strlen(prefix));
+}
+
+int snapshot_set_drive(struct qemu *q, const char *device, const char *node, struct vm_error **err)
+{
+    return qemu_command(
+        q, "qom-set",
+        json_pack("{s:s, s:s, s:s}", "path", device, "property", "drive", "value", node), NULL, err);
+}
+
+/* ---- jobs ---- */
+
+/* Cancel what runs, dismiss what ended; *ret_left of ours are there still. */
+static int end_jobs_once(struct qemu *q, unsigned *ret_left, struct vm_error **err)
+{
+    CLEANUP(json) json_t *jobs = NULL;
+    size_t i;
+    json_t *job;
+    *ret_left = 0;
+    if (qemu_command(q, "query-jobs", NULL, &jobs, err) < 0)
+        return -1;
+    json_array_foreach(jobs, i, job)
+    {
+        const char *id = qmp_string(job, "id");
+        if (!begins(id, SNAPSHOT_JOB))
+            continue;
+        bool ended = !strcmp(qmp_string(job, "status"), "concluded");
+        *ret_left += !ended;
+        /* Refused for one that ends just now: it is seen again. */
+        qmp_execute(q->qmp, ended ? "job-dismiss" : "job-cancel", json_pack("{s:s}", "id", id),
+                    QMP_TIMEOUT_MS, NULL, NULL);
+    }
+    return 0;
+}
+
+static int end_jobs(struct qemu *q, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + JOB_END_NS;
+    for (;;) {
+        unsigned left;
+        if (end_jobs_once(q, &left, err) < 0)
+            return -1;
+        if (!left)
+            return 0;
+        int64_t now = clock_mono_ns();
+        if (now >= deadline)
+            return error_set(err, VM_ERROR_TIMEOUT, "QEMU does not end a job that pushes a disk");
+        SCOPE_LOCK(&q->lock);
+        qemu_wait_changed(q, now + LOOK_AGAIN_NS);
+    }
+}
+
+/* ---- nodes ---- */
+
+static int delete_nodes(struct qemu *q, const json_t *nodes, const char *prefix,
+                        struct vm_error **err)
+{
+    size_t i;
+    json_t *node;
+    json_array_foreach((json_t *)(uintptr_t)nodes, i, node)
+    {
+        const char *name = qmp_string(node, "node-name");
+        if (begins(name, prefix) &&
+            qemu_command(q, "blockdev-del", json_pack("{s:s}", "node-name", name), NULL, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/* The name of a node's child `role`, or NULL. */
+static const char *child_of(const json_t *graph, const char *name, const char *role)
+{
+    size_t i, k;
+    json_t *node, *edge, *child;
+    json_int_t id = -1;
+    json_array_foreach(json_object_get(graph, "nodes"), i, node)
+    {
+        if (!strcmp(qmp_string(node, "name"), name))
+            id = qmp_integer(node, "id");
+    }
+    json_array_foreach(json_object_get(graph, "edges"), i, edge)
+    {
+        if (qmp_integer(edge, "parent") != id || strcmp(qmp_string(edge, "name"), role) != 0)
+            continue;
+        json_array_foreach(json_object_get(graph, "nodes"), k, child)
+        {
+            if (qmp_integer(child, "id") == qmp_integer(edge, "child"))
+                return qmp_string(child, "name");
+        }
+    }
+    return NULL;
+}
+
+/* Every device above a filter goes back to what is below it. */
+static int take_filters_out(struct qemu *q, struct vm_error **err)
+{
+    CLEANUP(json) json_t *backends = NULL;
+    CLEANUP(json) json_t *graph = NULL;
+    size_t i;
+    json_t *b;
+    if (qemu_command(q, "query-block", NULL, &backends, err) < 0 ||
+        qemu_command(q, "x-debug-query-block-graph", NULL, &graph, err) < 0)
+        return -1;
+    json_array_foreach(backends, i, b)
+    {
+        const char *name = qmp_string(json_object_get(b, "inserted"), "node-name");
+        if (!begins(name, SNAPSHOT_FILTER))
+            continue;
+        const char *below = child_of(graph, name, "file");
+        if (!below)
+            return error_set(err, VM_ERROR_FAILED, "QEMU does not say what is below %s", name);
+        if (snapshot_set_drive(q, qmp_string(b, "qdev"), below, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static bool any_node(const json_t *nodes)
+{
+    size_t i;
+    json_t *node;
+    json_array_foreach((json_t *)(uintptr_t)nodes, i, node)
+    {
+        if (begins(qmp_string(node, "node-name"), "vmmig-"))
+            return true;
+    }
+    return false;
+}
+
+static int sweep_nodes(struct qemu *q, const json_t *nodes, struct vm_error **err)
+{
+    /* A filter that is read through lets nobody else write below it: so readers go first. */
+    return end_jobs(q, err) < 0 || delete_nodes(q, nodes, SNAPSHOT_ACCESS, err) < 0 ||
+                   take_filters_out(q, err) < 0 ||
+                   delete_nodes(q, nodes, SNAPSHOT_FILTER, err) < 0 ||
+                   delete_nodes(q, nodes, SNAPSHOT_SCRATCH, err) < 0 ||
+                   delete_nodes(q, nodes, SNAPSHOT_TARGET, err) < 0
+               ? -1
+               : 0;
+}
+
+/* ---- the guest ---- */
+
+static int has_marker(struct qemu *q, bool *ret_has, struct vm_error **err)
+{
+    CLEANUP(json) json_t *objects = NULL;
+    size_t i;
+    json_t *object;
+    *ret_has = false;
+    if (qemu_command(q, "qom-list", json_pack("{s:s}", "path", "/objects"), &objects, err) < 0)
+        return -1;
+    json_array_foreach(objects, i, object)
+    {
+        *ret_has |= !strcmp(qmp_string(object, "name"), SNAPSHOT_MARKER);
+    }
+    return 0;
+}
+
+static int let_go_on(struct qemu *q, struct vm_error **err)
+{
+    struct guest_status status;
+    if (guest_status(&q->guest, &status, err) < 0)
+        return -1;
+    if ((status.state == GUEST_PAUSED || status.state == GUEST_POSTMIGRATE) &&
+        guest_resume(&q->guest, err) < 0)
+        return -1;
+    return qemu_command(q, "object-del", json_pack("{s:s}", "id", SNAPSHOT_MARKER), NULL, err);
+}
+
+int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
+{
+    CLEANUP(json) json_t *nodes = NULL;
+    bool marker, found;
+    if (has_marker(q, &marker, err) < 0 ||
+        qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) < 0)
+        return -1;
+    found = any_node(nodes);
+    if ((found && sweep_nodes(q, nodes, err) < 0) || (marker && let_go_on(q, err) < 0))
+        return -1;
+    *ret_found = found || marker;
+    return 0;
+}
+
+int64_t qemu_snapshot_pause_ns(struct qemu *q)
+{
+    SCOPE_LOCK(&q->lock);
+    return q->last_pause_ns;
+}
+
+int qemu_snapshot_can_protect(struct qemu *q, struct vm_error **err)
+{
+    static const char *const on[] = {"events", "background-snapshot", NULL};
+    json_t *values = json_pack("{s:i, s:s, s:s}", "max-bandwidth", 0, "tls-creds", "",
+                               "tls-hostname", "");
+    if (qemu_set_capabilities(q, on, err) < 0) {
+        json_decref(values);
+        return -1;
+    }
+    return qemu_command(q, "migrate-set-parameters", values, NULL, err);
+}
+
+int qemu_snapshot_wait_resumed(struct qemu *q, int64_t deadline_ns, struct vm_error **err)
+{
+    for (;;) {
+        char status[32], state[32];
+        CLEANUP(json) json_t *info = NULL;
+        if (qemu_query_run_state(q, state, err) < 0 ||
+            qemu_query_migration(q, status, &info, err) < 0)
+            return -1;
+        if (!strcmp(state, "running"))
+            return 0;
+        if (!qemu_migration_is_under_way(status) && strcmp(status, "completed") != 0)
+            return error_set(err, VM_ERROR_FAILED, "QEMU's snapshot of memory ended as '%s': %.300s",
+                             status, qmp_string(info, "error-desc"));
+        int64_t now = clock_mono_ns();
+        if (now >= deadline_ns)
+            return error_set(err, VM_ERROR_TIMEOUT, "QEMU does not let the guest go on");
+        SCOPE_LOCK(&q->lock);
+        qemu_wait_changed(q, now + LOOK_AGAIN_NS);
+    }
+}

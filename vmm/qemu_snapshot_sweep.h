@@ -1,0 +1,25 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qemu_snapshot_sweep: names of what a snapshot puts into QEMU, shared by the files that put it in and take it
+ * out. Nobody else includes it.
+ */
+#ifndef VMMIG_VMM_QEMU_SNAPSHOT_SWEEP_H
+#define VMMIG_VMM_QEMU_SNAPSHOT_SWEEP_H
+
+#include "vmm/qemu.h"
+
+/* Of block nodes; a number follows. */
+#define SNAPSHOT_ACCESS "vmmig-access"
+#define SNAPSHOT_FILTER "vmmig-filter"
+#define SNAPSHOT_SCRATCH "vmmig-scratch"
+#define SNAPSHOT_TARGET "vmmig-target"
+/* Of jobs. */
+#define SNAPSHOT_JOB "vmmig-push"
+/* An object that is there while a snapshot of a guest that ran is under way. */
+#define SNAPSHOT_MARKER "vmmig-snapshot"
+
+/* Put the device above that node. */
+int snapshot_set_drive(struct qemu *q, const char *device, const char *node,
+                       struct vm_error **err);
+
+#endif
