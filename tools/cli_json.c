@@ -100,11 +100,11 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
     return json_pack(
         "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
         "s:o, "
-        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
         "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
         string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
-        cli_json_instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error, "phase",
-        string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
+        cli_json_instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error,
+        "phase", string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
         "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "working_set_bytes",
         j->working_set ? number(j->working_set) : json_null(), "link_rate",
         number(j->link_rate), "wire_bytes", number(j->wire_bytes), "resent_bytes",
@@ -150,8 +150,8 @@ json_t *cli_json_vm(const Vmmig__Control__Vm *vm)
     json_t *object = json_pack(
         "{s:o, s:o, s:s, s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o, s:o}", "vm", string(vm->vm), "state",
         string(vm->state), "presence", presence_name(vm->presence), "detail", string(vm->detail),
-        "origin", string(vm->origin), "pid", (int)vm->pid, "since", cli_json_instant(vm->since_ns), "driver",
-        string(vm->driver), "vmm", text_or_null(vm->vmm), "tracking", text_or_null(vm->tracking), "job",
+        "origin", string(vm->origin), "pid", (int)vm->pid, "since", cli_json_instant(vm->since_ns),
+        "driver", string(vm->driver), "vmm", text_or_null(vm->vmm), "tracking", text_or_null(vm->tracking), "job",
         vm->job ? cli_json_job(vm->job) : json_null(), "handover", handover(vm->handover));
     bool whole = *vm->qmp_path || *vm->socket_path;
     if (object && whole) {
@@ -174,8 +174,8 @@ json_t *cli_json_vms(const Vmmig__Control__Vms *vms)
 json_t *cli_json_agent(const Vmmig__Control__Agent *a)
 {
     return json_pack("{s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o}", "software", string(a->software),
-                     "host", string(a->host), "pid", (int)a->pid, "started", cli_json_instant(a->started_ns),
-                     "listen", *a->listen ? string(a->listen) : json_null(), "vms",
+                     "host", string(a->host), "pid", (int)a->pid, "started",
+                     cli_json_instant(a->started_ns), "listen", *a->listen ? string(a->listen) : json_null(), "vms",
                      number(a->n_vms), "jobs_running", number(a->n_jobs), "rss_anon_bytes",
                      number(a->rss_anon));
 }
