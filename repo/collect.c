@@ -107,17 +107,6 @@ static int mark(struct store *s, struct object_set *ret_marked, struct alive *al
     return h ? catalogue_roots(s, mark_image, &m, err) : -1;
 }
 
-/* Are there objects that nothing names, but that a registered writer may be about to name? */
-static bool any_exempt(const struct number_set *all, const struct number_set *marked,
-                       const struct number_set *writers)
-{
-    size_t at = 0;
-    for (uint64_t number; (number = number_set_next(all, &at));)
-        if (!number_set_has(marked, number) && number_set_has(writers, number_writer(number)))
-            return true;
-    return false;
-}
-
 static int subtract(const struct number_set *all, const struct number_set *marked,
                     const struct number_set *exempt, struct number_set *ret, struct vm_error **err)
 {
@@ -129,8 +118,8 @@ static int subtract(const struct number_set *all, const struct number_set *marke
     return 0;
 }
 
-/* *ret_exempt: something is garbage if its writer is dead. */
-static int find_candidates(struct collection *c, struct object_set *ret, bool *ret_exempt,
+/* *ret_writers: somebody is registered, who may be dead, and what it stored garbage. */
+static int find_candidates(struct collection *c, struct object_set *ret, bool *ret_writers,
                            struct vm_error **err)
 {
     cleanup_object_set struct object_set all = {{0}, {0}}, marked = {{0}, {0}};
@@ -146,8 +135,7 @@ static int find_candidates(struct collection *c, struct object_set *ret, bool *r
     if (c->options->repack && repack_choose(c->repo, c->options, &alive, &writers, &ret->packs,
                                             &c->report.more_to_repack, err) < 0)
         return -1;
-    *ret_exempt = any_exempt(&all.packs, &marked.packs, &writers) ||
-                  any_exempt(&all.trees, &marked.trees, &writers);
+    *ret_writers = writers.n > 0;
     if (subtract(&all.packs, &marked.packs, &writers, &ret->packs, err) < 0)
         return -1;
     return subtract(&all.trees, &marked.trees, &writers, &ret->trees, err);
@@ -162,17 +150,17 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         cleanup_object_set struct object_set candidates = {{0}, {0}};
         struct condemned_list list;
         uint64_t number;
-        bool open, exempt, made;
+        bool open, writers, made;
         if (condemned_sweep(c->store, err) < 0 ||
             condemned_read_state(c->store, &c->state, err) < 0)
             return -1;
         c->report.adopted = c->state.is_open;
         if (c->state.is_open)
             return 1;
-        if (find_candidates(c, &candidates, &exempt, err) < 0)
+        if (find_candidates(c, &candidates, &writers, err) < 0)
             return -1;
         /* An empty list, too, begins an epoch: it tells which writers live. */
-        if (!candidates.packs.n && !candidates.trees.n && !exempt)
+        if (!candidates.packs.n && !candidates.trees.n && !writers)
             return 0;
         if (catalogue_next_number(c->store, &number, err) < 0 ||
             condemned_make(c->store, number, &candidates, &list, &made, err) < 0)
