@@ -20,8 +20,9 @@
  *   writer 2  registers in shard 1; shares what it finds
  *
  * With -DREPACK, P0 holds two records, of which A names one: a collector may repack it, that is,
- * store what is alive again, make a forwarding of those records durable, and then remove the pack.
- * (Writer 2 alone then, to keep the number of states small.)
+ * register, store what is alive again in a pack of its own (T1 or T2), commit a forwarding of those
+ * records, and then claim and remove the pack. Such a pack is collected as any other, once no root
+ * needs the forwarding. (Writer 2 alone then, to keep the number of states small.)
  *
  * Properties:
  *   P1  What a name or a lease holds exists: checked at every commit, lease, and removal of a pack.
@@ -42,13 +43,21 @@
 #ifdef REPACK
 #define UNUSED 8                   /* the record of P0 that A does not name */
 #define IN_P0 (P0 | UNUSED)
-byte forwarded;                    /* records of P0 that its forwarding finds */
+#define T1 16                      /* packs of the two collectors */
+#define T2 32
+byte forwarded, forwarded_to;      /* records of P0 that its forwarding names; in which pack */
+byte register_t[2];                /* the collectors' registrations, in shard 0 */
+#define FOUND(packs_) ((forwarded_to & (packs_)) -> forwarded : 0)
+#define TARGET(records) ((records & forwarded) -> forwarded_to : 0)
+#define EVERY (P0 | P1 | P2 | T1 | T2)
 #else
 #define IN_P0 P0
-#define forwarded 0
+#define FOUND(packs_) 0
+#define TARGET(records) 0
+#define EVERY (P0 | P1 | P2)
 #endif
-#define RECORDS(packs_) ((packs_) | (((packs_) & P0) -> IN_P0 : 0))
-#define HOLDING(records) ((records & ~IN_P0) | ((records & IN_P0) -> P0 : 0))
+#define RECORDS(packs_) (((packs_) & (P0 | P1 | P2)) | (((packs_) & P0) -> IN_P0 : 0))
+#define HOLDING(records) ((records & ~IN_P0) | ((records & IN_P0) -> P0 : 0) | TARGET(records))
 
 /* The store. */
 byte packs = P0;               /* objects that exist */
@@ -64,7 +73,7 @@ byte open = NONE;              /* the list that is open */
 byte next_list, done_epoch;    /* in the same map as `open` */
 
 #define HELD (name_a | name_b | name_c | lease[0] | lease[1])
-#define MISSING (HELD & ~RECORDS(packs) & ~forwarded)
+#define MISSING (HELD & ~RECORDS(packs) & ~FOUND(packs))
 
 /* ---- Writers ---- */
 
@@ -311,17 +320,55 @@ inline await_or_fence(registration)
 /* What is marked, as packs; one that is worth repacking does not count. */
 #ifdef REPACK
 #define USED (HOLDING(marked) & ~((marked & IN_P0) != IN_P0 -> P0 : 0))
-#define FORWARD(p) if :: p == P0 && (packs & P0) -> forwarded = alive :: else fi
-#define FORWARD_GOES(p) forwarded = ((p == P0 && alive == 0) -> 0 : forwarded)
-#ifdef MISTAKE_REMOVE_BEFORE_FORWARDING
-#undef FORWARD
-#define FORWARD(p) skip
-#undef FORWARD_GOES
-#define FORWARD_GOES(p) forwarded = (p == P0 -> alive : forwarded)
+
+#ifdef MISTAKE_FORWARDING_NOT_GUARDED
+#define FORWARDING_GUARD true
+#else
+#define FORWARDING_GUARD (epoch[0] == seen)
 #endif
+
+/*
+ * Store what is alive, and commit its forwarding: registered, its target neither condemned nor gone,
+ * guarded by the epoch. If that is not so, P0 comes off the list. Or the collector is late, or dead,
+ * at any of these steps.
+ */
+#define COMMIT_FORWARDING \
+    if \
+    :: atomic { FORWARDING_GUARD && safe -> forwarded = alive; forwarded_to = mine; \
+         assert(MISSING == 0) /* P1 */ } \
+    :: atomic { !(FORWARDING_GUARD && safe) -> \
+         condemned[list] = condemned[list] & ~P0 } \
+    fi
+
+inline repack()
+{
+    if
+    :: (condemned[list] & P0) && alive != 0 ->
+       look(0);
+       if
+       :: atomic { epoch[0] == seen -> register_t[me] = seen + 1 };
+          atomic { packs = packs | mine; seen = 0 };
+#ifdef MISTAKE_REMOVE_BEFORE_FORWARDING
+          delete(P0);
+#endif
+          look(0);
+          look_list();
+          atomic { safe = (packs & mine) && !(known & mine); known = 0; known_list = 0 };
+#ifdef MISTAKE_FORWARDING_NOT_GUARDED
+          safe = true;
+#endif
+          COMMIT_FORWARDING;
+          atomic { seen = 0; safe = false }
+       :: atomic { epoch[0] != seen -> condemned[list] = condemned[list] & ~P0; seen = 0 }
+       fi
+    :: else
+    fi
+}
+
+#define FORWARD_GOES(p) \
+    forwarded_to = ((p == P0 && alive == 0 && forwarded_to != 0) -> 0 : forwarded_to)
 #else
 #define USED marked
-#define FORWARD(p) skip
 #define FORWARD_GOES(p) skip
 #endif
 
@@ -345,7 +392,6 @@ inline delete(p)
 #endif
     if
     :: (deleting[list] & p) ->
-       FORWARD(p);
        atomic { packs = packs & ~p; assert(MISSING == 0) /* P1 */ };
        FORWARD_GOES(p);
        deleting[list] = deleting[list] & ~p
@@ -353,11 +399,13 @@ inline delete(p)
     fi
 }
 
-proctype collector()
+proctype collector(byte me)
 {
     byte list, candidates, marked, started;
 #ifdef REPACK
-    byte alive;
+    byte alive, seen, known, known_list, mine;
+    bool safe;
+    mine = (me == 0 -> T1 : T2);
 #endif
 begin:
     if
@@ -369,7 +417,15 @@ begin:
 #endif
     :: atomic { open == NONE && next_list >= LISTS -> goto out }
     fi;
-    candidates = packs | (forwarded -> P0 : 0);
+#ifdef REPACK
+    candidates = packs | (forwarded_to -> P0 : 0);
+    atomic {
+        candidates = candidates & ~(register_t[0] != 0 -> T1 : 0);
+        candidates = candidates & ~(register_t[1] != 0 -> T2 : 0)
+    };
+#else
+    candidates = packs;
+#endif
     /* Read after the packs were listed: whose pack was there and who is not here has ended. */
     candidates = candidates & ~(register_1 != 0 -> P1 : 0);
     candidates = candidates & ~(register_2 != 0 -> P2 : 0);
@@ -415,15 +471,26 @@ adopt:
 #ifndef MISTAKE_NO_WAIT
     await_or_fence(register_1);
     await_or_fence(register_2);
+#ifdef REPACK
+    await_or_fence(register_t[0]);
+    await_or_fence(register_t[1]);
+#endif
     /* A pin whose writer is not registered any more. */
     if
     :: atomic { register_1 == 0 && pin_1 != 0 -> pin_1 = 0 }
     :: skip
     fi;
 #endif
+#ifdef REPACK
+    repack();
+#endif
     delete(P0);
     delete(P1);
     delete(P2);
+#ifdef REPACK
+    delete(T1);
+    delete(T2);
+#endif
     atomic {
         if
         :: open == list && condemned[list] == 0 && deleting[list] == 0 ->
@@ -433,21 +500,41 @@ adopt:
         fi;
         list = 0
 #ifdef REPACK
-        ; alive = 0
+        ; alive = 0; register_t[me] = 0
 #endif
     };
 out:
     skip
 }
 
+#ifdef REPACK
+/*
+ * Two more collections, one after the other, while all others stand still: whoever is registered is
+ * fenced, and what nothing needs goes.
+ */
+proctype later()
+{
+    atomic {
+        open == NONE ->
+        register_2 = 0; register_t[0] = 0; register_t[1] = 0;
+        epoch[0] = done_epoch + 2; epoch[1] = done_epoch + 2; done_epoch = done_epoch + 2;
+        packs = packs & HOLDING(HELD);
+        forwarded_to = ((HELD & IN_P0) != 0 -> forwarded_to : 0)
+    }
+}
+#endif
+
 init {
     atomic {
+#ifdef REPACK
+        run later();
+#endif
 #ifndef REPACK
         run writer_1();
 #endif
         run writer_2();
-        run collector();
-        run collector();
+        run collector(0);
+        run collector(1);
         run users()
     }
 }

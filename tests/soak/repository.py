@@ -37,6 +37,8 @@ from objects import objects  # noqa: E402
 
 MIB = 1 << 20
 SOURCES, SOURCE_MIB, NAMES_MAX, HOSTS = 12, 8, 24, 3
+# What a client says when a cluster does not answer in time: it cannot know what happened.
+UNKNOWN = {'unreachable', 'timeout'}
 # What may come of being fenced, of a parent that was deleted, or of a name that went.
 EXPECTED = {'refused', 'conflict', 'not-found'}
 POINTS = sorted({point for path in glob.glob(os.path.join(ROOT, 'repo', '*.c'))
@@ -75,6 +77,7 @@ class Soak:
         self.names = {}      # what is committed for sure: name -> source
         self.doubtful = {}   # imports and deletions that were killed: name -> source
         self.problems = []
+        self.began = time.monotonic()
         self.counts = {}
         self.ended = threading.Event()
         self.sources = []
@@ -98,7 +101,7 @@ class Soak:
     def problem(self, text):
         with self.lock:
             self.problems.append(text)
-        print('PROBLEM:', text, flush=True)
+        print(f'PROBLEM after {time.monotonic() - self.began:.0f} s:', text, flush=True)
         self.ended.set()
 
     # -- one command
@@ -127,6 +130,9 @@ class Soak:
             return None, 'killed'
         kind = [line for line in errors.splitlines() if not line.startswith('ts=')][-1:]
         kind = kind[0].partition(':')[0] if kind else f'status {process.returncode}'
+        if kind in UNKNOWN and self.urls[0].startswith('rados:'):
+            self.count(kind)
+            return None, 'killed'
         if kind not in EXPECTED:
             self.problem(f'{words}: {errors.strip()[-500:]}')
         self.count(kind)
@@ -192,7 +198,7 @@ class Soak:
             os.unlink(out)
         with self.lock:
             there = name in self.names
-        if failed and there:
+        if failed and failed != 'killed' and there:
             self.problem(f'image {name} cannot be exported: {failed}')
 
     def collector(self, number):
@@ -229,6 +235,7 @@ class Soak:
         self.ended.set()
         for thread in threads:
             thread.join()
+        self.counts['seconds'] = int(time.monotonic() - self.began)
 
     def disturb(self, disturb):
         try:
@@ -289,6 +296,7 @@ def disturb_cluster(ceph):
         ceph.kill('mon.a')
         ceph.start_monitor()
         soak.count('monitor restarted')
+        ceph.wait_clean()
     return disturb
 
 
