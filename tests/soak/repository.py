@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writers, users, collections and a scrub on one repository, killed at random.
 
-    repository.py dir|rados [--seconds N] [--seed N] [--folder DIR] [--writers N]
+    repository.py [dir|rados] [--minutes N] [--seed N] [--folder DIR] [--writers N]
 
-Eight writers import overlapping images, some with a parent; users export and delete; two collections run all the
+One store after the other, or the one that is named, for so many minutes each. Eight writers import overlapping images, some with a parent; users export and delete; two collections run all the
 time, one that repacks, and a scrub. Any of them may be killed, or, with a build that has fault points
 (VMMIG_FAULTS_BUILD), kill itself at a named one. On rados each of three "hosts" is a client of its own; an OSD is
 killed and comes back, and the monitor is restarted.
@@ -300,10 +300,10 @@ def disturb_cluster(ceph):
     return disturb
 
 
-def run(urls, args, folder, disturb=None):
-    print(f'{args.driver}: seed {args.seed}, {args.seconds} s, {args.writers} writers', flush=True)
+def run(driver, urls, args, folder, disturb=None):
+    print(f'{driver}: seed {args.seed}, {args.minutes:g} minutes, {args.writers} writers', flush=True)
     subprocess.run([tool('VMMIG_BUILD', 'build'), urls[0], 'init'], check=True)
-    soak = Soak(urls, args.seconds, args.seed, folder, args.writers)
+    soak = Soak(urls, args.minutes * 60, args.seed, folder, args.writers)
     soak.play(disturb)
     soak.verify()
     for text in soak.problems:
@@ -311,31 +311,36 @@ def run(urls, args, folder, disturb=None):
     return 1 if soak.problems else 0
 
 
+def run_on(driver, args, folder):
+    if driver == 'dir':
+        return run(driver, [f'dir:{folder}/repo'], args, folder)
+    lacking = ceph_cluster.missing()
+    if lacking:
+        print(f'SKIPPED: no Ceph: {", ".join(lacking)} not installed')
+        return 77
+    with ceph_cluster.CephCluster(os.path.join(folder, 'ceph')) as ceph:
+        ceph.create_pool('images')
+        hosts = [ceph.create_user(f'client.host{i}', 'allow rwx pool=images') for i in range(HOSTS)]
+        urls = [f'rados:images/soak?conf={conf}&id=host{i}' for i, conf in enumerate(hosts)]
+        return run(driver, urls, args, folder, disturb_cluster(ceph))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('driver', choices=['dir', 'rados'])
-    parser.add_argument('--seconds', type=float, default=60)
+    parser.add_argument('driver', nargs='?', choices=['dir', 'rados'])
+    parser.add_argument('--minutes', type=float, default=1)
     parser.add_argument('--seed', type=int, default=random.SystemRandom().randrange(1 << 31))
-    parser.add_argument('--folder', help='where the images and the repository lie; default: a temporary folder')
+    parser.add_argument('--folder', default='/var/tmp', help='where images and repositories lie meanwhile')
     parser.add_argument('--writers', type=int, default=8)
     args = parser.parse_args()
-    folder = args.folder or tempfile.mkdtemp(prefix='vmmig-soak.', dir='/var/tmp')
-    os.makedirs(folder, exist_ok=True)
-    try:
-        if args.driver == 'dir':
-            return run([f'dir:{folder}/repo'], args, folder)
-        lacking = ceph_cluster.missing()
-        if lacking:
-            print(f'SKIPPED: no Ceph: {", ".join(lacking)} not installed')
-            return 77
-        with ceph_cluster.CephCluster(os.path.join(folder, 'ceph')) as ceph:
-            ceph.create_pool('images')
-            hosts = [ceph.create_user(f'client.host{i}', 'allow rwx pool=images') for i in range(HOSTS)]
-            urls = [f'rados:images/soak?conf={conf}&id=host{i}' for i, conf in enumerate(hosts)]
-            return run(urls, args, folder, disturb_cluster(ceph))
-    finally:
-        if not args.folder:
+    status = 0
+    for driver in [args.driver] if args.driver else ['dir', 'rados']:
+        folder = tempfile.mkdtemp(prefix='vmmig-soak.', dir=args.folder)
+        try:
+            status = max(status, run_on(driver, args, folder))
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
+    return status
 
 
 if __name__ == '__main__':
