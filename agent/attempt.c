@@ -174,6 +174,37 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         attempt_post(a, (enum handover_event)m);
 }
 
+void attempt_answer_stray(struct transfer *t, enum handover_role role, struct peer_session *session,
+                          const char *peer, const Vmmig__Peer__Handover *message)
+{
+    struct handover machine;
+    struct handover_actions actions;
+    struct journal_record record;
+    struct uuid id;
+    memcpy(id.bytes, message->attempt.data, sizeof(id.bytes));
+    if (message->message >= HANDOVER_MSG_COUNT)
+        return;
+    handover_init(&machine, role);
+    if (journal_get(t->journal, &id, &record, NULL) == 0) {
+        bool ours = !strcmp(record.peer, peer) && handover_record_role(record.record) == role;
+        if (ours)
+            handover_recover(&machine, record.record, false);
+        journal_record_finish(&record);
+        if (!ours)
+            return;
+    }
+    handover_step(&machine, (enum handover_event)message->message, &actions);
+    for (int i = 0; i < actions.count; i++) {
+        if (actions.list[i].kind != HANDOVER_ACT_SEND)
+            continue;
+        Vmmig__Peer__Handover answer = VMMIG__PEER__HANDOVER__INIT;
+        answer.attempt = message->attempt;
+        answer.message = actions.list[i].arg;
+        answer.vm = message->vm;
+        peer_session_send(session, &answer);
+    }
+}
+
 /* ---- The journal ---- */
 
 int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,

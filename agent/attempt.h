@@ -177,6 +177,12 @@ void attempt_set_session(struct attempt *a, struct peer_session *session);
 struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why);
 /* A message of the peer: keep what belongs to it, post its event. Takes what it keeps. */
 void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message);
+/*
+ * A message of an attempt that is not in the table: answer over the session from the journal, or as
+ * one that was never heard of. `peer` is the host as records of that role name it.
+ */
+void attempt_answer_stray(struct transfer *t, enum handover_role role, struct peer_session *session,
+                          const char *peer, const Vmmig__Peer__Handover *message);
 /* Wait until it is settled: 0, or TIMEOUT. */
 int attempt_wait_settled(struct attempt *a, int64_t deadline_ns, struct vm_error **err);
 /* What the user is told when it is settled: 0, or the error. */

@@ -22,8 +22,8 @@ enum { IDLE_MARGIN_MS = 10000 };
 /* ---- A VMM that waits for the guest ---- */
 
 /*
- * The VMM's process is there, and waits before it becomes the VMM. From here on a crash of the agent must
- * not forget it; the attempt's own thread writes no record before it has heard of this one's end.
+ * The VMM's process is there, and waits before it becomes the VMM. From here on a crash of the agent
+ * must not forget it; the attempt's own thread writes no record before this one's end.
  */
 static int remember_birth(const struct process_identity *process, void *arg, struct vm_error **err)
 {
@@ -303,9 +303,9 @@ static int remember_socket(struct attempt *a, struct vm_error **err)
 }
 
 /*
- * PREPARING is written three times: with the socket's name, with the VMM's process before it becomes
- * one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record, the journal
- * forgets how to reach the VM: the registry must know it.
+ * PREPARING is written three times: with the socket's name, with the VMM's process before it
+ * becomes one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record,
+ * the journal forgets how to reach the VM: the registry must know it.
  */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
@@ -328,6 +328,12 @@ static int settled(struct attempt *a, struct vm_error **err)
     case HANDOVER_DST_NEVER:
     case HANDOVER_DST_ENDED:
         remove_leftovers(&a->destination);
+        return 0;
+    case HANDOVER_DST_RUNNING:
+        /* From here on its memory is its VMM's alone. */
+        stop_transfer(a);
+        if (a->guest && qemu_from_guest(a->guest))
+            qemu_sink_release(qemu_from_guest(a->guest));
         return 0;
     default:
         return 0;
@@ -469,37 +475,6 @@ static bool journal_knows(struct transfer *t, const struct uuid *id)
     return true;
 }
 
-/* No attempt of that id lives: answer from the journal, or as one that was never heard of. */
-static void answer_unknown(struct transfer *t, struct peer_session *session,
-                           const Vmmig__Peer__Handover *m)
-{
-    struct handover machine;
-    struct handover_actions actions;
-    struct journal_record record;
-    struct uuid id;
-    memcpy(id.bytes, m->attempt.data, sizeof(id.bytes));
-    handover_init(&machine, HANDOVER_DESTINATION);
-    if (journal_get(t->journal, &id, &record, NULL) == 0) {
-        bool ours = !strcmp(record.peer, peer_session_peer(session)) &&
-                    handover_record_role(record.record) == HANDOVER_DESTINATION;
-        if (ours)
-            handover_recover(&machine, record.record, false);
-        journal_record_finish(&record);
-        if (!ours)
-            return;
-    }
-    handover_step(&machine, (enum handover_event)m->message, &actions);
-    for (int i = 0; i < actions.count; i++) {
-        if (actions.list[i].kind != HANDOVER_ACT_SEND)
-            continue;
-        Vmmig__Peer__Handover answer = VMMIG__PEER__HANDOVER__INIT;
-        answer.attempt = m->attempt;
-        answer.message = actions.list[i].arg;
-        answer.vm = m->vm;
-        peer_session_send(session, &answer);
-    }
-}
-
 static void handle(struct transfer *t, struct peer_session *session, struct peer_message *m)
 {
     struct uuid id;
@@ -512,7 +487,8 @@ static void handle(struct transfer *t, struct peer_session *session, struct peer
     }
     if (!a) {
         if (m->handover->message < HANDOVER_MSG_COUNT)
-            answer_unknown(t, session, m->handover);
+            attempt_answer_stray(t, HANDOVER_DESTINATION, session, peer_session_peer(session),
+                                 m->handover);
         return;
     }
     if (a->role != &attempt_destination_role || strcmp(a->peer_name, peer_session_peer(session))) {
@@ -524,10 +500,32 @@ static void handle(struct transfer *t, struct peer_session *session, struct peer
     attempt_receive(a, m->handover);
 }
 
+/*
+ * A source that has finished does not come back to an attempt whose last word was lost: what still
+ * waits for that word asks again over the next connection from that host.
+ */
+static void speak_up(struct transfer *t, struct peer_session *session)
+{
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt *a = t->attempts; a; a = a->next) {
+        if (a->role != &attempt_destination_role ||
+            strcmp(a->peer_name, peer_session_peer(session)))
+            continue;
+        pthread_mutex_lock(&a->lock);
+        bool waits = !a->session && a->is_settled;
+        if (waits)
+            a->session = peer_session_ref(session);
+        pthread_mutex_unlock(&a->lock);
+        if (waits)
+            attempt_post(a, HANDOVER_EV_TIMER);
+    }
+}
+
 void destination_serve_control(struct transfer *t, struct peer_session *session)
 {
     cleanup_error struct vm_error *err = NULL;
     struct peer_message m;
+    speak_up(t, session);
     while (peer_session_receive(session, INT64_MAX, t->stop, &m, &err) > 0) {
         handle(t, session, &m);
         peer_message_finish(&m);

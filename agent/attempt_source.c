@@ -37,6 +37,17 @@ static void keep_prepared(struct attempt *a, struct peer_message *m)
     m->handover = NULL;
 }
 
+/* An earlier attempt's last word was not heard there. One that lives has a link of its own. */
+static void hear_of_another(struct attempt *a, struct peer_session *session,
+                            const Vmmig__Peer__Handover *h)
+{
+    struct uuid id;
+    memcpy(id.bytes, h->attempt.data, sizeof(id.bytes));
+    CLEANUP(attempt) struct attempt *known = attempt_find(a->transfer, &id);
+    if (!known)
+        attempt_answer_stray(a->transfer, HANDOVER_SOURCE, session, a->source.peer, h);
+}
+
 static void receive_until_broken(struct attempt *a, struct peer_session *session)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -48,6 +59,8 @@ static void receive_until_broken(struct attempt *a, struct peer_session *session
             if (prepared)
                 keep_prepared(a, &m);
             attempt_receive(a, h);
+        } else {
+            hear_of_another(a, session, h);
         }
         peer_message_finish(&m);
     }
@@ -258,12 +271,12 @@ static int settled(struct attempt *a, struct vm_error **err)
     return vms_remove(vms, a->vm_name, err);
 }
 
-static void fail_when_late(struct attempt *a, int64_t since_ns, int limit_ms, const char *what)
+static void fail_when_late(struct attempt *a, int64_t since_ns, int64_t limit_ns, const char *what)
 {
     struct vm_error *err = NULL;
-    if (!since_ns || clock_mono_ns() - since_ns < PATIENCE(limit_ms))
+    if (!since_ns || clock_mono_ns() - since_ns < limit_ns)
         return;
-    error_set(&err, VM_ERROR_TIMEOUT, "%s for %d s", what, limit_ms / 1000);
+    error_set(&err, VM_ERROR_TIMEOUT, "%s for %.1f s", what, (double)limit_ns / NSEC_PER_SEC);
     attempt_fail(a, err);
 }
 
@@ -276,15 +289,16 @@ static void tick(struct attempt *a)
         sender_progress(a->source.sender, &copy_progress);
     pthread_mutex_unlock(&a->lock);
     if (a->machine.state == HANDOVER_SRC_SENDING && copy_progress.outage_ns) {
-        fail_when_late(a, clock_mono_ns() - copy_progress.outage_ns, STANDING_OFFLINE_MS,
+        fail_when_late(a, clock_mono_ns() - copy_progress.outage_ns,
+                       NSEC(STANDING_OFFLINE_MS),
                        "the link was lost while the guest stood,");
     } else if (a->machine.state == HANDOVER_SRC_PREPARING) {
-        fail_when_late(a, a->state_since_ns, PREPARE_TIMEOUT_MS,
+        fail_when_late(a, a->state_since_ns, PATIENCE(PREPARE_TIMEOUT_MS),
                        "the destination did not become ready");
     } else if (a->machine.state == HANDOVER_SRC_SENT) {
-        fail_when_late(a, offline, STANDING_OFFLINE_MS,
+        fail_when_late(a, offline, NSEC(STANDING_OFFLINE_MS),
                        "the destination could not be reached while the guest stood");
-        fail_when_late(a, a->state_since_ns, LOADED_TIMEOUT_MS,
+        fail_when_late(a, a->state_since_ns, PATIENCE(LOADED_TIMEOUT_MS),
                        "the destination did not finish loading");
     }
 }

@@ -176,6 +176,8 @@ int fault_arm(const char *spec, struct vm_error **err)
     struct armed fresh[MAX_ARMED];
     int n = 0;
     char *save = NULL;
+    if (!strcmp(copy, "none"))
+        *copy = 0;
     for (char *one = strtok_r(copy, ",", &save); one; one = strtok_r(NULL, ",", &save)) {
         if (n == MAX_ARMED)
             return error_set(err, VM_ERROR_USAGE, "at most %d faults can be armed", MAX_ARMED);

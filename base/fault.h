@@ -86,8 +86,8 @@ static inline int64_t fault_patience_ns(int64_t ms)
 #endif
 
 /*
- * Arm points by the grammar above, instead of all that were armed; "" disarms all. USAGE for a name
- * that no point bears; VERSION in a build without fault points.
+ * Arm points by the grammar above, instead of all that were armed; "" and "none" disarm all. USAGE
+ * for a name that no point bears; VERSION in a build without fault points.
  */
 int fault_arm(const char *spec, struct vm_error **err);
 /* Call visit for every point compiled in, sorted by name, each name once. */

@@ -40,8 +40,8 @@ static int run_debug_faults(const struct cli *c, struct vm_error **err)
 
 static const struct option faults_options[] = {
     {"arm", "SPEC", option_parse_text, .offset = offsetof(struct cli, arm),
-     .text = "NAME=ACTION[:ARGUMENT][@N], several separated by commas, instead of what is armed; an "
-             "empty SPEC disarms all. Actions: crash, error, delay, hang, hold, drop, duplicate, "
+     .text = "NAME=ACTION[:ARGUMENT][@N], several separated by commas, instead of what is armed; "
+             "`none` disarms all. Actions: crash, error, delay, hang, hold, drop, duplicate, "
              "corrupt, jump, mistake"},
     {NULL}};
 

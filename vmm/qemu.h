@@ -91,6 +91,11 @@ struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_er
 struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const char *qmp_path,
                               int timeout_ms, struct vm_error **err);
 /*
+ * The guest runs, and nothing will be written into its memory from here any more: unmap it, so that
+ * it is the VMM's alone and ends with it. Nobody may be in, or come to, a call of the sink.
+ */
+void qemu_sink_release(struct qemu *q);
+/*
  * Have the pages at `addrs` (vmm/page_batch.h; of mapped regions) present, charged to QEMU, before they
  * are written. Pages that are present already stay as they are, at about a tenth of the cost. Any thread. 0, or VMM_DIED, or SYSTEM when the kernel refuses
  * (then they are charged to the agent; writing them is possible nevertheless).

@@ -33,6 +33,11 @@ void qemu_sink_destroy(struct sink *s)
     free(s);
 }
 
+void qemu_sink_release(struct qemu *q)
+{
+    qemu_sink_destroy(steal_ptr(&q->sink));
+}
+
 /* Takes `memory` over. */
 static int add_sink(struct qemu *q, struct qemu_memory **memory, struct vm_error **err)
 {

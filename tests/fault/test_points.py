@@ -50,7 +50,7 @@ def test_a_test_build_lists_its_points(cluster, points):
     assert not any(point['armed'] for point in points.values())
     said = agent.vmmig('debug', 'faults', '--arm', 'qmp.cont=delay:5@3').stdout
     assert 'qmp.cont=delay:5@3  acted 0 times\n' in said
-    agent.vmmig('debug', 'faults', '--arm', '')
+    agent.vmmig('debug', 'faults', '--arm', 'none')
     bad = agent.vmmig('debug', 'faults', '--arm', 'qmp.kont=crash', check=False)
     assert bad.returncode == 2 and "no fault point is named 'qmp.kont'" in bad.stderr
 

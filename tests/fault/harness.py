@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the cases of matrix.table: one guest, two hosts, an agent on each; a migration, a fault, what was broken is
+started again, and a judgement. Hosts, agents and the guest live on from case to case: a case begins on the host where
+the last one left the guest, and only a guest that a case ended is booted anew.
+
+A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [fill=...] [quick]`, see matrix.table."""
+import json
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+
+from agents import eventually, fault_build
+from lab import BareGuest, judge
+from watch import Watch
+
+PATIENCE = 10   # limits of the agents are a tenth of what they are in production
+OUTCOMES = ('source', 'destination', 'ended', 'operator')
+ROLES = ('source', 'destination')
+
+
+@dataclass
+class Case:
+    line: int
+    point: str
+    role: str
+    fault: str
+    outcomes: tuple
+    options: dict
+    quick: bool
+    # what was seen
+    seen: str = ''
+    recovery: float = float('nan')
+    pause: float = float('nan')
+
+    @property
+    def name(self):
+        return f'{self.point} {self.role} {self.fault}'
+
+
+def read_table(path):
+    """The cases of a table file."""
+    cases = []
+    with open(path, encoding='ascii') as file:
+        for number, line in enumerate(file, 1):
+            words = line.split('#')[0].split()
+            if not words:
+                continue
+            point, role, fault, outcome, *rest = words
+            outcomes = tuple(outcome.split('|'))
+            options = dict(word.split('=', 1) for word in rest if '=' in word)
+            assert role in ROLES and set(outcomes) <= set(OUTCOMES), f'{path}:{number}: {line}'
+            assert set(options) <= {'with', 'peer', 'resolve', 'send'}, f'{path}:{number}: {line}'
+            cases.append(Case(number, point, role, fault, outcomes, options, 'quick' in rest))
+    names = [(case.name, tuple(case.options.items())) for case in cases]
+    assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
+    return cases
+
+
+class QemuPair:
+    """How guests of one VMM are started and looked at."""
+    name = 'qemu'
+
+    def __init__(self, cluster, prefix):
+        self.cluster, self.prefix, self.count = cluster, prefix, 0
+
+    def boot(self, agent):
+        """A guest that runs under the agent. Returns (vm, console, watch)."""
+        self.count += 1
+        vm = BareGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
+        console = self.cluster.console(vm.name)
+        watch = Watch({host.name: host.path(vm.judge_path) for host in self.cluster.hosts})
+        agent.host.popen(vm.argv(), name=vm.name)
+        console.wait_for('ready')
+        agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+        return vm, console, watch
+
+
+class Harness:
+    def __init__(self, cluster, driver, prefix='g', mistakes='', limit=20):
+        self.cluster, self.driver = cluster, driver(cluster, prefix)
+        self.mistakes, self.limit = mistakes, limit
+        self.vm = self.console = self.watch = None
+        for agent in cluster.agents:
+            agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'debug'}
+            self.start(agent)
+
+    # ---- agents
+
+    def start(self, agent):
+        os.environ['VMMIG_PATIENCE'] = str(PATIENCE)
+        try:
+            agent.start(build=fault_build())
+            if self.mistakes:
+                self.arm(agent, '')
+        finally:
+            del os.environ['VMMIG_PATIENCE']
+
+    def arm(self, agent, spec):
+        words = [word for word in (spec, self.mistakes) if word]
+        agent.vmmig('debug', 'faults', '--arm', ','.join(words) or 'none')
+
+    @staticmethod
+    def dead(agent):
+        return agent.process.poll() is not None
+
+    def points(self, agent):
+        return {point['name']: point for point in agent.json('debug', 'faults')['points'] if point['armed']}
+
+    def acted(self, agent, name):
+        """Has the fault acted? Its crash is the proof of a crash."""
+        if self.dead(agent):
+            return True
+        done = agent.vmmig('debug', 'faults', check=False)
+        found = re.search(rf'^{re.escape(name)}=\S+  acted (\d+)', done.stdout, re.M)
+        return self.dead(agent) or bool(found and int(found.group(1)))
+
+    # ---- what there is
+
+    def vm_at(self, agent):
+        """The VM as its agent has it, or None."""
+        if self.dead(agent):
+            return None
+        done = agent.vmmig('list', '--json', check=False)
+        if done.returncode:
+            return None
+        return next((vm for vm in json.loads(done.stdout)['vms'] if vm['vm'] == self.vm.name), None)
+
+    @staticmethod
+    def unsettled(vm):
+        return bool(vm and vm['handover'] and not vm['handover']['settled'])
+
+    def findings(self, agent):
+        done = agent.vmmig('doctor', self.vm.name, '--json', check=False)
+        return json.loads(done.stdout)['findings'] if done.returncode == 0 else []
+
+    def place(self):
+        """The host where the guest runs as its agent and its VMM say; 'ended'; None: not settled."""
+        here = []
+        for agent in self.cluster.agents:
+            vm = self.vm_at(agent)
+            if self.dead(agent) or self.unsettled(vm) or (vm and vm['state'] == 'arriving'):
+                return None
+            if any(f['role'] and f['state'] and not f['owner'] in ('here', 'peer', 'nobody')
+                   for f in self.findings(agent)):
+                return None
+            if vm and vm['presence'] == 'present' and vm['state'] == 'running':
+                here.append(agent.host.name)
+            elif vm and vm['presence'] != 'ended':
+                return None
+        if len(here) == 1:
+            return here[0] if self.watch.running() == here else None
+        return 'ended' if not here and not self.watch.running() else None
+
+    def pid(self, agent):
+        vm = self.vm_at(agent)
+        return vm and vm['pid']
+
+    # ---- between cases
+
+    def ready(self):
+        """A guest that runs and is settled; returns the agents as (source, destination)."""
+        for agent in self.cluster.agents:
+            if self.dead(agent):
+                self.start(agent)
+            self.arm(agent, '')
+        if not self.vm or self.place() in (None, 'ended'):
+            self.forget()
+            self.vm, self.console, self.watch = self.driver.boot(self.cluster.agents[0])
+        where = eventually('a guest', self.place)
+        agents = self.cluster.agents
+        return agents if where == agents[0].host.name else agents[::-1]
+
+    def forget(self):
+        if not self.vm:
+            return
+        self.watch.close()
+        for agent in self.cluster.agents:
+            for pid, argv in agent.host.processes().items():
+                if any(re.search(rf'\b{self.vm.name}\b', word) for word in argv):
+                    os.kill(pid, signal.SIGKILL)
+            vm = self.vm_at(agent)
+            if vm:
+                eventually('its end', lambda a=agent: (self.vm_at(a) or {'presence': 'ended'})['presence'] != 'present')
+                agent.vmmig('detach', self.vm.name, check=False)
+        self.vm = None
+
+    def broken(self):
+        """After a case that failed: everything from the beginning."""
+        for agent in self.cluster.agents:
+            agent.host.heal()
+            agent.host.crash()
+            self.start(agent)
+            if self.vm:
+                agent.vmmig('detach', self.vm.name, check=False)
+        if self.vm:
+            self.watch.close()
+        self.vm = None
+
+    # ---- what happens from outside at a point that holds
+
+    def outside(self, what, agents):
+        """`vmm:ROLE` dies; `cut:ROLE:DIRECTION` for good; `freeze:ROLE` for longer than every limit;
+        `host:ROLE` loses its power; `agent:ROLE` is killed; `cancel`."""
+        kind, *rest = what.split(':')
+        agent = agents[ROLES.index(rest[0])] if rest else agents[0]
+        if kind == 'vmm':
+            os.kill(self.vmm_pid(agent), signal.SIGKILL)
+        elif kind == 'cut':
+            agent.host.cut(rest[1])
+        elif kind == 'freeze':
+            agent.process.send_signal(signal.SIGSTOP)
+        elif kind == 'host':
+            agent.host.crash()
+        elif kind == 'agent':
+            agent.kill()
+        elif kind == 'cancel':
+            agents[0].vmmig('cancel', self.vm.name)
+        else:
+            raise ValueError(what)
+
+    def repair(self, what, agents):
+        kind, *rest = what.split(':')
+        agent = agents[ROLES.index(rest[0])] if rest else agents[0]
+        if kind == 'cut':
+            time.sleep(float(rest[2]) if len(rest) > 2 else 1.0)
+            agent.host.heal()
+        elif kind == 'freeze':
+            time.sleep(1.5)
+            agent.process.send_signal(signal.SIGCONT)
+
+    def vmm_pid(self, agent):
+        return next(pid for pid, argv in agent.host.processes().items()
+                    if any(word == self.vm.name for word in argv) and 'qemu' in argv[0])
+
+    # ---- a case
+
+    def run(self, case):
+        agents = self.ready()
+        source, destination = agents
+        victim = agents[ROLES.index(case.role)]
+        held = case.fault.startswith('hold+')
+        spec = f'{case.point}={"hold" if held else case.fault}'
+        for agent in agents:
+            mine = [spec] if agent is victim else []
+            mine += [case.options['with']] if agent is victim and 'with' in case.options else []
+            mine += [case.options['peer']] if agent is not victim and 'peer' in case.options else []
+            self.arm(agent, ','.join(mine))
+        mark, runs = self.console.mark(), len(self.watch.runs)
+        del self.watch.late[:]
+        source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background',
+                     *case.options.get('send', '').split(','), check=False) if case.options.get('send') else \
+            source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
+        eventually(f'{case.name}: the fault', lambda: self.acted(victim, case.point))
+        began = time.monotonic()
+        if held:
+            eventually(f'{case.name}: held', lambda: self.points(victim)[case.point]['holds'])
+            for what in case.fault.removeprefix('hold+').split('+'):
+                self.outside(what, agents)
+            frozen = 'freeze' in case.fault
+            rest = case.options.get('with', '')
+            if not frozen and not self.dead(victim):
+                self.arm(victim, rest)
+            for what in case.fault.removeprefix('hold+').split('+'):
+                self.repair(what, agents)
+            if frozen:
+                self.arm(victim, rest)
+        if 'operator' in case.outcomes:
+            self.operate(case, agents)
+        else:
+            for agent in agents:
+                if agent is victim and 'crash' in case.fault:
+                    eventually('the crash', lambda: self.dead(victim))
+                if self.dead(agent):
+                    self.start(agent)
+        self.judge(case, agents, mark, runs, began)
+
+    def operate(self, case, agents):
+        """The host that may know does not come back: an operator fences it, decides, and later it does come back."""
+        role, verdict = case.options['resolve'].split(':')
+        agent = agents[ROLES.index(role)]
+        other = agents[1 - ROLES.index(role)]
+        if other.process.poll() is None:
+            other.host.crash()
+        doubt = eventually('doubt', lambda: (vm := self.vm_at(agent)) and vm['handover'] and vm['handover']['in_doubt'])
+        assert doubt and self.watch.running() == [], 'nobody may run it while it is in doubt'
+        finding, = self.findings(agent)
+        assert finding['owner'] == 'undecided' and other.host.name in finding['advice'], finding
+        agent.vmmig('resolve', self.vm.name, f'--{verdict}', '--i-fenced', other.host.name)
+        self.start(other)
+
+    def judge(self, case, agents, mark, runs, began):
+        names = {agents[0].host.name: 'source', agents[1].host.name: 'destination', 'ended': 'ended'}
+
+        def look():
+            for agent in agents:
+                if self.dead(agent):
+                    self.start(agent)
+            return self.place()
+
+        place = eventually(f'{case.name}: an end', look, self.limit)
+        case.recovery = time.monotonic() - began
+        case.seen = 'operator' if 'operator' in case.outcomes else names[place]
+        assert not self.watch.overlaps(), f'TWO COPIES RAN: {self.watch.overlaps()}'
+        assert not self.watch.late, 'the test saw a VMM too late'
+        assert case.seen in case.outcomes, f'ended as {case.seen}, not {"|".join(case.outcomes)}'
+        if place != 'ended':
+            self.console.wait_ticks(3)
+            hosts = self.console.check(after=mark)
+            assert hosts[-1] == place and len(hosts) <= 2, f'the guest spoke on {hosts}'
+            self.console.verify()
+            case.pause = self.console.pause(after=mark)
+        for agent in agents:
+            left = self.left(agent, place == agent.host.name)
+            if left:
+                eventually(f'{case.name}: left over on {agent.host.name}: {left}',
+                           lambda a=agent: not self.left(a, place == a.host.name), 5)
+
+    def left(self, agent, owner):
+        """What is left of the guest on a host, besides itself if it is there. Sockets of the user's own options are
+        QEMU's to remove, which one that was killed did not."""
+        found = judge.leftovers(agent.host, self.vm.name, [agent.process.pid])
+        if owner:
+            found = [what for what in found if not what.startswith(('process', 'file'))] + \
+                [what for what in found if what.startswith('process')][1:]
+        return [what for what in found if not what.endswith(('.judge', f'vmlab/{self.vm.name}.qmp'))]
+
+
+def print_matrix(cases, out):
+    """The table that a reader of the test's output sees."""
+    width = max(len(case.point) for case in cases)
+    fault = max(len(case.fault) for case in cases)
+    print(f'\n{"point":{width}}  {"role":11}  {"fault":{fault}}  {"expected":20}  {"seen":11}  recovery    pause',
+          file=out)
+    for case in cases:
+        print(f'{case.point:{width}}  {case.role:11}  {case.fault:{fault}}  {"|".join(case.outcomes):20}  '
+              f'{case.seen:11}  {case.recovery:6.2f} s  {case.pause * 1000:6.0f} ms', file=out)
+    recoveries = sorted(case.recovery for case in cases if case.recovery == case.recovery)
+    pauses = [case.pause for case in cases if case.pause == case.pause]
+    if recoveries:
+        print(f'{len(cases)} cases; recovery: median {recoveries[len(recoveries) // 2]:.2f} s, worst '
+              f'{recoveries[-1]:.2f} s; longest pause of the guest {max(pauses, default=0):.2f} s '
+              f'(limits divided by {PATIENCE})', file=out)

@@ -1,0 +1,246 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations both ways at once, under random faults, for as long as is asked.
+
+    tests/soak/handover.py [--minutes N] [--seed N] [--vms N]
+
+Two hosts, eight small guests that share a part of a core, agents whose time-outs are divided by ten: agents crash,
+stand still, get errors, slow and full disks, lost and repeated messages; links are cut. Every twenty seconds or so the
+faults end, everything has to settle, and is judged: each guest runs on exactly one host, its VMMs never ran at the same
+instant, its memory is clean, its console without a gap; agents hold no more descriptors or memory than before. What
+happens follows from the seed, which is printed: --seed replays it. Ends with status 1 at the first failure."""
+import argparse
+import os
+import random
+import sys
+import time
+
+TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+for folder in ('fault', 'flow', ''):
+    sys.path.insert(0, os.path.join(TESTS, folder))
+
+from agents import Cluster, eventually, fault_build  # noqa: E402
+from harness import PATIENCE  # noqa: E402
+from lab import BareGuest, judge  # noqa: E402
+from watch import Watch  # noqa: E402
+
+CPU_PERCENT = 60   # of one core, for all guests together
+STEPS_PER_ROUND = 24
+SETTLE_LIMIT = 60
+
+MESSAGES = ('PREPARE', 'COMMIT', 'FINISHED', 'PREPARED', 'LOADED', 'RUNNING', 'ABORT', 'NEVER')
+RECORDS = ('SENDING', 'COMMIT', 'DONE', 'ABORTING', 'ABORTED', 'SRC_CLOSED', 'PREPARING', 'LOADED', 'RUN', 'RUNNING',
+           'NEVER', 'DST_CLOSED')
+FAULTS = [f'handover.send.{m}={f}' for m in MESSAGES for f in ('drop', 'duplicate', 'delay:300', 'crash')] + \
+    [f'handover.{w}.{r}={f}' for r in RECORDS for w in ('before', 'after') for f in ('crash', 'delay:300')] + \
+    [f'handover.before.{r}=error:ENOSPC' for r in RECORDS] + \
+    [f'attempt.{p}={f}' for p in ('spawn', 'copied', 'loaded', 'resume', 'resumed', 'kill')
+     for f in ('crash', 'error', 'delay:300')] + \
+    [f'journal.{p}' for p in ('write=error:ENOSPC', 'write=delay:200@*', 'sync=error', 'written=crash')] + \
+    [f'qmp.{p}={f}' for p in ('stop', 'cont', 'migrate', 'cont.answer', 'stop.answer') for f in ('error', 'delay:300')] + \
+    [f'channel.{p}={f}@3' for p in ('send', 'ack') for f in ('drop', 'corrupt', 'duplicate')] + \
+    ['conn.read=error:ECONNRESET@50', 'conn.write=error:ECONNRESET@50', 'peer.send=drop', 'peer.receive=error']
+
+
+class Guest:
+    def __init__(self, soak, number):
+        self.vm = BareGuest(f'soak{number}', mem_mib=48, dirty_mib=2, rate_mbps=5, scan_mbps=50, heartbeat_ms=50,
+                            seed=number + 1)
+        self.name = self.vm.name
+        self.console = soak.cluster.console(self.name)
+        self.watch = Watch({host.name: host.path(self.vm.judge_path) for host in soak.cluster.hosts})
+        agent = soak.cluster.agents[number % 2]
+        process = agent.host.popen(self.vm.argv(), name=self.name)
+        with open(os.path.join(soak.cgroup, 'cgroup.procs'), 'w', encoding='ascii') as file:
+            file.write(str(process.pid))
+        self.console.wait_for('ready', timeout=60)
+        agent.vmmig('attach', self.name, '--qmp', self.vm.qmp_path)
+        self.mark = self.console.mark()
+
+
+class Soak:
+    def __init__(self, cluster, options):
+        self.cluster, self.options = cluster, options
+        self.random = random.Random(options.seed)
+        self.cgroup = self.limit_cpu()
+        for agent in cluster.agents:
+            agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'info',
+                             'vm-cgroup': self.cgroup}
+            self.start(agent)
+        self.guests = [Guest(self, number) for number in range(options.vms)]
+        self.sent = self.faults = self.crashes = self.moved = 0
+        self.usage = {}  # of agents that lived on: pid -> [(descriptors, bytes)]
+        self.worst = 0.0
+
+    def limit_cpu(self):
+        """A cgroup for all guests; they never sleep, and would leave the agents nothing."""
+        name = os.path.basename(self.cluster.folder)
+        unified = os.path.exists('/sys/fs/cgroup/cgroup.controllers')
+        path = os.path.join('/sys/fs/cgroup' if unified else '/sys/fs/cgroup/cpu', name)
+        os.makedirs(path)
+        if unified:
+            with open('/sys/fs/cgroup/cgroup.subtree_control', 'w', encoding='ascii') as file:
+                file.write('+cpu')
+        for file_name, value in ((('cpu.max', f'{CPU_PERCENT * 1000} 100000'),) if unified else
+                                 (('cpu.cfs_period_us', '100000'), ('cpu.cfs_quota_us', str(CPU_PERCENT * 1000)))):
+            with open(os.path.join(path, file_name), 'w', encoding='ascii') as file:
+                file.write(value)
+        return path
+
+    @staticmethod
+    def start(agent):
+        os.environ['VMMIG_PATIENCE'] = str(PATIENCE)
+        try:
+            agent.start(build=fault_build())
+        finally:
+            del os.environ['VMMIG_PATIENCE']
+
+    @staticmethod
+    def dead(agent):
+        return agent.process.poll() is not None
+
+    def repair(self):
+        for agent in self.cluster.agents:
+            if self.dead(agent):
+                self.crashes += 1
+                self.start(agent)
+
+    # ---- one step
+
+    def step(self):
+        """Everything that is decided here follows from the seed alone."""
+        choose = self.random
+        guest = choose.choice(self.guests)
+        what = choose.random()
+        agent = choose.choice(self.cluster.agents)
+        pause = choose.uniform(0.05, 0.5)
+        fault = choose.choice(FAULTS)
+        direction = choose.choice(('both', 'in', 'out'))
+        self.repair()
+        self.send(guest)
+        if what < 0.55:
+            self.faults += 1
+            agent.vmmig('debug', 'faults', '--arm', fault, check=False)
+        elif what < 0.65:
+            self.faults += 1
+            agent.kill()
+        elif what < 0.75:
+            self.faults += 1
+            agent.host.cut(direction)
+            time.sleep(pause)
+            agent.host.heal()
+        elif what < 0.80:
+            self.faults += 1
+            agent.process.send_signal(19)
+            time.sleep(pause)
+            agent.process.send_signal(18)
+        time.sleep(pause)
+
+    def send(self, guest):
+        """To the other host, if it is not on its way already."""
+        runs = guest.watch.running()
+        if len(runs) != 1:
+            return
+        source = next(agent for agent in self.cluster.agents if agent.host.name == runs[0])
+        other = next(agent for agent in self.cluster.agents if agent is not source)
+        if not self.dead(source) and source.vmmig('send', guest.name, '--to', other.host.name, '--background',
+                                                  check=False).returncode == 0:
+            self.sent += 1
+
+    # ---- calm
+
+    def settled(self, guest):
+        """The host where it runs, and nothing is under way; else None."""
+        here = []
+        for agent in self.cluster.agents:
+            done = agent.vmmig('status', guest.name, check=False)
+            if done.returncode == 3 or 'state      ended' in done.stdout:
+                continue
+            if done.returncode or 'state      running' not in done.stdout or 'job  ' in done.stdout.replace(
+                    'last job', ''):
+                return None
+            here.append(agent.host.name)
+        return here[0] if len(here) == 1 and guest.watch.running() == here else None
+
+    def calm(self):
+        for agent in self.cluster.agents:
+            agent.host.heal()
+        self.repair()
+        for agent in self.cluster.agents:
+            agent.vmmig('debug', 'faults', '--arm', 'none')
+        began = time.monotonic()
+        for guest in self.guests:
+            place = eventually(f'{guest.name} on one host', lambda g=guest: self.repair() or self.settled(g), SETTLE_LIMIT)
+            self.judge(guest, place)
+        self.worst = max(self.worst, time.monotonic() - began)
+        for agent in self.cluster.agents:
+            pid = agent.process.pid
+            usage = (len(os.listdir(f'/proc/{pid}/fd')), judge.rss_anon(pid))
+            self.usage.setdefault(pid, []).append(usage)
+
+    def judge(self, guest, place):
+        assert not guest.watch.overlaps(), f'{guest.name}: TWO COPIES RAN: {guest.watch.overlaps()}'
+        assert not guest.watch.late, f'{guest.name}: a VMM was seen too late'
+        guest.console.wait_ticks(2, timeout=60)
+        hosts = guest.console.check(after=guest.mark)
+        assert hosts[-1] == place, f'{guest.name}: {hosts}, not on {place}'
+        guest.console.verify(timeout=120)
+        self.moved += len(hosts) - 1
+        guest.mark = guest.console.mark()
+        for agent in self.cluster.agents:
+            if agent.host.name == place:
+                continue
+            eventually(f'{guest.name}: left over on {agent.host.name}', lambda a=agent: not [
+                what for what in judge.leftovers(a.host, guest.name, [a.process.pid])
+                if not what.endswith(('.judge', f'vmlab/{guest.name}.qmp'))], 10)
+
+    def judge_usage(self):
+        """Descriptors and memory of agents that lived through several rounds are flat."""
+        for pid, seen in self.usage.items():
+            if len(seen) < 3:
+                continue
+            fds, rss = zip(*seen)
+            assert min(fds[len(fds) // 2:]) <= max(fds[:len(fds) // 2]) + 4, f'agent {pid}: descriptors {fds}'
+            assert min(rss[len(rss) // 2:]) <= max(rss[:len(rss) // 2]) + (8 << 20), f'agent {pid}: memory {rss}'
+
+    def run(self):
+        end = time.monotonic() + 60 * self.options.minutes
+        rounds = 0
+        while time.monotonic() < end:
+            for _ in range(STEPS_PER_ROUND):
+                self.step()
+            self.calm()
+            rounds += 1
+            fds = [self.usage[agent.process.pid][-1] for agent in self.cluster.agents]
+            print(f'round {rounds}: {self.sent} migrations begun, {self.moved} arrived, {self.faults} faults, '
+                  f'{self.crashes} agents restarted; agents hold '
+                  + ', '.join(f'{n} descriptors and {rss >> 20} MiB' for n, rss in fds), flush=True)
+        self.judge_usage()
+        print(f'soak: seed {self.options.seed}, {rounds} rounds, {self.sent} migrations begun, {self.moved} arrived, '
+              f'{self.faults} faults, {self.crashes} agents restarted: no guest ran twice, none was lost, nothing was '
+              f'left; longest time to settle everything {self.worst:.1f} s')
+
+
+def main():
+    parser = argparse.ArgumentParser(description='Migrations both ways at once, under random faults.')
+    parser.add_argument('--minutes', type=float, default=15)
+    parser.add_argument('--seed', type=int, default=random.randrange(1 << 32))
+    parser.add_argument('--vms', type=int, default=8)
+    options = parser.parse_args()
+    print(f'soak: --seed {options.seed}', flush=True)
+    if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
+        sys.exit(f'no build with fault points in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    soak = None
+    with Cluster(start=False) as cluster:
+        try:
+            soak = Soak(cluster, options)
+            soak.run()
+        finally:
+            cluster.close()
+            if soak:
+                for path, _, _ in os.walk(soak.cgroup, topdown=False):
+                    os.rmdir(path)
+
+
+if __name__ == '__main__':
+    main()
