@@ -119,13 +119,13 @@ class Harness:
     # ---- what there is
 
     def vm_at(self, agent):
-        """The VM as its agent has it, or None."""
+        """The VM as its agent has it; {} if it has none, None if the agent does not say."""
         if self.dead(agent):
             return None
         done = agent.vmmig('list', '--json', check=False)
         if done.returncode:
             return None
-        return next((vm for vm in json.loads(done.stdout)['vms'] if vm['vm'] == self.vm.name), None)
+        return next((vm for vm in json.loads(done.stdout)['vms'] if vm['vm'] == self.vm.name), {})
 
     @staticmethod
     def unsettled(vm):
@@ -140,7 +140,7 @@ class Harness:
         here = []
         for agent in self.cluster.agents:
             vm = self.vm_at(agent)
-            if self.dead(agent) or self.unsettled(vm) or (vm and vm['state'] == 'arriving'):
+            if vm is None or self.unsettled(vm) or (vm and (vm['job'] or vm['state'] == 'arriving')):
                 return None
             if any(f['role'] and f['state'] and not f['owner'] in ('here', 'peer', 'nobody')
                    for f in self.findings(agent)):

@@ -272,6 +272,9 @@ class Collector:
         self._watch(connection, lambda at: self._read(at, console, host, connection))
 
     def _read(self, at, console, host, connection):
+        before = console.chunk_hosts[-1] if console.chunk_hosts else host
+        if before != host and before in console.connections:
+            self._read_rest(at, console, before)
         try:
             data = connection.recv(65536)
         except ConnectionError:
@@ -283,6 +286,16 @@ class Collector:
         connection.close()
         if console.connections.get(host) is connection:
             del console.connections[host]
+
+    @staticmethod
+    def _read_rest(at, console, host):
+        """What the guest said where it was before is older than what it says where it is."""
+        try:
+            data = console.connections[host].recv(65536, socket.MSG_DONTWAIT)
+        except OSError:
+            return
+        if data:
+            console.feed(at, host, data)
 
     def _run(self):
         os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
