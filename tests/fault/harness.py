@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass
 
 from agents import eventually, fault_build
-from lab import BareGuest, judge
-from watch import Watch
+from lab import BareGuest, VmmGuest, judge
+from lab.guests import built
+from watch import SpokenWatch, Watch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
 OUTCOMES = ('source', 'destination', 'ended', 'operator')
@@ -61,6 +62,8 @@ def read_table(path):
 class QemuPair:
     """How guests of one VMM are started and looked at."""
     name = 'qemu'
+    not_its_points = ('attach.',)
+    agent_options = {}
 
     def __init__(self, cluster, prefix):
         self.cluster, self.prefix, self.count = cluster, prefix, 0
@@ -77,13 +80,33 @@ class QemuPair:
         return vm, console, watch
 
 
+class VmmPair:
+    """The same with vmmig-vmm, which links libvmmig-attach. It has no events: what its guests say judges alone."""
+    name = 'vmmig-vmm'
+    not_its_points = ('qmp.', 'stream.')
+    agent_options = {'attach-vmm': built('tools/vmmig-vmm/vmmig-vmm')}
+
+    def __init__(self, cluster, prefix):
+        self.cluster, self.prefix, self.count = cluster, prefix + 'v', 0
+
+    def boot(self, agent):
+        self.count += 1
+        vm = VmmGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
+        console = self.cluster.console(vm.name)
+        agent.host.popen(vm.argv(), name=vm.name)
+        console.wait_for('ready')
+        agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
+        return vm, console, SpokenWatch(console)
+
+
 class Harness:
     def __init__(self, cluster, driver, prefix='g', mistakes='', limit=20):
         self.cluster, self.driver = cluster, driver(cluster, prefix)
         self.mistakes, self.limit = mistakes, limit
         self.vm = self.console = self.watch = None
         for agent in cluster.agents:
-            agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'debug'}
+            agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'debug',
+                             **driver.agent_options}
             self.start(agent)
 
     # ---- agents
@@ -182,7 +205,7 @@ class Harness:
                     os.kill(pid, signal.SIGKILL)
             vm = self.vm_at(agent)
             if vm:
-                eventually('its end', lambda a=agent: (self.vm_at(a) or {'presence': 'ended'})['presence'] != 'present')
+                eventually('its end', lambda a=agent: (self.vm_at(a) or {}).get('presence') != 'present')
                 agent.vmmig('detach', self.vm.name, check=False)
         self.vm = None
 
@@ -232,7 +255,7 @@ class Harness:
 
     def vmm_pid(self, agent):
         return next(pid for pid, argv in agent.host.processes().items()
-                    if any(word == self.vm.name for word in argv) and 'qemu' in argv[0])
+                    if any(re.search(rf'\b{self.vm.name}\b', word) for word in argv))
 
     # ---- a case
 
@@ -283,8 +306,8 @@ class Harness:
         other = agents[1 - ROLES.index(role)]
         if other.process.poll() is None:
             other.host.crash()
-        doubt = eventually('doubt', lambda: (vm := self.vm_at(agent)) and vm['handover'] and vm['handover']['in_doubt'])
-        assert doubt and self.watch.running() == [], 'nobody may run it while it is in doubt'
+        eventually('doubt', lambda: (vm := self.vm_at(agent)) and vm['handover'] and vm['handover']['in_doubt'])
+        eventually('nobody may run it while it is in doubt', lambda: self.watch.running() == [], 2)
         finding, = self.findings(agent)
         assert finding['owner'] == 'undecided' and other.host.name in finding['advice'], finding
         agent.vmmig('resolve', self.vm.name, f'--{verdict}', '--i-fenced', other.host.name)
@@ -324,7 +347,8 @@ class Harness:
         if owner:
             found = [what for what in found if not what.startswith(('process', 'file'))] + \
                 [what for what in found if what.startswith('process')][1:]
-        return [what for what in found if not what.endswith(('.judge', f'vmlab/{self.vm.name}.qmp'))]
+        users = ('.judge', f'vmlab/{self.vm.name}.qmp', f'vmlab/{self.vm.name}.vmm')
+        return [what for what in found if not what.endswith(users)]
 
 
 def print_matrix(cases, out):
