@@ -332,8 +332,8 @@ static int settled(struct attempt *a, struct vm_error **err)
     case HANDOVER_DST_RUNNING:
         /* From here on its memory is its VMM's alone. */
         stop_transfer(a);
-        if (a->guest && qemu_from_guest(a->guest))
-            qemu_sink_release(qemu_from_guest(a->guest));
+        if (a->guest)
+            driver_sink_release(a->guest);
         return 0;
     default:
         return 0;

@@ -136,6 +136,11 @@ struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct v
     return drivers[driver]->adopt(path, err);
 }
 
+void driver_sink_release(struct guest *g)
+{
+    drivers[driver_of(g)]->sink_release(g);
+}
+
 void driver_get_info(struct guest *g, struct driver_info *ret_info)
 {
     *ret_info = (struct driver_info){.vmm = ""};

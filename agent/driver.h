@@ -76,6 +76,7 @@ struct driver {
                                 bool assume_shared, struct vm_error **err);
     struct guest *(*sink_adopt)(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);
+    void (*sink_release)(struct guest *g);
     void (*info)(struct guest *g, struct driver_info *ret);
 };
 
@@ -119,6 +120,12 @@ struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *pat
                                 struct vm_error **err);
 /* The VMM at that socket. */
 struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err);
+
+/*
+ * The guest of a sink runs, and nothing will be written into it from here any more: unmap its memory, so
+ * that it is the VMM's alone and ends with it. Nothing for a guest that is no sink.
+ */
+void driver_sink_release(struct guest *g);
 
 void driver_get_info(struct guest *g, struct driver_info *ret_info);
 

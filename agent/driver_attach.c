@@ -64,6 +64,11 @@ static struct guest *sink_adopt(const struct qemu_definition *d, const char *pat
     return guest_of(attach_sink_connect(d, path, DRIVER_ATTACH_TIMEOUT_MS, err));
 }
 
+static void sink_release(struct guest *g)
+{
+    attach_sink_release(attach_from_guest(g));
+}
+
 static void info(struct guest *g, struct driver_info *ret)
 {
     const struct attach_info *i = attach_info(attach_from_guest(g));
@@ -82,4 +87,5 @@ const struct driver driver_attach = {.guest_driver = "attach",
                                      .check_startable = check_startable,
                                      .sink_start = sink_start,
                                      .sink_adopt = sink_adopt,
+                                     .sink_release = sink_release,
                                      .info = info};

@@ -81,6 +81,11 @@ static struct guest *sink_adopt(const struct qemu_definition *d, const char *pat
     return guest_of(qemu_sink_attach(d, path, DRIVER_ATTACH_TIMEOUT_MS, err));
 }
 
+static void sink_release(struct guest *g)
+{
+    qemu_sink_release(qemu_from_guest(g));
+}
+
 const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .socket_suffix = "qmp",
                                    .title = "a QEMU",
@@ -90,4 +95,5 @@ const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .define = define,
                                    .defines = defines,
                                    .sink_start = sink_start,
-                                   .sink_adopt = sink_adopt};
+                                   .sink_adopt = sink_adopt,
+                                   .sink_release = sink_release};

@@ -96,6 +96,8 @@ bool attach_is_definition(const struct qemu_definition *d);
  */
 struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
                                    int timeout_ms, struct vm_error **err);
+/* The guest runs: unmap its memory. Nobody may be in, or come to, a call of the sink. */
+void attach_sink_release(struct attach *a);
 
 struct attach_launch {
     struct spawn_params spawn; /* fds: none. argv has VMMIG_SOCKET_WORD, as a word or within one */

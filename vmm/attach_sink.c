@@ -14,6 +14,11 @@ struct attach_sink {
     bool finished;
 };
 
+void attach_sink_release(struct attach *a)
+{
+    attach_sink_destroy(steal_ptr(&a->sink));
+}
+
 void attach_sink_destroy(struct attach_sink *s)
 {
     if (!s)
