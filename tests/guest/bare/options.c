@@ -81,7 +81,7 @@ static void parse_option(const char *text, struct options *options)
         {"vcpus", &options->vcpus},     {"dirty", &options->dirty_mib},
         {"rate", &options->rate_mbps},  {"scan", &options->scan_mbps},
         {"hb", &options->heartbeat_ms}, {"tsc_khz", &options->tsc_khz},
-        {"seed", &options->style.seed},
+        {"seed", &options->style.seed},     {"writer", &options->writer_pages},
     };
     const char *value;
 

@@ -16,6 +16,7 @@ struct options {
     uint64_t scan_mbps;
     uint64_t heartbeat_ms;
     uint64_t tsc_khz;
+    uint64_t writer_pages;
     struct pages_style style;
     struct platform_range extra[PLATFORM_MAX_RANGES];
     unsigned extra_count;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The machine under the bare guest: the seam between the worker, which is the same everywhere, and
- * what starts it. One image links one implementation: platform_pc.c with boot_pc.S is QEMU's PC.
+ * what starts it. One image links one implementation: platform_pc.c with boot_pc.S is a PC, QEMU's or
+ * vmmig-vmm's.
  *
  * Calling sequence: the boot stub brings every vCPU to ring 3 in long mode with the low 64 GiB
  * mapped one to one and calls the platform, which on vCPU 0 calls worker_boot() once with what it
@@ -44,6 +45,10 @@ void platform_console_write(const char *bytes, unsigned length);
 
 /* The next byte that the console received, or -1. */
 int platform_console_read(void);
+
+/* A register of a device, 32 bits; all ones where there is none. */
+uint32_t platform_port_read(uint16_t port);
+void platform_port_write(uint16_t port, uint32_t value);
 
 /* Gives the host CPU away for about a millisecond, or less. */
 void platform_idle(void);

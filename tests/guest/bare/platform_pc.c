@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The bare guest's machine: a PC as QEMU makes it, started by multiboot. See platform.h and
+/* The bare guest's machine: a PC as QEMU and vmmig-vmm make it, started by multiboot. See platform.h and
  * boot_pc.S. */
 #include "platform.h"
 
@@ -95,6 +95,19 @@ static inline uint8_t in8(uint16_t port)
 
     __asm__ volatile("inb %1, %0" : "=a"(value) : "Nd"(port));
     return value;
+}
+
+uint32_t platform_port_read(uint16_t port)
+{
+    uint32_t value;
+
+    __asm__ volatile("inl %1, %0" : "=a"(value) : "Nd"(port) : "memory");
+    return value;
+}
+
+void platform_port_write(uint16_t port, uint32_t value)
+{
+    __asm__ volatile("outl %0, %1" ::"a"(value), "Nd"(port) : "memory");
 }
 
 static void apic_write(unsigned reg, uint32_t value)

@@ -7,6 +7,7 @@
 #include "options.h"
 #include "pages.h"
 #include "text.h"
+#include "writer.h"
 
 enum {
     BATCH = 64,
@@ -16,6 +17,8 @@ enum {
     GAP_MS = 5,
     COUNTERS_EVERY = 10,
 };
+
+#define NO_HEADER UINT64_MAX /* as a sequence number that was found */
 
 /* A rate as a budget: time flows in, and each page costs some. */
 struct budget {
@@ -75,24 +78,31 @@ static uint64_t *words_of(const struct memory_page *page)
     return (uint64_t *)(uintptr_t)page->address;
 }
 
-static void report_bad(const struct memory_page *page, uint64_t expected, unsigned word)
+static void report_bad_words(uint64_t address, uint64_t expected, uint64_t found, unsigned word)
 {
     static unsigned lines;
     struct text line = {.length = 0};
-    const uint64_t *words = words_of(page);
 
     if (__atomic_fetch_add(&lines, 1, __ATOMIC_RELAXED) >= MAX_BAD_LINES)
         return;
     text_string(&line, "BAD page=");
-    text_hex(&line, page->address);
+    text_hex(&line, address);
     field(&line, " expected=", expected);
-    if (words[0] == PAGES_MAGIC && words[1] == page->address)
-        field(&line, " found=", words[3]);
-    else
+    if (found == NO_HEADER)
         text_string(&line, " found=none");
+    else
+        field(&line, " found=", found);
     field(&line, " word=", word);
     text_string(&line, "\n");
     print(&line);
+}
+
+static void report_bad(const struct memory_page *page, uint64_t expected, unsigned word)
+{
+    const uint64_t *words = words_of(page);
+    bool header = words[0] == PAGES_MAGIC && words[1] == page->address;
+
+    report_bad_words(page->address, expected, header ? words[3] : NO_HEADER, word);
 }
 
 /* Writes what differs only: the other cache lines, and in shared memory the other halves, stay as
@@ -204,6 +214,19 @@ static bool spend(struct budget *budget)
 
 /* ---- vCPU 0: heartbeat and commands ---- */
 
+static void check_writer(bool all)
+{
+    if (options.writer_pages)
+        vcpus[0].errors += writer_check(all, report_bad_words, &vcpus[0].checked);
+}
+
+static void errors_field(struct text *line, uint64_t errors)
+{
+    if (options.writer_pages)
+        field(line, " written=", writer_completed());
+    field(line, " errors=", errors);
+}
+
 static void counters(struct text *line)
 {
     uint64_t cycles = vcpus[0].cycles, checked = 0, errors = 0;
@@ -215,7 +238,7 @@ static void counters(struct text *line)
     }
     field(line, " cycles=", cycles);
     field(line, " checked=", checked);
-    field(line, " errors=", errors);
+    errors_field(line, errors);
 }
 
 /* Each byte costs the guest an exit: the line is short. */
@@ -247,12 +270,15 @@ static void finish_verify(void)
     for (unsigned i = 0; i < options.vcpus; i++) {
         if (__atomic_load_n(&vcpus[i].verify_done, __ATOMIC_ACQUIRE) != verify_request)
             return;
+    }
+    check_writer(true);
+    for (unsigned i = 0; i < options.vcpus; i++) {
         checked += vcpus[i].checked;
         errors += vcpus[i].errors;
     }
     reported = verify_request;
     field(&line, "verified checked=", checked);
-    field(&line, " errors=", errors);
+    errors_field(&line, errors);
     text_string(&line, "\n");
     print(&line);
 }
@@ -337,6 +363,7 @@ static void lead(uint64_t now)
     if (left != 0 && left <= interval)
         return;
     due = now + interval;
+    check_writer(false);
     heartbeat(now, gap);
     gap = 0;
     poll_console();
@@ -403,11 +430,13 @@ static void say_ready(void)
     print(&line);
 }
 
-void worker_boot(const struct platform_machine *machine)
+void worker_boot(struct platform_machine *machine)
 {
     uint64_t chunks = 0;
 
     options_parse(machine->command_line, machine->tsc_khz, &options);
+    if (options.writer_pages)
+        writer_init(machine, options.writer_pages);
     for (unsigned i = 0; i < machine->range_count; i++)
         chunks +=
             (machine->ranges[i].end - machine->ranges[i].start) / MEMORY_PAGE / MEMORY_CHUNK_PAGES;

@@ -18,21 +18,23 @@
  *     seed=N             of all contents (default 1)
  *     hb=MS              between heartbeats (default 20)
  *     extra=START+SIZE   more memory, not announced by the firmware, as of a DIMM; may repeat
+ *     writer=PAGES       give vmmig-vmm's writer that many pages, and check what it writes (default 0)
  *     tsc_khz=N          instead of the platform's measurement
  *     idle=spin          burn the CPU rather than sleep
  *
  * Console output, a line each:
  *
  *     vmmig-guest ready mem=MIB worked=PAGES vcpus=N tsc_khz=N
- *     hb N TSC [cycles=N checked=N errors=N] [gap=US]
+ *     hb N TSC [cycles=N checked=N [written=N] errors=N] [gap=US]
  *         Heartbeat: running number, TSC in hexadecimal. Every tenth has the totals: complete
- *         rewrites of the working set (of the slowest vCPU), pages checked, checks failed. gap= is
+ *         rewrites of the working set (of the slowest vCPU), pages checked, pages that the writer has
+ *         written, checks failed. gap= is
  *         for how long vCPU 0 stood still since the last heartbeat, by the TSC, if 5 ms or more.
  *     BAD page=ADDRESS expected=SEQ found=SEQ word=N
  *         A failed check: sequence numbers (0 in a base page; "none" without a valid header), and
  *         the first wrong word, 512 if it is the table of sequence numbers that is wrong. At most
  *         16 are printed, all are counted, and the page is put right.
- *     verified checked=N errors=N
+ *     verified checked=N [written=N] errors=N
  *     added START SIZE
  *     PANIC ...
  *         The guest has stopped.
@@ -54,7 +56,7 @@
 #include "platform.h"
 
 /* On vCPU 0: reads the options, starts the other vCPUs. */
-void worker_boot(const struct platform_machine *machine);
+void worker_boot(struct platform_machine *machine);
 
 /* On each vCPU, for ever. */
 _Noreturn void worker_run(unsigned vcpu);
