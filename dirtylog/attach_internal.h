@@ -114,6 +114,9 @@ int attach_throttle_set(struct vmmig_attach *a, unsigned percent, struct vm_erro
 void attach_throttle_sleep(struct attach_throttle *t);
 
 /* attach_server.c */
+/* The socket is there, and nobody is answered yet. */
+int attach_server_listen(struct vmmig_attach *a, struct vm_error **err);
+/* Fine if it was started already. */
 int attach_server_start(struct vmmig_attach *a, struct vm_error **err);
 void attach_server_stop(struct vmmig_attach *a);
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "dirtylog/attach_internal.h"
 
+#include "base/fault.h"
 #include "base/io.h"
 
 #include <errno.h>
@@ -101,6 +102,8 @@ static int check_config(const struct vmmig_config *c, struct vm_error **err)
     if (!c->n_vcpus || c->n_vcpus > VMMIG_VCPUS_MAX)
         return error_set(err, VM_ERROR_USAGE, "%u vCPUs; 1 to %d are possible", c->n_vcpus,
                          VMMIG_VCPUS_MAX);
+    if (c->state && c->state != VMMIG_PAUSED && c->state != VMMIG_INCOMING)
+        return error_set(err, VM_ERROR_USAGE, "config.state is neither VMMIG_PAUSED nor VMMIG_INCOMING");
     if (c->callback_timeout_ms > VMMIG_CALLBACK_SECONDS * 1000)
         return error_set(err, VM_ERROR_USAGE, "config.callback_timeout_ms is more than %d s",
                          VMMIG_CALLBACK_SECONDS);
@@ -209,7 +212,7 @@ static int make_parts(struct vmmig_attach *a, const struct vmmig_config *config,
     if (!a->memory.log)
         return -1;
     a->stop = io_latch_new(err);
-    return a->stop < 0 ? -1 : attach_server_start(a, err);
+    return a->stop < 0 ? -1 : attach_server_listen(a, err);
 }
 
 int vmmig_create(const struct vmmig_config *config, struct vmmig_attach **ret_attach,
@@ -218,12 +221,16 @@ int vmmig_create(const struct vmmig_config *config, struct vmmig_attach **ret_at
     struct vm_error *err = NULL;
     if (check_config(config, &err) < 0 || check_welcome(config, &err) < 0)
         return give_error(err, error);
+#ifdef VMMIG_FAULTS /* in a build for tests, a VMM is armed as our own programs are */
+    if (fault_init(&err) < 0)
+        return give_error(err, error);
+#endif
     struct vmmig_attach *a = calloc(1, sizeof(*a));
     if (!a) {
         error_nomem(&err);
         return give_error(err, error);
     }
-    a->state = VMMIG_PAUSED;
+    a->state = config->state ? config->state : VMMIG_PAUSED;
     a->listen_fd = a->stop = -1;
     pthread_mutex_init(&a->state_lock, NULL);
     pthread_mutex_init(&a->call_lock, NULL);
@@ -261,7 +268,10 @@ int vmmig_set_slots(struct vmmig_attach *a, const struct vmmig_slot *slots, unsi
                     struct vmmig_error *error)
 {
     struct vm_error *err = NULL;
-    return attach_memory_set(&a->memory, slots, n, &err) < 0 ? give_error(err, error) : 0;
+    int set = attach_memory_set(&a->memory, slots, n, &err);
+    if (attach_server_start(a, set < 0 ? NULL : &err) < 0)
+        set = -1;
+    return set < 0 ? give_error(err, error) : 0;
 }
 
 void attach_set_state(struct vmmig_attach *a, enum vmmig_run_state state, bool held)
@@ -284,7 +294,8 @@ void vmmig_set_state(struct vmmig_attach *a, enum vmmig_run_state state, const c
 
 void vmmig_mark_dirty(struct vmmig_attach *a, uint64_t guest_address, uint64_t size)
 {
-    attach_memory_mark(&a->memory, guest_address, size);
+    if (FAULT("attach.mark") != FAULT_DROP)
+        attach_memory_mark(&a->memory, guest_address, size);
 }
 
 void vmmig_vcpu_enter(struct vmmig_attach *a, unsigned vcpu)

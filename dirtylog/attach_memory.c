@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/fault.h"
 #include "dirtylog/attach_internal.h"
 
 #include <errno.h>
@@ -315,7 +316,7 @@ int attach_memory_harvest(struct attach_memory *m, uint64_t *ret_pages, uint64_t
     if (dirtylog_begin_harvest(m->log, err) < 0)
         return -1;
     for (unsigned i = 0; i < m->n_slots; i++) {
-        if (m->first_harvest)
+        if (m->first_harvest && FAULT("attach.first.harvest") != FAULT_DROP)
             set_all(bitmap_of(m, i), m->slots[i].slot.size / DIRTYLOG_PAGE);
         if (dirtylog_harvest(m->log, i, bitmap_of(m, i), err) < 0)
             return -1;

@@ -458,13 +458,18 @@ static void *server_main(void *arg)
     return NULL;
 }
 
-int attach_server_start(struct vmmig_attach *a, struct vm_error **err)
+int attach_server_listen(struct vmmig_attach *a, struct vm_error **err)
 {
     for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
         a->connections[i].fd = -1;
     a->listen_fd = listen_at(a->config.socket_path, err);
-    if (a->listen_fd < 0)
-        return -1;
+    return a->listen_fd < 0 ? -1 : 0;
+}
+
+int attach_server_start(struct vmmig_attach *a, struct vm_error **err)
+{
+    if (a->server_started)
+        return 0;
     /* The VMM's signals are none of this thread's business. */
     sigset_t all, before;
     sigfillset(&all);

@@ -13,9 +13,9 @@
  *     ... KVM_SET_USER_MEMORY_REGION, memory from memfds made with MFD_ALLOW_SEALING; KVM_CREATE_VCPU ...
  *     struct vmmig_config config = {VMMIG_CONFIG_SIZE};
  *     ... fill it: below, field by field ...
- *     vmmig_create(&config, &attach, &error)       the socket is there; an agent may come
- *     vmmig_set_slots(attach, slots, n, &error)
- *     vmmig_set_state(attach, VMMIG_RUNNING, NULL) or VMMIG_INCOMING for a VMM that waits for a guest
+ *     vmmig_create(&config, &attach, &error)       the socket is there
+ *     vmmig_set_slots(attach, slots, n, &error)    agents are answered from now on
+ *     vmmig_set_state(attach, VMMIG_RUNNING, NULL)    not by a VMM that waits for a guest: config.state says that
  *
  *     each vCPU's thread, for ever:
  *         vmmig_vcpu_enter(attach, i)              sleeps for a while, when the guest is throttled
@@ -158,6 +158,7 @@ struct vmmig_config {
      * vCPUs, devices). "myvmm/3 cpus=4 net=virtio". At most 255 bytes.
      */
     const char *machine;
+    enum vmmig_run_state state;  /* at first: VMMIG_INCOMING, or VMMIG_PAUSED, which 0 means too */
     enum vmmig_tracking tracking; /* as vmmig_prepare_vm said */
     unsigned ring_entries;       /* as given to it */
     const char *trace_path;      /* for VMMIG_TRACKING_TRACE */
@@ -187,7 +188,10 @@ struct vmmig_config {
 VMMIG_PUBLIC int vmmig_prepare_vm(int vm_fd, enum vmmig_tracking want, unsigned ring_entries,
                                   enum vmmig_tracking *ret_tracking, struct vmmig_error *error);
 
-/* Everything in config is copied. State is VMMIG_PAUSED, memory is none, until told otherwise. */
+/*
+ * Everything in config is copied. Memory is none until told otherwise; agents that connect wait until the first call
+ * of vmmig_set_slots, however that ends.
+ */
 VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_attach **ret_attach,
                               struct vmmig_error *error);
 /*

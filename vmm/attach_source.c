@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The source half of the attach driver: one thread that walks through the dirty bitmap, round by round. */
+#include "base/fault.h"
 #include "base/log.h"
 #include "vmm/attach_private.h"
 
@@ -155,6 +156,15 @@ static int give_word(struct attach_source *s, const struct source_region *r, uin
     return 0;
 }
 
+/* For a test's fault: a run of the piece gets lost. */
+static void lose_run(const struct source_region *r, uint64_t start, uint64_t words)
+{
+    while (words && !r->todo[start + words - 1])
+        words--;
+    while (words && r->todo[start + words - 1])
+        r->todo[start + --words] = 0;
+}
+
 /* Clear, and then copy. `holes` in the first pass only: what the guest wrote since is no hole. */
 static int give_piece(struct attach_source *s, const struct source_region *r, uint64_t first,
                       uint64_t n, struct attach_holes *holes, struct vm_error **err)
@@ -163,13 +173,18 @@ static int give_piece(struct attach_source *s, const struct source_region *r, ui
     uint64_t pages = count_bits(r->todo + start, words);
     if (!pages)
         return 0;
-    if (check_stop(s, err) < 0 || clear(s, r, first, n, err) < 0)
+    bool late = FAULT("attach.clear") == FAULT_DROP;
+    if (check_stop(s, err) < 0 || (!late && clear(s, r, first, n, err) < 0))
         return -1;
     if (holes)
         populate(r->memory, first, n, holes);
+    if ((is_paused(s) ? FAULT("attach.paused.run") : FAULT("attach.live.run")) == FAULT_DROP)
+        lose_run(r, start, words);
     for (uint64_t i = 0; i < words; i++)
         if (give_word(s, r, start + i, holes, &zero, err) < 0)
             return -1;
+    if (late && clear(s, r, first, n, err) < 0)
+        return -1;
     s->sent_in_round += pages;
     SCOPE_LOCK(&s->lock);
     s->progress.remaining -= pages * GUEST_PAGE_SIZE;
@@ -360,7 +375,8 @@ static int finish_copy(struct attach_source *s, struct vm_error **err)
         return -1;
     if (saved.n_fds != 1)
         return error_set(err, VM_ERROR_PROTOCOL, "the VMM passed no file with the guest's state");
-    if (copy_rest(s, err) < 0 || s->events->memory_done(s->arg, err) < 0)
+    if ((FAULT("attach.saved.pass") != FAULT_DROP && copy_rest(s, err) < 0) ||
+        s->events->memory_done(s->arg, err) < 0)
         return -1;
     return give_state(s, &saved, err);
 }

@@ -33,20 +33,19 @@ class VmmGuest:
     heartbeat_ms: int = 20
     seed: int = 1
     options: list = field(default_factory=list)  # further words for vmmig-vmm
-    build: str = None            # folder of another build, as one with fault points
 
     def __post_init__(self):
         self.attach_path = f'/run/vmlab/{self.name}.vmm'
         self.console_path = f'/run/vmlab/{self.name}.console'
 
-    def argv(self, incoming=False, socket=None):
-        """The whole command line; socket: instead of attach_path, for a second VMM on the same host."""
-        program = f'{self.build}/tools/vmmig-vmm/vmmig-vmm' if self.build else built('tools/vmmig-vmm/vmmig-vmm')
+    def argv(self, incoming=False, socket=None, program=None):
+        """The whole command line. socket: instead of attach_path, for a second VMM on the same host; program: of
+        another build."""
         append = (f'vcpus={self.vcpus} dirty={self.dirty_mib} rate={self.rate_mbps} scan={self.scan_mbps} '
                   f'fill={self.fill} pattern={self.pattern} hb={self.heartbeat_ms} seed={self.seed}')
         if self.writer:
             append += f' writer={self.writer_pages}'
-        return [program, '--attach', socket or self.attach_path, '--memory', f'{self.mem_mib}M',
+        return [program or built('tools/vmmig-vmm/vmmig-vmm'), '--attach', socket or self.attach_path, '--memory', f'{self.mem_mib}M',
                 '--below-4g', f'{self.below_4g_mib}M', *(['--hugetlb'] if self.hugetlb else []),
                 '--vcpus', str(self.vcpus), '--tracking', self.tracking,
                 *(['--ring-entries', str(self.ring_entries)] if self.ring_entries else []),

@@ -34,7 +34,8 @@ struct msr_list {
 static int get_cpuid(int fd, unsigned long request, struct cpuid *ret_cpuid)
 {
     *ret_cpuid = (struct cpuid){.head = {.nent = CPUID_MAX}};
-    return ioctl(fd, request, ret_cpuid) < 0 ? complain("cannot read CPUID: %s", strerror(errno)) : 0;
+    return ioctl(fd, request, ret_cpuid) < 0 ? complain("cannot read CPUID: %s", strerror(errno))
+                                             : 0;
 }
 
 int cpu_set_cpuid(struct vmm *vmm, struct vcpu *vcpu)
@@ -104,7 +105,8 @@ static const struct item {
     {STATE_DEBUGREGS, "debug registers", KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS,
      sizeof(struct kvm_debugregs)},
     {STATE_LAPIC, "local APIC", KVM_GET_LAPIC, KVM_SET_LAPIC, sizeof(struct kvm_lapic_state)},
-    {STATE_EVENTS, "events", KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, sizeof(struct kvm_vcpu_events)},
+    {STATE_EVENTS, "events", KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS,
+     sizeof(struct kvm_vcpu_events)},
     {STATE_MP_STATE, "MP state", KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(struct kvm_mp_state)},
 };
 enum { N_ITEMS = sizeof(items) / sizeof(*items), ITEM_MAX = 4096 };
@@ -140,7 +142,8 @@ static int save_xsave(struct vmm *vmm, const struct vcpu *v, struct state *state
 {
     size_t size = xsave_size(vmm);
     void *xsave = calloc(1, size);
-    int r = xsave ? ioctl(v->fd, size > sizeof(struct kvm_xsave) ? KVM_GET_XSAVE2 : KVM_GET_XSAVE, xsave)
+    int r = xsave ? ioctl(v->fd, size > sizeof(struct kvm_xsave) ? KVM_GET_XSAVE2 : KVM_GET_XSAVE,
+                          xsave)
                   : -1;
     if (r == 0)
         state_put(state, STATE_XSAVE, v->number, xsave, size);
@@ -229,7 +232,8 @@ static int load_cpuid(const struct vcpu *v, const struct state *state)
                : 0;
 }
 
-/* CPUID first, since it says what else there is; MSRs after the local APIC, whose deadline timer is one. */
+/* CPUID first, since it says what else there is; MSRs after the local APIC, whose deadline timer is
+ * one. */
 static int load_vcpu(struct vmm *vmm, const struct vcpu *v, const struct state *state)
 {
     if (load_cpuid(v, state) < 0 || load_xsave(vmm, v, state) < 0)
@@ -285,7 +289,8 @@ static int load_shared(struct vmm *vmm, const struct state *state)
     return 0;
 }
 
-/* The guest measured its TSC once. Another speed will do if the host can scale, or is as good as equal. */
+/* The guest measured its TSC once. Another speed will do if the host can scale, or is as good as
+ * equal. */
 static int set_tsc_khz(struct vmm *vmm, uint32_t khz)
 {
     for (unsigned i = 0; i < vmm->vcpus.n; i++) {
@@ -293,8 +298,8 @@ static int set_tsc_khz(struct vmm *vmm, uint32_t khz)
         int64_t host = ioctl(fd, KVM_GET_TSC_KHZ, 0), apart = host > khz ? host - khz : khz - host;
         if (host > 0 && apart && ioctl(fd, KVM_SET_TSC_KHZ, khz) < 0 &&
             apart * 1000000 > host * TSC_TOLERANCE_PPM)
-            return complain("the guest's TSC has %u kHz, this host's %lld, and it cannot scale", khz,
-                            (long long)host);
+            return complain("the guest's TSC has %u kHz, this host's %lld, and it cannot scale",
+                            khz, (long long)host);
     }
     return 0;
 }

@@ -17,18 +17,30 @@ enum { IDENTITY_MAP = 0xfffbc000, TSS = 0xfffbd000 };
 static int on_pause(void *arg)
 {
     struct vmm *vmm = arg;
+    pthread_mutex_lock(&vmm->lock);
+    vmm->held = true;
     vcpus_pause(vmm);
     writer_pause(&vmm->writer);
+    pthread_mutex_unlock(&vmm->lock);
+    return 0;
+}
+
+static int run(struct vmm *vmm)
+{
+    if (vcpus_resume(vmm) < 0)
+        return -EIO;
+    writer_resume(&vmm->writer);
     return 0;
 }
 
 static int on_resume(void *arg)
 {
     struct vmm *vmm = arg;
-    if (vcpus_resume(vmm) < 0)
-        return -EIO;
-    writer_resume(&vmm->writer);
-    return 0;
+    pthread_mutex_lock(&vmm->lock);
+    vmm->held = false;
+    int r = run(vmm);
+    pthread_mutex_unlock(&vmm->lock);
+    return r;
 }
 
 static int on_save(void *arg, int fd)
@@ -87,6 +99,7 @@ static int attach(struct vmm *vmm)
                                   .socket_path = o->attach,
                                   .vmm = "vmmig-vmm 1",
                                   .machine = machine,
+                                  .state = o->incoming ? VMMIG_INCOMING : VMMIG_PAUSED,
                                   .tracking = vmm->tracking,
                                   .ring_entries = o->ring_entries,
                                   .trace_path = o->trace,
@@ -110,6 +123,17 @@ static int attach(struct vmm *vmm)
     return 0;
 }
 
+/* An agent may have come, and paused the guest, before it ran at all: then it is the agent's to set
+ * going. */
+static int set_going(struct vmm *vmm)
+{
+    pthread_mutex_lock(&vmm->lock);
+    int r = vmm->held ? 0 : run(vmm);
+    pthread_mutex_unlock(&vmm->lock);
+    vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
+    return r;
+}
+
 /* ---- The machine ---- */
 
 static int create_vm(struct vmm *vmm)
@@ -126,7 +150,8 @@ static int create_vm(struct vmm *vmm)
     if (vmmig_prepare_vm(vmm->vm_fd, o->tracking, o->ring_entries, &vmm->tracking, &error) < 0)
         return complain("--tracking: %s", error.text);
     if (ioctl(vmm->vm_fd, KVM_SET_IDENTITY_MAP_ADDR, &identity_map) < 0 ||
-        ioctl(vmm->vm_fd, KVM_SET_TSS_ADDR, TSS) < 0 || ioctl(vmm->vm_fd, KVM_CREATE_IRQCHIP, 0) < 0 ||
+        ioctl(vmm->vm_fd, KVM_SET_TSS_ADDR, TSS) < 0 ||
+        ioctl(vmm->vm_fd, KVM_CREATE_IRQCHIP, 0) < 0 ||
         ioctl(vmm->vm_fd, KVM_CREATE_PIT2, &pit) < 0)
         return complain("KVM offers no interrupt controller or timer: %s", strerror(errno));
     return memory_map(&vmm->memory, vmm->vm_fd) < 0 ? -1 : vcpus_create(vmm);
@@ -149,26 +174,18 @@ static int start(struct vmm *vmm)
     vmm->tracking = o->tracking;
     vmm->kvm_fd = vmm->vm_fd = -1;
     vmm->vcpus.n = o->vcpus;
+    pthread_mutex_init(&vmm->lock, NULL);
     pthread_mutex_init(&vmm->vcpus.lock, NULL);
     pthread_cond_init(&vmm->vcpus.changed, NULL);
     if (serial_open(&vmm->serial, o->serial) < 0 || memory_create(&vmm->memory, o) < 0)
         return -1;
     if (o->tracking != VMMIG_TRACKING_TRACE && create_vm(vmm) < 0)
         return -1;
-    if (load_kernel(vmm) < 0 || attach(vmm) < 0)
+    if (load_kernel(vmm) < 0 ||
+        writer_start(&vmm->writer, &vmm->memory, &vmm->attach, o->writer_rate) < 0 ||
+        (vmm->vm_fd >= 0 && vcpus_start(vmm) < 0) || attach(vmm) < 0)
         return -1;
-    if (writer_start(&vmm->writer, &vmm->memory, vmm->attach, o->writer_rate) < 0)
-        return -1;
-    if (vmm->vm_fd >= 0 && vcpus_start(vmm) < 0)
-        return -1;
-    if (o->incoming) {
-        vmmig_set_state(vmm->attach, VMMIG_INCOMING, NULL);
-        return 0;
-    }
-    if (on_resume(vmm) < 0)
-        return -1;
-    vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
-    return 0;
+    return o->incoming ? 0 : set_going(vmm);
 }
 
 static void stop(struct vmm *vmm)

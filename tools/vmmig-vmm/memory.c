@@ -12,7 +12,8 @@
 
 /* ---- Memory ---- */
 
-static void add_slot(struct memory *m, const char *name, uint64_t address, uint64_t offset, uint64_t size)
+static void add_slot(struct memory *m, const char *name, uint64_t address, uint64_t offset,
+                     uint64_t size)
 {
     struct vmmig_slot *s = &m->slots[m->n_slots];
     *s = (struct vmmig_slot){.kvm_slot = m->n_slots++,
@@ -29,11 +30,13 @@ int memory_create(struct memory *m, const struct options *o)
     uint64_t low = o->memory < o->below_4g ? o->memory : o->below_4g;
     *m = (struct memory){.size = o->memory};
     /* vmmig: a memfd that can be sealed, mapped shared, is what the agent maps too. */
-    m->memfd = memfd_create("guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | (o->hugetlb ? MFD_HUGETLB : 0));
+    m->memfd =
+        memfd_create("guest", MFD_CLOEXEC | MFD_ALLOW_SEALING | (o->hugetlb ? MFD_HUGETLB : 0));
     if (m->memfd < 0 || ftruncate(m->memfd, (off_t)m->size) < 0)
         return complain("cannot make %llu MiB of guest memory: %s",
                         (unsigned long long)m->size >> 20, strerror(errno));
-    void *host = mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->memfd, 0);
+    void *host =
+        mmap(NULL, m->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, m->memfd, 0);
     if (host == MAP_FAILED)
         return complain("cannot map the guest's memory: %s", strerror(errno));
     if (o->hugetlb && fallocate(m->memfd, 0, 0, (off_t)m->size) < 0)
@@ -113,11 +116,13 @@ static bool find_header(const uint8_t *file, size_t size, struct header *ret_hea
     return false;
 }
 
-static int place(struct memory *m, const char *path, const uint8_t *file, size_t size, uint32_t *ret_entry)
+static int place(struct memory *m, const char *path, const uint8_t *file, size_t size,
+                 uint32_t *ret_entry)
 {
     struct header h;
     size_t at;
-    if (!find_header(file, size, &h, &at) || h.load_at > h.header_at || h.header_at - h.load_at > at)
+    if (!find_header(file, size, &h, &at) || h.load_at > h.header_at ||
+        h.header_at - h.load_at > at)
         return complain("%s is no multiboot kernel with load addresses", path);
     size_t from = at - (h.header_at - h.load_at), n = size - from;
     if (h.load_end)
@@ -156,7 +161,8 @@ int memory_load_kernel(struct memory *m, const char *path, const char *command_l
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0)
         return complain("cannot open %s: %s", path, strerror(errno));
-    void *file = st.st_size ? mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
+    void *file =
+        st.st_size ? mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0) : MAP_FAILED;
     close(fd);
     if (file == MAP_FAILED)
         return complain("cannot read %s", path);

@@ -107,8 +107,7 @@ static const struct option {
      "stdio, null, file:PATH or unix:PATH (stdio)"},
     {"writer", "N", parse_count, offsetof(struct options, writer_rate),
      "a device that writes N pages a second"},
-    {"tracking", "KIND", parse_tracking, 0,
-     "auto, bitmap, ring, plain; trace:FILE without KVM (auto)"},
+    {"tracking", "KIND", parse_tracking, 0, "auto, bitmap, ring, plain, or trace:FILE (auto)"},
     {"ring-entries", "N", parse_unsigned, offsetof(struct options, ring_entries),
      "of each vCPU's dirty ring (16384)"},
     {"record", "FILE", parse_text, offsetof(struct options, record),
@@ -163,10 +162,11 @@ static const struct option *find(const char *word, const char **ret_value)
 }
 
 /*
- * vmmig: how a VMM is started that waits for this guest, on any host. All is as here, but for the socket, which
- * the agent there chooses, and the kernel, which comes with the memory.
+ * vmmig: how a VMM is started that waits for this guest, on any host. All is as here, but for the
+ * socket, which the agent there chooses, and the kernel, which comes with the memory.
  */
-static void add_incoming(struct options *o, unsigned *n, const struct option *option, const char *value)
+static void add_incoming(struct options *o, unsigned *n, const struct option *option,
+                         const char *value)
 {
     char *word = NULL;
     if (!strcmp(option->name, "attach"))
@@ -179,8 +179,8 @@ static void add_incoming(struct options *o, unsigned *n, const struct option *op
 
 int options_parse(int argc, char **argv, struct options *ret_options)
 {
-    struct options o = {.memory = 256u << 20, .below_4g = 3ull << 30, .vcpus = 1, .append = "",
-                        .serial = "stdio"};
+    struct options o = {
+        .memory = 256u << 20, .below_4g = 3ull << 30, .vcpus = 1, .append = "", .serial = "stdio"};
     unsigned n = 0;
     if (argc > VMM_ARGV_MAX)
         return complain("more than %d words", VMM_ARGV_MAX);

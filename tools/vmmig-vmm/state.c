@@ -49,7 +49,8 @@ void state_begin(struct state *s)
     append(s, &h, sizeof(h));
 }
 
-void state_put(struct state *s, enum state_type type, unsigned instance, const void *bytes, size_t size)
+void state_put(struct state *s, enum state_type type, unsigned instance, const void *bytes,
+               size_t size)
 {
     struct section_header h = {type, instance, size};
     append(s, &h, sizeof(h));
@@ -82,7 +83,8 @@ void state_finish(struct state *s)
 /* ---- Reading ---- */
 
 /* The next section; its contents stand at *at - size. False: there is none that is whole. */
-static bool next_section(const uint8_t *bytes, size_t size, size_t *at, struct section_header *ret_header)
+static bool next_section(const uint8_t *bytes, size_t size, size_t *at,
+                         struct section_header *ret_header)
 {
     if (size - *at < sizeof(*ret_header))
         return false;

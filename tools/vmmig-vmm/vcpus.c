@@ -55,10 +55,10 @@ int vcpus_set_entry(struct vmm *vmm, uint32_t entry, uint32_t info)
     struct kvm_regs regs = {.rip = entry, .rax = MULTIBOOT_EAX, .rbx = info, .rflags = 2};
     if (ioctl(fd, KVM_GET_SREGS, &s) < 0)
         return complain("cannot read vCPU 0: %s", strerror(errno));
-    s.cs = (struct kvm_segment){.limit = UINT32_MAX, .selector = 8, .type = 11, .present = 1,
-                                .s = 1, .db = 1, .g = 1};
-    s.ds = (struct kvm_segment){.limit = UINT32_MAX, .selector = 16, .type = 3, .present = 1,
-                                .s = 1, .db = 1, .g = 1};
+    s.cs = (struct kvm_segment){
+        .limit = UINT32_MAX, .selector = 8, .type = 11, .present = 1, .s = 1, .db = 1, .g = 1};
+    s.ds = (struct kvm_segment){
+        .limit = UINT32_MAX, .selector = 16, .type = 3, .present = 1, .s = 1, .db = 1, .g = 1};
     s.es = s.fs = s.gs = s.ss = s.ds;
     s.cr0 = 0x11;
     if (ioctl(fd, KVM_SET_SREGS, &s) < 0 || ioctl(fd, KVM_SET_REGS, &regs) < 0)
@@ -157,8 +157,9 @@ static void run_once(struct vcpu *v)
 }
 
 /*
- * vmmig: `pause` wants I/O completed. What an exit for `in` or a read of MMIO brought is in the vCPU's registers
- * only after KVM_RUN was called again; immediate_exit keeps the guest from running then.
+ * vmmig: `pause` wants I/O completed. What an exit for `in` or a read of MMIO brought is in the
+ * vCPU's registers only after KVM_RUN was called again; immediate_exit keeps the guest from running
+ * then.
  */
 static void complete_io(struct vcpu *v)
 {
@@ -203,6 +204,7 @@ int vcpus_start(struct vmm *vmm)
         v->started = pthread_create(&v->thread, NULL, vcpu_main, v) == 0;
         if (!v->started)
             return complain("cannot start the thread of vCPU %u", i);
+        vmm->vcpus.threads++;
     }
     return 0;
 }
@@ -224,7 +226,7 @@ void vcpus_pause(struct vmm *vmm)
     for (unsigned i = 0; i < all->n; i++)
         vcpus_kick(vmm, i);
     pthread_mutex_lock(&all->lock);
-    while (all->standing < all->n)
+    while (all->standing < all->threads)
         pthread_cond_wait(&all->changed, &all->lock);
     pthread_mutex_unlock(&all->lock);
 }

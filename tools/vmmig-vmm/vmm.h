@@ -183,7 +183,7 @@ struct writer_state {
 struct writer {
     uint64_t rate;
     const struct memory *memory;
-    struct vmmig_attach *attach;
+    struct vmmig_attach *const *attach; /* there before the guest runs */
     pthread_mutex_t lock; /* guards what follows; held while pages are written */
     struct writer_state state;
     bool going;
@@ -192,7 +192,8 @@ struct writer {
     bool started;
 };
 
-int writer_start(struct writer *w, const struct memory *memory, struct vmmig_attach *attach, uint64_t rate);
+int writer_start(struct writer *w, const struct memory *memory, struct vmmig_attach *const *attach,
+                 uint64_t rate);
 void writer_stop(struct writer *w);
 uint32_t writer_read(struct writer *w, unsigned reg);
 void writer_write(struct writer *w, unsigned reg, uint32_t value);
@@ -222,6 +223,7 @@ struct vcpus {
     atomic_bool going; /* they shall run */
     pthread_mutex_t lock;
     pthread_cond_t changed;
+    unsigned threads;
     unsigned standing; /* threads that wait, their vCPU's I/O completed */
     bool broken, end;
 };
@@ -257,6 +259,8 @@ struct vmm {
     struct serial serial;
     struct writer writer;
     struct vmmig_attach *attach;
+    pthread_mutex_t lock; /* of `held`, and of pausing and resuming */
+    bool held;            /* an agent has paused the guest, and not resumed it since */
 };
 
 #endif

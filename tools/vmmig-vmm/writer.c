@@ -21,7 +21,7 @@ static void write_page(struct writer *w, uint64_t address, uint64_t first_word)
         sum += words[i];
     }
     words[WORDS - 1] = sum;
-    vmmig_mark_dirty(w->attach, address, PAGE);
+    vmmig_mark_dirty(*w->attach, address, PAGE);
 }
 
 static void write_next(struct writer *w)
@@ -63,7 +63,8 @@ static void *writer_main(void *arg)
 
 /* ---- Life ---- */
 
-int writer_start(struct writer *w, const struct memory *memory, struct vmmig_attach *attach, uint64_t rate)
+int writer_start(struct writer *w, const struct memory *memory, struct vmmig_attach *const *attach,
+                 uint64_t rate)
 {
     *w = (struct writer){.rate = rate, .memory = memory, .attach = attach};
     pthread_mutex_init(&w->lock, NULL);

@@ -78,7 +78,8 @@ static uint64_t check_notes(writer_report_fn *report)
     return 1;
 }
 
-/* Checks up to BATCH pages from next_page on; those that were not in the device's hands meanwhile count. */
+/* Checks up to BATCH pages from next_page on; those that were not in the device's hands meanwhile
+ * count. */
 static uint64_t check_batch(writer_report_fn *report, uint64_t *checked, uint32_t *ret_open)
 {
     unsigned words[BATCH];
@@ -97,13 +98,15 @@ static uint64_t check_batch(writer_report_fn *report, uint64_t *checked, uint32_
     for (uint32_t i = 0; i < count; i++) {
         uint32_t page = (next_page + i) % page_count;
 
-        if (newest(after + 1, page) != newest(before, page)) { /* written meanwhile, or being written */
+        if (newest(after + 1, page) !=
+            newest(before, page)) { /* written meanwhile, or being written */
             ++*ret_open;
             continue;
         }
         ++*checked;
         if (words[i] != WORDS) {
-            report(area + (1 + (uint64_t)page) * PAGE_BYTES, newest(before, page), found[i], words[i]);
+            report(area + (1 + (uint64_t)page) * PAGE_BYTES, newest(before, page), found[i],
+                   words[i]);
             wrong++;
         }
     }

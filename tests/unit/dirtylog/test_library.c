@@ -143,6 +143,45 @@ static void a_wrong_configuration_is_refused(void **state)
     assert_string_equal(error.text, "a callback is missing");
 }
 
+/* An agent that starts a VMM connects as soon as it can: what it is told then must be complete. */
+static void agents_are_answered_when_memory_was_told(void **state)
+{
+    struct piece p = new_piece("low", 0, 0, MIB, MFD_ALLOW_SEALING);
+    struct vmmig_error error = {0};
+    struct vmmig_attach *a = NULL;
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    static const int none[1];
+    char path[64];
+    snprintf(path, sizeof(path), "/tmp/vmmig-early-%d", getpid());
+    struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE,
+                                  .socket_path = path,
+                                  .vmm = "early",
+                                  .machine = "toy/1",
+                                  .state = VMMIG_INCOMING,
+                                  .tracking = VMMIG_TRACKING_PLAIN,
+                                  .vm_fd = -1,
+                                  .vcpu_fds = none,
+                                  .n_vcpus = 1};
+    memset(&config.callbacks, 1, sizeof(config.callbacks)); /* never called */
+    config.callbacks.log = NULL;
+    config.state = VMMIG_BROKEN;
+    assert_int_equal(vmmig_create(&config, &a, &error), -1);
+    assert_non_null(strstr(error.text, "config.state"));
+    config.state = VMMIG_INCOMING;
+    assert_int_equal(vmmig_create(&config, &a, &error), 0);
+    assert_null(attach_connect(path, 50, &err));
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    error_clear(&err);
+    assert_int_equal(vmmig_set_slots(a, &p.slot, 1, &error), 0);
+    CLEANUP(attach) struct attach *agent = attach_connect(path, 5000, &err);
+    assert_non_null(agent);
+    assert_int_equal(guest_status(attach_guest(agent), &status, &err), 0);
+    assert_int_equal(status.state, GUEST_INCOMING);
+    vmmig_destroy(a);
+    end_piece(&p, MIB);
+}
+
 static void a_living_socket_is_not_taken_away(void **state)
 {
     struct toy_vmm *v = new_vmm();
@@ -645,6 +684,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(wrong_slots_are_refused_by_name),
         cmocka_unit_test(a_wrong_configuration_is_refused),
+        cmocka_unit_test(agents_are_answered_when_memory_was_told),
         cmocka_unit_test(a_living_socket_is_not_taken_away),
         cmocka_unit_test(an_inherited_socket_is_used),
         cmocka_unit_test(what_is_no_socket_for_packets_is_refused),

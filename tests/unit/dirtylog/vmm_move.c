@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * vmm_move: moves a guest from one VMM to another that waits for it, on this host, without agents: the attach
- * driver's two halves and a memcpy between them.
+ * vmm_move: moves a guest from one VMM to another that waits for it, on this host, without agents:
+ * the attach driver's two halves and a memcpy between them.
  *
  * usage: vmm_move FROM_SOCKET TO_SOCKET ROUNDS
  *
- * The guest is paused after that many rounds; at the end it runs in the second VMM, and the first has ended.
- * Prints what it did, or one line on stderr and status 1.
+ * The guest is paused after that many rounds; at the end it runs in the second VMM, and the first
+ * has ended. Prints what it did, or one line on stderr and status 1.
  */
 #include "base/clock.h"
 #include "base/cond.h"
+#include "base/fault.h"
 #include "vmm/attach.h"
 
 #include <stdio.h>
@@ -32,7 +33,8 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
     struct move *m = arg;
     for (unsigned i = 0; i < batch->n; i++) {
         const struct page_ref *p = &batch->pages[i];
-        uint8_t *to = m->regions[page_addr_region(p->addr)].base + page_addr_number(p->addr) * GUEST_PAGE_SIZE;
+        uint8_t *to = m->regions[page_addr_region(p->addr)].base +
+                      page_addr_number(p->addr) * GUEST_PAGE_SIZE;
         m->pages++;
         if (p->data)
             memcpy(to, p->data, GUEST_PAGE_SIZE);
@@ -44,7 +46,13 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
 static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err)
 {
     struct move *m = arg;
+    cleanup_free uint8_t *copy = malloc(n);
     m->state_bytes += n;
+    if (FAULT("move.state") == FAULT_CORRUPT && copy && n) {
+        memcpy(copy, data, n);
+        copy[n / 2] ^= 1;
+        data = copy;
+    }
     return guest_sink_bytes(attach_guest(m->to), data, n, INT64_MAX, -1, err);
 }
 
@@ -72,8 +80,11 @@ static void on_round(void *arg, unsigned round)
     }
 }
 
-static const struct guest_source_events events = {
-    .pages = on_pages, .bytes = on_bytes, .memory_done = on_memory_done, .done = on_done, .round = on_round};
+static const struct guest_source_events events = {.pages = on_pages,
+                                                  .bytes = on_bytes,
+                                                  .memory_done = on_memory_done,
+                                                  .done = on_done,
+                                                  .round = on_round};
 
 static int open_ends(struct move *m, const char *from, const char *to, struct vm_error **err)
 {
@@ -87,7 +98,8 @@ static int open_ends(struct move *m, const char *from, const char *to, struct vm
 
 static int copy(struct move *m, struct vm_error **err)
 {
-    struct guest_source_params params = {.channels = 1, .regions = m->regions, .n_regions = m->n_regions};
+    struct guest_source_params params = {
+        .channels = 1, .regions = m->regions, .n_regions = m->n_regions};
     if (guest_source_start(attach_guest(m->from), &params, &events, m, err) < 0)
         return -1;
     pthread_mutex_lock(&m->lock);
@@ -101,6 +113,13 @@ static int copy(struct move *m, struct vm_error **err)
     return -1;
 }
 
+static int hand_over(struct move *m, struct vm_error **err)
+{
+    if (copy(m, err) < 0 || guest_sink_finish(attach_guest(m->to), INT64_MAX, -1, err) < 0)
+        return -1;
+    return guest_resume(attach_guest(m->to), err);
+}
+
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -111,15 +130,9 @@ int main(int argc, char **argv)
     }
     pthread_mutex_init(&m.lock, NULL);
     cond_init(&m.changed);
-    int r = open_ends(&m, argv[1], argv[2], &err);
-    if (r == 0 && copy(&m, &err) < 0) {
-        guest_resume(attach_guest(m.from), NULL);
-        r = -1;
-    } else if (r == 0) {
-        r = guest_sink_finish(attach_guest(m.to), INT64_MAX, -1, &err) < 0 ||
-                    guest_resume(attach_guest(m.to), &err) < 0
-                ? -1
-                : 0;
+    int r = fault_init(&err) < 0 ? -1 : open_ends(&m, argv[1], argv[2], &err);
+    if (r == 0) {
+        r = hand_over(&m, &err);
         if (r < 0)
             guest_resume(attach_guest(m.from), NULL);
         else
@@ -128,8 +141,9 @@ int main(int argc, char **argv)
     if (r < 0)
         fprintf(stderr, "vmm_move: %s\n", error_message(err));
     else
-        printf("rounds=%u pages=%llu state=%llu pause_us=%lld\n", m.round, (unsigned long long)m.pages,
-               (unsigned long long)m.state_bytes, (long long)(clock_mono_ns() - m.paused_ns) / 1000);
+        printf("rounds=%u pages=%llu state=%llu pause_us=%lld\n", m.round,
+               (unsigned long long)m.pages, (unsigned long long)m.state_bytes,
+               (long long)(clock_mono_ns() - m.paused_ns) / 1000);
     attach_destroy(m.from);
     attach_destroy(m.to);
     return r < 0;
