@@ -205,6 +205,9 @@ int vcpus_start(struct vmm *vmm)
         if (!v->started)
             return complain("cannot start the thread of vCPU %u", i);
         vmm->vcpus.threads++;
+        char name[16];
+        snprintf(name, sizeof(name), "CPU %u", i);
+        pthread_setname_np(v->thread, name);
     }
     return 0;
 }

@@ -71,7 +71,7 @@ static void parse_extra(const char *text, struct options *options)
 
 static void parse_option(const char *text, struct options *options)
 {
-    static const char *const fills[] = {"zero", "text", "random", NULL};
+    static const char *const fills[] = {"zero", "text", "random", "half", NULL};
     static const char *const patterns[] = {"seq", "random", NULL};
     static const char *const idles[] = {"sleep", "spin", NULL};
     const struct {

@@ -58,6 +58,9 @@ static void fill_base(const struct pages_style *style, uint64_t address, uint64_
     case PAGES_FILL_RANDOM:
         fill_random(key_of(style, address, PAGES_BASE), words);
         break;
+    case PAGES_FILL_HALF:
+        (address >> 16 & 1 ? fill_random : fill_text)(key_of(style, address, PAGES_BASE), words);
+        break;
     }
 }
 

@@ -26,7 +26,8 @@
 #define PAGES_MAGIC 0x74736575676d7600ull
 #define PAGES_BASE 0 /* as a sequence number: the base page */
 
-enum pages_fill { PAGES_FILL_ZERO, PAGES_FILL_TEXT, PAGES_FILL_RANDOM };
+/* PAGES_FILL_HALF: text and random, in turn every 64 KiB. */
+enum pages_fill { PAGES_FILL_ZERO, PAGES_FILL_TEXT, PAGES_FILL_RANDOM, PAGES_FILL_HALF };
 enum pages_pattern { PAGES_SEQ, PAGES_RANDOM };
 
 struct pages_style {

@@ -13,6 +13,7 @@
  *     fill=zero          base pages are zero and never touched;
  *     fill=text          they compress, by LZ4 to about a third (the default);
  *     fill=random        they do not compress
+ *     fill=half          half of them do
  *     pattern=seq        a rewrite changes six words of its page (the default);
  *     pattern=random     it changes all of them
  *     seed=N             of all contents (default 1)
