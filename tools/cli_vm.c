@@ -280,7 +280,7 @@ static const struct cli_command commands[] = {
      "where its socket is named. The binary must be one that the agent's configuration lists. The "
      "VM outlives the agent. Relative paths are those of the current directory.\n\n"
      "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2\n\n"
-     "    vmmig run web2 -- vmmig-vmm --socket @socket@ --memory 512M",
+     "    vmmig run web2 -- vmmig-vmm --attach @socket@ --memory 512M --kernel guest.bin",
      run_run},
     {"attach", "NAME --qmp|--socket PATH", 1, 1, false, attach_options,
      "adopt a VM that already runs",

@@ -42,11 +42,11 @@ static void *map_file(int fd, uint64_t bytes, uint64_t offset, bool writable, co
 }
 
 /* The same file with a position of its own: looking for holes moves it. */
-static int reopen(int fd, struct vm_error **err)
+static int reopen(int fd, bool writable, struct vm_error **err)
 {
     char path[32];
     snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-    int own = open(path, O_RDONLY | O_CLOEXEC);
+    int own = open(path, (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC);
     if (own < 0)
         error_errno(err, errno, "cannot open the guest's memory");
     return own;
@@ -69,8 +69,11 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
     r->region.base = map_file(fd, slot->size, slot->memfd_offset, writable, slot->name, err);
     if (!r->region.base)
         return -1;
+    r->fd = reopen(fd, writable, err);
+    /* hugetlbfs has no write(), and a slot in the middle of a file is no file of its own. */
+    if (r->fd > 0 && writable && slot->page_size == GUEST_PAGE_SIZE && !slot->memfd_offset)
+        r->region.file = r->fd;
     m->list[m->n++] = r->region;
-    r->fd = reopen(fd, err);
     return r->fd < 0 ? -1 : 0;
 }
 
