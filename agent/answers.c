@@ -37,6 +37,7 @@ static void set_progress(struct job_answer *a)
     m->wire_bytes = p->wire_bytes;
     m->resent_bytes = p->resent_bytes;
     m->opaque_bytes = p->opaque_bytes;
+    m->stored_bytes = p->stored_bytes;
     m->throttle_percent = p->throttle_percent;
     m->throttle_max_percent = p->throttle_max_percent;
     m->connections = p->connections;
@@ -74,6 +75,15 @@ static void set_snapshot(struct job_answer *a)
     a->message.snapshot = m;
 }
 
+/* What a job of the repository found out; kept packed, as its service said it. */
+static void set_result(struct job_answer *a)
+{
+    const struct job_status *s = &a->status;
+    if (s->result && control_unpack(VMMIG__CONTROL__TYPE__REPO_RESULT, s->result, s->result_len,
+                                    &a->result, NULL) == 0)
+        a->message.result = a->result.repo_result;
+}
+
 void job_answer_init(struct job_answer *a, const struct job_status *status)
 {
     Vmmig__Control__Job *m = &a->message;
@@ -88,14 +98,17 @@ void job_answer_init(struct job_answer *a, const struct job_status *status)
     m->cancelling = status->cancelling;
     m->started_ns = status->started_ns;
     m->elapsed_ns = status->elapsed_ns;
+    a->result = (struct control_message){0};
     set_error(a);
     set_progress(a);
     set_snapshot(a);
+    set_result(a);
 }
 
 void job_answer_finish(struct job_answer *a)
 {
     job_status_finish(&a->status);
+    control_message_finish(&a->result);
 }
 
 static const char *run_state_name(enum guest_run_state state)

@@ -19,6 +19,7 @@ struct job_answer {
     Vmmig__Control__Pages pages[JOB_ENC_COUNT], *page_list[JOB_ENC_COUNT];
     char error_text[CONTROL_TEXT_MAX + 1];
     Vmmig__Control__SnapshotResult snapshot;
+    struct control_message result; /* any: NULL without one */
 };
 
 /* Takes the status over. */

@@ -4,6 +4,7 @@
 #include "base/io.h"
 #include "base/options.h"
 #include "base/text.h"
+#include "repo/url.h"
 
 #include <stddef.h>
 #include <string.h>
@@ -45,6 +46,17 @@ static int parse_path(const struct option *o, const char *value, void *member,
     (void)o;
     if (field_check_path("it", value, err) < 0)
         return -1;
+    return copy_text(value, member, err);
+}
+
+static int parse_repository(const struct option *o, const char *value, void *member,
+                            struct vm_error **err)
+{
+    (void)o;
+    struct repo_url url;
+    if (repo_url_parse(value, &url, err) < 0)
+        return -1;
+    repo_url_finish(&url);
     return copy_text(value, member, err);
 }
 
@@ -168,6 +180,9 @@ static const struct option config_options[] = {
     {"attach-vmm", "PATH", parse_vmm, MEMBER(attach_vmms), .repeatable = true,
      .text = "A VMM that links libvmmig-attach and may be run as a VM, here or by a peer, with any "
              "arguments"},
+    {"repository", "URL", parse_repository, MEMBER(repository), .def = "dir:/var/lib/vmmig/repo",
+     .text = "Where images, snapshots and templates are: dir:PATH, or "
+             "rados:POOL[/NAMESPACE][?conf=FILE&id=USER]"},
     {"log-dir", "DIR", parse_path, MEMBER(log_dir), .def = "/var/log/vmmig",
      .text = "Where each VM's output goes, NAME.log"},
     {"vm-cgroup", "DIR", parse_path_or_none, MEMBER(vm_cgroup), .def = "none",
@@ -177,9 +192,6 @@ static const struct option config_options[] = {
          "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
-    {"repository", "URL", parse_text, MEMBER(repository), .def = "dir:/var/lib/vmmig/repo",
-     .text = "Where snapshots and templates are, and images: dir:FOLDER or "
-             "rados:POOL[/NAMESPACE][?conf=FILE&id=USER]"},
     {"scratch-dir", "DIR", parse_path, MEMBER(scratch_dir), .def = "/var/lib/vmmig/scratch",
      .text = "Room for what guests overwrite while a snapshot of them is stored. On a local disk"},
     {"nbdkit-plugin", "PATH", parse_path, MEMBER(nbdkit_plugin),
@@ -189,7 +201,8 @@ static const struct option config_options[] = {
     {"max-vms", "N", option_parse_u64, MEMBER(max_vms), .min = 1, .max = CONFIG_VMS_MAX,
      .def = "256", .unit = "VMs", .text = "How many VMs this agent keeps"},
     {"max-jobs", "N", option_parse_u64, MEMBER(max_jobs), .min = 1, .max = CONFIG_JOBS_MAX,
-     .def = "8", .unit = "jobs", .text = "How many migrations may be under way at once"},
+     .def = "8", .unit = "jobs",
+     .text = "How many migrations and jobs of the repository may be under way at once"},
     {"max-clients", "N", option_parse_u64, MEMBER(max_clients), .min = 1, .max = CONFIG_CLIENTS_MAX,
      .def = "32", .unit = "connections", .text = "How many commands may talk to the agent at once"},
     {"max-bandwidth", "RATE", option_parse_rate, MEMBER(max_bandwidth), .max = 1ULL << 50,

@@ -60,7 +60,7 @@ struct config {
     char *log_dir;         /* what VMMs print */
     char *vm_cgroup;       /* folder of a cgroup in which each VM gets one; "": the agent's */
     char *vm_user;         /* whom VMs run as; "" for the agent's own user */
-    char *repository;      /* URL of the repository for snapshots and templates */
+    char *repository;      /* URL (repo/url.h) */
     char *scratch_dir;     /* what a snapshot under way keeps aside */
     char *nbdkit_plugin;   /* takes disks out of VMs */
     struct config_maps maps;

@@ -9,6 +9,7 @@
 
 #include <errno.h>
 #include <grp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -26,6 +27,7 @@ struct control_session {
     struct frame_decoder decoder;
     struct cursor in; /* of `bytes`, what is not decoded yet */
     uint8_t bytes[READ_SIZE];
+    int passed_fd; /* came with the request that is read or handled; -1 */
     bool gone; /* the client cannot be reached any more */
 };
 
@@ -44,6 +46,16 @@ struct control {
 struct agent *control_agent(struct control_session *s)
 {
     return s->control->agent;
+}
+
+int control_take_fd(struct control_session *s)
+{
+    return steal_fd(&s->passed_fd);
+}
+
+bool control_peer_is_owner(const struct control_session *s)
+{
+    return s->uid == 0 || s->uid == geteuid();
 }
 
 int control_stop_fd(const struct control_session *s)
@@ -77,6 +89,20 @@ static void reply_error(struct control_session *s, const struct vm_error *error)
     control_reply(s, VMMIG__CONTROL__TYPE__ERROR, &m.base, &ignored);
 }
 
+/* Some bytes, and a descriptor if one came with them. */
+static ssize_t read_some(struct control_session *s, int64_t deadline_ns, struct vm_error **err)
+{
+    int fd = -1, n_fds = 0;
+    if (io_wait(s->fd, POLLIN, deadline_ns, s->control->stop_fd, err) < 0)
+        return -1;
+    ssize_t n = io_recv_fds(s->fd, s->bytes, sizeof(s->bytes), &fd, 1, &n_fds, err);
+    if (n >= 0 && n_fds) {
+        close_fd(&s->passed_fd);
+        s->passed_fd = fd;
+    }
+    return n;
+}
+
 /* The next frame. 1, 0 at a proper end of the stream, -1. */
 static int read_frame(struct control_session *s, struct frame *ret, int64_t deadline_ns,
                       struct vm_error **err)
@@ -85,8 +111,7 @@ static int read_frame(struct control_session *s, struct frame *ret, int64_t dead
         int r = frame_decode(&s->decoder, &s->in, ret, err);
         if (r)
             return r;
-        ssize_t n = io_read_some(s->fd, s->bytes, sizeof(s->bytes), deadline_ns,
-                                 s->control->stop_fd, err);
+        ssize_t n = read_some(s, deadline_ns, err);
         if (n < 0)
             return -1;
         if (n == 0 && frame_decoder_is_idle(&s->decoder))
@@ -153,6 +178,7 @@ static void serve(struct control_session *s)
         r = read_frame(s, &frame, INT64_MAX, &err);
         if (r > 0 && serve_one(s, &frame, &err) < 0)
             r = -1;
+        close_fd(&s->passed_fd);
     }
     if (r == 0 || !err || s->gone)
         return;
@@ -172,6 +198,7 @@ static void *session_thread(void *arg)
     struct control *c = s->control;
     serve(s);
     frame_decoder_finish(&s->decoder);
+    close_fd(&s->passed_fd);
     close_fd(&s->fd);
     free(s);
     pthread_mutex_lock(&c->lock);
@@ -262,6 +289,7 @@ static void on_connection(int listener, int ready, void *arg)
         return;
     s->control = c;
     s->fd = steal_fd(&fd);
+    s->passed_fd = -1;
     s->in = cursor_init(s->bytes, 0);
     admit(s);
 }

@@ -10,6 +10,7 @@
  * (agent/requests.h). Who may connect: root, the agent's own user, and members of control-group; by
  * the file's mode and, independently, by the credentials that the kernel gives for the peer.
  * A socket file left by a dead agent is replaced; that of a living one is CONFLICT.
+ * A request may carry one descriptor, with its first byte; one that nobody takes is closed.
  * Bound: max-clients connections; one more is told so and closed.
  * A client that says nothing for 10 s at the start, or that breaks the protocol, is closed.
  */
@@ -34,6 +35,10 @@ struct agent *control_agent(struct control_session *s);
 /* Send one answer. -1: the client is gone; the handler gives up. */
 int control_reply(struct control_session *s, unsigned type, const ProtobufCMessage *message,
                   struct vm_error **err);
+/* The descriptor that came with the request, which is the caller's from then on; -1: none. */
+int control_take_fd(struct control_session *s);
+/* Is the client root or the agent's own user, and not just a member of the control group? */
+bool control_peer_is_owner(const struct control_session *s);
 /* A latch: the agent stops. */
 int control_stop_fd(const struct control_session *s);
 

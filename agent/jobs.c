@@ -80,6 +80,8 @@ void job_status_finish(struct job_status *status)
 {
     error_free(status->error);
     status->error = NULL;
+    free(status->result);
+    status->result = NULL;
 }
 
 static void job_destroy(struct job *job)
@@ -166,7 +168,7 @@ static void prune(struct job_table *t)
 
 static struct job *running_job_of(struct job_table *t, const char *vm)
 {
-    for (struct job *job = t->first; job; job = job->next)
+    for (struct job *job = t->first; *vm && job; job = job->next)
         if (!has_ended(job) && !strcmp(job->status.vm, vm))
             return job;
     return NULL;
@@ -295,7 +297,7 @@ static struct job *make_job(struct job_table *t, const struct job_params *p, str
     struct job_status *s = &job->status;
     s->id = p->id ? *p->id : uuid_new();
     s->kind = p->kind;
-    snprintf(s->vm, sizeof(s->vm), "%s", p->vm);
+    snprintf(s->vm, sizeof(s->vm), "%s", p->vm ? p->vm : "");
     snprintf(s->peer, sizeof(s->peer), "%s", p->peer ? p->peer : "");
     s->started_ns = clock_wall_ns();
     s->progress.predicted_pause_ns = s->progress.pause_ns = -1;
@@ -318,14 +320,14 @@ static struct job *find(struct job_table *t, const struct uuid *id)
 int job_start(struct job_table *t, const struct job_params *params, struct uuid *ret_id,
               struct vm_error **err)
 {
-    if (vm_name_check(params->vm, err) < 0)
+    if (params->vm && vm_name_check(params->vm, err) < 0)
         return -1;
     CLEANUP(job) struct job *job = make_job(t, params, err);
     if (!job)
         return -1;
     struct uuid id = job->status.id;
     SCOPE_LOCK(&t->lock);
-    if (check_free(t, params->vm, err) < 0)
+    if (check_free(t, params->vm ? params->vm : "", err) < 0)
         return -1;
     if (find(t, &id))
         return error_set(err, VM_ERROR_CONFLICT, "job %s exists already", uuid_text(&id));
@@ -379,10 +381,46 @@ int job_close_cancel(struct job *job, const char *why, struct vm_error **err)
     return 0;
 }
 
+int job_set_result(struct job *job, const void *data, size_t len, struct vm_error **err)
+{
+    if (len > JOB_RESULT_MAX)
+        return error_set(err, VM_ERROR_FAILED, "the result is too large to be kept");
+    void *copy = malloc(len ? len : 1);
+    if (!copy)
+        return error_nomem(err);
+    if (len)
+        memcpy(copy, data, len);
+    SCOPE_LOCK(&job->table->lock);
+    free(job->status.result);
+    job->status.result = copy;
+    job->status.result_len = len;
+    return 0;
+}
+
 void job_update(struct job *job, const struct job_progress *progress)
 {
     SCOPE_LOCK(&job->table->lock);
     job->status.progress = *progress;
+}
+
+/* With the lock held. */
+static int cancel(struct job *job, const char *name, struct vm_error **err)
+{
+    if (job->closed)
+        return error_set(err, VM_ERROR_REFUSED, "%s: %s", name, job->closed);
+    job->status.cancelling = true;
+    io_latch_set(job->cancel_fd);
+    return 0;
+}
+
+int job_cancel_id(struct job_table *t, const struct uuid *id, struct vm_error **err)
+{
+    SCOPE_LOCK(&t->lock);
+    struct job *job = find(t, id);
+    if (!job || has_ended(job))
+        return error_set(err, VM_ERROR_NOT_FOUND, job ? "job %s has ended" : "no job %s is known",
+                         uuid_text(id));
+    return cancel(job, uuid_text(id), err);
 }
 
 int job_cancel(struct job_table *t, const char *vm, struct uuid *ret_id, struct vm_error **err)
@@ -392,10 +430,8 @@ int job_cancel(struct job_table *t, const char *vm, struct uuid *ret_id, struct 
     if (!job)
         return error_set(err, VM_ERROR_NOT_FOUND,
                          "%s: nothing is under way that could be cancelled", vm);
-    if (job->closed)
-        return error_set(err, VM_ERROR_REFUSED, "%s: %s", vm, job->closed);
-    job->status.cancelling = true;
-    io_latch_set(job->cancel_fd);
+    if (cancel(job, vm, err) < 0)
+        return -1;
     if (ret_id)
         *ret_id = job->status.id;
     return 0;
@@ -408,6 +444,10 @@ static void snapshot(const struct job *job, struct job_status *ret)
     if (!has_ended(job))
         ret->elapsed_ns = clock_mono_ns() - job->started_mono_ns;
     ret->error = ret->error ? error_copy(ret->error) : NULL;
+    const void *result = ret->result;
+    ret->result = result ? malloc(ret->result_len ? ret->result_len : 1) : NULL;
+    if (ret->result && ret->result_len)
+        memcpy(ret->result, result, ret->result_len);
 }
 
 int job_get(struct job_table *t, const struct uuid *id, struct job_status *ret_status,

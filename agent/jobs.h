@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * jobs: what takes long and concerns one VM. A job runs in a thread of its own, can be watched and
+ * jobs: what takes long and concerns one VM, or the repository. A job runs in a thread of its own, can be watched and
  * cancelled, and is remembered for some time after it ended.
  *
  *     struct job_params p = {.kind = JOB_SEND, .vm = "web1", .peer = "host2:16550",
@@ -15,6 +15,9 @@
  *             return undo();                            it was cancelled before
  *         return 0;                                     or -1 with the error: the job's result
  *     }
+ *
+ * A job without a VM is one of the repository; any number of them run beside the others, up to
+ * max_running. job_set_result keeps what it found out for those who watch it.
  *
  * One job per VM at a time; the name need not be that of a VM which exists here (JOB_RECEIVE).
  * job_claim does the same for what is short and needs no thread.
@@ -38,6 +41,7 @@
 #include <stdint.h>
 
 #define JOB_HISTORY_MAX 256
+#define JOB_RESULT_MAX (512 << 10)
 #define JOB_NOTE_MAX 256 /* with the NUL */
 #define JOB_IMAGE_MAX 129 /* with the NUL; IMAGE_NAME_MAX of repo/image.h */
 
@@ -46,7 +50,13 @@
     X(SEND, "send")                                                                                \
     X(RECEIVE, "receive")                                                                          \
     X(SNAPSHOT, "snapshot")                                                                        \
-    X(RESTORE, "restore")
+    X(RESTORE, "restore")\
+    X(IMPORT, "import")                                                                            \
+    X(EXPORT, "export")                                                                            \
+    X(GC, "gc")                                                                                    \
+    X(SCRUB, "scrub")                                                                              \
+    X(REBUILD_INDEX, "rebuild-index")                                                              \
+    X(COPY, "copy")
 
 /* X(id, stable name, text) */
 #define JOB_PHASES(X)                                                                              \
@@ -60,7 +70,8 @@
     X(STORING, "storing", "storing disks and memory while the guest runs")                         \
     X(COMMITTING, "committing", "making the snapshot visible")                                     \
     X(WRITING, "writing", "writing the disks")                                                     \
-    X(LOADING, "loading", "loading memory and device state")
+    X(LOADING, "loading", "loading memory and device state")\
+    X(WORKING, "working", "under way")
 
 /* How a page went over the wire. X(id, stable name) */
 #define JOB_ENCODINGS(X)                                                                           \
@@ -110,6 +121,7 @@ struct job_progress {
     uint64_t link_rate;       /* bytes a second on the wire, as measured now */
     uint64_t wire_bytes;      /* sent, everything included */
     uint64_t resent_bytes;    /* acknowledged and yet sent again: always 0 */
+    uint64_t stored_bytes;    /* added to the repository */
     uint64_t opaque_bytes;    /* device state, and memory that could not be sent page by page */
     struct {
         uint64_t pages;       /* of 4 KiB */
@@ -132,8 +144,8 @@ typedef int job_run_fn(struct job *job, void *arg, struct vm_error **err);
 
 struct job_params {
     enum job_kind kind;
-    const char *vm;
-    const char *peer;        /* shown; may be NULL */
+    const char *vm;          /* NULL: of the repository */
+    const char *peer;        /* shown: the other host, or the image; may be NULL */
     const struct uuid *id;   /* NULL: a fresh one */
     job_run_fn *run;
     void *arg;
@@ -152,6 +164,8 @@ struct job_status {
     int64_t elapsed_ns;       /* until now, or until it ended */
     struct job_progress progress;
     struct vm_error *error;   /* unless it is running or done; freed by job_status_finish */
+    void *result;             /* of job_set_result, or NULL; freed by job_status_finish */
+    size_t result_len;
 };
 
 struct job_table *job_table_create(unsigned max_running, struct vm_error **err);
@@ -184,8 +198,12 @@ bool job_is_stopping(const struct job *job);
  * -1 with CANCELLED if it was cancelled before: nothing is closed then.
  */
 int job_close_cancel(struct job *job, const char *why, struct vm_error **err);
+/* At most JOB_RESULT_MAX bytes, copied; a later result replaces it. */
+int job_set_result(struct job *job, const void *data, size_t len, struct vm_error **err);
 void job_update(struct job *job, const struct job_progress *progress);
 
+/* As job_cancel, of the job with that id. NOT_FOUND if it is not known or has ended. */
+int job_cancel_id(struct job_table *t, const struct uuid *id, struct vm_error **err);
 /* The running job of a VM: ask it to end. NOT_FOUND if none runs. ret_id may be NULL. */
 int job_cancel(struct job_table *t, const char *vm, struct uuid *ret_id, struct vm_error **err);
 int job_get(struct job_table *t, const struct uuid *id, struct job_status *ret_status,

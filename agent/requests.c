@@ -4,6 +4,7 @@
 #include "agent/answers.h"
 #include "agent/doctor.h"
 #include "agent/driver.h"
+#include "agent/repo_requests.h"
 #include "agent/snapshots.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
@@ -343,6 +344,13 @@ static int handle_cancel(struct control_session *s, const struct control_message
     const char *name = m->cancel->vm;
     struct uuid id;
     struct job_status status;
+    if (m->cancel->job.len) {
+        memcpy(id.bytes, m->cancel->job.data, sizeof(id.bytes));
+        if (job_cancel_id(agent->jobs, &id, err) < 0 ||
+            job_get(agent->jobs, &id, &status, err) < 0)
+            return -1;
+        return reply_job_of(s, &status, err);
+    }
     if (job_cancel(agent->jobs, name, &id, err) < 0) {
         CLEANUP(vm) struct vm *vm = vms_get(agent->vms, name, NULL);
         if (vm || !err || (*err)->kind != VM_ERROR_NOT_FOUND)
@@ -413,6 +421,7 @@ static void add_to_list(const struct job_status *status, void *arg)
         return;
     struct job_status own = *status; /* the visitor's error is not ours */
     own.error = status->error ? error_copy(status->error) : NULL;
+    own.result = NULL; /* WATCH tells it */
     job_answer_init(&list->answers[list->n], &own);
     list->messages[list->n] = &list->answers[list->n].message;
     list->n++;
@@ -495,6 +504,7 @@ static const struct {
     {VMMIG__CONTROL__TYPE__SNAPSHOT_DELETE, snapshots_handle_delete},
     {VMMIG__CONTROL__TYPE__SNAPSHOT_PRUNE, snapshots_handle_prune},
     {VMMIG__CONTROL__TYPE__RESTORE, snapshots_handle_restore},
+    {VMMIG__CONTROL__TYPE__REPO, repo_request_handle},
 };
 
 int request_handle(struct control_session *s, const struct control_message *m,

@@ -124,7 +124,10 @@ static int check_send(const Vmmig__Control__Send *m, struct vm_error **err)
 
 static int check_cancel(const Vmmig__Control__Cancel *m, struct vm_error **err)
 {
-    return check_name(m->vm, err);
+    if (!m->job.len == !*m->vm)
+        return error_set(err, VM_ERROR_PROTOCOL, "either a job or a VM is to be named");
+    return m->job.len ? field_check_uuid("the job's id", m->job.data, m->job.len, err)
+                      : check_name(m->vm, err);
 }
 
 static int check_resolve(const Vmmig__Control__Resolve *m, struct vm_error **err)
@@ -291,10 +294,79 @@ static int check_pages(const Vmmig__Control__Job *m, struct vm_error **err)
     return 0;
 }
 
+/* ---- the repository ---- */
+
+static int check_repo(const Vmmig__Control__Repo *m, struct vm_error **err)
+{
+    if (!m->verb || (unsigned)m->verb > VMMIG__CONTROL__REPO_VERB__IMAGE_DIFF)
+        return out_of_range("the verb", err);
+    if (m->fence_after_ms > CONTROL_FENCE_MS_MAX)
+        return out_of_range("the time after which writers are fenced", err);
+    if (check_word("the image", m->image, err) < 0 || check_word("the image", m->other, err) < 0 ||
+        check_word("the file", m->file, err) < 0 || check_word("the parent", m->parent, err) < 0 ||
+        check_word("the data pool", m->data_pool, err) < 0 ||
+        field_check_text("the path", m->path, 0, FIELD_PATH_MAX, err) < 0)
+        return -1;
+    return field_check_text("the URL", m->to, 0, FIELD_PATH_MAX, err);
+}
+
+static int check_image(const Vmmig__Control__Image *m, struct vm_error **err)
+{
+    if (check_word("the image", m->name, err) < 0 || check_word("the parent", m->parent, err) < 0)
+        return -1;
+    if (m->n_files > CONTROL_PARTS_MAX)
+        return out_of_range("the number of files", err);
+    for (size_t i = 0; i < m->n_files; i++)
+        if (check_word("the file", m->files[i]->name, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_sizes(const Vmmig__Control__ImageSizes *m, struct vm_error **err)
+{
+    if (m->n_sharers_shown > CONTROL_PARTS_MAX)
+        return out_of_range("the number of sharers", err);
+    for (size_t i = 0; i < m->n_sharers_shown; i++)
+        if (check_word("the image", m->sharers_shown[i]->name, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_repo_stat(const Vmmig__Control__RepoStat *m, struct vm_error **err)
+{
+    if (field_check_uuid("the repository's id", m->uuid.data, m->uuid.len, err) < 0)
+        return -1;
+    return field_check_text("the URL", m->url, 0, FIELD_PATH_MAX, err);
+}
+
+static int check_repo_result(const Vmmig__Control__RepoResult *m, struct vm_error **err)
+{
+    if (m->n_images > CONTROL_PARTS_MAX || m->n_stretches > CONTROL_PARTS_MAX ||
+        m->n_counts > CONTROL_PARTS_MAX || m->n_findings > CONTROL_PARTS_MAX)
+        return out_of_range("the number of parts", err);
+    if ((m->stat && check_repo_stat(m->stat, err) < 0) ||
+        (m->sizes && check_sizes(m->sizes, err) < 0))
+        return -1;
+    for (size_t i = 0; i < m->n_images; i++)
+        if (check_image(m->images[i], err) < 0)
+            return -1;
+    for (size_t i = 0; i < m->n_stretches; i++)
+        if (check_word("the file", m->stretches[i]->file, err) < 0)
+            return -1;
+    for (size_t i = 0; i < m->n_counts; i++)
+        if (check_word("the count", m->counts[i]->name, err) < 0)
+            return -1;
+    for (size_t i = 0; i < m->n_findings; i++)
+        if (field_check_text("the finding", m->findings[i]->what, 0, CONTROL_TEXT_MAX, err) < 0)
+            return -1;
+    return 0;
+}
+
 static int check_job(const Vmmig__Control__Job *m, struct vm_error **err)
 {
     if (field_check_uuid("the job's id", m->id.data, m->id.len, err) < 0 ||
-        check_name(m->vm, err) < 0 || check_word("the job's kind", m->kind, err) < 0 ||
+        (*m->vm && check_name(m->vm, err) < 0) ||
+        check_word("the job's kind", m->kind, err) < 0 ||
         field_check_text("the peer", m->peer, 0, ENDPOINT_TEXT_MAX, err) < 0 ||
         check_word("the job's phase", m->phase, err) < 0 ||
         check_word("the job's phase", m->phase_text, err) < 0 ||
@@ -302,7 +374,8 @@ static int check_job(const Vmmig__Control__Job *m, struct vm_error **err)
         return -1;
     if ((unsigned)m->state > VMMIG__CONTROL__JOB_STATE__CANCELLED)
         return out_of_range("the job's state", err);
-    if (m->error && check_error(m->error, err) < 0)
+    if ((m->error && check_error(m->error, err) < 0) ||
+        (m->result && check_repo_result(m->result, err) < 0))
         return -1;
     if (m->snapshot && check_snapshot_result(m->snapshot, err) < 0)
         return -1;

@@ -38,6 +38,8 @@
 #define CONTROL_CONNECTIONS_MAX 16
 #define CONTROL_SNAPSHOTS_MAX 1024 /* of one answer: the newest */
 #define CONTROL_KEEP_MAX 100000
+#define CONTROL_FENCE_MS_MAX 86400000
+#define CONTROL_PARTS_MAX 1024 /* images, stretches, findings... of one REPO_RESULT */
 #define CONTROL_INTERVAL_MS_MIN 50
 #define CONTROL_INTERVAL_MS_MAX 60000
 
@@ -72,7 +74,9 @@
     X(SNAPSHOTS, snapshots, Snapshots, false)                                                      \
     X(OK, ok, Ok, false)                                                                           \
     X(DIAGNOSIS, diagnosis, Diagnosis, false)                                                      \
-    X(FAULT_POINTS, fault_points, FaultPoints, false)
+    X(FAULT_POINTS, fault_points, FaultPoints, false)                                            \
+    X(REPO, repo, Repo, true)                                                                      \
+    X(REPO_RESULT, repo_result, RepoResult, false)
 
 struct control_message {
     Vmmig__Control__Type type;

@@ -97,15 +97,20 @@ static int hash_extent(struct segment *s, unsigned extent, struct page_hasher *h
     return page_hasher_extent(hasher, ids, s->mask[extent], &s->extents[extent], err);
 }
 
+int segment_hash_extents(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
+{
+    for (unsigned i = 0; i < SEGMENT_EXTENTS; i++)
+        if (hash_extent(s, i, hasher, err) < 0)
+            return -1;
+    return 0;
+}
+
 int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
 {
     for (unsigned i = 0; i < SEGMENT_PAGES; i++)
         if (hash_page(s, i, hasher, err) < 0)
             return -1;
-    for (unsigned i = 0; i < SEGMENT_EXTENTS; i++)
-        if (hash_extent(s, i, hasher, err) < 0)
-            return -1;
-    return 0;
+    return segment_hash_extents(s, hasher, err);
 }
 
 /* ---- finding ---- */

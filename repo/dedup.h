@@ -58,6 +58,8 @@ struct segment {
 
 /* Zeros, identities of pages and extents; any worker. */
 int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err);
+/* Of the extents alone; state and ids of the pages are known. */
+int segment_hash_extents(struct segment *s, struct page_hasher *hasher, struct vm_error **err);
 
 struct dedup;
 

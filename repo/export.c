@@ -111,30 +111,50 @@ static int run_threads(struct export *x, struct vm_error **err)
     return failure_report(&x->failure, err);
 }
 
-/* A new file of that size, or a block device that is large enough. */
-static int open_target(struct export *x, struct vm_error **err)
+int image_export_target(const char *path, int *ret_fd, struct vm_error **err)
+{
+    struct stat st;
+    bool is_device = stat(path, &st) == 0 && S_ISBLK(st.st_mode);
+    int fd = is_device ? open(path, O_WRONLY | O_CLOEXEC)
+                       : open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot make %s", path);
+    *ret_fd = fd;
+    return 0;
+}
+
+void image_export_undo(const char *path, int fd)
+{
+    struct stat st;
+    if (fstat(fd, &st) == 0 && S_ISREG(st.st_mode))
+        unlink(path);
+}
+
+/* A file of that size, empty before; or a block device that is large enough. */
+static int size_target(struct export *x, struct vm_error **err)
 {
     struct stat st;
     off_t size = (off_t)file_reader_size(x->reader);
-    bool is_device = stat(x->path, &st) == 0 && S_ISBLK(st.st_mode);
-    x->sparse = !is_device;
-    x->fd = is_device ? open(x->path, O_WRONLY | O_CLOEXEC)
-                      : open(x->path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-    if (x->fd < 0)
-        return error_errno(err, errno, "cannot make %s", x->path);
-    if (is_device) {
-        off_t room = lseek(x->fd, 0, SEEK_END);
-        return room >= size
-                   ? 0
-                   : error_set(err, VM_ERROR_NO_SPACE, "%s has %lld bytes, %lld are needed",
-                               x->path, (long long)room, (long long)size);
-    }
-    return ftruncate(x->fd, size) < 0 ? error_errno(err, errno, "cannot size %s", x->path) : 0;
+    if (fstat(x->fd, &st) < 0)
+        return error_errno(err, errno, "cannot look at %s", x->path);
+    x->sparse = S_ISREG(st.st_mode);
+    if (!x->sparse && !S_ISBLK(st.st_mode))
+        return error_set(err, VM_ERROR_USAGE, "%s is neither a file nor a block device", x->path);
+    if (x->sparse && st.st_size)
+        return error_set(err, VM_ERROR_CONFLICT, "%s is not empty", x->path);
+    if (x->sparse && ftruncate(x->fd, size) < 0)
+        return error_errno(err, errno, "cannot size %s", x->path);
+    if (x->sparse)
+        return 0;
+    off_t room = lseek(x->fd, 0, SEEK_END);
+    return room >= size ? 0
+                        : error_set(err, VM_ERROR_NO_SPACE, "%s has %lld bytes, %lld are needed",
+                                    x->path, (long long)room, (long long)size);
 }
 
 static int export_to(struct export *x, struct vm_error **err)
 {
-    if (open_target(x, err) < 0)
+    if (size_target(x, err) < 0)
         return -1;
     uint64_t size = file_reader_size(x->reader);
     x->n_leaves = (size + RECIPE_LEAF_BYTES - 1) / RECIPE_LEAF_BYTES;
@@ -156,8 +176,8 @@ static const struct image_entry *choose_file(const struct image *image, const ch
     return e;
 }
 
-int image_export(struct repo *r, const char *name, const char *file, const char *path,
-                 const struct repo_control *control, struct vm_error **err)
+int image_export_fd(struct repo *r, const char *name, const char *file, int fd, const char *path,
+                    const struct repo_control *control, struct vm_error **err)
 {
     cleanup_free struct image *image = malloc(sizeof(*image));
     if (!image)
@@ -169,14 +189,24 @@ int image_export(struct repo *r, const char *name, const char *file, const char 
         entry ? file_reader_open(repo_store(r), image, entry, err) : NULL;
     if (!reader)
         return -1;
-    struct export x = {.reader = reader, .path = path, .fd = -1};
+    struct export x = {.reader = reader, .path = path, .fd = fd};
     failure_init(&x.failure);
     progress_init(&x.progress, control, entry->size);
     int result = export_to(&x, err);
-    if (result < 0 && x.fd >= 0 && x.sparse)
-        unlink(path);
-    close_fd(&x.fd);
     progress_finish(&x.progress);
     failure_finish(&x.failure);
     return result < 0 ? error_wrap(err, "cannot export image %s", name) : 0;
+}
+
+int image_export(struct repo *r, const char *name, const char *file, const char *path,
+                 const struct repo_control *control, struct vm_error **err)
+{
+    cleanup_close int fd = -1;
+    if (image_export_target(path, &fd, err) < 0)
+        return error_wrap(err, "cannot export image %s", name);
+    if (image_export_fd(r, name, file, fd, path, control, err) < 0) {
+        image_export_undo(path, fd);
+        return -1;
+    }
+    return 0;
 }

@@ -400,3 +400,21 @@ uint64_t footer_cache_loads(const struct footer_cache *c)
 {
     return c->loads;
 }
+
+bool cached_footer_identity(const struct cached_footer *f, uint32_t offset, unsigned page,
+                            struct page_id *ret_id)
+{
+    uint32_t low = 0, high = f->footer.n_records;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (f->footer.records[middle].offset < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    const struct footer_record *r = &f->footer.records[low];
+    if (low == f->footer.n_records || r->offset != offset || page >= r->n_pages)
+        return false;
+    *ret_id = f->footer.ids[r->first_page + page];
+    return true;
+}

@@ -88,6 +88,10 @@ struct footer_hit {
 unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id,
                            struct footer_hit *hits, unsigned max);
 
+/* The identity of page `page` of the record at `offset`; false if the footer has no such record. */
+bool cached_footer_identity(const struct cached_footer *f, uint32_t offset, unsigned page,
+                            struct page_id *ret_id);
+
 /* Footers loaded from the store so far, for statistics. */
 uint64_t footer_cache_loads(const struct footer_cache *c);
 

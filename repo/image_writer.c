@@ -54,6 +54,8 @@ struct slot {
     struct image_writer *writer;
     struct leaf_part part;
     bool hashed;
+    segment_read_fn *read; /* NULL: the data is there */
+    void *read_arg;
 };
 
 static struct slot *slot_of(struct segment *s)
@@ -101,6 +103,7 @@ struct segment *image_writer_segment(struct image_writer *w, struct image_file *
     s->before = NULL;
     memset(s->given, 0, sizeof(s->given));
     slot_of(s)->hashed = false;
+    slot_of(s)->read = NULL;
     return s;
 }
 
@@ -116,7 +119,9 @@ static void hash_job(struct worker *worker, struct job *job)
     struct segment *s = (struct segment *)job;
     struct image_writer *w = slot_of(s)->writer;
     struct vm_error *error = NULL;
-    if (segment_hash(s, &worker->hasher, &error) < 0)
+    int done = slot_of(s)->read ? segment_hash_extents(s, &worker->hasher, &error)
+                                : segment_hash(s, &worker->hasher, &error);
+    if (done < 0)
         failure_set(&w->failure, error);
     SCOPE_LOCK(&w->lock);
     slot_of(s)->hashed = true;
@@ -127,6 +132,26 @@ void image_writer_put(struct image_writer *w, struct segment *s)
 {
     workers_submit(w->workers, &s->job, hash_job);
     queue_put(w->ordered, s);
+}
+
+void image_writer_put_known(struct image_writer *w, struct segment *s, segment_read_fn *read,
+                            void *arg)
+{
+    slot_of(s)->read = read;
+    slot_of(s)->read_arg = arg;
+    image_writer_put(w, s);
+}
+
+/* The data of new pages, if it was left where it is so far. */
+static int read_new(struct segment *s, struct vm_error **err)
+{
+    const struct slot *slot = slot_of(s);
+    bool wanted[SEGMENT_PAGES], any = false;
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        wanted[i] = s->state[i] == PAGE_UNKNOWN || s->state[i] == PAGE_AGAIN;
+        any |= wanted[i];
+    }
+    return any && slot->read ? slot->read(s, wanted, slot->read_arg, err) : 0;
 }
 
 static int wait_hashed(struct image_writer *w, struct segment *s, struct vm_error **err)
@@ -312,6 +337,8 @@ static int sequence_batch(struct image_writer *w, struct segment **batch, size_t
         return -1;
     for (size_t i = 0; i < n; i++) {
         dedup_settle(w->dedup, batch[i]);
+        if (read_new(batch[i], err) < 0)
+            return -1;
         for (unsigned e = 0; e < SEGMENT_EXTENTS; e++)
             if (place_extent(w, batch[i], e, err) < 0)
                 return -1;

@@ -69,6 +69,16 @@ struct image_file *image_writer_add_file(struct image_writer *w, uint64_t size,
 struct segment *image_writer_segment(struct image_writer *w, struct image_file *file,
                                      uint64_t number, struct vm_error **err);
 void image_writer_put(struct image_writer *w, struct segment *segment);
+/*
+ * As image_writer_put, for a segment whose identities are known: the caller has filled state (ABSENT,
+ * ZERO, UNKNOWN) and ids instead of data and given. `read` is called by the sequencer if some pages
+ * are new: it fills data where wanted[page], after checking that it is what ids says. It gets the
+ * segment's `number` and `ids`.
+ */
+typedef int segment_read_fn(struct segment *s, const bool wanted[SEGMENT_PAGES], void *arg,
+                            struct vm_error **err);
+void image_writer_put_known(struct image_writer *w, struct segment *segment, segment_read_fn *read,
+                            void *arg);
 int image_writer_finish(struct image_writer *w, struct vm_error **err);
 struct recipe_ref image_writer_root(const struct image_file *file);
 /* The packs and trees of others that were shared; after finish. */

@@ -107,11 +107,11 @@ static int import_into(struct image_session *session, struct source *src,
     return result;
 }
 
-int image_import(struct repo *r, const char *path, const char *name,
-                 const struct import_options *options, struct import_report *ret_report,
-                 struct vm_error **err)
+int image_import_fd(struct repo *r, int fd, const char *path, const char *name,
+                    const struct import_options *options, struct import_report *ret_report,
+                    struct vm_error **err)
 {
-    CLEANUP(source) struct source *src = source_open(path, options->format, err);
+    CLEANUP(source) struct source *src = source_open_fd(fd, path, err);
     if (!src)
         return -1;
     if (!source_size(src))
@@ -121,4 +121,14 @@ int image_import(struct repo *r, const char *path, const char *name,
     if (!session || import_into(session, src, options, ret_report, err) < 0)
         return error_wrap(err, "cannot import %s", path);
     return 0;
+}
+
+int image_import(struct repo *r, const char *path, const char *name,
+                 const struct import_options *options, struct import_report *ret_report,
+                 struct vm_error **err)
+{
+    cleanup_close int fd = -1;
+    if (source_prepare(path, options->format, &fd, err) < 0)
+        return -1;
+    return image_import_fd(r, fd, path, name, options, ret_report, err);
 }

@@ -341,6 +341,12 @@ static void heal_others(struct image_session *s, uint64_t n_packs)
                  log_q(s->image.name), healed);
 }
 
+void image_session_describe(struct image_session *s, const struct image *as)
+{
+    strcpy(s->image.parent, as->parent);
+    s->image.created_s = as->created_s;
+}
+
 int image_session_commit(struct image_session *s, struct import_report *ret_report,
                          struct vm_error **err)
 {
@@ -352,7 +358,8 @@ int image_session_commit(struct image_session *s, struct import_report *ret_repo
     image_writer_stat(s->writer, &stat);
     for (unsigned i = 0; i < s->image.n_files; i++)
         s->image.files[i].root = image_writer_root(s->files[i]);
-    s->image.created_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
+    if (!s->image.created_s)
+        s->image.created_s = (uint64_t)(clock_wall_ns() / NSEC_PER_SEC);
     s->image.writer = registration_number(s->registration);
     s->image.bytes_added = stat.bytes_stored;
     const struct object_set *shared = image_writer_shared(s->writer);

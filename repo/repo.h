@@ -23,6 +23,7 @@
 #include "repo/catalogue.h"
 #include "repo/file_reader.h"
 #include "repo/image_writer.h"
+#include "repo/repo_control.h"
 
 struct repo;
 
@@ -53,21 +54,6 @@ struct repo_stat {
 /* Lists all objects: seconds per million of packs. */
 int repo_stat(struct repo *r, struct repo_stat *ret_stat, struct vm_error **err);
 
-/* ---- progress ---- */
-
-struct repo_progress {
-    uint64_t done, total; /* bytes of the image */
-    uint64_t stored;      /* bytes added to the store so far */
-};
-/* Called about four times a second and at the end, by a thread of the call. */
-typedef void repo_progress_fn(const struct repo_progress *progress, void *arg);
-
-struct repo_control {
-    repo_progress_fn *progress; /* may be NULL */
-    void *arg;
-    int cancel_fd; /* -1 for none; once it is readable (base/io.h) the call ends with CANCELLED */
-};
-
 /* ---- writing an image ---- */
 
 /*
@@ -96,6 +82,8 @@ struct image_writer *image_session_writer(struct image_session *s);
 uint64_t image_session_number(const struct image_session *s);
 struct image_file *image_session_file(struct image_session *s, const char *name, uint64_t size,
                                       struct vm_error **err);
+/* For an image that is copied from elsewhere: take over its parent's name and its time. */
+void image_session_describe(struct image_session *s, const struct image *as);
 int image_session_commit(struct image_session *s, struct import_report *ret_report,
                          struct vm_error **err);
 
@@ -124,6 +112,20 @@ int image_import(struct repo *r, const char *path, const char *name,
  */
 int image_export(struct repo *r, const char *name, const char *file, const char *path,
                  const struct repo_control *control, struct vm_error **err);
+
+/*
+ * The same on descriptors that somebody opened already, with rights that may be less than ours: no
+ * path is opened. `fd` of an import is one of source_prepare (repo/source.h), of an export one of
+ * image_export_target; both stay the caller's. `path`: what messages call it. After a failed export
+ * image_export_undo removes the file.
+ */
+int image_import_fd(struct repo *r, int fd, const char *path, const char *name,
+                    const struct import_options *options, struct import_report *ret_report,
+                    struct vm_error **err);
+int image_export_target(const char *path, int *ret_fd, struct vm_error **err);
+int image_export_fd(struct repo *r, const char *name, const char *file, int fd, const char *path,
+                    const struct repo_control *control, struct vm_error **err);
+void image_export_undo(const char *path, int fd);
 
 struct image_sizes {
     uint64_t virtual_bytes;

@@ -10,22 +10,35 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-struct source *source_open(const char *path, const char *format, struct vm_error **err)
+int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_error **err)
 {
     cleanup_free char *found = NULL;
     /* Absolute, so that QEMU takes no part of it for a protocol. */
     cleanup_free char *absolute = realpath(path, NULL);
-    if (!absolute || access(absolute, R_OK) < 0) {
-        error_errno(err, errno, "cannot read %s", path);
-        return NULL;
-    }
-    path = absolute;
+    if (!absolute || access(absolute, R_OK) < 0)
+        return error_errno(err, errno, "cannot read %s", path);
     if (!format || strcmp(format, "raw") != 0) {
-        if (source_probe(path, format, &found, err) < 0)
-            return NULL;
+        if (source_probe(absolute, format, &found, err) < 0)
+            return -1;
         format = found;
     }
-    return !strcmp(format, "raw") ? source_raw_open(path, err) : source_nbd_open(path, format, err);
+    if (strcmp(format, "raw") != 0)
+        return source_nbd_serve(absolute, format, ret_fd, err);
+    int fd = open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot open %s", path);
+    *ret_fd = fd;
+    return 0;
+}
+
+struct source *source_open_fd(int fd, const char *name, struct vm_error **err)
+{
+    struct stat st;
+    if (fstat(fd, &st) < 0) {
+        error_errno(err, errno, "cannot look at %s", name);
+        return NULL;
+    }
+    return S_ISSOCK(st.st_mode) ? source_nbd_open(fd, name, err) : source_raw_open(fd, name, err);
 }
 
 void source_close(struct source *s)
@@ -121,18 +134,18 @@ static int raw_size(int fd, const char *path, uint64_t *ret_size, struct vm_erro
     return 0;
 }
 
-struct source *source_raw_open(const char *path, struct vm_error **err)
+struct source *source_raw_open(int from, const char *name, struct vm_error **err)
 {
     uint64_t size;
-    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    cleanup_close int fd = fcntl(from, F_DUPFD_CLOEXEC, 3);
     if (fd < 0) {
-        error_errno(err, errno, "cannot open %s", path);
+        error_errno(err, errno, "cannot read %s", name);
         return NULL;
     }
-    if (raw_size(fd, path, &size, err) < 0)
+    if (raw_size(fd, name, &size, err) < 0)
         return NULL;
     struct source_raw *r = calloc(1, sizeof(*r));
-    char *copy = strdup(path);
+    char *copy = strdup(name);
     if (!r || !copy) {
         free(r);
         free(copy);

@@ -18,10 +18,17 @@
 struct source;
 
 /*
- * `format` NULL: looked for. USAGE or REFUSED for what repo.h says, CORRUPT for an image that QEMU
- * cannot make sense of.
+ * In two steps, so that a process can open what another one then reads. prepare opens the file with
+ * the rights of the caller and gives a descriptor: of the file itself if it is raw, else of a
+ * socket at which a qemu-nbd serves it read-only until the socket is closed. open_fd takes such a
+ * descriptor, which may come from somebody less privileged: it opens no path, and runs nothing.
+ * `format` NULL: looked for. `name`: of the file, in messages.
+ *
+ * USAGE or REFUSED for what repo.h says, CORRUPT for an image that QEMU cannot make sense of.
  */
-struct source *source_open(const char *path, const char *format, struct vm_error **err);
+int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_error **err);
+/* The descriptor stays the caller's. */
+struct source *source_open_fd(int fd, const char *name, struct vm_error **err);
 void source_close(struct source *s);
 DEFINE_CLEANUP(source, struct source *, source_close)
 uint64_t source_size(const struct source *s);

@@ -18,8 +18,11 @@ struct source {
     uint64_t size;
 };
 
-struct source *source_raw_open(const char *path, struct vm_error **err);
-struct source *source_nbd_open(const char *path, const char *format, struct vm_error **err);
+/* On descriptors that stay the caller's. */
+struct source *source_raw_open(int fd, const char *name, struct vm_error **err);
+struct source *source_nbd_open(int fd, const char *name, struct vm_error **err);
+/* A socket at which a qemu-nbd of its own serves the file. */
+int source_nbd_serve(const char *path, const char *format, int *ret_fd, struct vm_error **err);
 /*
  * The format of the file by qemu-img, with the checks of repo.h's image_import; *ret_format is the
  * caller's. `format`: what the user said, or NULL.

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with us
- * serves them, read-only, over a socket that libnbd hands it.
+ * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with the
+ * connection serves them, read-only.
  */
 #include "repo/source_driver.h"
 
@@ -16,7 +16,10 @@
 #include <spawn.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 enum { INFO_MAX = 1 << 20, READ_MAX = 1 << 20 };
 
@@ -178,7 +181,7 @@ static void nbd_source_close(struct source *s)
     struct source_nbd *n = (struct source_nbd *)s;
     if (n->nbd) {
         nbd_shutdown(n->nbd, 0);
-        nbd_close(n->nbd); /* ends qemu-nbd, too */
+        nbd_close(n->nbd); /* its qemu-nbd ends with the connection */
     }
     free(n->path);
     free(n);
@@ -244,17 +247,13 @@ static int nbd_source_read(struct source *s, uint64_t offset, void *out, size_t 
 static const struct source_driver nbd_driver = {nbd_source_close, nbd_source_extent,
                                                 nbd_source_read};
 
-static int connect_server(struct source_nbd *n, const char *format, struct vm_error **err)
+static int connect_server(struct source_nbd *n, int fd, struct vm_error **err)
 {
-    cleanup_free char *format_option = NULL;
-    if (asprintf(&format_option, "--format=%s", format) < 0)
-        return error_nomem(err);
-    char *argv[] = {(char[]){"qemu-nbd"}, (char[]){"--read-only"}, format_option,
-                    (char[]){"--"}, n->path, NULL};
     n->nbd = nbd_create();
-    if (!n->nbd || nbd_add_meta_context(n->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) < 0 ||
-        nbd_connect_systemd_socket_activation(n->nbd, argv) < 0)
-        return fail(n, "qemu-nbd cannot serve", err);
+    int own = n->nbd ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
+    if (own < 0 || nbd_add_meta_context(n->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) < 0 ||
+        nbd_connect_socket(n->nbd, own) < 0)
+        return fail(n, "qemu-nbd does not serve", err);
     int64_t size = nbd_get_size(n->nbd);
     if (size < 0)
         return fail(n, "cannot tell the size of", err);
@@ -263,18 +262,71 @@ static int connect_server(struct source_nbd *n, const char *format, struct vm_er
     return 0;
 }
 
-struct source *source_nbd_open(const char *path, const char *format, struct vm_error **err)
+struct source *source_nbd_open(int fd, const char *name, struct vm_error **err)
 {
     struct source_nbd *n = calloc(1, sizeof(*n));
-    if (!n || !(n->path = strdup(path))) {
+    if (!n || !(n->path = strdup(name))) {
         free(n);
         error_nomem(err);
         return NULL;
     }
     n->source.driver = &nbd_driver;
-    if (connect_server(n, format, err) < 0) {
+    if (connect_server(n, fd, err) < 0) {
         nbd_source_close(&n->source);
         return NULL;
     }
     return &n->source;
+}
+
+/* ---- serving ---- */
+
+/*
+ * A session of its own, so that Ctrl-C on the terminal does not reach it: who reads may outlive
+ * who opened. The shell is there because LISTEN_PID has to name the process that becomes qemu-nbd.
+ */
+static int spawn_server(const char *path, const char *format, int listener, struct vm_error **err)
+{
+    cleanup_free char *option = NULL;
+    if (asprintf(&option, "--format=%s", format) < 0)
+        return error_nomem(err);
+    const char *words[] = {"sh", "-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec qemu-nbd \"$@\"", "sh",
+                           "--read-only", option, "--", path, NULL};
+    char *argv[9];
+    memcpy(argv, words, sizeof(argv)); /* exec takes char *, and changes nothing */
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    pid_t pid;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
+    posix_spawn_file_actions_adddup2(&actions, 0, 1);
+    posix_spawn_file_actions_adddup2(&actions, 0, 2);
+    posix_spawn_file_actions_adddup2(&actions, listener, 3);
+    int rc = posix_spawnp(&pid, argv[0], &actions, &attributes, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    posix_spawnattr_destroy(&attributes);
+    return rc ? error_errno(err, rc, "cannot run qemu-nbd, which reads formats other than raw") : 0;
+}
+
+int source_nbd_serve(const char *path, const char *format, int *ret_fd, struct vm_error **err)
+{
+    /* An abstract name that the kernel chooses: no file is left behind. */
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    socklen_t size = sizeof(sa_family_t);
+    cleanup_close int bound = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    /* Not 3, which dup2 would leave close-on-exec. */
+    cleanup_close int listener = bound < 0 ? -1 : fcntl(bound, F_DUPFD_CLOEXEC, 4);
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener < 0 || fd < 0 || bind(listener, (struct sockaddr *)&address, size) < 0 ||
+        listen(listener, 1) < 0)
+        return error_errno(err, errno, "cannot make a socket for qemu-nbd");
+    size = sizeof(address);
+    if (getsockname(listener, (struct sockaddr *)&address, &size) < 0 ||
+        connect(fd, (struct sockaddr *)&address, size) < 0)
+        return error_errno(err, errno, "cannot connect to qemu-nbd");
+    if (spawn_server(path, format, listener, err) < 0)
+        return -1;
+    *ret_fd = steal_fd(&fd);
+    return 0;
 }

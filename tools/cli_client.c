@@ -89,11 +89,22 @@ void cli_client_close(struct cli_client *c)
 int cli_client_send(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
                     struct vm_error **err)
 {
+    return cli_client_send_fd(c, type, request, -1, err);
+}
+
+int cli_client_send_fd(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
+                       int fd, struct vm_error **err)
+{
     cleanup_buffer struct buffer out = {0};
     if (control_check(type, request, err) < 0 ||
         frame_put_message(&out, (uint16_t)type, request, err) < 0)
         return -1;
-    return io_write_full(c->fd, out.data, out.len, clock_mono_ns() + SEND_TIMEOUT_NS, -1, err);
+    /* The descriptor goes with the first byte. */
+    size_t sent = fd >= 0;
+    if (sent && io_send_fds(c->fd, out.data, 1, &fd, 1, err) < 0)
+        return -1;
+    return io_write_full(c->fd, out.data + sent, out.len - sent, clock_mono_ns() + SEND_TIMEOUT_NS,
+                         -1, err);
 }
 
 static int read_frame(struct cli_client *c, int64_t deadline_ns, int cancel_fd, struct frame *ret,

@@ -31,6 +31,9 @@ DEFINE_CLEANUP(cli_client, struct cli_client *, cli_client_close)
 
 int cli_client_send(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
                     struct vm_error **err);
+/* The same with a descriptor, which stays the caller's; -1: none. */
+int cli_client_send_fd(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
+                       int fd, struct vm_error **err);
 /*
  * The next answer, which must be of type `want`. Ends with CANCELLED when cancel_fd (-1: none)
  * becomes readable; the connection stays usable then, and the call can be repeated.

@@ -28,6 +28,8 @@ static const struct cli_family about = {"About", commands, objects};
 const struct cli_family *const cli_families[] = {
     &cli_family_vm,
     &cli_family_snapshot,
+    &cli_family_image,
+    &cli_family_repo,
     &cli_family_pki,
     &cli_family_doctor,
     &about,

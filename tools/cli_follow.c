@@ -2,6 +2,7 @@
 #include "tools/cli_follow.h"
 
 #include "base/io.h"
+#include "base/uuid.h"
 #include "tools/cli_print.h"
 
 #include <errno.h>
@@ -17,14 +18,13 @@ enum { TERMINAL_INTERVAL_MS = 200, PLAIN_INTERVAL_MS = 1000, LINE_MAX_BYTES = 10
 struct follow {
     const struct cli *cli;
     struct cli_client *client;
-    const char *vm;
+    const char *vm;      /* "": a job of the repository */
+    struct uuid job;     /* known if vm is "" */
     int signal_fd;
-    bool terminal;
-    bool line_open;      /* the terminal's line holds progress */
+    const struct cli_follow_hooks *hooks; /* NULL: of a VM */
+    struct cli_progress progress;
     int interrupts;
     int64_t leave_at_ns; /* INT64_MAX: stay until the end */
-    int64_t printed_ns;
-    char phase[CONTROL_WORD_MAX + 1]; /* of the last plain line */
 };
 
 int cli_follow_prepare(struct vm_error **err)
@@ -47,31 +47,37 @@ static int terminal_width(void)
     return w.ws_col;
 }
 
-static void close_line(struct follow *f)
+void cli_progress_close(struct cli_progress *p)
 {
-    if (f->line_open)
+    if (p->line_open)
         fputs("\r\033[K", stderr);
-    f->line_open = false;
+    p->line_open = false;
 }
 
-static void show_progress(struct follow *f, const Vmmig__Control__Job *job)
+void cli_progress_show(struct cli_progress *p, const Vmmig__Control__Job *job)
 {
     char line[LINE_MAX_BYTES];
-    if (f->cli->json)
-        return;
     cli_format_progress(job, line, sizeof(line));
-    if (f->terminal) {
+    if (isatty(STDERR_FILENO)) {
         fprintf(stderr, "\r%.*s\033[K", terminal_width() - 1, line);
         fflush(stderr);
-        f->line_open = true;
+        p->line_open = true;
         return;
     }
     int64_t now = clock_mono_ns();
-    if (!strcmp(f->phase, job->phase) && now - f->printed_ns < PLAIN_INTERVAL_NS)
+    if (!*job->vm && !p->printed_ns) /* work that is short says only what came of it */
+        p->printed_ns = now;
+    if ((!*job->vm || !strcmp(p->phase, job->phase)) && now - p->printed_ns < PLAIN_INTERVAL_NS)
         return;
     fprintf(stderr, "%s\n", line);
-    snprintf(f->phase, sizeof(f->phase), "%s", job->phase);
-    f->printed_ns = now;
+    snprintf(p->phase, sizeof(p->phase), "%s", job->phase);
+    p->printed_ns = now;
+}
+
+/* What `vmmig cancel` takes. */
+static const char *subject(const struct follow *f)
+{
+    return *f->vm ? f->vm : uuid_text(&f->job);
 }
 
 /* Tell the agent, over a connection of its own: this one is busy with the watch. */
@@ -82,6 +88,8 @@ static void cancel(struct follow *f)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Cancel m = VMMIG__CONTROL__CANCEL__INIT;
     m.vm = (char *)(uintptr_t)f->vm;
+    if (!*f->vm)
+        m.job = (ProtobufCBinaryData){sizeof(f->job.bytes), f->job.bytes};
     if (!c || cli_client_call(c, VMMIG__CONTROL__TYPE__CANCEL, &m.base,
                               VMMIG__CONTROL__TYPE__JOB, &answer, &err) < 0)
         fprintf(stderr, "vmmig: %s\n", error_message(err));
@@ -92,12 +100,14 @@ static void cancel(struct follow *f)
 /* A Ctrl-C came. */
 static void on_interrupt(struct follow *f)
 {
-    close_line(f);
+    cli_progress_close(&f->progress);
+    if (!f->interrupts && f->hooks && f->hooks->ctrl_c_cancels)
+        f->interrupts++;
     switch (++f->interrupts) {
     case 1:
         fprintf(stderr,
                 "vmmig: the job goes on in the background; Ctrl-C again cancels it now, "
-                "`vmmig cancel %s` later\n", f->vm);
+                "`vmmig cancel %s` later\n", subject(f));
         f->leave_at_ns = clock_mono_ns() + FOLLOW_GRACE_NS;
         break;
     case 2:
@@ -137,11 +147,13 @@ static int conclude(const struct follow *f, const Vmmig__Control__Job *job, stru
 {
     bool done = job->state == VMMIG__CONTROL__JOB_STATE__DONE;
     enum vm_error_kind kind = job->error ? error_kind_parse(job->error->kind) : VM_ERROR_FAILED;
-    if (f->cli->json) {
+    if (f->cli->json && !f->hooks) {
         if (cli_print_json(cli_json_job(job), err) < 0)
             return -1;
         return done ? 0 : error_kind_status(kind);
     }
+    if (done && f->hooks)
+        return f->hooks->conclude(job, f->hooks->arg, err);
     if (!done)
         return error_set(err, kind, "%s", job->error ? job->error->message : "the job failed");
     cli_print_summary(stdout, job);
@@ -154,8 +166,8 @@ static int follow(struct follow *f, struct vm_error **err)
         cleanup_control_message struct control_message m = {0};
         int r = next_report(f, &m, err);
         if (r < 0) {
-            close_line(f);
-            if (err && (*err)->kind == VM_ERROR_UNREACHABLE)
+            cli_progress_close(&f->progress);
+            if (err && !f->hooks && (*err)->kind == VM_ERROR_UNREACHABLE)
                 error_wrap(err, "%s: the job's end was not seen, ask `vmmig status %s`", f->vm,
                            f->vm);
             return -1;
@@ -163,31 +175,41 @@ static int follow(struct follow *f, struct vm_error **err)
         if (r == 0)
             return CLI_STATUS_INTERRUPTED;
         if (m.job->state != VMMIG__CONTROL__JOB_STATE__RUNNING) {
-            close_line(f);
+            cli_progress_close(&f->progress);
             return conclude(f, m.job, err);
         }
-        show_progress(f, m.job);
+        if (!f->cli->json)
+            cli_progress_show(&f->progress, m.job);
     }
+}
+
+static int watch_and_follow(struct follow *f, const Vmmig__Control__Job *job,
+                            struct vm_error **err)
+{
+    Vmmig__Control__Watch watch = VMMIG__CONTROL__WATCH__INIT;
+    if (job)
+        watch.job = job->id;
+    else
+        watch.vm = (char *)(uintptr_t)f->vm;
+    watch.interval_ms = isatty(STDERR_FILENO) ? TERMINAL_INTERVAL_MS : PLAIN_INTERVAL_MS;
+    if (cli_client_send(f->client, VMMIG__CONTROL__TYPE__WATCH, &watch.base, err) < 0)
+        return -1;
+    return follow(f, err);
 }
 
 int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
                const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err)
 {
-    struct follow f = {
-        .cli = cli,
-        .client = c,
-        .vm = vm,
-        .signal_fd = signal_fd,
-        .terminal = isatty(STDERR_FILENO),
-        .leave_at_ns = INT64_MAX,
-    };
-    Vmmig__Control__Watch watch = VMMIG__CONTROL__WATCH__INIT;
-    if (job)
-        watch.job = job->id;
-    else
-        watch.vm = (char *)(uintptr_t)vm;
-    watch.interval_ms = f.terminal ? TERMINAL_INTERVAL_MS : PLAIN_INTERVAL_MS;
-    if (cli_client_send(c, VMMIG__CONTROL__TYPE__WATCH, &watch.base, err) < 0)
-        return -1;
-    return follow(&f, err);
+    struct follow f = {.cli = cli, .client = c, .vm = vm, .signal_fd = signal_fd,
+                       .leave_at_ns = INT64_MAX};
+    return watch_and_follow(&f, job, err);
+}
+
+int cli_follow_with(const struct cli *cli, struct cli_client *c, const Vmmig__Control__Job *job,
+                    const struct cli_follow_hooks *hooks, int signal_fd, struct vm_error **err)
+{
+    struct follow f = {.cli = cli, .client = c, .vm = "", .signal_fd = signal_fd, .hooks = hooks,
+                       .leave_at_ns = INT64_MAX};
+    memcpy(f.job.bytes, job->id.data, sizeof(f.job.bytes));
+    return watch_and_follow(&f, job, err);
 }

@@ -31,4 +31,23 @@ int cli_follow_prepare(struct vm_error **err);
 int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
                const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err);
 
+/* For jobs that are not a VM's. */
+struct cli_follow_hooks {
+    bool ctrl_c_cancels; /* the first one already */
+    /* Instead of the summary, for a job that is done: its exit status, or -1. */
+    int (*conclude)(const Vmmig__Control__Job *job, void *arg, struct vm_error **err);
+    void *arg;
+};
+int cli_follow_with(const struct cli *cli, struct cli_client *c, const Vmmig__Control__Job *job,
+                    const struct cli_follow_hooks *hooks, int signal_fd, struct vm_error **err);
+
+/* The progress line alone, for work that is done in this process. Zero-initialise it. */
+struct cli_progress {
+    bool line_open;      /* the terminal's line holds progress */
+    int64_t printed_ns;
+    char phase[CONTROL_WORD_MAX + 1]; /* of the last plain line */
+};
+void cli_progress_show(struct cli_progress *p, const Vmmig__Control__Job *job);
+void cli_progress_close(struct cli_progress *p);
+
 #endif

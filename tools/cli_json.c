@@ -100,9 +100,10 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
     return json_pack(
         "{s:o, s:o, s:o, s:o, s:s, s:b, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, "
         "s:o, "
-        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
-        "job", string(uuid_text(&id)), "kind", string(j->kind), "vm", string(j->vm), "peer",
-        string(j->peer), "state", state_name(j->state), "cancelling", (int)j->cancelling, "started",
+        "s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}",
+        "job", string(uuid_text(&id)), "kind", string(j->kind), "vm",
+        *j->vm ? string(j->vm) : json_null(), "peer", string(j->peer), "state",
+        state_name(j->state), "cancelling", (int)j->cancelling, "started",
         cli_json_instant(j->started_ns), "elapsed_ms", milliseconds(j->elapsed_ns), "error", error,
         "phase", string(j->phase), "round", number(j->round), "total_bytes", number(j->total),
         "remaining_bytes", number(j->remaining), "dirty_rate", number(j->dirty_rate), "working_set_bytes",
@@ -113,7 +114,7 @@ json_t *cli_json_job(const Vmmig__Control__Job *j)
         number(j->throttle_max_percent), "connections", number(j->connections), "reconnects",
         number(j->reconnects), "predicted_pause_ms", milliseconds(j->predicted_pause_ns),
         "pause_ms", milliseconds(j->pause_ns), "note", string(j->note), "snapshot",
-        snapshot(j->snapshot));
+        snapshot(j->snapshot), "stored_bytes", number(j->stored_bytes));
 }
 
 json_t *cli_json_jobs(const Vmmig__Control__JobList *jobs)

@@ -207,8 +207,8 @@ void cli_print_usage(FILE *out)
 {
     fputs("usage: vmmig COMMAND [OPTION]...\n\n", out);
     text_wrap(out,
-              "Moves running virtual machines between hosts, through the agent (vmmigd) of this "
-              "host.",
+              "Moves running virtual machines between hosts and keeps their images, through the agent "
+              "(vmmigd) of this host.",
               0, 0);
     for (const struct cli_family *const *f = cli_families; *f; f++) {
         fprintf(out, "\n%s:\n", (*f)->title);
@@ -263,7 +263,8 @@ void cli_print_manual(FILE *out)
           "    vmmig COMMAND [OPTION]...\n\n", out);
     text_wrap(out,
               "`vmmig` talks to `vmmigd`, the agent of this host (vmmigd(8)), which keeps virtual "
-              "machines and moves them, running, to other hosts.",
+              "machines, moves them, running, to other hosts, and keeps images in a repository. The "
+              "commands about images also work without an agent, with `--repo URL`.",
               0, 0);
     for (const struct cli_family *const *f = cli_families; *f; f++) {
         fprintf(out, "\n## %s\n", (*f)->title);

@@ -3,6 +3,7 @@
 
 #include "base/clock.h"
 #include "base/text.h"
+#include "base/uuid.h"
 
 #include <inttypes.h>
 #include <stdarg.h>
@@ -73,9 +74,33 @@ static void append_saved(const Vmmig__Control__Job *j, char *out, size_t size, c
     }
 }
 
+/* "import debian12 [####----]  52% 1.1 GiB of 2.0 GiB, 512 MiB/s, 180 MiB stored (6.2:1)" */
+static void format_repo_progress(const Vmmig__Control__Job *j, char *out, size_t size)
+{
+    enum { BAR = 20 };
+    uint64_t done = j->total - (j->remaining < j->total ? j->remaining : j->total);
+    double part = j->total ? (double)done / (double)j->total : 0;
+    append(out, size, *j->peer ? "%s %s" : "%s", j->kind, j->peer);
+    if (!j->total)
+        return;
+    append(out, size, " [%-*.*s] %3.0f%% %s", BAR, (int)(part * BAR), "####################",
+           100 * part, text_size(done));
+    append(out, size, " of %s", text_size(j->total));
+    if (j->elapsed_ns > NSEC_PER_SEC / 10)
+        append(out, size, ", %s/s",
+               text_size((uint64_t)((double)done * NSEC_PER_SEC / (double)j->elapsed_ns)));
+    if (j->stored_bytes)
+        append(out, size, ", %s stored (%.1f:1)", text_size(j->stored_bytes),
+               (double)done / (double)j->stored_bytes);
+}
+
 void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
 {
     *out = 0;
+    if (!*j->vm) {
+        format_repo_progress(j, out, size);
+        return;
+    }
     append(out, size, "%s", j->phase);
     if (j->round)
         append(out, size, " round %u", j->round);
@@ -260,7 +285,12 @@ void cli_print_jobs(FILE *out, const Vmmig__Control__JobList *jobs)
         const Vmmig__Control__Job *j = jobs->jobs[i];
         fprintf(out, "%s  %-9s  %-7s  %s", local_time_text(j->started_ns), states[j->state],
                 j->kind, j->vm);
-        fprintf(out, *j->peer ? "  %s" : "%s", j->peer);
+        fprintf(out, *j->peer ? (*j->vm ? "  %s" : "%s") : "%s", j->peer);
+        if (!*j->vm && j->state == VMMIG__CONTROL__JOB_STATE__RUNNING) {
+            struct uuid id;
+            memcpy(id.bytes, j->id.data, sizeof(id.bytes));
+            fprintf(out, "  %s", uuid_text(&id));
+        }
         fprintf(out, j->error ? ": %s\n" : "%s\n", j->error ? j->error->message : "");
     }
 }

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/clock.h"
+#include "base/uuid.h"
 #include "tools/cli.h"
 #include "tools/cli_client.h"
 #include "tools/cli_follow.h"
@@ -180,18 +181,35 @@ static int run_jobs(const struct cli *c, struct vm_error **err)
     return 0;
 }
 
+/* Is the argument the id of a job, and not the name of a VM that has one like it? */
+static bool names_job(const struct cli *c, struct uuid *ret_id)
+{
+    cleanup_control_message struct control_message answer = {0};
+    cleanup_error struct vm_error *ignored = NULL;
+    Vmmig__Control__Status m = VMMIG__CONTROL__STATUS__INIT;
+    m.vm = cli_word(c->args.list[0]);
+    return uuid_parse(c->args.list[0], ret_id) &&
+           cli_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base, VMMIG__CONTROL__TYPE__VM,
+                   &answer, &ignored) < 0;
+}
+
 static int run_cancel(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Cancel m = VMMIG__CONTROL__CANCEL__INIT;
+    struct uuid id;
     if (check_vm_name(c, err) < 0)
         return -1;
-    m.vm = cli_word(c->args.list[0]);
+    if (names_job(c, &id))
+        m.job = (ProtobufCBinaryData){sizeof(id.bytes), id.bytes};
+    else
+        m.vm = cli_word(c->args.list[0]);
     if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_job(answer.job), err);
-    printf("%s: %s is being cancelled\n", answer.job->vm, answer.job->kind);
+    printf("%s: %s is being cancelled\n", *answer.job->vm ? answer.job->vm : answer.job->peer,
+           answer.job->kind);
     return 0;
 }
 
@@ -312,8 +330,8 @@ static const struct cli_command commands[] = {
      "List the jobs that run and the last ones that ended, newest first. A restart of the agent "
      "forgets those that ended.",
      run_jobs},
-    {"cancel", "NAME", 1, 1, false, NULL, "cancel the job of a VM",
-     "Ask the job of a VM to end early: a migration is undone and the guest runs on at the "
+    {"cancel", "NAME|JOB", 1, 1, false, NULL, "cancel the job of a VM, or of the repository",
+     "Ask the job of a VM, or that of the repository with that id, to end early: a migration is undone and the guest runs on at the "
      "source. Once the source has committed itself only the destination decides, and the answer "
      "is \"too late\".",
      run_cancel},
@@ -338,12 +356,13 @@ static const struct cli_object objects[] = {
      "(null, or attempt, state, text, peer, in_doubt, settled), and in the answer about one VM qmp "
      "or socket, and argv"},
     {"a job (send, watch, cancel; jobs: an array `jobs`)",
-     "job, kind (send, receive, snapshot, restore), vm, peer, state (running, done, failed, cancelled), cancelling, "
-     "started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
-     "undoing), round, total_bytes, remaining_bytes, dirty_rate, working_set_bytes (null if not "
-     "known), link_rate, wire_bytes, resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, zstd, raw: each with pages and "
-     "wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
-     "predicted_pause_ms, pause_ms, note"},
+     "job, kind (send, receive, snapshot, restore; of the repository: import, export, gc, scrub, rebuild-index, "
+     "copy), vm (null: of the repository), peer (or the image), state (running, done, failed, "
+     "cancelled), cancelling, started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
+     "undoing; working), round, total_bytes, remaining_bytes, dirty_rate, working_set_bytes (null if not "
+     "known), link_rate, wire_bytes, resent_bytes, opaque_bytes, pages (zero, same, delta, lz4, "
+     "zstd, raw: each with pages and wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
+     "predicted_pause_ms, pause_ms, note, stored_bytes"},
     {"the agent (status)",
      "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes"},
     {"resolve", "vm, decided (here, gone)"},

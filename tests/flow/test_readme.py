@@ -19,6 +19,7 @@ def commands(path):
 def test_two_hosts_as_in_the_readme(tmp_path):
     typed = commands('README.md')
     done = []
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', tmp_path / 'debian12.qcow2', '16M'], check=True)
     with Cluster() as cluster:
         vm = BareGuest('web1', mem_mib=64, dirty_mib=8)
         console = cluster.console('web1')
@@ -27,7 +28,10 @@ def test_two_hosts_as_in_the_readme(tmp_path):
             for said, real in names.items():
                 line = line.replace(said, real)
             words = line.split()[1:]
-            if words[0] == 'pki':
+            if words[0] in ('repo', 'image'):
+                subprocess.run([built('tools/vmmig'), *words, '--repo', f'dir:{tmp_path}/repo'], cwd=tmp_path,
+                               check=True, capture_output=True)
+            elif words[0] == 'pki':
                 subprocess.run([built('tools/vmmig'), *words], cwd=tmp_path, check=True, capture_output=True)
             elif words[0] == 'run':
                 cluster.agents[0].vmmig('run', 'web1', '--', *vm.argv())
@@ -41,7 +45,7 @@ def test_two_hosts_as_in_the_readme(tmp_path):
             done.append(words[0])
         console.wait_ticks(5)
         assert console.check() == ['h1', 'h2']
-    assert {'pki', 'run', 'attach', 'send', 'status'} <= set(done)
+    assert {'pki', 'run', 'attach', 'send', 'status', 'repo', 'image'} <= set(done)
 
 
 def test_every_command_of_the_manuals_exists():

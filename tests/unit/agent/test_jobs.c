@@ -3,6 +3,7 @@
 
 #include "base/clock.h"
 #include "base/io.h"
+#include "repo/service.h"
 
 #include <poll.h>
 #include <pthread.h>
@@ -344,6 +345,57 @@ static void an_id_may_be_given(void **state)
     assert_int_equal(err->kind, VM_ERROR_CONFLICT);
 }
 
+/* Jobs of the repository have no VM, run side by side, are cancelled by id and keep a result. */
+static int with_result(struct job *job, void *arg, struct vm_error **err)
+{
+    return job_set_result(job, arg, strlen(arg), err);
+}
+
+static void jobs_of_the_repository(void **state)
+{
+    (void)state;
+    struct script a, b;
+    struct uuid id_a, id_b, id_c;
+    char found[] = "found";
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(job_table) struct job_table *t = job_table_create(4, NULL);
+    script_init(&a);
+    script_init(&b);
+    assert_int_equal(start(t, NULL, &a, &id_a, NULL), 0);
+    assert_int_equal(start(t, NULL, &b, &id_b, NULL), 0);
+    assert_int_equal(job_cancel_id(t, &id_a, NULL), 0);
+    wait_ended(t, &id_a);
+    assert_int_equal(job_cancel_id(t, &id_a, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+    io_latch_set(b.release);
+    wait_ended(t, &id_b);
+    struct job_params p = {.kind = JOB_SCRUB, .run = with_result, .arg = found};
+    assert_int_equal(job_start(t, &p, &id_c, NULL), 0);
+    wait_ended(t, &id_c);
+    cleanup_job_status struct job_status status = {0};
+    assert_int_equal(job_get(t, &id_c, &status, NULL), 0);
+    assert_int_equal(status.state, JOB_STATE_DONE);
+    assert_string_equal(status.vm, "");
+    assert_int_equal(status.result_len, 5);
+    assert_memory_equal(status.result, found, 5);
+    script_finish(&a);
+    script_finish(&b);
+}
+
+static void every_long_verb_is_a_kind_of_job(void **state)
+{
+    (void)state;
+    unsigned n = 0;
+    for (unsigned verb = 1; verb <= VMMIG__CONTROL__REPO_VERB__IMAGE_DIFF; verb++) {
+        bool found = false;
+        for (unsigned kind = 0; kind < JOB_KIND_COUNT; kind++)
+            found |= !strcmp(job_kind_name(kind), repo_service_verb_name(verb));
+        assert_int_equal(found, repo_service_is_long(verb));
+        n += found;
+    }
+    assert_int_equal(n, 6);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -359,6 +411,8 @@ int main(void)
         cmocka_unit_test(stopping_ends_jobs_also_those_that_closed_their_latch),
         cmocka_unit_test(stopping_says_when_a_job_does_not_end),
         cmocka_unit_test(an_id_may_be_given),
+        cmocka_unit_test(jobs_of_the_repository),
+        cmocka_unit_test(every_long_verb_is_a_kind_of_job),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -189,7 +189,8 @@ static void progress_is_one_line(void **state)
     Vmmig__Control__Job job = VMMIG__CONTROL__JOB__INIT;
     Vmmig__Control__Pages zero = VMMIG__CONTROL__PAGES__INIT, lz4 = VMMIG__CONTROL__PAGES__INIT;
     Vmmig__Control__Pages *pages[] = {&zero, &lz4};
-    char phase[] = "copying", z[] = "zero", l[] = "lz4", note[] = "throttling";
+    char phase[] = "copying", z[] = "zero", l[] = "lz4", note[] = "throttling", vm[] = "web1";
+    job.vm = vm;
     job.phase = phase;
     job.round = 3;
     job.total = 1 << 30;
@@ -215,6 +216,25 @@ static void progress_is_one_line(void **state)
     assert_int_equal(strlen(tiny), sizeof(tiny) - 1);
 }
 
+static void repository_progress_is_one_line(void **state)
+{
+    (void)state;
+    char line[400];
+    Vmmig__Control__Job job = VMMIG__CONTROL__JOB__INIT;
+    char kind[] = "import", peer[] = "debian12";
+    job.kind = kind;
+    job.peer = peer;
+    cli_format_progress(&job, line, sizeof(line));
+    assert_string_equal(line, "import debian12");
+    job.total = 2048ULL << 20;
+    job.remaining = 1024ULL << 20;
+    job.stored_bytes = 256 << 20;
+    job.elapsed_ns = 2000000000;
+    cli_format_progress(&job, line, sizeof(line));
+    assert_string_equal(line, "import debian12 [##########          ]  50% 1.0 GiB of 2.0 GiB, 512 "
+                              "MiB/s, 256 MiB stored (4.0:1)");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -226,6 +246,7 @@ int main(void)
         cmocka_unit_test(help_needs_no_arguments),
         cmocka_unit_test(bad_lines_get_one_clear_line),
         cmocka_unit_test(progress_is_one_line),
+        cmocka_unit_test(repository_progress_is_one_line),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,284 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""The repository beside restic, borg, casync and qemu-img: time and space for a disk and the memory of its guests.
+
+usage: repo_peers.py [--inputs DIR] [--work DIR] [--rounds N] [--tools A,B] [--json FILE]
+
+DIR holds disk.raw and mem1.raw, mem2.raw; what is missing is made: a Debian disk by mmdebstrap, and the memory of
+two guests booted from it under TCG. In each round every tool, one after the other, stores the three files in an
+empty store, stores the disk once more under another name, and gets all three out again; what comes out is
+compared. Medians over the rounds. tests/bench/run may import `measure` and `table`.
+
+Needs restic, borgbackup, casync, mmdebstrap, qemu-utils, qemu-system-x86 (tools/packages bench).
+"""
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FILES = ('disk.raw', 'mem1.raw', 'mem2.raw')
+MEMORY_MIB = 768
+SAY_BOOTED = '''[Unit]
+Description=say when the guest is up
+[Service]
+ExecStart=/bin/sh -c "cat /usr/bin/* /usr/lib/x86_64-linux-gnu/*.so* >/dev/null; echo BOOTED >/dev/ttyS0"
+Type=oneshot
+RemainAfterExit=yes
+[Install]
+WantedBy=multi-user.target
+'''
+
+
+def run(*argv, **options):
+    return subprocess.run([str(a) for a in argv], check=True, stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options).stdout
+
+
+# ---- the inputs
+
+def make_disk(folder):
+    root = folder / 'root'
+    run('mmdebstrap', '--variant=minbase', '--include=linux-image-cloud-amd64,systemd-sysv,openssh-server,'
+        'python3,curl,vim-tiny,git', 'bookworm', root)
+    service = root / 'etc/systemd/system/say.service'
+    service.write_text(SAY_BOOTED)
+    wants = root / 'etc/systemd/system/multi-user.target.wants'
+    wants.mkdir(parents=True, exist_ok=True)
+    (wants / 'say.service').symlink_to('../say.service')
+    for name in ('vmlinuz', 'initrd.img'):
+        shutil.copy(next((root / 'boot').glob(f'{name}-*')), folder / name)
+    with open(folder / 'disk.raw', 'wb') as disk:
+        disk.truncate(2 << 30)
+    run('mkfs.ext4', '-q', '-F', '-d', root, folder / 'disk.raw')
+    shutil.rmtree(root)
+
+
+def command(stream, name, **arguments):
+    stream.write(json.dumps({'execute': name, 'arguments': arguments}) + '\n')
+    stream.flush()
+    while 'return' not in (answer := json.loads(stream.readline())):
+        assert 'error' not in answer, answer
+
+
+def make_memory(folder, out):
+    """The memory of a guest that has booted from the disk."""
+    serial, qmp = folder / 'serial', folder / 'qmp'
+    serial.unlink(missing_ok=True)
+    with subprocess.Popen(
+            ['qemu-system-x86_64', '-machine', 'q35,accel=tcg', '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none',
+             '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-append', 'root=/dev/vda console=ttyS0',
+             '-drive', f'file={folder}/disk.raw,format=raw,if=virtio,snapshot=on', '-serial', f'file:{serial}',
+             '-qmp', f'unix:{qmp},server=on,wait=off']) as guest:
+        deadline = time.monotonic() + 600
+        while not serial.exists() or b'BOOTED' not in serial.read_bytes():
+            assert guest.poll() is None and time.monotonic() < deadline, 'the guest does not boot'
+            time.sleep(0.5)
+        with socket.socket(socket.AF_UNIX) as s:
+            s.connect(str(qmp))
+            stream = s.makefile('rw')
+            stream.readline()
+            command(stream, 'qmp_capabilities')
+            command(stream, 'stop')
+            command(stream, 'pmemsave', val=0, size=MEMORY_MIB << 20, filename=str(out))
+            command(stream, 'quit')
+        guest.wait(60)
+
+
+def make_inputs(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / 'disk.raw').exists():
+        make_disk(folder)
+    for name in FILES[1:]:
+        if not (folder / name).exists():
+            make_memory(folder, folder / name)
+    return [folder / name for name in FILES]
+
+
+# ---- the tools: each has init, put(file, name), get(name, path), and its store's bytes
+
+class Tool:
+    def __init__(self, store):
+        self.store = store
+
+    def bytes(self):
+        """What the store takes; ballast of vmmig, which is empty space set aside, not counted."""
+        total = 0
+        for path in self.store.rglob('*'):
+            if path.is_file() and path.name != 'ballast':
+                total += min(path.stat().st_size, path.stat().st_blocks * 512)
+        return total
+
+
+class Vmmig(Tool):
+    def vmmig(self, *words):
+        build = pathlib.Path(os.environ.get('VMMIG_BUILD', ROOT / 'build'))
+        return json.loads(run(build / 'tools/vmmig', *words, '--json', '--repo', f'dir:{self.store}'))
+
+    def init(self):
+        self.vmmig('repo', 'init')
+
+    def put(self, path, name):
+        self.vmmig('image', 'import', path, name, '--format', 'raw')
+
+    def get(self, name, path):
+        self.vmmig('image', 'export', name, path)
+
+    def bytes(self):
+        """Packs and trees; and the key-value map, as it is written on the disk."""
+        stat = self.vmmig('repo', 'stat')
+        maps = sum(p.stat().st_blocks * 512 for p in self.store.rglob('data.mdb'))
+        return stat['pack_bytes'] + stat['tree_bytes'] + maps
+
+
+class Restic(Tool):
+    env = dict(os.environ, RESTIC_PASSWORD='x')
+
+    def restic(self, *words):
+        return run('restic', '-q', '--no-cache', '-r', self.store, *words, env=self.env)
+
+    def init(self):
+        self.restic('init')
+
+    def put(self, path, name):
+        self.restic('backup', '--force', '--tag', name, path)
+
+    def get(self, name, path):
+        self.restic('restore', 'latest', '--tag', name, '--target', path.parent / 'restic')
+        found, = [p for p in (path.parent / 'restic').rglob('*.raw')]
+        os.rename(found, path)
+        shutil.rmtree(path.parent / 'restic')
+
+
+class Borg(Tool):
+    def __init__(self, store):
+        super().__init__(store)
+        self.env = dict(os.environ, BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK='yes', BORG_BASE_DIR=f'{store}.base')
+
+    def init(self):
+        run('borg', 'init', '-e', 'none', self.store, env=self.env)
+
+    def put(self, path, name):
+        run('borg', 'create', '-C', 'lz4', '--chunker-params', 'fixed,65536', '--files-cache', 'disabled',
+            f'{self.store}::{name}', path.name, env=self.env, cwd=path.parent)
+
+    def get(self, name, path):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            run('borg', 'extract', '--sparse', f'{self.store}::{name}', env=self.env, cwd=folder)
+            found, = pathlib.Path(folder).iterdir()
+            os.rename(found, path)
+
+
+class Casync(Tool):
+    def init(self):
+        self.store.mkdir()
+
+    def put(self, path, name):
+        run('casync', 'make', f'--store={self.store}/chunks', self.store / f'{name}.caibx', path)
+
+    def get(self, name, path):
+        run('casync', 'extract', f'--store={self.store}/chunks', self.store / f'{name}.caibx', path)
+
+
+class QemuImg(Tool):
+    def init(self):
+        self.store.mkdir()
+
+    def put(self, path, name):
+        run('qemu-img', 'convert', '-f', 'raw', '-c', '-O', 'qcow2', path, self.store / name)
+
+    def get(self, name, path):
+        run('qemu-img', 'convert', '-f', 'qcow2', '-O', 'raw', self.store / name, path)
+
+
+TOOLS = {'vmmig': Vmmig, 'restic': Restic, 'borg': Borg, 'casync': Casync, 'qemu-img': QemuImg}
+
+
+def timed(call, *args):
+    began = time.monotonic()
+    call(*args)
+    return time.monotonic() - began
+
+
+def digest(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
+            hashlib.sha256(file.read()).hexdigest()
+
+
+def sha256_rate():
+    """Bytes a second of one core, pages of 4 KiB as the repository hashes them."""
+    page, n = os.urandom(4096), 0
+    began = time.process_time()
+    while time.process_time() - began < 0.5:
+        hashlib.sha256(page)
+        n += 4096
+    return n / (time.process_time() - began)
+
+
+def one_round(name, inputs, digests, work):
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        folder = pathlib.Path(folder)
+        tool = TOOLS[name](folder / 'store')
+        tool.init()
+        result = {'import_s': sum(timed(tool.put, path, path.stem) for path in inputs)}
+        result['stored_bytes'] = before = tool.bytes()
+        result['again_s'] = timed(tool.put, inputs[0], 'again')
+        result['again_bytes'] = tool.bytes() - before
+        result['export_s'] = 0
+        for path in inputs:
+            out = folder / f'out-{path.name}'
+            result['export_s'] += timed(tool.get, path.stem, out)
+            assert digest(out) == digests[path], f'{name}: {path.name} came out changed'
+            out.unlink()
+        return result
+
+
+def measure(inputs, work, rounds, tools):
+    digests = {path: digest(path) for path in inputs}
+    rows = {name: [] for name in tools}
+    for _ in range(rounds):
+        for name in tools:
+            rows[name].append(one_round(name, inputs, digests, work))
+    medians = {name: {key: statistics.median(r[key] for r in rs) for key in rs[0]} for name, rs in rows.items()}
+    return {'input_bytes': sum(p.stat().st_size for p in inputs),
+            'input_data_bytes': sum(p.stat().st_blocks * 512 for p in inputs), 'cores': os.cpu_count(),
+            'disk_bytes': inputs[0].stat().st_blocks * 512, 'sha256_rate': sha256_rate(), 'medians': medians,
+            'rounds': rows}
+
+
+def table(result):
+    lines = [f'{"":10} {"import s":>9} {"export s":>9} {"stored MB":>10} {"again s":>8} {"again MB":>9}']
+    for name, m in result['medians'].items():
+        lines.append(f'{name:10} {m["import_s"]:9.2f} {m["export_s"]:9.2f} {m["stored_bytes"] / 1e6:10.1f} '
+                     f'{m["again_s"]:8.2f} {m["again_bytes"] / 1e6:9.3f}')
+    return '\n'.join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
+    parser.add_argument('--inputs', type=pathlib.Path)
+    parser.add_argument('--work', type=pathlib.Path)
+    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--tools', default=','.join(TOOLS))
+    parser.add_argument('--json', type=pathlib.Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work or '/var/tmp') as folder:
+        inputs = make_inputs(args.inputs or pathlib.Path(folder, 'inputs'))
+        result = measure(inputs, folder, args.rounds, args.tools.split(','))
+    print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + '\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

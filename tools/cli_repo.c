@@ -1,0 +1,259 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "tools/cli_repo.h"
+
+#include "base/clock.h"
+#include "base/fault.h"
+#include "repo/service.h"
+#include "tools/cli_client.h"
+#include "tools/cli_follow.h"
+#include "tools/cli_print.h"
+
+#include <string.h>
+
+/* ---- in this process ---- */
+
+struct direct {
+    struct cli_repo_view *view;
+    struct cli_progress progress;
+    int64_t started_ns;
+};
+
+static void show_direct(const struct repo_progress *p, void *arg)
+{
+    struct direct *d = arg;
+    const Vmmig__Control__Repo *m = d->view->request;
+    Vmmig__Control__Job job = VMMIG__CONTROL__JOB__INIT;
+    if (d->view->cli->json)
+        return;
+    job.kind = cli_word(repo_service_verb_name(m->verb));
+    job.peer = *m->to ? m->to : m->image;
+    job.phase = cli_word("working");
+    job.total = p->total;
+    job.remaining = p->total - p->done;
+    job.stored_bytes = p->stored;
+    job.elapsed_ns = clock_mono_ns() - d->started_ns;
+    cli_progress_show(&d->progress, &job);
+}
+
+static int take_direct(const Vmmig__Control__RepoResult *part, void *arg, struct vm_error **err)
+{
+    struct direct *d = arg;
+    cli_progress_close(&d->progress);
+    return cli_repo_part(d->view, part, err);
+}
+
+static int run_direct(const struct cli *c, struct cli_repo_view *view, int fd,
+                      struct vm_error **err)
+{
+    struct direct d = {.view = view, .started_ns = clock_mono_ns()};
+    bool is_long = repo_service_is_long(view->request->verb);
+    /* A Ctrl-C makes it readable, which cancels. */
+    cleanup_close int signal_fd = is_long ? cli_follow_prepare(err) : -1;
+    if (is_long && signal_fd < 0)
+        return -1;
+    struct repo_service service = {.fd = fd, .control = {show_direct, &d, signal_fd},
+                                   .emit = take_direct, .arg = &d};
+    if (fault_init(err) < 0)
+        return -1;
+    int result = repo_service_run(c->repo, view->request, &service, err);
+    cli_progress_close(&d.progress);
+    if (result < 0)
+        return -1;
+    return cli_repo_end(view, is_long ? clock_mono_ns() - d.started_ns : -1, err);
+}
+
+/* ---- through the agent ---- */
+
+static int conclude(const Vmmig__Control__Job *job, void *arg, struct vm_error **err)
+{
+    if (!job->result)
+        return error_set(err, VM_ERROR_PROTOCOL, "the agent does not say what came of it");
+    if (cli_repo_part(arg, job->result, err) < 0)
+        return -1;
+    return cli_repo_end(arg, job->elapsed_ns, err);
+}
+
+static int run_job(const struct cli *c, struct cli_client *client, struct cli_repo_view *view,
+                   int fd, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    struct cli_follow_hooks hooks = {
+        .ctrl_c_cancels = view->request->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_EXPORT,
+        .conclude = conclude, .arg = view};
+    cleanup_close int signal_fd = cli_follow_prepare(err);
+    if (signal_fd < 0 ||
+        cli_client_send_fd(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, fd, err) < 0 ||
+        cli_client_receive(client, VMMIG__CONTROL__TYPE__JOB, INT64_MAX, -1, &answer, err) < 0)
+        return -1;
+    return cli_follow_with(c, client, answer.job, &hooks, signal_fd, err);
+}
+
+static int run_answered(struct cli_client *client, struct cli_repo_view *view,
+                        struct vm_error **err)
+{
+    bool more = true;
+    if (cli_client_send(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, err) < 0)
+        return -1;
+    while (more) {
+        cleanup_control_message struct control_message answer = {0};
+        if (cli_client_receive(client, VMMIG__CONTROL__TYPE__REPO_RESULT, INT64_MAX, -1, &answer,
+                               err) < 0 ||
+            cli_repo_part(view, answer.repo_result, err) < 0)
+            return -1;
+        more = answer.repo_result->more;
+    }
+    return cli_repo_end(view, -1, err);
+}
+
+int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int fd,
+                 struct vm_error **err)
+{
+    struct cli_repo_view view = {.cli = c, .request = request};
+    int result = -1;
+    if (control_check(VMMIG__CONTROL__TYPE__REPO, &request->base, err) < 0)
+        return error_set_kind(err, VM_ERROR_USAGE);
+    if (c->repo) {
+        result = run_direct(c, &view, fd, err);
+    } else {
+        CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
+        if (!client)
+            return error_wrap(err, "without --repo URL");
+        result = repo_service_is_long(request->verb) ? run_job(c, client, &view, fd, err)
+                                                     : run_answered(client, &view, err);
+    }
+    json_decref(view.object);
+    return result;
+}
+
+/* ---- the commands ---- */
+
+static int run_verb(const struct cli *c, Vmmig__Control__RepoVerb verb, struct vm_error **err)
+{
+    Vmmig__Control__Repo m = VMMIG__CONTROL__REPO__INIT;
+    m.verb = verb;
+    m.data_pool = cli_word(c->data_pool ? c->data_pool : "");
+    m.fence_after_ms = c->fence_after_s * 1000;
+    m.repack = c->repack || c->recompress;
+    m.recompress = c->recompress;
+    m.heal = c->heal;
+    m.older_than_s = c->older_than_h * 3600;
+    return cli_repo_run(c, &m, -1, err);
+}
+
+static int run_init(const struct cli *c, struct vm_error **err)
+{
+    return run_verb(c, VMMIG__CONTROL__REPO_VERB__REPO_INIT, err);
+}
+
+static int run_stat(const struct cli *c, struct vm_error **err)
+{
+    return run_verb(c, VMMIG__CONTROL__REPO_VERB__REPO_STAT, err);
+}
+
+static int run_gc(const struct cli *c, struct vm_error **err)
+{
+    return run_verb(c, VMMIG__CONTROL__REPO_VERB__REPO_GC, err);
+}
+
+static int run_scrub(const struct cli *c, struct vm_error **err)
+{
+    return run_verb(c, VMMIG__CONTROL__REPO_VERB__REPO_SCRUB, err);
+}
+
+static int run_rebuild(const struct cli *c, struct vm_error **err)
+{
+    return run_verb(c, VMMIG__CONTROL__REPO_VERB__REPO_REBUILD_INDEX, err);
+}
+
+static int run_copy(const struct cli *c, struct vm_error **err)
+{
+    Vmmig__Control__Repo m = VMMIG__CONTROL__REPO__INIT;
+    m.verb = VMMIG__CONTROL__REPO_VERB__REPO_COPY;
+    m.to = cli_word(c->args.list[0]);
+    m.image = cli_word(c->args.n > 1 ? c->args.list[1] : "");
+    return cli_repo_run(c, &m, -1, err);
+}
+
+#define MEMBER(m) .offset = offsetof(struct cli, m)
+#define REPO_OPTION                                                                                \
+    {"repo", "URL", option_parse_text, MEMBER(repo),                                               \
+     .text = "Open this repository here, without an agent: dir:PATH, or "                          \
+             "rados:POOL[/NAMESPACE][?conf=FILE&id=USER]. Else the agent's is meant"}
+
+static const struct option repo_options[] = {REPO_OPTION, {NULL}};
+
+static const struct option init_options[] = {
+    REPO_OPTION,
+    {"data-pool", "POOL", option_parse_text, MEMBER(data_pool),
+     .text = "rados: keep packs in that pool, which may be erasure coded"},
+    {NULL}};
+
+static const struct option gc_options[] = {
+    REPO_OPTION,
+    {"repack", NULL, option_parse_flag, MEMBER(repack),
+     .text = "Also rewrite packs of which a quarter is dead, and those with damaged records"},
+    {"recompress", NULL, option_parse_flag, MEMBER(recompress),
+     .text = "Repack, and also compress with zstd what is still as it was written"},
+    {"fence-after", "SECONDS", option_parse_u64, MEMBER(fence_after_s), .min = 1, .max = 86400,
+     .unit = "seconds", .def = "60",
+     .text = "A writer that says nothing for so long is taken for dead; if it lives, its import "
+             "fails"},
+    {NULL}};
+
+static const struct option scrub_options[] = {
+    REPO_OPTION,
+    {"heal", NULL, option_parse_flag, MEMBER(heal),
+     .text = "Also mend damaged records whose pages are stored elsewhere, too"},
+    {"older-than", "HOURS", option_parse_u64, MEMBER(older_than_h), .min = 1, .max = 100000,
+     .unit = "hours", .text = "Read only packs that were not verified for so long"},
+    {NULL}};
+
+#undef MEMBER
+
+static const struct cli_command commands[] = {
+    {"repo init", "", 0, 0, false, init_options, "make an empty repository",
+     "Make an empty repository. The folder is made if need be; a pool must exist. A cephx user "
+     "needs `mon 'allow r' osd 'allow rw pool=POOL namespace=NAMESPACE'`, and the same for a data "
+     "pool.\n\n"
+     "    vmmig repo init --repo dir:/srv/images",
+     run_init},
+    {"repo stat", "", 0, 0, false, repo_options, "what a repository holds and takes",
+     "Tell how many images a repository holds, and what they take.", run_stat},
+    {"repo gc", "", 0, 0, false, gc_options, "free what no image needs any more",
+     "Remove what no image needs any more. Imports, exports and other collections go on "
+     "meanwhile.",
+     run_gc},
+    {"repo scrub", "", 0, 0, false, scrub_options, "read everything again, and name what is damaged",
+     "Read and verify all that is stored. What is damaged is named with the images that it "
+     "touches, and the exit status is 12.",
+     run_scrub},
+    {"repo rebuild-index", "", 0, 0, false, repo_options, "make the index anew from the packs",
+     "Enter what packs and recipes hold into the index. Without an index everything can be read, "
+     "but new images share nothing with old ones.",
+     run_rebuild},
+    {"repo copy", "URL [IMAGE]", 1, 2, false, repo_options, "copy images to another repository",
+     "Copy one image, or all of them, to the repository at URL, which must exist. What is there "
+     "already is neither read nor hashed. Names, parents and times are kept; an image of that name "
+     "with other content stops the command before anything is copied. Through the agent only root "
+     "and the agent's own user may do it.\n\n"
+     "    vmmig repo copy rados:backup/site1",
+     run_copy},
+    {NULL}};
+
+static const struct cli_object objects[] = {
+    {"repo init", "initialized"},
+    {"repo stat",
+     "uuid, url, images, image_bytes, packs, pack_bytes, trees, tree_bytes, index_shards, "
+     "index_keys, space_total, space_available"},
+    {"repo gc",
+     "condemned, packs_removed, trees_removed, bytes_freed, writers_fenced, packs_repacked, "
+     "repacked_from_bytes, repacked_to_bytes, more_to_repack, repack_lacked_space, elapsed_ms"},
+    {"repo scrub",
+     "packs, bytes, records, pages, images, damaged, images_touched, healed, packs_skipped, "
+     "oldest_s, findings (an array: kind, image or "
+     "damage; what), elapsed_ms"},
+    {"repo rebuild-index", "packs, entries, unreadable, elapsed_ms"},
+    {"repo copy", "images, images_present, size, bytes_read, stored_bytes, elapsed_ms"},
+    {NULL}};
+
+const struct cli_family cli_family_repo = {"The repository", commands, objects};
