@@ -117,7 +117,7 @@ static int identify(struct copy *c, const struct recipe_page *pages, struct segm
                     bool *ret_known, struct vm_error **err)
 {
     for (unsigned i = 0; i < SEGMENT_PAGES; i++)
-        s->state[i] = pages[i].len ? PAGE_ABSENT : PAGE_ZERO;
+        s->state[i] = pages[i].len ? PAGE_ABSENT : PAGE_ZEROS;
     *ret_known = true;
     for (unsigned i = 0; i < SEGMENT_PAGES && *ret_known; i++) {
         if (s->state[i] != PAGE_ABSENT)

@@ -71,7 +71,7 @@ struct segment *image_writer_segment(struct image_writer *w, struct image_file *
 void image_writer_put(struct image_writer *w, struct segment *segment);
 /*
  * As image_writer_put, for a segment whose identities are known: the caller has filled state (ABSENT,
- * ZERO, UNKNOWN) and ids instead of data and given. `read` is called by the sequencer if some pages
+ * ZEROS, UNKNOWN) and ids instead of data and given. `read` is called by the sequencer if some pages
  * are new: it fills data where wanted[page], after checking that it is what ids says. It gets the
  * segment's `number` and `ids`.
  */

@@ -74,24 +74,23 @@ static void append_saved(const Vmmig__Control__Job *j, char *out, size_t size, c
     }
 }
 
-/* "import debian12 [####----]  52% 1.1 GiB of 2.0 GiB, 512 MiB/s, 180 MiB stored (6.2:1)" */
+/* "import debian12 [#####     ]  52% of 2.0 GiB, 512 MiB/s, 6.2:1, 180 MiB stored" */
 static void format_repo_progress(const Vmmig__Control__Job *j, char *out, size_t size)
 {
-    enum { BAR = 20 };
+    enum { BAR = 10 };
     uint64_t done = j->total - (j->remaining < j->total ? j->remaining : j->total);
     double part = j->total ? (double)done / (double)j->total : 0;
     append(out, size, *j->peer ? "%s %s" : "%s", j->kind, j->peer);
     if (!j->total)
         return;
-    append(out, size, " [%-*.*s] %3.0f%% %s", BAR, (int)(part * BAR), "####################",
-           100 * part, text_size(done));
-    append(out, size, " of %s", text_size(j->total));
+    append(out, size, " [%-*.*s] %3.0f%% of %s", BAR, (int)(part * BAR), "##########", 100 * part,
+           text_size(j->total));
     if (j->elapsed_ns > NSEC_PER_SEC / 10)
         append(out, size, ", %s/s",
                text_size((uint64_t)((double)done * NSEC_PER_SEC / (double)j->elapsed_ns)));
     if (j->stored_bytes)
-        append(out, size, ", %s stored (%.1f:1)", text_size(j->stored_bytes),
-               (double)done / (double)j->stored_bytes);
+        append(out, size, ", %.1f:1, %s stored", (double)done / (double)j->stored_bytes,
+               text_size(j->stored_bytes));
 }
 
 void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)

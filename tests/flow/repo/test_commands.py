@@ -82,7 +82,7 @@ class Agent:
         self.process = subprocess.Popen([f'{build()}/agent/vmmigd', '--config', f'{self.folder}/conf'],
                                         stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         deadline = time.monotonic() + 20
-        while b'msg=ready' not in (text := pathlib.Path(self.folder, 'err').read_bytes()):
+        while b'msg="ready"' not in (text := pathlib.Path(self.folder, 'err').read_bytes()):
             assert self.process.poll() is None and time.monotonic() < deadline, text
             time.sleep(0.01)
         return self
@@ -198,8 +198,8 @@ def test_progress_on_a_terminal(way, tmp_path):
                 break
         assert process.wait(60) == 0
     os.close(ours)
-    assert re.search(rb'\rimport large \[#+ *\] +\d+% [0-9.]+ MiB of 256 MiB', seen), seen
-    assert re.search(rb'/s, [0-9.]+ MiB stored \([0-9.]+:1\)', seen), seen
+    assert re.search(rb'\rimport large \[#+ *\] +\d+% of 256 MiB', seen), seen
+    assert re.search(rb'/s, [0-9.]+:1, [0-9.]+ MiB stored', seen), seen
 
 
 BAD_NAMES = ['', '.hidden', 'a//b', 'a b', 'x' * 129, '-x/', 'naïve']
