@@ -247,7 +247,11 @@ class Soak:
 
     def verify(self):
         rng = random.Random(0)
-        listed = [line['name'] for line in self.run(rng, 0, 'list')[0]]
+        lines, failed = self.run(rng, 0, 'list')
+        if failed:
+            self.problem(f'images cannot be listed: {failed}; {self.counts}')
+            return
+        listed = [line['name'] for line in lines]
         lost = set(self.names) - set(listed)
         if lost:
             self.problem(f'committed, but not there: {sorted(lost)}')
