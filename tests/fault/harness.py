@@ -229,7 +229,9 @@ class Harness:
         kind, *rest = what.split(':')
         agent = agents[ROLES.index(rest[0])] if rest else agents[0]
         if kind == 'vmm':
-            os.kill(self.vmm_pid(agent), signal.SIGKILL)
+            pid = self.vmm_pid(agent)
+            os.kill(pid, signal.SIGKILL)  # which takes its time: the agent must not come first
+            eventually('the death of a VMM', lambda: not self.lives(agent, pid))
         elif kind == 'cut':
             agent.host.cut(rest[1])
         elif kind == 'freeze':
@@ -252,6 +254,15 @@ class Harness:
         elif kind == 'freeze':
             time.sleep(1.5)
             agent.process.send_signal(signal.SIGCONT)
+
+    @staticmethod
+    def lives(agent, pid):
+        agent.host.reap()
+        try:
+            with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
+                return file.read().rsplit(')', 1)[1].split()[0] not in 'ZX'
+        except OSError:
+            return False
 
     def vmm_pid(self, agent):
         return next(pid for pid, argv in agent.host.processes().items()
@@ -317,6 +328,7 @@ class Harness:
         names = {agents[0].host.name: 'source', agents[1].host.name: 'destination', 'ended': 'ended'}
 
         def look():
+            assert not self.watch.overlaps(), f'TWO COPIES RAN: {self.watch.overlaps()}'
             for agent in agents:
                 if self.dead(agent):
                     self.start(agent)
@@ -334,6 +346,9 @@ class Harness:
             assert hosts[-1] == place and len(hosts) <= 2, f'the guest spoke on {hosts}'
             self.console.verify()
             case.pause = self.console.pause(after=mark)
+        else:  # the record of a VM that ended, and its socket, are there until it is detached
+            for agent in agents:
+                agent.vmmig('detach', self.vm.name, check=False)
         for agent in agents:
             left = self.left(agent, place == agent.host.name)
             if left:

@@ -28,7 +28,7 @@ def cluster():
 
 @pytest.mark.parametrize('mistake, case, verdict', MISTAKES, ids=[mistake for mistake, _, _ in MISTAKES])
 def test_the_matrix_catches(cluster, mistake, case, verdict):
-    harness = Harness(cluster, QemuPair, prefix=mistake[:3], mistakes=f'mistake.{mistake}=mistake@*', limit=8)
+    harness = Harness(cluster, QemuPair, prefix=mistake, mistakes=f'mistake.{mistake}=mistake@*', limit=8)
     with pytest.raises((AssertionError, TimeoutError), match=verdict):
         harness.run(CASES[case])
     harness.broken()
