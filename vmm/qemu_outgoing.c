@@ -108,8 +108,10 @@ static void give_up(struct outgoing *o)
     char status[32];
     struct vm_error *err = NULL;
     CLEANUP(json) json_t *info = NULL;
-    shutdown(o->ours, SHUT_RDWR);
-    qmp_execute(o->q->qmp, "migrate_cancel", NULL, QMP_TIMEOUT_MS, NULL, NULL);
+    if (!o->background) { /* that one was read to its end */
+        shutdown(o->ours, SHUT_RDWR);
+        qmp_execute(o->q->qmp, "migrate_cancel", NULL, QMP_TIMEOUT_MS, NULL, NULL);
+    }
     if (wait_settled(o->q, status, &info, &err) == 0 || err->kind == VM_ERROR_VMM_DIED) {
         error_free(err);
         return;
@@ -383,7 +385,7 @@ int qemu_source_stop(struct guest *g, struct vm_error **err)
         SCOPE_LOCK(&q->lock);
         o->stopping = true;
         /* An end that was reached already is not disturbed: the watcher finds out how it was. */
-        if (!o->ended)
+        if (!o->ended && !o->background)
             shutdown(o->ours, SHUT_RDWR);
     }
     qemu_source_destroy(steal_ptr(&o->source));

@@ -290,16 +290,33 @@ static int run(struct qemu_source *s, struct vm_error **err)
     }
 }
 
+/*
+ * A background snapshot that QEMU cannot write to its end leaves the guest's memory write-protected, with nobody to
+ * lift that: so the stream is read on, for nobody, until QEMU has no more.
+ */
+static void drain(struct qemu_source *s)
+{
+    while (s->slab) {
+        ssize_t n = recv(s->fd, s->slab->data, PAGE_POOL_SLAB, 0);
+        if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
+            return;
+        if (n < 0 && errno == EAGAIN && io_wait(s->fd, POLLIN, INT64_MAX, -1, NULL) < 0)
+            return;
+    }
+}
+
 static void *source_thread(void *arg)
 {
     struct qemu_source *s = arg;
     struct vm_error *err = NULL;
     pthread_setname_np(pthread_self(), "vmmig-source");
-    run(s, &err);
+    bool failed = run(s, &err) < 0;
     for (unsigned i = 0; i < s->params.channels; i++) {
         if (s->open[i])
             page_batch_unref(&steal_ptr(&s->open[i])->base);
     }
+    if (failed && s->params.background)
+        drain(s);
     if (s->slab)
         page_pool_put_slab(s->pool, steal_ptr(&s->slab));
     s->params.ended(s->params.ended_arg, err);

@@ -73,7 +73,11 @@ struct qemu_source_params {
     const struct guest_region *regions;
     unsigned n_regions;
     bool opaque; /* do not parse: everything is bytes */
-    bool background; /* the stream of a background snapshot (qemu_stream.h) */
+    /*
+     * The stream of a background snapshot (qemu_stream.h). It is always read to its end, whatever failed, also in
+     * destroy: QEMU would leave the guest's memory write-protected otherwise.
+     */
+    bool background;
 
     /* pages, bytes and memory_done are called with `arg`; done and round are not called. */
     const struct guest_source_events *events;
