@@ -17,8 +17,9 @@
  * Failure, of whatever: the guest runs on, nothing is visible, nothing is left in QEMU. The first cause is reported: a
  * full repository, an nbdkit that died, a scratch file system without room. Crash of the agent: nothing is
  * visible; the next agent takes filters out of QEMU, and lets a guest go on that was paused for the switch. Not
- * covered: a failure, a cancel or a crash of the agent while memory is being copied. QEMU 7.2 can then leave the
- * memory write-protected, the guest hangs, and further snapshots of its memory are refused.
+ * covered: a crash of the agent while memory is being copied. QEMU 7.2, whose stream then breaks off, leaves the
+ * memory write-protected: the guest hangs. A failed or cancelled snapshot is therefore read to its end, which takes
+ * seconds.
  *
  * Refused by name: what cannot be moved (vmm/qemu_preflight.h), disks that QEMU cannot snapshot, memory that cannot
  * be told apart, a paused guest (QEMU would let it run), a host that lets QEMU not write-protect memory
