@@ -55,6 +55,8 @@ class Guest:
             file.write(str(process.pid))
         self.console.wait_for('ready', timeout=60)
         agent.vmmig('attach', self.name, '--qmp', self.vm.qmp_path)
+        eventually('its VMM to be watched', self.watch.running)
+        del self.watch.late[:]  # nobody watched when it was booted
         self.mark = self.console.mark()
 
 
@@ -230,16 +232,15 @@ def main():
     print(f'soak: --seed {options.seed}', flush=True)
     if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
         sys.exit(f'no build with fault points in {fault_build()}: set VMMIG_FAULTS_BUILD')
-    soak = None
-    with Cluster(start=False) as cluster:
-        try:
-            soak = Soak(cluster, options)
-            soak.run()
-        finally:
-            cluster.close()
-            if soak:
-                for path, _, _ in os.walk(soak.cgroup, topdown=False):
-                    os.rmdir(path)
+    soaks = []
+    try:
+        with Cluster(start=False) as cluster:
+            soaks.append(Soak(cluster, options))
+            soaks[0].run()
+    finally:
+        for soak in soaks:
+            for path, _, _ in os.walk(soak.cgroup, topdown=False):
+                os.rmdir(path)
 
 
 if __name__ == '__main__':
