@@ -143,6 +143,12 @@ void attach_holes_finish(struct attach_holes *h)
     *h = (struct attach_holes){0};
 }
 
+void attach_holes_renew(struct attach_holes *h)
+{
+    h->data_start = h->data_end = 0;
+    h->probe_start = UINT64_MAX;
+}
+
 /* hugetlb answers SEEK_DATA with everything, but reading a hole gives zeros without filling it. */
 static bool probe_has(struct attach_holes *h, uint64_t page)
 {

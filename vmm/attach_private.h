@@ -83,7 +83,11 @@ int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool
                       struct vm_error **err);
 void attach_memory_unmap(struct attach_memory_map *m);
 
-/* Where memory has pages, walking upwards: for the first pass over it. */
+/*
+ * Where memory has pages, walking upwards: for the first pass over it. What was found out is true for that instant
+ * only: attach_holes_renew after each clearing of the log, or a page that the guest wrote between the two is taken
+ * for a hole, and nothing remembers that it was written.
+ */
 struct attach_holes {
     const struct attach_region *region;
     uint64_t data_start, data_end; /* page numbers: the stretch of data at or behind the last question */
@@ -94,7 +98,8 @@ struct attach_holes {
 
 int attach_holes_init(struct attach_holes *h, const struct attach_region *r, struct vm_error **err);
 void attach_holes_finish(struct attach_holes *h);
-/* Is there nothing behind this page? Pages are asked for in ascending order. */
+void attach_holes_renew(struct attach_holes *h);
+/* Is there memory behind this page? Pages are asked for in ascending order. */
 bool attach_holes_has(struct attach_holes *h, uint64_t page);
 
 /* ---- The driver ---- */

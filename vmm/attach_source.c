@@ -176,8 +176,10 @@ static int give_piece(struct attach_source *s, const struct source_region *r, ui
     bool late = FAULT("attach.clear") == FAULT_DROP;
     if (check_stop(s, err) < 0 || (!late && clear(s, r, first, n, err) < 0))
         return -1;
-    if (holes)
+    if (holes) {
+        attach_holes_renew(holes);
         populate(r->memory, first, n, holes);
+    }
     if ((is_paused(s) ? FAULT("attach.paused.run") : FAULT("attach.live.run")) == FAULT_DROP)
         lose_run(r, start, words);
     for (uint64_t i = 0; i < words; i++)

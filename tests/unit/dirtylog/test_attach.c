@@ -4,6 +4,7 @@
 #include "base/cond.h"
 #include "tests/unit/dirtylog/toy_vmm.h"
 #include "vmm/attach.h"
+#include "vmm/attach_private.h"
 
 #include <sched.h>
 #include <setjmp.h>
@@ -11,6 +12,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
@@ -169,8 +171,11 @@ static void engine_copy(struct engine *e)
 static bool memory_is_equal(const struct engine *e)
 {
     for (unsigned i = 0; i < 2; i++)
-        if (memcmp(e->source->memory[i], e->sink->memory[i], e->source->sizes[i]))
-            return false;
+        for (uint64_t at = 0; at < e->source->sizes[i]; at += GUEST_PAGE_SIZE)
+            if (memcmp(e->source->memory[i] + at, e->sink->memory[i] + at, GUEST_PAGE_SIZE)) {
+                print_message("slot %u, page %llu differs\n", i, (unsigned long long)(at / GUEST_PAGE_SIZE));
+                return false;
+            }
     return true;
 }
 
@@ -252,6 +257,28 @@ static void pages_are_cleared_before_they_are_copied(void **state)
     assert_true(tiny_vm_count(e.source->vm, 7) >= 2);
     assert_true(memory_is_equal(&e));
     engine_end(&e);
+}
+
+/* Between two clearings of the log the guest may fill what was a hole: it has to be looked at anew. */
+static void what_was_a_hole_is_looked_at_again(void **state)
+{
+    enum { PAGES = 64, FILLED = 10, DATA = 50 };
+    static const uint8_t content[GUEST_PAGE_SIZE] = {1};
+    struct attach_region r = {.fd = memfd_create("holes", MFD_CLOEXEC), .pages = PAGES};
+    struct attach_holes holes;
+    r.region.size = (uint64_t)PAGES * GUEST_PAGE_SIZE;
+    r.region.page_size = GUEST_PAGE_SIZE;
+    assert_int_equal(ftruncate(r.fd, (off_t)r.region.size), 0);
+    assert_int_equal(pwrite(r.fd, content, sizeof(content), (off_t)DATA * GUEST_PAGE_SIZE), sizeof(content));
+    assert_int_equal(attach_holes_init(&holes, &r, NULL), 0);
+    assert_false(attach_holes_has(&holes, 0));
+    assert_int_equal(pwrite(r.fd, content, sizeof(content), (off_t)FILLED * GUEST_PAGE_SIZE), sizeof(content));
+    attach_holes_renew(&holes);
+    assert_true(attach_holes_has(&holes, FILLED));
+    assert_false(attach_holes_has(&holes, FILLED + 1));
+    assert_true(attach_holes_has(&holes, DATA));
+    attach_holes_finish(&holes);
+    close(r.fd);
 }
 
 static void the_first_round_is_everything(void **state)
@@ -460,6 +487,7 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(one_dropped_run_is_noticed),
         cmocka_unit_test(a_paused_guest_is_copied_and_stays_paused),
         cmocka_unit_test(pages_are_cleared_before_they_are_copied),
+        cmocka_unit_test(what_was_a_hole_is_looked_at_again),
         cmocka_unit_test(the_first_round_is_everything),
         cmocka_unit_test(a_pass_after_saving_finds_what_saving_wrote),
         cmocka_unit_test(what_a_device_writes_arrives_if_it_is_marked),
