@@ -11,6 +11,7 @@
 #include "agent/vms.h"
 #include "base/loop.h"
 
+struct mount;
 struct repository;
 struct transfer;
 
@@ -21,6 +22,7 @@ struct agent {
     struct vms *vms;
     struct transfer *transfer; /* agent/transfer.h */
     struct repository *repository; /* agent/repository.h */
+    struct mount *mount;           /* snapshot/mount.h */
     int64_t started_ns; /* wall clock */
 };
 

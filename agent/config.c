@@ -192,6 +192,28 @@ static const struct option config_options[] = {
          "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user"},
+    {"mount-dir", "DIR", parse_path, MEMBER(mount_dir), .def = "/run/vmmig/images",
+     .text = "Where the repository's images appear as files, for clones. The same on all hosts "
+             "between which clones move"},
+    {"cache-dir", "DIR", parse_path, MEMBER(cache_dir), .def = "/var/cache/vmmig",
+     .text = "Where data of the repository is kept that was read through mount-dir"},
+    {"cache-size", "SIZE", option_parse_size, MEMBER(cache_size), .min = 1 << 20,
+     .max = 1ULL << 50, .def = "8G", .text = "Most that the cache takes"},
+    {"disk-timeout", "MS", option_parse_u64, MEMBER(disk_timeout_ms), .min = 100,
+     .max = 86400000, .def = "30000", .unit = "ms",
+     .text = "When a clone's read from its template's disk fails because the repository does not "
+             "answer; reads of memory wait as long as it takes"},
+    {"record-time", "MS", option_parse_u64, MEMBER(record_ms), .min = 10, .max = 600000,
+     .def = "5000", .unit = "ms",
+     .text = "For how long the first use of a template tells what later ones read ahead"},
+    {"clone-dir", "DIR", parse_path, MEMBER(clone_dir), .def = "/var/lib/vmmig/clones",
+     .text = "Where the disks of clones are, a folder each. On storage that hosts share, where "
+             "clones are to move"},
+    {"libexec-dir", "DIR", parse_path, MEMBER(libexec_dir),
+     .text = "Where vmmig-mount and vmmig-fetch are. The installed ones if it is not set"},
+    {"publish-group", "GROUP", parse_account, MEMBER(publish_group), .def = "none",
+     .text = "Whose members may publish and delete templates, besides root; none: whoever may "
+             "drive the agent"},
     {"scratch-dir", "DIR", parse_path, MEMBER(scratch_dir), .def = "/var/lib/vmmig/scratch",
      .text = "Room for what guests overwrite while a snapshot of them is stored. On a local disk"},
     {"nbdkit-plugin", "PATH", parse_path, MEMBER(nbdkit_plugin),
@@ -316,6 +338,8 @@ static int set_missing(struct config *c, const bool *seen, struct vm_error **err
         if (copy_text(*host ? host : "localhost", &c->host, err) < 0)
             return -1;
     }
+    if (!c->libexec_dir && copy_text(LIBEXEC_DIR, &c->libexec_dir, err) < 0)
+        return -1;
     if (!c->nbdkit_plugin && copy_text(NBDKIT_PLUGIN, &c->nbdkit_plugin, err) < 0)
         return -1;
     if (c->control_socket)
@@ -365,7 +389,9 @@ void config_destroy(struct config *c)
         return;
     char *texts[] = {c->host,    c->state_dir, c->runtime_dir, c->control_socket, c->control_group,
                      c->ca_file, c->cert_file, c->key_file,    c->vm_user,    c->log_dir,
-                     c->vm_cgroup,  c->repository, c->scratch_dir, c->nbdkit_plugin};
+                     c->vm_cgroup,  c->repository, c->scratch_dir, c->nbdkit_plugin,
+                     c->mount_dir,  c->cache_dir,  c->clone_dir,  c->libexec_dir,
+                     c->publish_group};
     for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++)
         free(texts[i]);
     for (unsigned i = 0; i < c->vmms.n; i++)

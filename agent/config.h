@@ -63,6 +63,14 @@ struct config {
     char *repository;      /* URL (repo/url.h) */
     char *scratch_dir;     /* what a snapshot under way keeps aside */
     char *nbdkit_plugin;   /* takes disks out of VMs */
+    char *mount_dir;       /* where the repository's images appear as files */
+    char *cache_dir;       /* what was read of them */
+    char *clone_dir;       /* disks of clones */
+    char *libexec_dir;     /* vmmig-mount and vmmig-fetch */
+    char *publish_group;   /* whose members may publish templates; "": whoever may drive the agent */
+    uint64_t cache_size;
+    uint64_t disk_timeout_ms; /* when reading a disk without an answer fails */
+    uint64_t record_ms;       /* how long the first use of a template is recorded */
     struct config_maps maps;
     uint64_t max_vms, max_jobs, max_clients;
     uint64_t max_bandwidth;      /* bytes a second of one migration, 0: no limit */

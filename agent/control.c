@@ -237,6 +237,22 @@ static int check_peer(const struct control *c, int fd, uid_t *ret_uid, struct vm
         "user %u may not drive this agent; ask to be made a member of its control-group", peer.uid);
 }
 
+int control_check_member(struct control_session *s, const char *group, struct vm_error **err)
+{
+    struct ucred peer;
+    socklen_t size = sizeof(peer);
+    if (!*group)
+        return 0;
+    const struct group *g = getgrnam(group);
+    if (getsockopt(s->fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
+        return error_errno(err, errno, "cannot tell who asks");
+    if (peer.uid == 0 || peer.uid == geteuid() || (g && is_in_group(s->fd, peer.gid, g->gr_gid)))
+        return 0;
+    return error_set(err, VM_ERROR_DENIED,
+                     "user %u may not do this; ask to be made a member of group %s", peer.uid,
+                     group);
+}
+
 /* One place among the sessions, if there is one. */
 static int take_place(struct control *c, struct vm_error **err)
 {

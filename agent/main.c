@@ -4,6 +4,7 @@
  * or SIGINT; VMs run on. It can be killed at any instant: what matters is in the state directory.
  */
 #include "agent/agent.h"
+#include "agent/clones.h"
 #include "agent/control.h"
 #include "agent/driver.h"
 #include "agent/repository.h"
@@ -196,7 +197,8 @@ static int run_agent(struct config *config, struct vm_error **err)
         watches[2] ? job_table_create((unsigned)config->max_jobs, err) : NULL;
     CLEANUP(repository)
     struct repository *repository = jobs ? repository_create(config->repository, err) : NULL;
-    CLEANUP(vms) struct vms *vms = repository ? open_vms(config, err) : NULL;
+    CLEANUP(mount) struct mount *mount = repository ? clones_create_mount(config, err) : NULL;
+    CLEANUP(vms) struct vms *vms = mount ? open_vms(config, err) : NULL;
     int r = -1;
     if (vms) {
         struct agent agent = {.config = config,
@@ -204,6 +206,7 @@ static int run_agent(struct config *config, struct vm_error **err)
                               .jobs = jobs,
                               .vms = vms,
                               .repository = repository,
+                              .mount = mount,
                               .started_ns = clock_wall_ns()};
         r = serve(&agent, err);
     }

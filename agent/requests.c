@@ -2,6 +2,7 @@
 #include "agent/requests.h"
 
 #include "agent/answers.h"
+#include "agent/clones.h"
 #include "agent/doctor.h"
 #include "agent/driver.h"
 #include "agent/repo_requests.h"
@@ -499,6 +500,13 @@ static const struct {
     {VMMIG__CONTROL__TYPE__CANCEL, handle_cancel}, {VMMIG__CONTROL__TYPE__JOBS, handle_jobs},
     {VMMIG__CONTROL__TYPE__WATCH, handle_watch},   {VMMIG__CONTROL__TYPE__DOCTOR, handle_doctor},
     {VMMIG__CONTROL__TYPE__FAULTS, handle_faults},
+    {VMMIG__CONTROL__TYPE__TEMPLATE_PUBLISH, clones_handle_publish},
+    {VMMIG__CONTROL__TYPE__TEMPLATE_LIST, clones_handle_list},
+    {VMMIG__CONTROL__TYPE__TEMPLATE_SHOW, clones_handle_show},
+    {VMMIG__CONTROL__TYPE__TEMPLATE_DELETE, clones_handle_delete},
+    {VMMIG__CONTROL__TYPE__CLONE, clones_handle_clone},
+    {VMMIG__CONTROL__TYPE__MOUNT, clones_handle_mount},
+    {VMMIG__CONTROL__TYPE__UNMOUNT, clones_handle_unmount},
     {VMMIG__CONTROL__TYPE__SNAPSHOT, snapshots_handle_take},
     {VMMIG__CONTROL__TYPE__SNAPSHOT_LIST, snapshots_handle_list},
     {VMMIG__CONTROL__TYPE__SNAPSHOT_DELETE, snapshots_handle_delete},

@@ -447,6 +447,99 @@ static int check_ok(const Vmmig__Control__Ok *m, struct vm_error **err)
     return 0;
 }
 
+/* Names of images and templates; the repository knows their rules. */
+static int check_ref(const char *what, const char *name, struct vm_error **err)
+{
+    return field_check_text(what, name, 1, CONTROL_WORD_MAX, err);
+}
+
+static int check_template_publish(const Vmmig__Control__TemplatePublish *m, struct vm_error **err)
+{
+    return check_ref("the snapshot", m->image, err) < 0
+               ? -1
+               : check_ref("the template", m->template_, err);
+}
+
+static int check_template_list(const Vmmig__Control__TemplateList *m, struct vm_error **err)
+{
+    (void)m;
+    (void)err;
+    return 0;
+}
+
+static int check_template_show(const Vmmig__Control__TemplateShow *m, struct vm_error **err)
+{
+    return check_ref("the template", m->template_, err);
+}
+
+static int check_template_delete(const Vmmig__Control__TemplateDelete *m, struct vm_error **err)
+{
+    return check_ref("the template", m->template_, err);
+}
+
+static int check_clone(const Vmmig__Control__Clone *m, struct vm_error **err)
+{
+    if (check_ref("the template", m->template_, err) < 0 || check_name(m->as, err) < 0)
+        return -1;
+    if (m->count > CONTROL_CLONES_MAX)
+        return out_of_range("the number of clones", err);
+    if (m->n_sets > CONTROL_SETTINGS_MAX)
+        return out_of_range("the number of settings", err);
+    for (size_t i = 0; i < m->n_sets; i++)
+        if (field_check_text("a setting", m->sets[i]->key, 1, CONTROL_WORD_MAX, err) < 0 ||
+            field_check_text("a setting", m->sets[i]->value, 1, CONTROL_WORD_MAX, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int check_mount(const Vmmig__Control__Mount *m, struct vm_error **err)
+{
+    return field_check_path("the folder", m->dir, err);
+}
+
+static int check_unmount(const Vmmig__Control__Unmount *m, struct vm_error **err)
+{
+    return field_check_path("the folder", m->dir, err);
+}
+
+static int check_templates(const Vmmig__Control__Templates *m, struct vm_error **err)
+{
+    if (m->n_templates > CONTROL_TEMPLATES_MAX)
+        return out_of_range("the number of templates", err);
+    for (size_t i = 0; i < m->n_templates; i++) {
+        const Vmmig__Control__TemplateInfo *t = m->templates[i];
+        const char *const words[] = {t->template_, t->name, t->tag, t->digest, t->source};
+        for (size_t k = 0; k < sizeof(words) / sizeof(*words); k++)
+            if (check_word("a template", words[k], err) < 0)
+                return -1;
+    }
+    return 0;
+}
+
+static int check_clones(const Vmmig__Control__Clones *m, struct vm_error **err)
+{
+    if (m->n_clones > CONTROL_CLONES_MAX)
+        return out_of_range("the number of clones", err);
+    for (size_t i = 0; i < m->n_clones; i++) {
+        const Vmmig__Control__CloneInfo *c = m->clones[i];
+        if (check_name(c->vm, err) < 0 || check_word("the template", c->template_, err) < 0)
+            return -1;
+        if (c->n_notes > CONTROL_SETTINGS_MAX)
+            return out_of_range("the number of notes", err);
+        for (size_t k = 0; k < c->n_notes; k++)
+            if (field_check_text("a note", c->notes[k], 1, CONTROL_TEXT_MAX, err) < 0)
+                return -1;
+    }
+    return 0;
+}
+
+static int check_mounted(const Vmmig__Control__Mounted *m, struct vm_error **err)
+{
+    if (field_check_path("the folder", m->dir, err) < 0)
+        return -1;
+    return field_check_text("the repository", m->repository, 1, CONTROL_TEXT_MAX, err);
+}
+
 /* The table calls each check through one type. */
 #define X(id, member, Name, request)                                                               \
     static int check_any_##member(const ProtobufCMessage *m, struct vm_error **err)                \

@@ -36,6 +36,9 @@
 #define CONTROL_BANDWIDTH_MIN (64ULL << 10)
 #define CONTROL_BANDWIDTH_MAX (1ULL << 50)
 #define CONTROL_CONNECTIONS_MAX 16
+#define CONTROL_TEMPLATES_MAX 1024
+#define CONTROL_CLONES_MAX 64      /* of one request */
+#define CONTROL_SETTINGS_MAX 64
 #define CONTROL_SNAPSHOTS_MAX 1024 /* of one answer: the newest */
 #define CONTROL_KEEP_MAX 100000
 #define CONTROL_FENCE_MS_MAX 86400000
@@ -71,6 +74,16 @@
     X(SNAPSHOT_DELETE, snapshot_delete, SnapshotDelete, true)                                      \
     X(SNAPSHOT_PRUNE, snapshot_prune, SnapshotPrune, true)                                         \
     X(RESTORE, restore, Restore, true)                                                             \
+    X(TEMPLATE_PUBLISH, template_publish, TemplatePublish, true)                                   \
+    X(TEMPLATE_LIST, template_list, TemplateList, true)                                            \
+    X(TEMPLATE_SHOW, template_show, TemplateShow, true)                                            \
+    X(TEMPLATE_DELETE, template_delete, TemplateDelete, true)                                      \
+    X(CLONE, clone, Clone, true)                                                                   \
+    X(MOUNT, mount, Mount, true)                                                                   \
+    X(UNMOUNT, unmount, Unmount, true)                                                             \
+    X(TEMPLATES, templates, Templates, false)                                                      \
+    X(CLONES, clones, Clones, false)                                                               \
+    X(MOUNTED, mounted, Mounted, false)                                                            \
     X(SNAPSHOTS, snapshots, Snapshots, false)                                                      \
     X(OK, ok, Ok, false)                                                                           \
     X(DIAGNOSIS, diagnosis, Diagnosis, false)                                                      \

@@ -75,6 +75,13 @@ struct registration;
 struct registration *catalogue_register(struct store *s, const char *name,
                                         const struct image *parent, struct vm_error **err);
 /*
+ * As catalogue_register, for a name that is now `before` (NULL: free) and is to become something
+ * else in one write. CONFLICT, here or at the commit, if it is not that any more.
+ */
+struct registration *catalogue_register_replace(struct store *s, const char *name,
+                                                const struct image *before,
+                                                const struct image *parent, struct vm_error **err);
+/*
  * As catalogue_register, for a writer that replaces the image's roots by others of the same
  * content; the image itself is its parent. CONFLICT, here or at the commit, if the name does not
  * have that value any more.

@@ -248,6 +248,19 @@ struct registration *catalogue_register(struct store *s, const char *name,
     return r ? begin_registration(r, parent, err) : NULL;
 }
 
+struct registration *catalogue_register_replace(struct store *s, const char *name,
+                                                const struct image *before,
+                                                const struct image *parent, struct vm_error **err)
+{
+    struct registration *r =
+        image_name_check(name, err) < 0 ? NULL : new_registration(s, name, err);
+    if (!r)
+        return NULL;
+    if (before)
+        image_write(before, &r->before);
+    return begin_registration(r, parent, err);
+}
+
 struct registration *catalogue_register_swap(struct store *s, const struct image *image,
                                              struct vm_error **err)
 {

@@ -143,7 +143,15 @@ int working_set_store(struct repo *r, const struct image *image, const struct mo
     CLEANUP(image_session) struct image_session *s = image_session_begin(r, name, NULL, err);
     if (!s || put_segments(&m, s, m.data + (uint64_t)n * MOUNT_CHUNK, err) < 0)
         return -1;
-    return image_session_commit(s, &report, err);
+    if (image_session_commit(s, &report, err) < 0)
+        return -1;
+    /* Was it deleted meanwhile? Then nobody would ever delete this. */
+    cleanup_free struct image *still = malloc(sizeof(*still));
+    cleanup_error struct vm_error *gone = NULL;
+    if (still && catalogue_find(repo_store(r), image->name, still, &gone) < 0 &&
+        gone->kind == VM_ERROR_NOT_FOUND)
+        return catalogue_delete(repo_store(r), name, err);
+    return 0;
 }
 
 /* ---- reading ---- */

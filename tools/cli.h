@@ -44,6 +44,8 @@ struct cli {
     const char *repo, *format, *parent, *file, *data_pool;
     uint64_t fence_after_s, older_than_h;
     bool repack, recompress, heal;
+    const char *set;
+    uint64_t count, disk_size;
 };
 
 struct cli_command {
@@ -70,7 +72,7 @@ struct cli_family {
     const struct cli_object *objects;   /* ended by a row without `of`; may be NULL */
 };
 
-extern const struct cli_family cli_family_vm, cli_family_snapshot, cli_family_image,
+extern const struct cli_family cli_family_vm, cli_family_snapshot, cli_family_image, cli_family_clone,
     cli_family_repo, cli_family_pki, cli_family_doctor;
 /* In the order of the help, ended by NULL. A new family is declared above and listed in
  * tools/cli_commands.c. */

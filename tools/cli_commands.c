@@ -30,6 +30,7 @@ const struct cli_family *const cli_families[] = {
     &cli_family_snapshot,
     &cli_family_image,
     &cli_family_repo,
+    &cli_family_clone,
     &cli_family_pki,
     &cli_family_doctor,
     &about,

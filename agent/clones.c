@@ -1,0 +1,460 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "agent/clones.h"
+
+#include "agent/driver.h"
+#include "agent/repository.h"
+#include "agent/transfer.h"
+#include "base/clock.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "snapshot/clone.h"
+
+#include <errno.h>
+#include <grp.h>
+#include <pwd.h>
+#include <string.h>
+#include <sys/mount.h>
+
+enum { KILL_TIMEOUT_MS = 10000, OWNER_BYTES = 128, REF_BYTES = 128 };
+
+/* ---- the mount ---- */
+
+/* Who takes this mount's leases: the same for ever, and nobody else. */
+static int make_owner(const struct config *config, char out[OWNER_BYTES], struct vm_error **err)
+{
+    char path[4096];
+    cleanup_free char *text = NULL;
+    size_t len = 0;
+    struct uuid id;
+    snprintf(path, sizeof(path), "%s/mount.id", config->state_dir);
+    cleanup_error struct vm_error *absent = NULL;
+    if (io_read_file(path, UUID_TEXT_SIZE, &text, &len, &absent) < 0 || !uuid_parse(text, &id)) {
+        id = uuid_new();
+        if (io_write_file_durably(path, uuid_text(&id), UUID_TEXT_SIZE - 1, 0600, err) < 0)
+            return -1;
+    }
+    snprintf(out, OWNER_BYTES, "mount of %.64s %s", config->host, uuid_text(&id));
+    return 0;
+}
+
+/* Numbers of the user whom VMs run as. */
+static int find_vm_user(const struct config *config, uid_t *ret_uid, gid_t *ret_gid,
+                        struct vm_error **err)
+{
+    *ret_uid = geteuid();
+    *ret_gid = getegid();
+    if (!*config->vm_user)
+        return 0;
+    const struct passwd *user = getpwnam(config->vm_user);
+    if (!user)
+        return error_set(err, VM_ERROR_NOT_FOUND, "vm-user: there is no user named %s",
+                         config->vm_user);
+    *ret_uid = user->pw_uid;
+    *ret_gid = user->pw_gid;
+    return 0;
+}
+
+struct mount *clones_create_mount(const struct config *config, struct vm_error **err)
+{
+    char control[4096], log[4096], cgroup[4096] = "", owner[OWNER_BYTES];
+    uid_t uid;
+    gid_t gid;
+    if (make_owner(config, owner, err) < 0 || find_vm_user(config, &uid, &gid, err) < 0)
+        return NULL;
+    const struct group *group = *config->vm_user ? getgrgid(gid) : NULL;
+    snprintf(control, sizeof(control), "%s/mount.sock", config->runtime_dir);
+    snprintf(log, sizeof(log), "%s/mount.log", config->log_dir);
+    if (*config->vm_cgroup)
+        snprintf(cgroup, sizeof(cgroup), "%s/vmmig-mount", config->vm_cgroup);
+    struct mount_setup setup = {
+        .repository = config->repository,
+        .folder = config->mount_dir,
+        .cache = config->cache_dir,
+        .cache_size = config->cache_size,
+        .read_timeout_ms = config->disk_timeout_ms,
+        .record_ms = config->record_ms,
+        .control = control,
+        .log = log,
+        .owner = owner,
+        .group = group ? group->gr_name : "",
+        .cgroup = cgroup,
+        .libexec = config->libexec_dir,
+    };
+    return mount_create(&setup, err);
+}
+
+static int reply_mounted(struct control_session *s, const char *dir, struct vm_error **err)
+{
+    struct mount_state state;
+    Vmmig__Control__Mounted m = VMMIG__CONTROL__MOUNTED__INIT;
+    if (mount_status(control_agent(s)->mount, &state, err) < 0)
+        return -1;
+    m.dir = (char *)(uintptr_t)dir;
+    m.repository = state.repository;
+    m.pid = state.pid;
+    m.fetchers = state.fetchers;
+    m.open_files = state.open_files;
+    m.leases = state.leases;
+    m.cache_used = state.cache_used;
+    m.cache_limit = state.cache_limit;
+    m.reads = state.reads;
+    m.waits = state.waits;
+    m.fetched_bytes = state.fetched_bytes;
+    m.prefetched_bytes = state.prefetched_bytes;
+    m.failed_reads = state.failed_reads;
+    return control_reply(s, VMMIG__CONTROL__TYPE__MOUNTED, &m.base, err);
+}
+
+int clones_handle_mount(struct control_session *s, const struct control_message *m,
+                        struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    bool own = !strcmp(m->mount->dir, agent->config->mount_dir);
+    /* Without a repository there is nothing to show: say so now. */
+    if (!repository_get(agent->repository, err) ||
+        (own ? mount_ensure(agent->mount, err) : mount_bind(agent->mount, m->mount->dir, err)) < 0)
+        return -1;
+    if (!own)
+        log_info("mounted the repository", "dir=%s", log_q(m->mount->dir));
+    return reply_mounted(s, m->mount->dir, err);
+}
+
+int clones_handle_unmount(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    const char *dir = m->unmount->dir;
+    Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
+    if (!strcmp(dir, agent->config->mount_dir)) {
+        if (mount_stop(agent->mount, err) < 0)
+            return -1;
+    } else if (umount2(dir, UMOUNT_NOFOLLOW) < 0) {
+        return errno == EBUSY ? error_set(err, VM_ERROR_CONFLICT, "%s is in use", dir)
+                              : error_errno(err, errno, "cannot unmount %s", dir);
+    }
+    return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
+}
+
+/* ---- templates ---- */
+
+struct template_answer {
+    Vmmig__Control__TemplateInfo info;
+    struct template template;
+    char ref[REF_BYTES];
+};
+
+struct template_list {
+    struct template_answer *list[CONTROL_TEMPLATES_MAX];
+    unsigned n;
+};
+
+static int add_template(const struct template *t, void *arg, struct vm_error **err)
+{
+    struct template_list *l = arg;
+    if (l->n == CONTROL_TEMPLATES_MAX)
+        return 0;
+    struct template_answer *a = calloc(1, sizeof(*a));
+    if (!a)
+        return error_nomem(err);
+    vmmig__control__template_info__init(&a->info);
+    a->template = *t;
+    snprintf(a->ref, sizeof(a->ref), "%s%c%s", t->name, *t->tag ? ':' : '@',
+             *t->tag ? t->tag : t->digest);
+    a->info.template_ = a->ref;
+    a->info.name = a->template.name;
+    a->info.tag = a->template.tag;
+    a->info.digest = a->template.digest;
+    a->info.source = a->template.source;
+    a->info.size = t->size;
+    a->info.published_ns = (int64_t)t->published_s * NSEC_PER_SEC;
+    a->info.working_set = t->has_working_set;
+    l->list[l->n++] = a;
+    return 0;
+}
+
+static int by_name(const void *a, const void *b)
+{
+    const struct template_answer *const *x = a, *const *y = b;
+    return strcmp((*x)->ref, (*y)->ref);
+}
+
+/* Sends and frees the list, if r is 0. */
+static int reply_templates(struct control_session *s, struct template_list *l, int r,
+                           struct vm_error **err)
+{
+    Vmmig__Control__TemplateInfo *infos[CONTROL_TEMPLATES_MAX];
+    Vmmig__Control__Templates m = VMMIG__CONTROL__TEMPLATES__INIT;
+    qsort(l->list, l->n, sizeof(*l->list), by_name);
+    for (unsigned i = 0; i < l->n; i++)
+        infos[i] = &l->list[i]->info;
+    m.templates = infos;
+    m.n_templates = l->n;
+    if (r == 0)
+        r = control_reply(s, VMMIG__CONTROL__TYPE__TEMPLATES, &m.base, err);
+    for (unsigned i = 0; i < l->n; i++)
+        free(l->list[i]);
+    return r;
+}
+
+static struct store *get_store(struct control_session *s, struct vm_error **err)
+{
+    struct repo *r = repository_get(control_agent(s)->repository, err);
+    return r ? repo_store(r) : NULL;
+}
+
+int clones_handle_publish(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err)
+{
+    struct template_list list = {.n = 0};
+    struct template t;
+    if (control_check_member(s, control_agent(s)->config->publish_group, err) < 0)
+        return -1;
+    struct store *store = get_store(s, err);
+    if (!store ||
+        template_publish(store, m->template_publish->image, m->template_publish->template_, &t,
+                         err) < 0)
+        return -1;
+    log_info("published a template", "template=%s digest=%s source=%s",
+             m->template_publish->template_, t.digest, t.source);
+    return reply_templates(s, &list, add_template(&t, &list, err), err);
+}
+
+int clones_handle_list(struct control_session *s, const struct control_message *m,
+                       struct vm_error **err)
+{
+    struct template_list list = {.n = 0};
+    struct store *store = get_store(s, err);
+    (void)m;
+    return store ? reply_templates(s, &list, template_list(store, add_template, &list, err), err)
+                 : -1;
+}
+
+int clones_handle_show(struct control_session *s, const struct control_message *m,
+                       struct vm_error **err)
+{
+    struct template_list list = {.n = 0};
+    struct template t;
+    struct store *store = get_store(s, err);
+    if (!store || template_find(store, m->template_show->template_, &t, NULL, err) < 0)
+        return -1;
+    return reply_templates(s, &list, add_template(&t, &list, err), err);
+}
+
+int clones_handle_delete(struct control_session *s, const struct control_message *m,
+                         struct vm_error **err)
+{
+    Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
+    if (control_check_member(s, control_agent(s)->config->publish_group, err) < 0)
+        return -1;
+    struct store *store = get_store(s, err);
+    if (!store || template_delete(store, m->template_delete->template_, err) < 0)
+        return -1;
+    log_info("deleted a template", "template=%s", m->template_delete->template_);
+    return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
+}
+
+/* ---- clones ---- */
+
+struct cloning {
+    struct agent *agent;
+    const Vmmig__Control__Clone *m;
+    struct repo *repo;
+    struct qemu_name_map taps[CONTROL_SETTINGS_MAX];
+    unsigned n_taps;
+    bool keep_macs;
+    char model_dir[4096];
+    uid_t uid;
+    gid_t gid;
+    struct driver_place place; /* of the one that is being started */
+    char name[VM_NAME_MAX + 16];
+    unsigned n; /* that run */
+    char names[CONTROL_CLONES_MAX][VM_NAME_MAX + 1];
+    struct qemu_clone_notes notes[CONTROL_CLONES_MAX];
+    char *note_list[CONTROL_CLONES_MAX][QEMU_CLONE_NOTES_MAX];
+    char refs[CONTROL_CLONES_MAX][REF_BYTES];
+    Vmmig__Control__CloneInfo infos[CONTROL_CLONES_MAX], *list[CONTROL_CLONES_MAX];
+};
+
+static int take_settings(struct cloning *c, struct vm_error **err)
+{
+    for (size_t i = 0; i < c->m->n_sets; i++) {
+        const char *key = c->m->sets[i]->key, *value = c->m->sets[i]->value;
+        if (strcmp(key, "mac")) {
+            c->taps[c->n_taps++] = (struct qemu_name_map){key, value};
+            continue;
+        }
+        if (strcmp(value, "auto") && strcmp(value, "keep"))
+            return error_set(err, VM_ERROR_USAGE, "--set mac=%.40s: auto or keep is expected",
+                             value);
+        c->keep_macs = !strcmp(value, "keep");
+    }
+    return 0;
+}
+
+/* What all launches on this host have in common. */
+static int prepare_launch(void *arg, const char *binary, struct qemu_launch *launch,
+                          struct vm_error **err)
+{
+    struct cloning *c = arg;
+    const struct config *config = c->agent->config;
+    *launch = (struct qemu_launch){.binary = driver_qemu.find_binary(config, binary),
+                                   .user = config->vm_user};
+    if (!launch->binary)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "%.256s is not among the binaries that may be run as a VM (`vmm` in the "
+                         "agent's configuration)",
+                         binary);
+    driver_place_finish(&c->place);
+    c->place.socket_path = driver_socket_path(config, c->name, VM_DRIVER_QEMU);
+    if (!c->place.socket_path ||
+        asprintf(&c->place.log_path, "%s/%s.log", config->log_dir, c->name) < 0)
+        return error_nomem(err);
+    if (*config->vm_cgroup &&
+        asprintf(&c->place.cgroup, "%s/%s", config->vm_cgroup, c->name) < 0)
+        return error_nomem(err);
+    launch->qmp_path = c->place.socket_path;
+    launch->log_path = c->place.log_path;
+    launch->cgroup = c->place.cgroup;
+    return 0;
+}
+
+static void describe(struct cloning *c, const struct clone *made, int64_t asked_ns)
+{
+    unsigned i = c->n;
+    Vmmig__Control__CloneInfo *info = &c->infos[i];
+    vmmig__control__clone_info__init(info);
+    strcpy(c->names[i], c->name);
+    snprintf(c->refs[i], REF_BYTES, "%s@%s", made->template.name, made->template.digest);
+    c->notes[i] = made->notes;
+    for (unsigned k = 0; k < made->notes.n; k++)
+        c->note_list[i][k] = c->notes[i].text[k];
+    info->vm = c->names[i];
+    info->pid = qemu_guest(made->qemu)->process.pid;
+    info->template_ = c->refs[i];
+    info->start_ns = made->timing.running_ns - made->timing.spawned_ns;
+    info->total_ns = clock_mono_ns() - asked_ns;
+    info->notes = c->note_list[i];
+    info->n_notes = made->notes.n;
+    c->list[i] = info;
+}
+
+/* Into the registry; takes the clone over. */
+static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
+{
+    cleanup_vm_definition struct vm_definition copy = {0};
+    struct guest *guest = qemu_guest(made->qemu);
+    struct vm_definition d = {.origin = VM_ORIGIN_RUN,
+                              .argv = made->argv,
+                              .driver = VM_DRIVER_QEMU,
+                              .socket_path = c->place.socket_path,
+                              .process = guest->process,
+                              .since_ns = clock_wall_ns()};
+    strcpy(d.name, c->name);
+    int r = vm_definition_copy(&d, &copy, err);
+    free(steal_ptr(&made->argv));
+    if (r == 0)
+        r = vms_add(c->agent->vms, &copy, &guest, err);
+    if (r == 0)
+        return 0;
+    guest_kill(guest, KILL_TIMEOUT_MS, NULL);
+    guest_destroy(guest);
+    unlink(c->place.socket_path);
+    clone_remove_disks(c->agent->config->clone_dir, c->name);
+    return -1;
+}
+
+static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **err)
+{
+    struct clone made;
+    struct clone_params params = {
+        .repo = c->repo,
+        .mount = c->agent->mount,
+        .template = c->m->template_,
+        .name = c->name,
+        .disk_dir = c->agent->config->clone_dir,
+        .model_dir = c->model_dir,
+        .taps = c->taps,
+        .n_taps = c->n_taps,
+        .keep_macs = c->keep_macs,
+        .disk_size = c->m->disk_size,
+        .prepare = prepare_launch,
+        .arg = c,
+        .uid = c->uid,
+        .gid = c->gid,
+    };
+    if (vms_check_free(c->agent->vms, c->name, err) < 0 || clone_start(&params, &made, err) < 0)
+        return -1;
+    describe(c, &made, asked_ns);
+    if (keep(c, &made, err) < 0)
+        return -1;
+    log_info("cloned a VM", "vm=%s template=%s pid=%d start_us=%lld", c->name, c->refs[c->n],
+             c->infos[c->n].pid, (long long)(c->infos[c->n].start_ns / 1000));
+    c->n++;
+    return 0;
+}
+
+static int clone_one(struct cloning *c, int64_t asked_ns, struct vm_error **err)
+{
+    if (vm_name_check(c->name, err) < 0 || job_claim(c->agent->jobs, c->name, "clone", err) < 0)
+        return -1;
+    int r = clone_claimed(c, asked_ns, err);
+    job_release(c->agent->jobs, c->name);
+    return r;
+}
+
+/* One of several failed: the others go, too. */
+static void undo(struct cloning *c)
+{
+    for (unsigned i = 0; i < c->n; i++) {
+        CLEANUP(vm) struct vm *vm = vms_get(c->agent->vms, c->names[i], NULL);
+        if (!vm || !vm_guest(vm))
+            continue;
+        guest_kill(vm_guest(vm), KILL_TIMEOUT_MS, NULL);
+        unlink(vm_definition(vm)->socket_path);
+        vms_remove(c->agent->vms, c->names[i], NULL);
+        clone_remove_disks(c->agent->config->clone_dir, c->names[i]);
+    }
+}
+
+static int clone_all(struct cloning *c, struct vm_error **err)
+{
+    unsigned count = c->m->count ? c->m->count : 1;
+    for (unsigned i = 0; i < count; i++) {
+        int64_t asked_ns = clock_mono_ns();
+        if (c->m->count)
+            snprintf(c->name, sizeof(c->name), "%s-%u", c->m->as, i + 1);
+        else
+            snprintf(c->name, sizeof(c->name), "%s", c->m->as);
+        if (clone_one(c, asked_ns, err) < 0) {
+            undo(c);
+            return error_wrap(err, "clone %s", c->name);
+        }
+    }
+    return 0;
+}
+
+int clones_handle_clone(struct control_session *s, const struct control_message *m,
+                        struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    struct cloning *c = calloc(1, sizeof(*c));
+    if (!c)
+        return error_nomem(err);
+    c->agent = agent;
+    c->m = m->clone;
+    snprintf(c->model_dir, sizeof(c->model_dir), "%s/models", agent->config->state_dir);
+    c->repo = repository_get(agent->repository, err);
+    int r = !c->repo || take_settings(c, err) < 0 ||
+                    find_vm_user(agent->config, &c->uid, &c->gid, err) < 0
+                ? -1
+                : clone_all(c, err);
+    if (r == 0) {
+        Vmmig__Control__Clones answer = VMMIG__CONTROL__CLONES__INIT;
+        answer.clones = c->list;
+        answer.n_clones = c->n;
+        r = control_reply(s, VMMIG__CONTROL__TYPE__CLONES, &answer.base, err);
+    }
+    driver_place_finish(&c->place);
+    free(c);
+    return r;
+}

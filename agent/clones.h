@@ -1,0 +1,33 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * clones: the requests about templates, clones and the mount (proto/control.proto). They are
+ * answered when they are done: a clone takes as long as its VMM needs to start.
+ *
+ * Handlers run in the session's thread.
+ */
+#ifndef VMMIG_AGENT_CLONES_H
+#define VMMIG_AGENT_CLONES_H
+
+#include "agent/control.h"
+#include "agent/config.h"
+#include "snapshot/mount.h"
+
+/* The mount as the configuration says; its leases are known by an id in the state folder. */
+struct mount *clones_create_mount(const struct config *config, struct vm_error **err);
+
+int clones_handle_publish(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err);
+int clones_handle_list(struct control_session *s, const struct control_message *m,
+                       struct vm_error **err);
+int clones_handle_show(struct control_session *s, const struct control_message *m,
+                       struct vm_error **err);
+int clones_handle_delete(struct control_session *s, const struct control_message *m,
+                         struct vm_error **err);
+int clones_handle_clone(struct control_session *s, const struct control_message *m,
+                        struct vm_error **err);
+int clones_handle_mount(struct control_session *s, const struct control_message *m,
+                        struct vm_error **err);
+int clones_handle_unmount(struct control_session *s, const struct control_message *m,
+                          struct vm_error **err);
+
+#endif

@@ -1,0 +1,309 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/clone.h"
+
+#include "base/cleanup.h"
+#include "base/fault.h"
+#include "base/io.h"
+#include "base/log.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <spawn.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <linux/fs.h>
+
+enum { KILL_TIMEOUT_MS = 5000, PATH_BYTES = 4096, COPY_BYTES = 1 << 20 };
+
+extern char **environ;
+
+struct making {
+    const struct clone_params *p;
+    struct template template;
+    struct qemu_json vm;
+    int *fds; /* of the memory and disk files: they hold the lease until QEMU has them open */
+    unsigned n_fds;
+    int state_fd;
+    char **ram_paths, **disk_paths;
+    char folder[PATH_BYTES];
+    bool folder_made;
+};
+
+/* ---- the template's files ---- */
+
+static int open_file(struct making *m, const char *file, struct vm_error **err)
+{
+    char path[PATH_BYTES];
+    mount_path(m->p->mount, m->template.image, file, path);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT)
+        return error_set(err, VM_ERROR_NOT_FOUND, "template %s is gone, or has no file %s",
+                         m->p->template, file);
+    return fd < 0 ? error_errno(err, errno, "cannot open %s of template %s", file, m->p->template)
+                  : fd;
+}
+
+static int read_definition(struct making *m, struct vm_error **err)
+{
+    char path[PATH_BYTES];
+    cleanup_free char *text = NULL;
+    size_t len;
+    mount_path(m->p->mount, m->template.image, "vm.json", path);
+    if (io_read_file(path, QEMU_JSON_MAX, &text, &len, err) < 0 ||
+        qemu_json_read(text, len, &m->vm, err) < 0)
+        return error_wrap(err, "template %s", m->p->template);
+    return 0;
+}
+
+static char *path_of(struct making *m, const char *file)
+{
+    char path[PATH_BYTES];
+    mount_path(m->p->mount, m->template.image, file, path);
+    return strdup(path);
+}
+
+/* From here on the template is leased, as long as one of these is open. */
+static int open_files(struct making *m, struct vm_error **err)
+{
+    const struct qemu_definition *d = &m->vm.definition;
+    m->fds = calloc(d->n_ram + d->n_disks + 1, sizeof(*m->fds));
+    m->ram_paths = calloc(d->n_ram + 1, sizeof(char *));
+    m->disk_paths = calloc(d->n_disks + 1, sizeof(char *));
+    if (!m->fds || !m->ram_paths || !m->disk_paths)
+        return error_nomem(err);
+    for (unsigned i = 0; i < d->n_ram; i++) {
+        m->fds[m->n_fds] = open_file(m, m->vm.ram_files[i], err);
+        if (m->fds[m->n_fds] < 0)
+            return -1;
+        m->n_fds++;
+        if (!(m->ram_paths[i] = path_of(m, m->vm.ram_files[i])))
+            return error_nomem(err);
+    }
+    for (unsigned i = 0; i < d->n_disks; i++) {
+        if (!*m->vm.disk_files[i]) {
+            if (d->disks[i].writable)
+                return error_set(err, VM_ERROR_REFUSED,
+                                 "disk %s was not saved with template %s, and cannot be shared",
+                                 d->disks[i].name, m->p->template);
+            continue;
+        }
+        m->fds[m->n_fds] = open_file(m, m->vm.disk_files[i], err);
+        if (m->fds[m->n_fds] < 0)
+            return -1;
+        m->n_fds++;
+    }
+    return 0;
+}
+
+/* ---- overlays ---- */
+
+static int run_qemu_img(const char *backing, const char *path, struct vm_error **err)
+{
+    const char *argv[] = {"qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing,
+                          path, NULL};
+    pid_t pid;
+    int status = 0;
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
+    posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_RDWR, 0);
+    posix_spawn_file_actions_addclosefrom_np(&actions, 3);
+    int failed = posix_spawnp(&pid, argv[0], &actions, NULL, (char **)(uintptr_t)argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    if (failed)
+        return error_errno(err, failed, "cannot run qemu-img");
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+        return 0;
+    unlink(path);
+    return error_set(err, VM_ERROR_FAILED, "qemu-img cannot make the overlay %s", path);
+}
+
+/* An empty overlay upon the disk, made once per version. */
+static int make_model(struct making *m, unsigned disk, char out[PATH_BYTES], struct vm_error **err)
+{
+    char fresh[PATH_BYTES + 64];
+    snprintf(out, PATH_BYTES, "%s/%s-%s.qcow2", m->p->model_dir, m->template.digest,
+             m->vm.disk_files[disk]);
+    if (access(out, R_OK) == 0)
+        return 0;
+    cleanup_free char *backing = path_of(m, m->vm.disk_files[disk]);
+    struct uuid unique = uuid_new();
+    snprintf(fresh, sizeof(fresh), "%s.%.8s", out, uuid_text(&unique));
+    if (!backing)
+        return error_nomem(err);
+    if (io_make_folders(m->p->model_dir, 0700, err) < 0 || run_qemu_img(backing, fresh, err) < 0)
+        return -1;
+    if (rename(fresh, out) < 0) {
+        unlink(fresh);
+        return error_errno(err, errno, "cannot make %s", out);
+    }
+    return 0;
+}
+
+static int copy_bytes(int from, int to, const char *path, struct vm_error **err)
+{
+    cleanup_free uint8_t *data = malloc(COPY_BYTES);
+    ssize_t n;
+    if (ioctl(to, FICLONE, from) == 0)
+        return 0;
+    if (!data)
+        return error_nomem(err);
+    while ((n = read(from, data, COPY_BYTES)) > 0)
+        for (ssize_t at = 0, put; at < n; at += put) {
+            put = write(to, data + at, (size_t)(n - at));
+            if (put <= 0)
+                return error_errno(err, put < 0 ? errno : ENOSPC, "cannot write the overlay %s",
+                                   path);
+        }
+    return n < 0 ? error_errno(err, errno, "cannot read an overlay's model") : 0;
+}
+
+static int make_overlay(struct making *m, unsigned disk, struct vm_error **err)
+{
+    char model[PATH_BYTES], path[PATH_BYTES + 64];
+    if (make_model(m, disk, model, err) < 0)
+        return -1;
+    snprintf(path, sizeof(path), "%s/disk%u.qcow2", m->folder, disk);
+    cleanup_close int from = open(model, O_RDONLY | O_CLOEXEC);
+    cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (from < 0 || to < 0)
+        return error_errno(err, errno, "cannot make the overlay %s", path);
+    if (FAULT("clone.overlay") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "cannot write the overlay %s", path);
+    if (copy_bytes(from, to, path, err) < 0)
+        return -1;
+    if (fchown(to, m->p->uid, m->p->gid) < 0)
+        return error_errno(err, errno, "cannot give %s to its user", path);
+    m->disk_paths[disk] = strdup(path);
+    return m->disk_paths[disk] ? 0 : error_nomem(err);
+}
+
+static int make_overlays(struct making *m, struct vm_error **err)
+{
+    snprintf(m->folder, sizeof(m->folder), "%s/%s", m->p->disk_dir, m->p->name);
+    if (io_make_folders(m->p->disk_dir, 0755, err) < 0)
+        return -1;
+    if (mkdir(m->folder, 0700) < 0)
+        return errno == EEXIST
+                   ? error_set(err, VM_ERROR_CONFLICT,
+                               "%s is there: the disks of a former clone; remove it, or take "
+                               "another name",
+                               m->folder)
+                   : error_errno(err, errno, "cannot make %s", m->folder);
+    m->folder_made = true;
+    if (chown(m->folder, m->p->uid, m->p->gid) < 0)
+        return error_errno(err, errno, "cannot give %s to its user", m->folder);
+    for (unsigned i = 0; i < m->vm.definition.n_disks; i++)
+        if (*m->vm.disk_files[i] && make_overlay(m, i, err) < 0)
+            return -1;
+    return 0;
+}
+
+void clone_remove_disks(const char *disk_dir, const char *name)
+{
+    char path[PATH_BYTES];
+    for (unsigned i = 0; i < QEMU_DISKS_MAX; i++) {
+        snprintf(path, sizeof(path), "%s/%s/disk%u.qcow2", disk_dir, name, i);
+        if (unlink(path) < 0 && i > 8)
+            break;
+    }
+    snprintf(path, sizeof(path), "%s/%s", disk_dir, name);
+    rmdir(path);
+}
+
+/* ---- starting ---- */
+
+static int resize(struct making *m, struct qemu *q, struct vm_error **err)
+{
+    if (!m->p->disk_size)
+        return 0;
+    if (!m->vm.definition.n_disks || !m->disk_paths[0])
+        return error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger",
+                         m->p->template);
+    struct stat st;
+    char path[PATH_BYTES];
+    mount_path(m->p->mount, m->template.image, m->vm.disk_files[0], path);
+    if (stat(path, &st) < 0 || m->p->disk_size < (uint64_t)st.st_size)
+        return error_set(err, VM_ERROR_USAGE,
+                         "--disk-size: the disk of template %s cannot become smaller than it is",
+                         m->p->template);
+    return qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err);
+}
+
+static int launch(struct making *m, struct clone *c, struct vm_error **err)
+{
+    struct qemu_clone_params params = {
+        .name = m->p->name,
+        .vm = &m->vm,
+        .ram_paths = (const char *const *)m->ram_paths,
+        .disk_paths = (const char *const *)m->disk_paths,
+        .taps = m->p->taps,
+        .n_taps = m->p->n_taps,
+        .keep_macs = m->p->keep_macs,
+        .state_fd = m->state_fd,
+    };
+    if (m->p->prepare(m->p->arg, m->vm.definition.binary, &params.launch, err) < 0 ||
+        qemu_clone_argv(&params, &c->notes, &c->argv, err) < 0)
+        return -1;
+    (void)FAULT("clone.spawn");
+    c->qemu = qemu_clone_spawn(&params, c->argv, &c->timing, err);
+    if (!c->qemu)
+        return -1;
+    c->running = m->vm.definition.state == GUEST_RUNNING;
+    if (resize(m, c->qemu, err) == 0)
+        return 0;
+    guest_kill(qemu_guest(c->qemu), KILL_TIMEOUT_MS, NULL);
+    unlink(params.launch.qmp_path);
+    qemu_destroy(steal_ptr(&c->qemu));
+    return -1;
+}
+
+static int make(struct making *m, struct clone *c, struct vm_error **err)
+{
+    if (template_find(repo_store(m->p->repo), m->p->template, &m->template, NULL, err) < 0 ||
+        mount_ensure(m->p->mount, err) < 0)
+        return -1;
+    m->state_fd = open_file(m, "device.state", err);
+    if (m->state_fd < 0)
+        return -1;
+    (void)FAULT("clone.leased");
+    return read_definition(m, err) < 0 || open_files(m, err) < 0 || make_overlays(m, err) < 0
+               ? -1
+               : launch(m, c, err);
+}
+
+static void finish(struct making *m)
+{
+    for (unsigned i = 0; i < m->n_fds; i++)
+        close(m->fds[i]);
+    for (unsigned i = 0; m->ram_paths && i < m->vm.definition.n_ram; i++)
+        free(m->ram_paths[i]);
+    for (unsigned i = 0; m->disk_paths && i < m->vm.definition.n_disks; i++)
+        free(m->disk_paths[i]);
+    free(m->ram_paths);
+    free(m->disk_paths);
+    free(m->fds);
+    close_fd(&m->state_fd);
+    qemu_json_finish(&m->vm);
+}
+
+int clone_start(const struct clone_params *params, struct clone *ret_clone, struct vm_error **err)
+{
+    struct making m = {.p = params, .state_fd = -1};
+    struct clone c = {.qemu = NULL};
+    int r = make(&m, &c, err);
+    if (r < 0) {
+        free(c.argv);
+        if (m.folder_made)
+            clone_remove_disks(params->disk_dir, params->name);
+    } else {
+        c.template = m.template;
+        *ret_clone = c;
+    }
+    finish(&m);
+    return r;
+}

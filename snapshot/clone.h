@@ -1,0 +1,57 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * clone: a running VM from a template, in a blink: its disks are qcow2 overlays upon the mounted
+ * template's, its memory a private mapping of the mounted template's.
+ *
+ *     clone_start(&params, &clone, &err)
+ *
+ * The template's files are opened first, which leases it: from then on it may be deleted. Overlays
+ * are DIR/NAME/diskN.qcow2, with the mount's path of the version (t:NAME@DIGEST) as their backing
+ * file, which is the same on every host that mounts at the same place. An empty overlay of each
+ * disk is kept as a model per version, since copying is faster than making.
+ *
+ * Failure: nothing is left, neither process nor overlay nor lease. NOT_FOUND: no such template;
+ * CONFLICT: DIR/NAME is there already; NO_SPACE: no room for the overlay; REFUSED: vmm/qemu_clone.h,
+ * or a disk that was not saved. Threads: any.
+ */
+#ifndef VMMIG_SNAPSHOT_CLONE_H
+#define VMMIG_SNAPSHOT_CLONE_H
+
+#include "repo/repo.h"
+#include "repo/template.h"
+#include "snapshot/mount.h"
+#include "vmm/qemu_clone.h"
+
+struct clone_params {
+    struct repo *repo;
+    struct mount *mount;
+    const char *template; /* NAME:TAG or NAME@DIGEST */
+    const char *name;     /* of the clone */
+    const char *disk_dir; /* DIR */
+    const char *model_dir;
+    const struct qemu_name_map *taps;
+    unsigned n_taps;
+    bool keep_macs;
+    uint64_t disk_size;   /* of disk 0; 0: as it was */
+    /* Fill what launches have in common; called when the binary is known. */
+    int (*prepare)(void *arg, const char *binary, struct qemu_launch *launch,
+                   struct vm_error **err);
+    void *arg;
+    uid_t uid; /* who owns overlays */
+    gid_t gid;
+};
+
+struct clone {
+    struct template template;
+    struct qemu *qemu;  /* the caller's */
+    char **argv;        /* free it */
+    struct qemu_clone_notes notes;
+    struct qemu_clone_timing timing;
+    bool running;
+};
+
+int clone_start(const struct clone_params *params, struct clone *ret_clone, struct vm_error **err);
+/* Remove the overlays of a clone that does not run (any more), and their folder. */
+void clone_remove_disks(const char *disk_dir, const char *name);
+
+#endif

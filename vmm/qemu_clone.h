@@ -1,0 +1,62 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * qemu_clone: a QEMU that goes on from a saved state, its memory a private mapping of files that
+ * others map too.
+ *
+ *     qemu_clone_argv(&params, &notes, &argv, &err)       pure
+ *     struct qemu *q = qemu_clone_spawn(&params, argv, &timing, &err);
+ *
+ * The command line is the saved one with: every memory backend on its file, share=off; each disk a
+ * qcow2 overlay; fresh -uuid, VM generation ID and MAC addresses; -name; paths of sockets and
+ * output files of its own: the former VM's name in a path's last part becomes the clone's; where it
+ * is not in it, sockets that QEMU makes and files that it writes get "NAME-" before it; NICs on taps by
+ * the names that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot
+ * share it), and what cannot move (vmm/qemu_portable.h).
+ *
+ * `notes` tells what the running guest does not notice of its new identity: a guest without a
+ * vmgenid device is not told that it is a clone, and no guest looks at a NIC's MAC again before its
+ * driver starts anew.
+ *
+ * The state is loaded by QEMU itself from `state_fd` (a file), without a page; the guest runs when
+ * it was running. Threads: any.
+ */
+#ifndef VMMIG_VMM_QEMU_CLONE_H
+#define VMMIG_VMM_QEMU_CLONE_H
+
+#include "vmm/qemu.h"
+#include "vmm/qemu_json.h"
+
+#define QEMU_CLONE_NOTE_MAX 256
+#define QEMU_CLONE_NOTES_MAX 8
+
+struct qemu_clone_params {
+    const char *name;
+    const struct qemu_json *vm;
+    const char *const *ram_paths;  /* as many as vm->definition.ram */
+    const char *const *disk_paths; /* as disks: an overlay (qcow2); NULL: not replaced */
+    const struct qemu_name_map *taps; /* id of the netdev, name of the tap */
+    unsigned n_taps;
+    bool keep_macs;
+    int state_fd;               /* stays the caller's */
+    struct qemu_launch launch;  /* argv and fds are ignored */
+};
+
+struct qemu_clone_notes {
+    char text[QEMU_CLONE_NOTES_MAX][QEMU_CLONE_NOTE_MAX];
+    unsigned n;
+};
+
+struct qemu_clone_timing {
+    int64_t spawned_ns, running_ns; /* monotonic: before fork; when QEMU said that it runs */
+};
+
+/* *ret_argv: one allocation, NULL at the end; free it. */
+int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_notes *ret_notes,
+                    char ***ret_argv, struct vm_error **err);
+/* When it fails nothing is left. */
+struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *const *argv,
+                              struct qemu_clone_timing *ret_timing, struct vm_error **err);
+/* A larger disk: the running guest is told. */
+int qemu_clone_resize(struct qemu *q, const char *disk_path, uint64_t size, struct vm_error **err);
+
+#endif
