@@ -74,7 +74,11 @@ int fault_errno(void);
 int fault_jump_ms(void);
 int64_t fault_patience_ns(int64_t ms);
 #else
-#define FAULT(name) FAULT_NONE
+#define FAULT(name) fault_none()
+static inline enum fault_result fault_none(void)
+{
+    return FAULT_NONE;
+}
 static inline int fault_errno(void)
 {
     return 0;
