@@ -106,7 +106,7 @@ int driver_run(const struct config *config, const char *name, char *const *argv,
         return not_allowed(argv[0], "`vmm` and `attach-vmm`", err);
     if (make_place(config, name, (enum vm_driver)i, &launch.place, err) < 0)
         return -1;
-    cleanup_driver_place struct driver_place place = launch.place;
+    cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
     CLEANUP(guest) struct guest *guest = drivers[i]->start(&launch, err);
     if (!guest)
         return -1;
@@ -182,7 +182,7 @@ struct guest *driver_sink_start(const struct config *config, const char *name,
     }
     if (make_place(config, name, kind, &launch.place, err) < 0)
         return NULL;
-    cleanup_driver_place struct driver_place place = launch.place;
+    cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
     return driver->sink_start(&launch, d, assume_shared, err);
 }
 

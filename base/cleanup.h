@@ -62,7 +62,7 @@ static inline pthread_mutex_t *lock_mutex(pthread_mutex_t *m)
     {                                                                                              \
         destroy(*p);                                                                               \
     }
-#define CLEANUP(name) __attribute__((cleanup(cleanup_##name##_fn)))
+#define CLEANUP(name) __attribute__((cleanup(cleanup_##name##_fn), unused))
 
 static inline int steal_fd(int *fd)
 {

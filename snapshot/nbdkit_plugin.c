@@ -138,4 +138,7 @@ static struct nbdkit_plugin plugin = {
     .zero = push_zero,
 };
 
+/* Which nbdkit looks up by name; its header does not declare it. */
+struct nbdkit_plugin *plugin_init(void);
+
 NBDKIT_REGISTER_PLUGIN(plugin)
