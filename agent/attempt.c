@@ -489,7 +489,7 @@ static bool make_mistake(struct attempt *a, enum handover_event event)
         act_resume(a);
         return true;
     }
-    if (state == HANDOVER_DST_LOADED && event == HANDOVER_EV_TIMER &&
+    if (state == HANDOVER_DST_LOADED && event != HANDOVER_EV_MSG_COMMIT &&
         FAULT("mistake.run-on-loaded") == FAULT_MISTAKE) {
         act_journal(a, HANDOVER_REC_RUN);
         a->machine.state = HANDOVER_DST_STARTING;

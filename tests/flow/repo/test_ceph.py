@@ -84,12 +84,12 @@ def test_a_full_cluster_fails_the_writer_alone(ceph, ceph_url, tmp_path):
         repository.run('export', 'a', tmp_path / 'out.raw')
         assert same(raw, tmp_path / 'out.raw')
         repository.run('delete', 'a')
-        repository.run('collect', 1)
-        stat, = repository.run('stat')
-        assert stat['packs'] + stat['trees'] == 0
     finally:
         ceph.set_full(False, ratio)
     assert repository.names() == []
+    repository.run('collect', 1)
+    stat, = repository.run('stat')
+    assert stat['packs'] + stat['trees'] == 0
     repository.run('import', more, 'b')
 
 
