@@ -715,15 +715,15 @@ def test_a_bad_configuration(tmp_path, text, message):
 
 def test_the_doctor_knows_every_vm(h1):
     assert 'no VMs here' in h1.ok('doctor') or h1.json('doctor')['findings']
-    h1.boot('web1')
-    finding, = h1.json('doctor', 'web1')['findings']
+    h1.boot('patient')
+    finding, = h1.json('doctor', 'patient')['findings']
     assert (finding['owner'], finding['owner_host'], finding['why']) == ('here', 'h1', 'it was started here')
     assert finding['record'] is None and finding['vmm_runs']
-    os.kill(h1.vm('web1')['pid'], signal.SIGKILL)
-    eventually('its end', lambda: h1.vm('web1')['presence'] == 'ended')
-    finding, = h1.json('doctor', 'web1')['findings']
+    os.kill(h1.vm('patient')['pid'], signal.SIGKILL)
+    eventually('its end', lambda: h1.vm('patient')['presence'] == 'ended')
+    finding, = h1.json('doctor', 'patient')['findings']
     assert finding['owner'] == 'nobody' and not finding['vmm_runs']
-    assert 'nobody owns it' in h1.ok('doctor', 'web1')
+    assert 'nobody owns it' in h1.ok('doctor', 'patient')
     assert h1.run('doctor', 'nobody').returncode == 3
 
 
