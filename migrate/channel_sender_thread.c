@@ -256,13 +256,12 @@ static void advance_position(struct channel_sender *s, size_t taken)
     if (s->at.offset < p->total)
         return;
     rewind_frame(s);
-    if (s->at.copies && --s->at.copies)
-        return;
     SCOPE_LOCK(&s->lock);
     p->written_at = clock_mono_ns();
     if (p->seq > s->written_seq)
         s->written_seq = p->seq;
-    s->at.frame = p->next;
+    if (!s->at.copies || !--s->at.copies)
+        s->at.frame = p->next;
 }
 
 /* How many bytes may be written now; 0: not before s->allowed_from. */
