@@ -22,7 +22,6 @@ side_by_side(), tracking() and limits(), which return what --json writes.
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), 'flow')]
 
-from agents import Cluster, eventually  # noqa: E402
+from agents import Cluster  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
 from lab.guests import built  # noqa: E402
 from migrate import Race, cpu_of  # noqa: E402
@@ -53,31 +52,16 @@ class AttachRace(Race):
         self.here.vmmig('attach', self.vm.name, '--socket', self.vm.attach_path)
 
     def vmmig(self, options):
-        source = self.here.json('status', self.vm.name)['pid']
-        used = last = cpu_of(source)
-        start = time.monotonic()
-        job = self.here.popen('send', self.vm.name, '--to', self.there.host.name, '--json', *options)
-        while job.poll() is None:
-            try:
-                last = cpu_of(source)
-            except OSError:
-                pass
-            time.sleep(0.005)
-        total = time.monotonic() - start
-        said = job.communicate()[0]
-        assert job.returncode == 0, said
-        self.last = json.loads(said)
-        cpu = last - used + cpu_of(self.there.json('status', self.vm.name)['pid'])
-        return total, total - self.until_prepared(), cpu
+        total, cpu = self.send(options)
+        return total, total - self.until_prepared(), (cpu, cpu_of(self.there.json('status', self.vm.name)['pid']))
 
-    def processes(self):
+    def vmm_pids(self):
         return [pid for agent in (self.here, self.there) for pid, argv in agent.host.processes().items()
-                if argv[0].endswith('vmmig-vmm')]
+                if argv[0].endswith('vmmig-vmm') and self.vm.attach_path in argv]
 
-
-def stop_others(race, stopped):
-    for pid in race.processes() if isinstance(race, AttachRace) else race.qemu_pids():
-        os.kill(pid, signal.SIGSTOP if stopped else signal.SIGCONT)
+    def end(self):
+        super().end()
+        self.here.vmmig('detach', self.vm.name)
 
 
 def per_guest(run):
@@ -98,37 +82,28 @@ def side_by_side(rounds=3, rates=(1, 200)):
         for rate in rates:
             guest = {'mem_mib': MEMORY_MIB, 'scan_mbps': 0, 'fill': 'half', **DIRTY[rate]}
             races = {'vmmig': AttachRace(cluster, VmmGuest(f'attach{rate}', **guest))}
-            stop_others(races['vmmig'], True)
+            races['vmmig'].let_run(False)
             races['qemu'] = Race(cluster, BareGuest(f'qemu{rate}', **guest))
-            stop_others(races['qemu'], True)
+            races['qemu'].let_run(False)
             tools = {'vmmig': 'vmmig-qemu', 'qemu': 'qemu-multifd'}
             found[rate] = {name: [] for name in races}
             for number in range(rounds + 1):  # the first warms up
                 for name, race in races.items():
-                    stop_others(race, False)
+                    race.let_run(True)
                     race.console.wait_ticks(50)
                     run = per_guest(race.run(tools[name]))
-                    stop_others(race, True)
+                    race.let_run(False)
                     if number:
                         found[rate][name].append(run)
                     print(f'  {rate} MiB/s {name}{"" if number else " (warming up)"}: '
                           + ', '.join(f'{metric} {value:.4g}' for metric, value in run.items()),
                           file=sys.stderr, flush=True)
             for race in races.values():
-                stop_others(race, False)
+                race.let_run(True)
             races['vmmig'].console.verify()
             for race in races.values():
-                end(race)
+                race.end()
     return found
-
-
-def end(race):
-    for pid in race.processes() if isinstance(race, AttachRace) else race.qemu_pids():
-        os.kill(pid, 9)
-        eventually('its end', lambda pid=pid: [agent.host.reap() for agent in (race.here, race.there)]
-                   and not os.path.exists(f'/proc/{pid}'))
-    if isinstance(race, AttachRace):
-        race.here.vmmig('detach', race.vm.name)
 
 
 def tracking(sizes=(1, 4, 16), drivers=DRIVERS):

@@ -17,15 +17,18 @@ vmmig's ratio to the best of QEMU's modes. VMMIG_BUILD names the build folder.
 Metrics: total_ms as a user waits for it, from the command until he is told that it is done, the start of
 the destination's QEMU included, with every tool; copy_ms the same without that start, with every tool;
 pause_ms as a host sees the guest stand still (the stamps of its console's ticks); wire_bytes all that
-both hosts sent; cpu_s of both agents and both QEMUs without their vCPUs' threads; others_pct how much of
-the machine's CPU time went elsewhere meanwhile, or was stolen by the machine's host: above a few percent,
-the row says little.
+both hosts sent; cpu_s of both agents and both VMMs without their vCPUs' threads, source_cpu_s and
+destination_cpu_s each side's; others_pct how much of the machine's CPU time went elsewhere meanwhile, or was
+stolen by the machine's host: above a few percent, the row says little.
+
+Another program may use Race: with limit_s, a migration that takes longer is cancelled, and Unfinished raised.
 """
 import argparse
 import contextlib
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -43,6 +46,9 @@ MODES = {
     'qemu-multifd-zstd': (['multifd'], {'multifd-channels': 2, 'multifd-compression': 'zstd'}),
     'qemu-xbzrle': (['xbzrle'], {}),
 }
+# QEMU's modes that are not raced by default: with post-copy the guest runs before its memory is there.
+OTHER_MODES = {'qemu-postcopy': (['postcopy-ram'], {})}
+CAPABILITIES = ['multifd', 'xbzrle', 'auto-converge', 'events', 'postcopy-ram']
 # The tools that are vmmig, with the options of `vmmig send`.
 VMMIG = {
     'vmmig-qemu': [],
@@ -50,6 +56,7 @@ VMMIG = {
     'vmmig-zstd': ['--compress', 'zstd'],
     'vmmig-none': ['--compress', 'none'],
 }
+MORE_METRICS = {'source_cpu_s': 's', 'destination_cpu_s': 's'}
 METRICS = {'total_ms': 'ms', 'copy_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's', 'others_pct': '%'}
 HZ = os.sysconf('SC_CLK_TCK')
 
@@ -60,15 +67,18 @@ def cpu_times(path):
     return int(fields[11]) + int(fields[12])
 
 
-def cpu_of(pid):
-    """CPU seconds of a process and the threads that it had, without its vCPUs' threads."""
+def cpu_of(pid, vcpus=None):
+    """CPU seconds of a process and the threads that it had, without its vCPUs' threads. Of those, threads may end
+    before the process does: vcpus, an empty dictionary at first, is where a caller that looks again and again keeps
+    what they had used."""
     total = cpu_times(f'/proc/{pid}/stat')
+    vcpus = {} if vcpus is None else vcpus
     for task in os.listdir(f'/proc/{pid}/task'):
         with contextlib.suppress(OSError):
             with open(f'/proc/{pid}/task/{task}/comm', encoding='ascii') as file:
                 if file.read().startswith('CPU '):
-                    total -= cpu_times(f'/proc/{pid}/task/{task}/stat')
-    return total / HZ
+                    vcpus[task] = cpu_times(f'/proc/{pid}/task/{task}/stat')
+    return (total - sum(vcpus.values())) / HZ
 
 
 def machine_cpu():
@@ -95,15 +105,21 @@ def family_cpu(root):
     return total
 
 
+class Unfinished(Exception):
+    """A migration that took longer than Race.limit_s: it was cancelled, and the guest runs where it was."""
+
+
 class Race:
     """One guest that every tool moves in turn."""
+
+    limit_s = None
 
     def __init__(self, cluster, vm, dest_qmp=False):
         self.cluster, self.vm, self.dest_qmp = cluster, vm, dest_qmp
         self.here, self.there = cluster.agents
         self.console = cluster.console(vm.name)
         self.options = []
-        self.damaged = dict.fromkeys([*VMMIG, *MODES], 0)
+        self.damaged = dict.fromkeys([*VMMIG, *MODES, *OTHER_MODES], 0)
         self.boot()
 
     def boot(self):
@@ -112,27 +128,41 @@ class Race:
         self.console.wait_for('ready', timeout=180, after=mark)
         self.console.wait_ticks(20)
 
-    def qemu_pids(self):
+    def vmm_pids(self):
         return [pid for agent in (self.here, self.there) for pid, argv in agent.host.processes().items()
-                if 'qemu-system' in argv[0]]
+                if 'qemu-system' in argv[0] and self.vm.name in argv]
+
+    def let_run(self, whether):
+        """Or let it stand still, while another guest is moved on the same machine."""
+        for pid in self.vmm_pids():
+            os.kill(pid, signal.SIGCONT if whether else signal.SIGSTOP)
+
+    def end(self):
+        """Kills the guest's VMM."""
+        for pid in self.vmm_pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, 9)
+            eventually('its end', lambda pid=pid: self.ended(pid))
 
     def run(self, tool):
         """One migration. Returns its metrics."""
-        move = (lambda: self.vmmig(VMMIG[tool])) if tool in VMMIG else lambda: self.native(*MODES[tool])
+        move = (lambda: self.vmmig(VMMIG[tool])) if tool in VMMIG else \
+            lambda: self.native(*{**MODES, **OTHER_MODES}[tool])
         mark = self.console.mark()
         agents = [agent.process.pid for agent in (self.here, self.there)]
-        before = {pid: cpu_of(pid) for pid in agents}
+        before = [cpu_of(pid) for pid in agents]
         sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there))
         began, busy, ours = time.monotonic(), machine_cpu(), family_cpu(os.getpid())
         total, copy, cpu = move()
         others = machine_cpu() - busy - (family_cpu(os.getpid()) - ours)
         others /= (time.monotonic() - began) * os.cpu_count()
         sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there)) - sent
-        cpu += sum(cpu_of(pid) - before[pid] for pid in agents)
+        cpu = [vmm + cpu_of(pid) - used for vmm, pid, used in zip(cpu, agents, before)]
         self.here, self.there = self.there, self.here
         pause = self.judge(tool, mark)
         return {'total_ms': total * 1000, 'copy_ms': copy * 1000, 'pause_ms': pause * 1000, 'wire_bytes': sent,
-                'cpu_s': cpu, 'others_pct': max(0, others * 100)}
+                'cpu_s': sum(cpu), 'others_pct': max(0, others * 100), 'source_cpu_s': cpu[0],
+                'destination_cpu_s': cpu[1]}
 
     def judge(self, tool, mark):
         """The pause. A guest whose memory QEMU's own migration damaged (TCG, before QEMU 9.0) is counted and
@@ -145,19 +175,16 @@ class Race:
             if tool in VMMIG:
                 raise
             self.damaged[tool] += 1
-            for pid in self.qemu_pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, 9)
-                eventually('its end', lambda: self.here.host.reap() or not os.path.exists(f'/proc/{pid}'))
-            self.forget_sockets()
+            self.end()
+            self.forget_sockets(self.here)
             self.boot()
             return float('nan')
 
-    def forget_sockets(self):
+    def forget_sockets(self, agent):
         """Of a QEMU that was killed; one that ended by itself has removed them."""
         for path in (self.vm.qmp_path, self.vm.judge_path):
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.here.host.path(path))
+                os.unlink(agent.host.path(path))
 
     def start_destination(self):
         self.there.host.popen(self.vm.argv(incoming='defer'), name=self.vm.name)
@@ -178,27 +205,41 @@ class Race:
         if self.dest_qmp:
             self.start_destination()
             options += ['--dest-qmp', self.vm.qmp_path]
+        total, cpu = self.send(options)
+        target = self.there.json('status', self.vm.name)['pid']
+        self.there.vmmig('detach', self.vm.name)
+        return total, total - self.until_prepared(), (cpu, cpu_of(target))
+
+    def send(self, options):
+        """Runs `vmmig send`. Returns how long it took, and the CPU seconds of the source's VMM; what it said is
+        self.last."""
         source = self.here.json('status', self.vm.name)['pid']
-        used = cpu_of(source)
+        vcpus = {}
+        used = last = cpu_of(source, vcpus)
         start = time.monotonic()
         job = self.here.popen('send', self.vm.name, '--to', self.there.host.name, '--json', *options)
-        # The source's QEMU ends before the command does: read its CPU time as long as it is there.
+        # The source's VMM ends before the command does: read its CPU time as long as it is there.
         while job.poll() is None:
-            try:
-                last = cpu_of(source)
-            except OSError:
-                pass
+            with contextlib.suppress(OSError):
+                last = cpu_of(source, vcpus)
+            if self.late(start):
+                self.here.vmmig('cancel', self.vm.name, check=False)
+                job.wait()
             time.sleep(0.005)
         total = time.monotonic() - start
         said = job.communicate()[0]
+        if job.returncode and self.late(start):
+            raise Unfinished
         assert job.returncode == 0, said
-        target = self.there.json('status', self.vm.name)['pid']
-        self.there.vmmig('detach', self.vm.name)
         self.last = json.loads(said)
-        return total, total - self.until_prepared(), last - used + cpu_of(target)
+        return total, last - used
+
+    def late(self, start):
+        return self.limit_s and time.monotonic() - start > self.limit_s
 
     def ended(self, pid):
         self.here.host.reap()
+        self.there.host.reap()
         return not os.path.exists(f'/proc/{pid}')
 
     def native(self, capabilities, parameters):
@@ -208,9 +249,8 @@ class Race:
         target_pid = next(pid for pid, argv in self.there.host.processes().items() if 'qemu-system' in argv[0])
         tls = not self.cluster.plain
         for qmp, endpoint, agent in ((source, 'client', self.here), (target, 'server', self.there)):
-            every = ['multifd', 'xbzrle', 'auto-converge', 'events']
             qmp('migrate-set-capabilities', capabilities=[
-                {'capability': name, 'state': name in [*capabilities, 'events']} for name in every])
+                {'capability': name, 'state': name in [*capabilities, 'events']} for name in CAPABILITIES])
             qmp('migrate-set-parameters', **{'max-bandwidth': 100 << 30, 'downtime-limit': 300,
                                              'multifd-channels': 2, 'multifd-compression': 'none', **parameters})
             if tls:
@@ -233,15 +273,30 @@ class Race:
         start = time.monotonic()
         source('migrate', uri=f'tcp:{self.there.host.name}:4444')
         while (info := source('query-migrate'))['status'] not in ('completed', 'failed'):
+            if 'postcopy-ram' in capabilities and info['status'] == 'active' \
+                    and info.get('ram', {}).get('dirty-sync-count', 0) > 1:
+                source('migrate-start-postcopy')
+            elif self.late(start) and info['status'] == 'active':
+                self.abandon(source, target_pid)
             time.sleep(0.005)
         assert info['status'] == 'completed', info
         eventually('the guest', lambda: target('query-status')['status'] == 'running')
         total, copy = time.monotonic() - began, time.monotonic() - start
-        cpu = cpu_of(source_pid) - used + cpu_of(target_pid)
+        cpu = cpu_of(source_pid) - used, cpu_of(target_pid)
         os.kill(source_pid, 9)
         eventually('the end of the source', lambda: self.ended(source_pid))
-        self.forget_sockets()
+        self.forget_sockets(self.here)
         return total, copy, cpu
+
+
+    def abandon(self, source, target_pid):
+        """Ends a migration of QEMU's that does not come to an end."""
+        source('migrate_cancel')
+        eventually('the cancelling', lambda: source('query-migrate')['status'] == 'cancelled')
+        os.kill(target_pid, 9)
+        eventually('the end of the destination', lambda: self.ended(target_pid))
+        self.forget_sockets(self.there)
+        raise Unfinished
 
 
 def linux_1gbit(plain):

@@ -38,9 +38,25 @@ WantedBy=multi-user.target
 '''
 
 
-def run(*argv, **options):
-    return subprocess.run([str(a) for a in argv], check=True, stdin=subprocess.DEVNULL,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options).stdout
+# What the programs that run() has started took, since somebody last set it back.
+usage = {'cpu_s': 0, 'peak_rss_bytes': 0}
+
+
+def run(*argv, env=None, cwd=None):
+    """What the program printed."""
+    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as errors:
+        # pylint: disable=consider-using-with  # wait4() waits for it
+        process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
+                                   env=env, cwd=cwd)
+        _, status, spent = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        usage['cpu_s'] += spent.ru_utime + spent.ru_stime
+        usage['peak_rss_bytes'] = max(usage['peak_rss_bytes'], spent.ru_maxrss << 10)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, argv, out.read(), errors.read())
+        return out.read()
 
 
 # ---- the inputs

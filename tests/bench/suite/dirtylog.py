@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dirty tracking costs: tests/bench/tracking.c, for every driver over the size of the guest. Case: GiB."""
+import attach
+
+
+def run(results, quick, _):
+    for row in attach.tracking((1, 4) if quick else (1, 4, 16)):
+        driver, gib = row.pop('driver'), row.pop('gib')
+        for metric, value in row.items():
+            results.add(f'{gib}GiB', f'vmmig-{driver}', metric, [value])
