@@ -210,7 +210,7 @@ static const struct option config_options[] = {
      .text = "Where the disks of clones are, a folder each. On storage that hosts share, where "
              "clones are to move"},
     {"libexec-dir", "DIR", parse_path, MEMBER(libexec_dir),
-     .text = "Where vmmig-mount and vmmig-fetch are. The installed ones if it is not set"},
+     .text = "Where vmmig-mount, vmmig-fetch and vmmig-guard are. The installed ones if it is not set"},
     {"publish-group", "GROUP", parse_account, MEMBER(publish_group), .def = "none",
      .text = "Whose members may publish and delete templates, besides root; none: whoever may "
              "drive the agent"},

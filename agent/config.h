@@ -66,7 +66,7 @@ struct config {
     char *mount_dir;       /* where the repository's images appear as files */
     char *cache_dir;       /* what was read of them */
     char *clone_dir;       /* disks of clones */
-    char *libexec_dir;     /* vmmig-mount and vmmig-fetch */
+    char *libexec_dir;     /* vmmig-mount, vmmig-fetch, vmmig-guard */
     char *publish_group;   /* whose members may publish templates; "": whoever may drive the agent */
     uint64_t cache_size;
     uint64_t disk_timeout_ms; /* when reading a disk without an answer fails */

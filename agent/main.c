@@ -8,6 +8,7 @@
 #include "agent/control.h"
 #include "agent/driver.h"
 #include "agent/repository.h"
+#include "agent/snapshots.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/fault.h"
@@ -143,7 +144,7 @@ static struct vms *open_vms(struct config *config, struct vm_error **err)
     struct vms_params params = {
         .state_dir = config->state_dir,
         .max = (unsigned)config->max_vms,
-        .connect = driver_connect,
+        .connect = snapshots_connect,
         .describe_end = driver_describe_end,
         .died = driver_forget_dead,
         .arg = config,

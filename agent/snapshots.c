@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { RESTORE_KILL_MS = 10000 };
+enum { RESTORE_KILL_MS = 10000, PATH_BYTES = 4096 };
 
 /* ---- taking one ---- */
 
@@ -73,17 +73,43 @@ static void report(struct take_job *t, const struct snapshot_report *r)
     job_update(t->job, &t->progress);
 }
 
+/* Of a snapshot that is being taken (snapshot/guard.h). */
+static void make_note_path(const struct config *config, const char *vm, char out[PATH_BYTES])
+{
+    snprintf(out, PATH_BYTES, "%s/%s.snapshot", config->runtime_dir, vm);
+}
+
+struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct vm_error **err)
+{
+    const struct config *config = arg;
+    char note[PATH_BYTES];
+    make_note_path(config, d->name, note);
+    if (guard_settle_memory(note, &d->process, err) < 0)
+        return NULL;
+    struct guest *guest = driver_connect(d, arg, err);
+    if (guest)
+        guard_settle(note, &d->process);
+    return guest;
+}
+
 static int take_run(struct job *job, void *arg, struct vm_error **err)
 {
     struct take_job *t = arg;
+    const struct config *config = t->agent->config;
+    const struct vm_definition *vm = vm_definition(t->vm);
+    char guard[PATH_BYTES], guard_log[PATH_BYTES], note[PATH_BYTES];
     struct snapshot_report r;
+    snprintf(guard, sizeof(guard), "%s/vmmig-guard", config->libexec_dir);
+    snprintf(guard_log, sizeof(guard_log), "%s/guard.log", config->log_dir);
+    make_note_path(config, t->vm_name, note);
     struct snapshot_params p = {.guest = vm_guest(t->vm),
                                 .vm = t->vm_name,
                                 .name = t->name,
                                 .disk_only = t->disk_only,
                                 .guest_agent = t->guest_agent,
-                                .scratch_dir = t->agent->config->scratch_dir,
-                                .plugin = t->agent->config->nbdkit_plugin,
+                                .scratch_dir = config->scratch_dir,
+                                .plugin = config->nbdkit_plugin,
+                                .guard = {guard, guard_log, vm->socket_path, vm->process, note},
                                 .cancel_fd = job_cancel_fd(job),
                                 .progress = on_progress,
                                 .arg = t};

@@ -9,7 +9,10 @@
 #define VMMIG_AGENT_SNAPSHOTS_H
 
 #include "agent/control.h"
+#include "agent/vms.h"
 
+/* driver_connect, and what a snapshot that an agent died of has left is settled first. For vms_params. */
+struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
 int snapshots_handle_take(struct control_session *s, const struct control_message *m,
                           struct vm_error **err);
 int snapshots_handle_list(struct control_session *s, const struct control_message *m,

@@ -88,6 +88,12 @@ static int on_memory_done(void *arg, struct vm_error **err)
     return 0;
 }
 
+static int on_opened(void *arg, int fd, struct vm_error **err)
+{
+    struct memory_image *m = arg;
+    return guard_stream(m->setup.guard, fd, err);
+}
+
 static void on_done(void *arg, struct vm_error *err)
 {
     struct memory_image *m = arg;
@@ -109,6 +115,7 @@ static const struct guest_source_events events = {
     .bytes = on_bytes,
     .memory_done = on_memory_done,
     .done = on_done,
+    .opened = on_opened,
 };
 
 const struct guest_source_events *memory_image_events(void)

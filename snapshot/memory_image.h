@@ -18,6 +18,7 @@
 
 #include "repo/repo.h"
 #include "snapshot/gather.h"
+#include "snapshot/guard.h"
 #include "vmm/guest.h"
 #include "vmm/qemu_json.h"
 
@@ -28,6 +29,7 @@ struct memory_image_setup {
     struct image_session *session;
     struct gather *gather;
     const char *scratch_dir;
+    struct guard *guard; /* gets a copy of the stream */
 };
 
 struct memory_image *memory_image_create(const struct memory_image_setup *setup,

@@ -15,11 +15,10 @@
  * written since is read, if QEMU noted it since that very snapshot; else they are read whole and `note` says so.
  *
  * Failure, of whatever: the guest runs on, nothing is visible, nothing is left in QEMU. The first cause is reported: a
- * full repository, an nbdkit that died, a scratch file system without room. Crash of the agent: nothing is
- * visible; the next agent takes filters out of QEMU, and lets a guest go on that was paused for the switch. Not
- * covered: a crash of the agent while memory is being copied. QEMU 7.2, whose stream then breaks off, leaves the
- * memory write-protected: the guest hangs. A failed or cancelled snapshot is therefore read to its end, which takes
- * seconds.
+ * full repository, an nbdkit that died, a scratch file system without room. A failed or cancelled snapshot of memory is
+ * read to its end, which takes seconds: QEMU 7.2, whose stream breaks off, leaves the memory write-protected.
+ * Crash of the agent: nothing is visible, and the guest runs on at once, since the snapshot's guard
+ * (snapshot/guard.h) outlives the agent.
  *
  * Refused by name: what cannot be moved (vmm/qemu_preflight.h), disks that QEMU cannot snapshot, memory that cannot
  * be told apart, a paused guest (QEMU would let it run), a host that lets QEMU not write-protect memory
@@ -35,6 +34,7 @@
 #include "base/error.h"
 #include "proto/fields.h"
 #include "repo/repo.h"
+#include "snapshot/guard.h"
 #include "vmm/guest.h"
 
 #define SNAPSHOT_STATE_FILE "device.state"
@@ -70,6 +70,7 @@ struct snapshot_params {
     const char *guest_agent; /* its socket; NULL: that of the command line, if there is one */
     const char *scratch_dir; /* a folder of the agent's */
     const char *plugin;      /* path of nbdkit-vmmig-plugin.so */
+    struct guard_params guard;
     int cancel_fd;
     /* Called often, by the calling thread. */
     void (*progress)(void *arg, const struct snapshot_progress *p);

@@ -19,6 +19,7 @@
 #include <string.h>
 
 #define GUEST_AGENT_NS (10 * NSEC_PER_SEC)
+#define FORMER_NS (120 * NSEC_PER_SEC)
 #define RESUME_NS (30 * NSEC_PER_SEC)
 #define TARGET_NS (60 * NSEC_PER_SEC)
 #define STEP_NS (100 * NSEC_PER_MSEC)
@@ -37,6 +38,7 @@ struct take {
     struct memory_image *memory;
     struct disk_target *targets[QEMU_SNAPSHOT_DISKS_MAX];
     struct guest_agent *guest_agent;
+    struct guard *guard;
     bool was_running, sourcing;
 };
 
@@ -66,7 +68,8 @@ static int look_at_vm(struct take *t, struct vm_error **err)
 {
     struct qemu_definition *d = &t->vm.definition;
     snprintf(t->vm.name, sizeof(t->vm.name), "%s", t->p->vm);
-    if (qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->vm, err) < 0)
+    if (qemu_snapshot_wait_former(t->qemu, clock_mono_ns() + FORMER_NS, t->p->cancel_fd, err) < 0 ||
+        qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->vm, err) < 0)
         return -1;
     for (unsigned i = 0; i < d->n_disks; i++)
         if (!d->disks[i].writable)
@@ -165,7 +168,8 @@ static int open_image(struct take *t, struct vm_error **err)
     strcpy(t->report->parent, parent->name);
     bitmap_prefix(t->p->repo, image_session_number(t->session), prefix);
     memset(fds, -1, sizeof(fds));
-    if (open_targets(t, fds, err) < 0) {
+    t->guard = guard_start(&t->p->guard, err);
+    if (!t->guard || open_targets(t, fds, err) < 0) {
         for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
             close_fd(&fds[i]);
         return -1;
@@ -177,7 +181,7 @@ static int open_image(struct take *t, struct vm_error **err)
     if (qemu_snapshot_prepare(t->disks, &disks, err) < 0)
         return -1;
     struct memory_image_setup memory = {t->vm.ram_files ? &t->vm : NULL, t->session, t->gather,
-                                        t->p->scratch_dir};
+                                        t->p->scratch_dir, t->guard};
     if (t->p->disk_only)
         return 0;
     t->report->memory_bytes = t->vm.definition.memory;
@@ -203,7 +207,7 @@ static int freeze(struct take *t, struct vm_error **err)
         return error_set(err, VM_ERROR_REFUSED, "the guest is paused: its agent cannot answer");
     int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
     t->guest_agent = guest_agent_open(path, deadline, &failed);
-    if (t->guest_agent &&
+    if (t->guest_agent && guard_frozen(t->guard, path, &failed) == 0 &&
         guest_agent_freeze(t->guest_agent, deadline, &t->report->frozen, &failed) == 0)
         return 0;
     guest_agent_close(steal_ptr(&t->guest_agent));
@@ -222,6 +226,8 @@ static void thaw(struct take *t)
     if (t->guest_agent &&
         guest_agent_thaw(t->guest_agent, clock_mono_ns() + GUEST_AGENT_NS, &failed) < 0)
         note(t, error_message(failed));
+    else if (t->guest_agent)
+        guard_frozen(t->guard, NULL, NULL);
     guest_agent_close(steal_ptr(&t->guest_agent));
 }
 
@@ -363,6 +369,7 @@ static void clean_up(struct take *t, bool committed)
     if (qemu_snapshot_finish(t->disks, committed, &failed) < 0)
         log_warn("a snapshot leaves something in QEMU", "error=%s", log_q(error_message(failed)));
     thaw(t);
+    guard_end(t->guard);
     for (unsigned i = 0; i < t->n_disks; i++)
         disk_target_destroy(t->targets[i]);
     memory_image_destroy(t->memory);

@@ -109,6 +109,12 @@ struct guest_source_events {
     void (*done)(void *arg, struct vm_error *err);
     /* A new round begins (2, 3, ...): the dirty log was read again. From the driver's thread. */
     void (*round)(void *arg, unsigned round);
+    /*
+     * Background, may be NULL: the stream is about to begin; `fd` is the end from which this process reads it, and
+     * stays the driver's. As long as somebody holds a copy, the VMM does not see this process die. -1: it does
+     * not begin.
+     */
+    int (*opened)(void *arg, int fd, struct vm_error **err);
 };
 
 struct guest_source_progress {

@@ -12,6 +12,8 @@
 
 #include <pthread.h>
 
+#define QEMU_STREAM_FD "vmmig-migrate" /* QEMU's name of the descriptor that it writes its stream to */
+
 struct outgoing; /* qemu_outgoing.c */
 struct sink;     /* qemu_sink.c */
 

@@ -8,13 +8,14 @@
 #include "base/clock.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_source.h"
+#include "vmm/write_protection.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
 
-static const char fd_name[] = "vmmig-migrate";
+static const char fd_name[] = QEMU_STREAM_FD;
 #define CONFIRM_TIMEOUT_NS (30 * NSEC_PER_SEC)
 #define ASK_AGAIN_NS (20 * NSEC_PER_MSEC)
 enum { PROGRESS_TIMEOUT_MS = 2000 };
@@ -112,7 +113,10 @@ static void give_up(struct outgoing *o)
         shutdown(o->ours, SHUT_RDWR);
         qmp_execute(o->q->qmp, "migrate_cancel", NULL, QMP_TIMEOUT_MS, NULL, NULL);
     }
-    if (wait_settled(o->q, status, &info, &err) == 0 || err->kind == VM_ERROR_VMM_DIED) {
+    bool settled = wait_settled(o->q, status, &info, &err) == 0;
+    if (settled && o->background && strcmp(status, "completed") != 0)
+        settled = write_protection_lift(&o->q->guest.process, &(bool){0}, &err) == 0;
+    if (settled || err->kind == VM_ERROR_VMM_DIED) {
         error_free(err);
         return;
     }
@@ -254,6 +258,8 @@ static int open_stream(struct outgoing *o, const struct guest_source_params *par
     if (qemu_give_fd(o->q, fd_name, qemus, err) < 0)
         return -1;
     close_fd(&qemus);
+    if (o->events.opened && o->events.opened(o->arg, o->ours, err) < 0)
+        return -1;
     o->source = qemu_source_create(&source, err);
     return o->source ? 0 : -1;
 }

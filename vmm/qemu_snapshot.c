@@ -313,6 +313,9 @@ static int begin_job(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
 
 int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err)
 {
+    /* Who pauses the guest from here on means it. */
+    if (s->was_running && snapshot_drop_marker(s->q, err) < 0)
+        return -1;
     for (unsigned i = 0; i < s->n; i++)
         if (add_access(s, i, err) < 0 || begin_job(s, i, err) < 0)
             return error_wrap(err, "disk %s", s->places[i].name);

@@ -20,8 +20,9 @@
  * notes what is written. When the snapshot was committed, the bitmaps of all others go, else this one's do. A later snapshot that names it as
  * `parent` reads what is noted. Bitmaps are lost when QEMU ends, or the guest moves: qemu_snapshot_has_bitmap.
  *
- * Crash of the agent: QEMU's jobs fail since their targets are gone, and filters stay. qemu_snapshot_sweep, called
- * when a QEMU is adopted, takes them out, and lets a guest go on that was paused for the switch.
+ * Crash of the agent: QEMU's jobs fail since their targets are gone, and filters stay. qemu_snapshot_sweep takes them
+ * out, and lets a guest go on that was paused for the switch: called by who sees the agent die, and when a QEMU is
+ * adopted.
  *
  * Names in QEMU: nodes, jobs, bitmaps and one object, all beginning with "vmmig-". Threads: one at a time.
  */
@@ -80,7 +81,13 @@ int64_t qemu_snapshot_pause_ns(struct qemu *q);
  * then: guest_source_start with .background has nothing more to ask while the guest stands.
  */
 int qemu_snapshot_can_protect(struct qemu *q, struct vm_error **err);
-/* Take out what a snapshot that was cut short left behind. *ret_found: there was something. */
+/*
+ * A background snapshot whose agent died may still be under way, read to its end by its guard: wait for that.
+ * CONFLICT if QEMU migrates for another reason.
+ */
+int qemu_snapshot_wait_former(struct qemu *q, int64_t deadline_ns, int cancel_fd,
+                              struct vm_error **err);
+/* Take out what a snapshot that was cut short left behind, memory that stayed write-protected included. *ret_found: there was something. */
 int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err);
 
 #endif

@@ -2,14 +2,18 @@
 #include "vmm/qemu_snapshot_sweep.h"
 
 #include "base/clock.h"
+#include "base/io.h"
 #include "base/log.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_snapshot.h"
+#include "vmm/write_protection.h"
 
 #include <string.h>
 
 #define JOB_END_NS (30 * NSEC_PER_SEC)
 #define LOOK_AGAIN_NS (10 * NSEC_PER_MSEC)
+#define FORMER_LOOK_NS (50 * NSEC_PER_MSEC)
+#define BREAK_OFF_NS (2 * NSEC_PER_SEC)
 
 static bool begins(const char *text, const char *prefix)
 {
@@ -171,15 +175,76 @@ static int has_marker(struct qemu *q, bool *ret_has, struct vm_error **err)
     return 0;
 }
 
+int snapshot_drop_marker(struct qemu *q, struct vm_error **err)
+{
+    return qemu_command(q, "object-del", json_pack("{s:s}", "id", SNAPSHOT_MARKER), NULL, err);
+}
+
 static int let_go_on(struct qemu *q, struct vm_error **err)
 {
     struct guest_status status;
     if (guest_status(&q->guest, &status, err) < 0)
         return -1;
-    if ((status.state == GUEST_PAUSED || status.state == GUEST_POSTMIGRATE) &&
-        guest_resume(&q->guest, err) < 0)
+    return status.state == GUEST_PAUSED || status.state == GUEST_POSTMIGRATE
+               ? guest_resume(&q->guest, err)
+               : 0;
+}
+
+/* ---- memory ---- */
+
+static int is_background(struct qemu *q, bool *ret_is, struct vm_error **err)
+{
+    CLEANUP(json) json_t *list = NULL;
+    size_t i;
+    json_t *c;
+    if (qemu_command(q, "query-migrate-capabilities", NULL, &list, err) < 0)
         return -1;
-    return qemu_command(q, "object-del", json_pack("{s:s}", "id", SNAPSHOT_MARKER), NULL, err);
+    *ret_is = false;
+    json_array_foreach(list, i, c)
+    {
+        *ret_is |= !strcmp(qmp_string(c, "capability"), "background-snapshot") && qmp_bool(c, "state");
+    }
+    return 0;
+}
+
+/* Status of QEMU's migration, after a background snapshot whose stream broke off had time to notice that. */
+static int settled_status(struct qemu *q, char ret_status[32], struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + BREAK_OFF_NS;
+    bool background = false;
+    if (qemu_query_migration(q, ret_status, NULL, err) < 0)
+        return -1;
+    if (qemu_migration_is_under_way(ret_status) && is_background(q, &background, err) < 0)
+        return -1;
+    while (background && qemu_migration_is_under_way(ret_status) && clock_mono_ns() < deadline) {
+        {
+            SCOPE_LOCK(&q->lock);
+            qemu_wait_changed(q, clock_mono_ns() + LOOK_AGAIN_NS);
+        }
+        if (qemu_query_migration(q, ret_status, NULL, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+/*
+ * A background snapshot that failed leaves memory write-protected. One whose stream nobody reads any more fails within
+ * an instant; one that is under way for longer has its reader, and lifts the protection by itself at its end.
+ */
+static int free_memory(struct qemu *q, struct vm_error **err)
+{
+    char status[32];
+    bool found = false;
+    if (settled_status(q, status, err) < 0)
+        return -1;
+    if (strcmp(status, "failed") != 0 && strcmp(status, "cancelled") != 0)
+        return 0;
+    if (write_protection_lift(&q->guest.process, &found, err) < 0)
+        return -1;
+    if (found)
+        log_warn("QEMU left the guest's memory write-protected; it is free again", "pid=%d",
+                 q->guest.process.pid);
+    return 0;
 }
 
 int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
@@ -190,10 +255,39 @@ int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
         qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) < 0)
         return -1;
     found = any_node(nodes);
-    if ((found && sweep_nodes(q, nodes, err) < 0) || (marker && let_go_on(q, err) < 0))
+    if (marker || found)
+        qemu_forget_fd(q, QEMU_STREAM_FD); /* one that was not written to yet */
+    /* The guest first: it waits. */
+    if ((marker && let_go_on(q, err) < 0) || free_memory(q, err) < 0 ||
+        (found && sweep_nodes(q, nodes, err) < 0) || (marker && snapshot_drop_marker(q, err) < 0))
         return -1;
     *ret_found = found || marker;
     return 0;
+}
+
+int qemu_snapshot_wait_former(struct qemu *q, int64_t deadline_ns, int cancel_fd,
+                              struct vm_error **err)
+{
+    for (;;) {
+        char status[32];
+        bool background;
+        if (qemu_query_migration(q, status, NULL, err) < 0)
+            return -1;
+        if (!qemu_migration_is_under_way(status))
+            return 0;
+        if (is_background(q, &background, err) < 0)
+            return -1;
+        if (!background)
+            return error_set(err, VM_ERROR_CONFLICT, "QEMU is migrating this VM elsewhere");
+        if (io_latch_is_set(cancel_fd))
+            return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+        int64_t now = clock_mono_ns();
+        if (now >= deadline_ns)
+            return error_set(err, VM_ERROR_TIMEOUT,
+                             "QEMU still gives away memory for a snapshot that was cut short");
+        SCOPE_LOCK(&q->lock);
+        qemu_wait_changed(q, now + FORMER_LOOK_NS);
+    }
 }
 
 int64_t qemu_snapshot_pause_ns(struct qemu *q)

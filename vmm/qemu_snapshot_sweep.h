@@ -15,8 +15,10 @@
 #define SNAPSHOT_TARGET "vmmig-target"
 /* Of jobs. */
 #define SNAPSHOT_JOB "vmmig-push"
-/* An object that is there while a snapshot of a guest that ran is under way. */
+/* An object that is there from before a guest is paused for a snapshot until it was seen to run again. */
 #define SNAPSHOT_MARKER "vmmig-snapshot"
+
+int snapshot_drop_marker(struct qemu *q, struct vm_error **err);
 
 /* Put the device above that node. */
 int snapshot_set_drive(struct qemu *q, const char *device, const char *node,

@@ -16,6 +16,7 @@ def make_agent(cluster, faults=None):
     agent = cluster.agents[0]
     folder = fault_build() if faults else os.path.dirname(os.path.dirname(built('agent/vmmigd')))
     agent.options['nbdkit-plugin'] = os.path.join(folder, 'snapshot/nbdkit-vmmig-plugin.so')
+    agent.options['libexec-dir'] = os.path.join(folder, 'snapshot')
     tool(agent, 'init')
     return agent.start(faults=faults)
 
@@ -87,4 +88,5 @@ def untouched(vm, agent):
     """Nothing of a snapshot is left, in QEMU or on the host."""
     assert left_in_qemu(vm.qmp(agent.host)) == []
     assert [line for line in agent.host.processes() if 'nbdkit' in str(line)] == []
+    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.snapshot')] == []
     assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []

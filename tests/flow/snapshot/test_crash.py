@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something dies or fails while a snapshot is taken: the guest runs on, no half snapshot is visible, nothing is left."""
+import contextlib
+import json
 import os
 import signal
+import socket
+import threading
 
 import pytest
 from agents import Cluster, eventually
 from lab import BareGuest
 from snapshots import disks, make_agent, start, untouched
 
-# While memory is being copied QEMU itself cannot lose its reader: snapshot/snapshot.h says so.
-BEFORE = ['snapshot.prepared', 'snapshot.paused', 'snapshot.switched', 'snapshot.copied', 'snapshot.commit']
-AFTER = ['snapshot.committed']
+# Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
+BEFORE = ['snapshot.prepared', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting', 'snapshot.memory@9',
+          'snapshot.pushing', 'snapshot.arrived@2', 'snapshot.copied', 'snapshot.commit']
+AFTER = ['snapshot.committed', 'snapshot.swept']
+GOES_ON = 3  # seconds after which a guest whose agent died has said something again
 
 
 @pytest.fixture(scope='module')
@@ -26,6 +32,18 @@ def guest(agent):
     return vm, start(agent, vm)
 
 
+def processes_of(program, word=b''):
+    """Pids of processes of that program with that in their command line."""
+    found = []
+    for pid in os.listdir('/proc'):
+        with contextlib.suppress(OSError):
+            with open(f'/proc/{pid}/cmdline', 'rb') as file:
+                words = file.read().split(b'\0')
+            if pid.isdigit() and os.path.basename(words[0]) == program and any(word in w for w in words):
+                found.append(int(pid))
+    return found
+
+
 def names(agent):
     return [s['name'] for s in agent.json('snapshot', 'list', 'web1')['snapshots']]
 
@@ -37,34 +55,146 @@ def runs_on(agent, vm, console):
     console.verify()
 
 
+def arm(agent, fault):
+    agent.vmmig('debug', 'faults', '--arm', fault)
+
+
+def present(agent):
+    eventually('the VM', lambda: agent.json('status', 'web1')['presence'] == 'present')
+
+
+def guards():
+    return processes_of(b'vmmig-guard')
+
+
 @pytest.mark.parametrize('point', BEFORE + AFTER)
 def test_the_agent_dies(agent, guest, point):
+    """The guest goes on before any agent is there again."""
     vm, console = guest
-    name = point.replace('.', '-')
-    agent.stop()
-    agent.start(faults=f'{point}=crash')
-    eventually('the VM', lambda: agent.json('status', 'web1')['presence'] == 'present')
+    name = point.split('@')[0].replace('.', '-')
+    vm.qmp(agent.host).hmp('qemu-io d1 "write -P 0x55 4M 4M"')
+    arm(agent, point.replace('@', '=crash@') if '@' in point else f'{point}=crash')
     assert agent.vmmig('snapshot', 'web1', name, check=False).returncode == 6
     agent.process.wait(20)
+    console.wait_ticks(3, GOES_ON)
+    console.verify(10)  # each page is touched: none is protected
     agent.start(faults='snapshot.arrived=delay:0')
-    eventually('the VM', lambda: agent.json('status', 'web1')['presence'] == 'present')
-    eventually('a running guest', lambda: agent.json('status', 'web1')['state'] == 'running')
+    present(agent)
+    assert agent.json('status', 'web1')['state'] == 'running'
     assert (name in names(agent)) == (point in AFTER)
     agent.vmmig('snapshot', 'web1', f'{name}-again')  # after which no bitmap of the dead one is left, either
     runs_on(agent, vm, console)
+    eventually('the end of the guard', lambda: not guards())
 
 
-def is_nbdkit(pid):
+@pytest.mark.parametrize('point', ['snapshot.paused', 'snapshot.memory@9'])
+def test_the_agent_and_the_snapshots_guard_die(agent, guest, point):
+    """Nobody is left who could help: the next agent does."""
+    vm, console = guest
+    arm(agent, point.replace('@', '=hold@') if '@' in point else f'{point}=hold')
+    agent.vmmig('snapshot', 'web1', 'nobody', '--background')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    guard, = guards()
+    os.kill(guard, signal.SIGKILL)
+    agent.kill()
+    agent.start(faults='snapshot.arrived=delay:0')
+    present(agent)
+    console.wait_ticks(3, GOES_ON)
+    console.verify(10)
+    assert 'nobody' not in names(agent)
+    agent.vmmig('snapshot', 'web1', f'{point.split(".")[1].split("@")[0]}-after')
+    runs_on(agent, vm, console)
+
+
+def test_the_guard_alone_dies(agent, guest):
+    vm, console = guest
+    arm(agent, 'snapshot.memory=hold@9')
+    agent.vmmig('snapshot', 'web1', 'unguarded', '--background')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    guard, = guards()
+    os.kill(guard, signal.SIGKILL)
+    arm(agent, 'none')
+    assert agent.json('watch', 'web1')['state'] == 'done'
+    assert 'unguarded' in names(agent)
+    runs_on(agent, vm, console)
+
+
+def test_a_snapshot_waits_until_a_dead_agents_one_is_over(agent, guest):
+    vm, console = guest
+    arm(agent, 'snapshot.memory=hold@9')
+    agent.vmmig('snapshot', 'web1', 'slow', '--background')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    guard, = guards()
+    os.kill(guard, signal.SIGSTOP)  # as if there were much to read
     try:
-        with open(f'/proc/{pid}/cmdline', 'rb') as file:
-            words = file.read().split(b'\0')
-    except OSError:
-        return False
-    return words[0] == b'nbdkit' and any(b'vmmig-plugin' in word for word in words)
+        agent.kill()
+        agent.start(faults='snapshot.arrived=delay:0')
+        present(agent)
+        agent.vmmig('snapshot', 'web1', 'waits', '--background')
+        assert agent.json('status', 'web1')['job']['phase'] == 'preparing'
+    finally:
+        os.kill(guard, signal.SIGCONT)
+    assert agent.json('watch', 'web1')['state'] == 'done'
+    runs_on(agent, vm, console)
+
+
+class GuestAgent(threading.Thread):
+    """What a guest's agent says, at a socket of its own; `frozen` is how its file systems are."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.frozen, self.said = False, []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen()
+        self.start()
+
+    def run(self):
+        while True:
+            connection, _ = self.listener.accept()
+            with connection, connection.makefile('rb') as lines, contextlib.suppress(OSError):
+                for line in lines:
+                    connection.sendall(self.answer(json.loads(line.strip(b'\xff'))))
+
+    def answer(self, asked):
+        name = asked['execute']
+        self.said.append(name)
+        if name == 'guest-sync-delimited':
+            return b'\xff' + json.dumps({'return': asked['arguments']['id']}).encode() + b'\n'
+        self.frozen = name == 'guest-fsfreeze-freeze'
+        return b'{"return": 2}\n'
+
+
+def test_file_systems_hold_still_for_the_instant(agent, guest):
+    """And are thawed whatever happens: at once if the agent dies, by the next one if the guard dies with it."""
+    vm, console = guest
+    path = os.path.join(agent.cluster.shared, 'qga')
+    inside = GuestAgent(path)
+    done = agent.json('snapshot', 'web1', 'still', '--guest-agent', path)
+    assert done['snapshot']['frozen'] == 2 and not inside.frozen
+    assert [word for word in inside.said if 'fsfreeze' in word] == ['guest-fsfreeze-freeze', 'guest-fsfreeze-thaw']
+    for both in (False, True):
+        arm(agent, 'snapshot.switched=hold')
+        agent.vmmig('snapshot', 'web1', 'never', '--guest-agent', path, '--background')
+        eventually('the instant', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+        assert inside.frozen
+        if both:
+            guard, = guards()
+            os.kill(guard, signal.SIGKILL)
+        agent.kill()
+        if both:
+            agent.start(faults='snapshot.arrived=delay:0')
+        eventually('file systems that are thawed', lambda: not inside.frozen)
+        console.wait_ticks(3, GOES_ON)
+        if not both:
+            agent.start(faults='snapshot.arrived=delay:0')
+        present(agent)
+    agent.vmmig('snapshot', 'web1', 'still-after')
+    runs_on(agent, vm, console)
 
 
 def nbdkits():
-    return [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and is_nbdkit(pid)]
+    return processes_of(b'nbdkit', b'vmmig-plugin')
 
 
 def restart(agent, faults):

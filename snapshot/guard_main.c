@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* vmmig-guard: snapshot/guard.h says what it does. */
+#include "snapshot/guard.h"
+
+#include "base/clock.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "base/options.h"
+#include "snapshot/guest_agent.h"
+#include "vmm/qemu.h"
+#include "vmm/qemu_snapshot.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { DRAIN_BYTES = 1 << 20, ATTACH_MS = 5000 };
+#define GIVE_UP_NS (60 * NSEC_PER_SEC)
+#define TRY_AGAIN_MS 50
+#define THAW_NS (10 * NSEC_PER_SEC)
+
+struct watch {
+    uint64_t socket, pid, start;
+    char *qmp;
+    bool help;
+    int stream; /* -1: QEMU writes no memory */
+    char guest_agent[GUARD_PATH_MAX]; /* "": nothing is frozen */
+    bool ended;
+};
+
+/* ---- while the agent lives ---- */
+
+static void note(struct watch *w, char *packet, size_t n, int fd)
+{
+    packet[n] = 0;
+    if (packet[0] == GUARD_STREAM && fd >= 0) {
+        close_fd(&w->stream);
+        w->stream = fd;
+        return;
+    }
+    close_fd(&fd);
+    if (packet[0] == GUARD_FROZEN)
+        memcpy(w->guest_agent, packet + 1, n);
+    w->ended |= packet[0] == GUARD_END;
+}
+
+/* Until it says that it is through, or is gone; a connection that fails counts as that. */
+static void listen_to_agent(struct watch *w)
+{
+    while (!w->ended) {
+        char packet[GUARD_PATH_MAX + 1];
+        int fd = -1, n_fds = 0;
+        ssize_t n =
+            io_recv_fds((int)w->socket, packet, sizeof(packet) - 1, &fd, 1, &n_fds, NULL);
+        if (n <= 0)
+            return;
+        note(w, packet, (size_t)n, n_fds ? fd : -1);
+    }
+}
+
+/* ---- the agent is gone ---- */
+
+static void *drain(void *arg)
+{
+    struct watch *w = arg;
+    static char nobody[DRAIN_BYTES];
+    for (;;) {
+        ssize_t n = recv(w->stream, nobody, sizeof(nobody), 0);
+        if (n == 0 || (n < 0 && errno != EINTR && errno != EAGAIN))
+            return NULL;
+        struct pollfd p = {.fd = w->stream, .events = POLLIN};
+        if (n < 0 && errno == EAGAIN)
+            poll(&p, 1, -1);
+    }
+}
+
+static bool lives(const struct watch *w)
+{
+    struct process_identity now;
+    return process_identify((pid_t)w->pid, &now, NULL) == 0 && now.start == w->start;
+}
+
+static int sweep(struct watch *w, struct vm_error **err)
+{
+    bool found;
+    CLEANUP(qemu) struct qemu *q = qemu_attach(w->qmp, ATTACH_MS, err);
+    if (!q)
+        return -1;
+    if (qemu_guest(q)->process.start != w->start)
+        return error_set(err, VM_ERROR_REFUSED, "another process answers at %s", w->qmp);
+    return qemu_snapshot_sweep(q, &found, err);
+}
+
+/* Whoever else has the monitor, the next agent it is, has the same to do. */
+static void sweep_soon(struct watch *w)
+{
+    int64_t deadline = clock_mono_ns() + GIVE_UP_NS;
+    for (;;) {
+        cleanup_error struct vm_error *err = NULL;
+        if (sweep(w, &err) == 0) {
+            log_info("what the snapshot put into QEMU is out again", "qmp=%s", log_q(w->qmp));
+            return;
+        }
+        if (!lives(w))
+            return;
+        if (clock_mono_ns() >= deadline) {
+            log_error("what the snapshot put into QEMU stays there", "error=%s",
+                      log_q(error_message(err)));
+            return;
+        }
+        poll(NULL, 0, TRY_AGAIN_MS);
+    }
+}
+
+static void thaw(struct watch *w)
+{
+    cleanup_error struct vm_error *err = NULL;
+    int64_t deadline = clock_mono_ns() + THAW_NS;
+    CLEANUP(guest_agent)
+    struct guest_agent *ga = guest_agent_open(w->guest_agent, deadline, &err);
+    if (!ga || guest_agent_thaw(ga, deadline, &err) < 0)
+        log_error("the guest's file systems may still be frozen", "error=%s",
+                  log_q(error_message(err)));
+}
+
+static int take_over(struct watch *w, struct vm_error **err)
+{
+    pthread_t drainer;
+    bool draining = w->stream >= 0;
+    int failed = draining ? pthread_create(&drainer, NULL, drain, w) : 0;
+    if (failed)
+        return error_errno(err, failed, "cannot start a thread");
+    log_warn("the agent ended while it took a snapshot", "qmp=%s pid=%llu", log_q(w->qmp),
+             (unsigned long long)w->pid);
+    sweep_soon(w);
+    if (*w->guest_agent)
+        thaw(w);
+    if (draining)
+        pthread_join(drainer, NULL);
+    return 0;
+}
+
+/* ---- the program ---- */
+
+#define MEMBER(name) .offset = offsetof(struct watch, name)
+static const struct option rows[] = {
+    {"socket", "FD", option_parse_u64, .max = 1024 * 1024, .required = true, MEMBER(socket),
+     .text = "The connection to the agent"},
+    {"qmp", "PATH", option_parse_text, .required = true, MEMBER(qmp), .text = "QEMU's monitor"},
+    {"process", "PID", option_parse_u64, .max = INT32_MAX, .required = true, MEMBER(pid),
+     .text = "QEMU's process"},
+    {"start", "TICKS", option_parse_u64, .max = INT64_MAX, .required = true, MEMBER(start),
+     .text = "When that process began"},
+    {"help", NULL, option_parse_flag, MEMBER(help), .text = "This text"},
+    {NULL}};
+#undef MEMBER
+
+static int run(int argc, char **argv, struct vm_error **err)
+{
+    static struct watch w = {.stream = -1};
+    struct positionals p;
+    if (argc == 2 && !strcmp(argv[1], "--help")) {
+        puts("usage: vmmig-guard OPTION...\n\nStands beside a snapshot that the agent takes, and "
+             "lets the guest go on if\nthe agent dies meanwhile. The agent starts it.\n");
+        options_print_help(stdout, rows, "--");
+        return 0;
+    }
+    if (options_parse(rows, argc - 1, argv + 1, &w, &p, err) < 0)
+        return -1;
+    signal(SIGPIPE, SIG_IGN);
+    listen_to_agent(&w);
+    return w.ended ? 0 : take_over(&w, err);
+}
+
+int main(int argc, char **argv)
+{
+    cleanup_error struct vm_error *err = NULL;
+    if (run(argc, argv, &err) == 0)
+        return 0;
+    fprintf(stderr, "vmmig-guard: %s\n", error_message(err));
+    return error_kind_status(err ? err->kind : VM_ERROR_FAILED);
+}
