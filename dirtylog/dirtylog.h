@@ -36,7 +36,8 @@
  * replay changes the first word of each page named, as a guest would have, and reports it.
  *
  * Threads: dirtylog_vcpu_exit from any vCPU's, at any time between create and destroy; everything else from
- * one thread at a time. Memory: with the ring a bitmap of all slots, else that of the largest slot.
+ * one thread at a time. Memory: a bitmap of the largest slot; with the ring two of all slots, and
+ * 16 bytes per entry of all rings.
  * Errors: SYSTEM with the ioctl's errno; CONFLICT when a slot is not what was registered; REFUSED for a
  * driver that the host lacks.
  */

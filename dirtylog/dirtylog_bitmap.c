@@ -1,5 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* KVM's dirty bitmap, with and without manual protect. */
+/*
+ * KVM's dirty bitmap, with and without manual protect.
+ *
+ * KVM_CLEAR_DIRTY_LOG protects the pages and empties the TLBs of all vCPUs before it returns. It touches only bits that
+ * are set in both KVM's bitmap and ours, so one that was set after our harvest, and is not in ours, stays. Where the
+ * processor keeps a list of written pages by itself (PML), an entry that reaches KVM's bitmap late finds its page
+ * protected or makes it dirty once more: never the other way round, since the list is emptied at every exit, and
+ * paused vCPUs have left the guest. Neither ioctl is cut short by signals.
+ */
 #include "dirtylog/dirtylog_driver.h"
 
 #include <linux/kvm.h>

@@ -1,5 +1,27 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The source half of the attach driver: one thread that walks through the dirty bitmap, round by round. */
+/*
+ * The source half of the attach driver: one thread that walks through the dirty bitmap, round by round.
+ *
+ * Why the last write to every page is followed by a copy of it:
+ *
+ *   No bit is ever nowhere. HARVEST moves bits from KVM's log into the shared bitmap, `take_bitmap` adds them
+ *   to `todo`, and CLEAR takes them out of the shared bitmap only for the piece that is given out next. The VMM
+ *   writes the bitmap before it answers, and the answer comes through a socket: the words are read after it.
+ *   A vCPU's write. A page is write protected again (by CLEAR; the ring and plain drivers do so while they
+ *   harvest, before they report it) before it is read: a write that the copy missed faults, is logged, and
+ *   is in the next harvest. One that came before the protection is in the copy.
+ *   A device's write is marked after it was done, so a copy that missed it is older than the mark, and the mark,
+ *   unless it is in this harvest already, is in the next.
+ *   A hole is looked for after CLEAR, and anew for each piece: what the guest puts there later is logged.
+ *   A copy that was torn by a write is a copy that missed that write.
+ *   Before the pause all of this may be repeated without end; PAUSE is answered when no vCPU runs, no device
+ *   writes and every mark is made, `paused` is set after that, and the harvest of copy_rest begins after it.
+ *   What `todo` still holds of the round that the pause broke off is given out with it.
+ *   Saving the state writes memory (a VMM's marks; KVM itself, when it puts a vCPU away): SAVED comes after
+ *   those writes, and one more harvest after SAVED.
+ *
+ * A test breaks each of these rules and sees that pages are lost (tests/flow/attach/test_vmm.py).
+ */
 #include "base/fault.h"
 #include "base/log.h"
 #include "vmm/attach_private.h"

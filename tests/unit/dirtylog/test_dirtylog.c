@@ -2,11 +2,16 @@
 /* The drivers of the dirty log against a guest that really runs, each by itself. */
 #include "tests/unit/dirtylog/tiny_vm.h"
 
+#include <poll.h>
 #include <sched.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 enum { PAGES = 8192, WORDS = PAGES / 64 };
@@ -17,6 +22,7 @@ struct world {
     struct dirtylog *log;
     uint64_t own[4];         /* bitmap of slot 0 */
     uint64_t bitmap[WORDS];  /* of the data */
+    atomic_bool kicks_end;
     uint8_t *mirror;         /* what a migration would have at the destination */
 };
 
@@ -235,19 +241,66 @@ static void wait_for_pass(struct tiny_vm *vm, unsigned vcpu)
         sched_yield();
 }
 
-/* Two vCPUs write at full speed, each its own pages and both a shared range. True: all arrived. */
-static bool migrate(struct world *w, unsigned drop_word)
+/* Signals at any time, as the vCPUs of a VMM get them. */
+static void *kick_on(void *arg)
 {
+    struct world *w = arg;
+    for (unsigned i = 0; !atomic_load(&w->kicks_end); i++)
+        tiny_vm_kick(w->vm, i % 2);
+    return NULL;
+}
+
+/* Another process that stops this one and lets it go on, again and again: that cannot be blocked. */
+static pid_t stop_and_go(int *ret_end)
+{
+    int ends[2];
+    pid_t us = getpid();
+    assert_int_equal(pipe(ends), 0);
+    pid_t child = fork();
+    if (child == 0) {
+        close(ends[1]);
+        for (struct pollfd p = {ends[0], POLLIN, 0}; poll(&p, 1, 1) == 0;) {
+            kill(us, SIGSTOP);
+            usleep(300);
+            kill(us, SIGCONT);
+        }
+        _exit(0);
+    }
+    close(ends[0]);
+    *ret_end = ends[1];
+    return child;
+}
+
+enum disturbance { QUIET, KICKS, STOPS };
+
+/* Two vCPUs write at full speed, each its own pages and both a shared range. True: all arrived. */
+static bool migrate(struct world *w, unsigned drop_word, enum disturbance disturbance)
+{
+    pthread_t kicker;
+    pid_t stopper = 0;
+    int stopper_end = -1;
     tiny_vm_write(w->vm, 0, 0, PAGES);
     start(w);
     memset(w->bitmap, 0xff, sizeof(w->bitmap));
     tiny_vm_run_free(w->vm, 0, 0, PAGES / 2);
     tiny_vm_run_free(w->vm, 1, PAGES / 4, PAGES / 2);
+    if (disturbance == KICKS)
+        assert_int_equal(pthread_create(&kicker, NULL, kick_on, w), 0);
+    if (disturbance == STOPS)
+        stopper = stop_and_go(&stopper_end);
     for (int round = 0; round < 3; round++) {
         copy_dirty(w, UINT32_MAX);
         wait_for_pass(w->vm, 0);
         wait_for_pass(w->vm, 1);
         harvest(w);
+    }
+    if (disturbance == KICKS) {
+        atomic_store(&w->kicks_end, true);
+        pthread_join(kicker, NULL);
+    }
+    if (stopper) {
+        close(stopper_end);
+        waitpid(stopper, NULL, 0);
     }
     tiny_vm_stop(w->vm);
     harvest(w);
@@ -260,17 +313,39 @@ static void memory_of_a_busy_guest_arrives_whole(void **state)
     for (int i = 0; i < 3; i++) {
         struct world w;
         begin(&w, 2, i ? 0 : DIRTYLOG_RING_ENTRIES_MIN);
-        assert_true(migrate(&w, UINT32_MAX));
+        assert_true(migrate(&w, UINT32_MAX, QUIET));
         end(&w);
     }
 }
 
-/* The test above would notice. */
+static bool arrives_whole(enum disturbance disturbance)
+{
+    struct world w;
+    begin(&w, 2, DIRTYLOG_RING_ENTRIES_MIN);
+    bool whole = migrate(&w, UINT32_MAX, disturbance);
+    end(&w);
+    return whole;
+}
+
+/* KVM stops half-way through a reset of the rings when the thread that asks for it has a signal to take. */
+static void signals_lose_nothing(void **state)
+{
+    for (int i = 0; i < (kind == DIRTYLOG_RING ? 4 : 1); i++)
+        assert_true(arrives_whole(KICKS));
+}
+
+static void a_vmm_that_is_stopped_and_continued_loses_nothing(void **state)
+{
+    for (int i = 0; i < (kind == DIRTYLOG_RING ? 2 : 1); i++)
+        assert_true(arrives_whole(STOPS));
+}
+
+/* The tests above would notice. */
 static void one_dropped_run_is_noticed(void **state)
 {
     struct world w;
     begin(&w, 2, 0);
-    assert_false(migrate(&w, PAGES / 4 / 64));
+    assert_false(migrate(&w, PAGES / 4 / 64, QUIET));
     end(&w);
 }
 
@@ -369,6 +444,8 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(tracking_starts_and_stops_any_number_of_times),
         cmocka_unit_test(a_full_ring_loses_nothing),
         cmocka_unit_test(memory_of_a_busy_guest_arrives_whole),
+        cmocka_unit_test(signals_lose_nothing),
+        cmocka_unit_test(a_vmm_that_is_stopped_and_continued_loses_nothing),
         cmocka_unit_test(one_dropped_run_is_noticed),
         cmocka_unit_test(a_slot_that_changed_is_a_conflict),
         cmocka_unit_test(arguments_are_checked),
