@@ -49,7 +49,7 @@ def once(race, tool):
     del run['copy_ms']
     if run['pause_ms'] != run['pause_ms']:  # the guest was damaged
         run['pause_ms'] = None
-    return {**run, 'converged': int(run['pause_ms'] is not None and run['pause_ms'] <= DOWNTIME_MS)}
+    return {**run, 'memory_bytes': race.vm.mem_mib << 20, 'converged': int(run['pause_ms'] is not None and run['pause_ms'] <= DOWNTIME_MS)}
 
 
 def race(results, case, races, rounds):

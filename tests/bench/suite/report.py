@@ -14,6 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 MORE_IS_BETTER = ('converged',)
 # What is said of a run, and is no tool's merit.
 NOT_JUDGED = ('others_pct',)
+# The work that was done, for bounds().
+HIDDEN = ('memory_bytes', 'data_bytes')
 TITLES = {'limits': 'Limits of the machine', 'migrate': 'Migrations', 'repo': 'Repositories', 'clone': 'Clones',
           'dirtylog': 'Dirty tracking', 'growth': 'Growth'}
 WORSE = 1.02  # below, it is a tie
@@ -61,7 +63,7 @@ def best_peer(suite, part, case, metric):
 
 def loses(suite, part, case, tool, metric):
     best, own = best_peer(suite, part, case, metric), suite.median(part, case, tool, metric)
-    if not tool.startswith('vmmig') or metric in NOT_JUDGED or best is None or own is None:
+    if not tool.startswith('vmmig') or metric in NOT_JUDGED + HIDDEN or best is None or own is None:
         return False
     return own < best if metric in MORE_IS_BETTER else own > best * WORSE
 
@@ -74,7 +76,8 @@ def spread(row):
 
 
 def table(suite, part, case):
-    tools, metrics = suite.values('tool', part=part, case=case), suite.values('metric', part=part, case=case)
+    tools = suite.values('tool', part=part, case=case)
+    metrics = [metric for metric in suite.values('metric', part=part, case=case) if metric not in HIDDEN]
     units = {metric: next(row['unit'] for key, row in suite.rows.items() if key[0] == part and key[1] == case
                           and key[3] == metric) for metric in metrics}
     lines = [f'| {case} | ' + ' | '.join(column(metric, units[metric]) for metric in metrics) + ' |',
@@ -118,6 +121,44 @@ def slopes(suite):
                                'of the work')
 
 
+LINKS = {'100mbit': 100e6 / 8, '1gbit': 1e9 / 8, '10gbit': 10e9 / 8}
+
+
+def bounds(suite, part, case, tool):
+    """{what limits: the seconds that its share of the work takes at least, by the limits measured beside it}"""
+    def limit(name):
+        return suite.median('limits', 'limits', 'machine', f'{name}_MBps') * 1e6
+
+    def figure(metric):
+        return suite.median(part, case, tool, metric) or 0
+
+    if part == 'migrate':
+        wire, link = figure('wire_bytes'), case.partition('/')[0]
+        return {'link': wire / LINKS[link]} if link in LINKS else {'loopback_tcp': wire / limit('loopback_tcp'),
+                                                                    'memcpy': figure('memory_bytes') / limit('memcpy')}
+    if part == 'repo' and case in ('disk', 'memory', 'versions', 'siblings', 'export'):
+        disk = 'disk_read' if case == 'export' else 'sha256'
+        found = {disk: figure('data_bytes') / limit(disk)}
+        if tool == 'vmmig-rados' and case == 'disk':
+            found['cluster_write'] = figure('stored_bytes') / limit('cluster_write')
+        return found
+    return {}
+
+
+def shares(suite, part):
+    """For each of vmmig's figures: which limit binds it, and how near it is."""
+    if 'limits' not in suite.machine:
+        return []
+    lines = ['| | | binds | share of it, % |', '|---|---|---|---|']
+    for case in suite.values('case', part=part):
+        for tool in [t for t in suite.values('tool', part=part, case=case) if t.startswith('vmmig')]:
+            seconds = suite.median(part, case, tool, 'total_s') or (suite.median(part, case, tool, 'total_ms') or 0) / 1000
+            if seconds and (found := bounds(suite, part, case, tool)):
+                name = max(found, key=found.get)
+                lines.append(f'| {case} | {tool} | {name} | {100 * found[name] / seconds:.0f} |')
+    return lines if len(lines) > 2 else []
+
+
 def describe(suite, part):
     m = suite.machine[part]
     versions = ', '.join(f'{name} {version}' for name, version in m['versions'].items())
@@ -137,6 +178,8 @@ def page(suite, plots):
             lines += [f'![{text}]({name}.svg)', '']
         for case in suite.values('case', part=part):
             lines += [*table(suite, part, case), '']
+        if near := shares(suite, part):
+            lines += ['How near the limit that binds:', '', *near, '']
         if behind := list(losses(suite, part)):
             lines += ['Where vmmig is behind:', '', *behind, '']
         if part == 'growth':

@@ -118,24 +118,25 @@ class Contest:
         self.results, self.tools, self.folder = results, tools, folder
         self.found = {}
 
-    def measure(self, case, tool, *calls):
-        """Adds a run: of calls (function, arguments...)."""
+    def measure(self, case, tool, *calls, paths=()):
+        """Adds a run: of calls (function, arguments...). paths: the images whose data it reads or writes."""
         began = time.monotonic()
         repo_peers.usage.update(cpu_s=0, peak_rss_bytes=0)
         for function, *arguments in calls:
             function(*arguments)
-        run = {'total_s': time.monotonic() - began, **repo_peers.usage, 'stored_bytes': self.tools[tool].bytes()}
+        run = {'total_s': time.monotonic() - began, **repo_peers.usage, 'stored_bytes': self.tools[tool].bytes(),
+               'data_bytes': sum(path.stat().st_blocks * 512 for path in paths)}
         self.found.setdefault((case, tool), []).append(run)
         print(f'  {case} {tool}: {run["total_s"]:.2f} s, {run["stored_bytes"] / 1e6:.1f} MB', file=sys.stderr, flush=True)
 
     def put(self, case, *paths):
         for name, tool in self.tools.items():
-            self.measure(case, name, *((tool.put, path, path.stem) for path in paths))
+            self.measure(case, name, *((tool.put, path, path.stem) for path in paths), paths=paths)
 
     def get(self, paths, digests):
         for name, tool in self.tools.items():
             outs = [self.folder / f'out-{path.name}' for path in paths]
-            self.measure('export', name, *((tool.get, path.stem, out) for path, out in zip(paths, outs)))
+            self.measure('export', name, *((tool.get, path.stem, out) for path, out in zip(paths, outs)), paths=paths)
             for path, out in zip(paths, outs):
                 assert repo_peers.digest(out) == digests[path], f'{name}: {path.name} came out changed'
                 out.unlink()

@@ -9,6 +9,7 @@ The file is {"machine": {part: {...}}, "results": [{"part", "case", "tool", "met
 A run that did not come to an end is null in "runs"; a row of nothing else has the median null. "machine" says for each
 part on what, with which versions and how it was measured, since parts may be run one by one.
 """
+import functools
 import json
 import os
 import platform
@@ -27,7 +28,8 @@ def unit(metric):
     return UNITS.get(metric.rpartition('_')[2], '1')
 
 
-def version(argv):
+@functools.cache
+def version(*argv):
     try:
         said = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -41,7 +43,7 @@ def machine(quick):
     return {'cpu': model, 'cpus': os.cpu_count(), 'kernel': platform.release(),
             'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'quick': quick,
             'date': time.strftime('%Y-%m-%d', time.gmtime()),
-            'versions': {name: found for name, argv in VERSIONS.items() if (found := version(argv))}}
+            'versions': {name: found for name, argv in VERSIONS.items() if (found := version(*argv))}}
 
 
 class Results:

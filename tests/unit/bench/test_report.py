@@ -1,0 +1,70 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""What the comparison says of its figures: tests/bench/suite, without plots."""
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import unittest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / 'bench'))
+
+from suite import report  # noqa: E402
+from suite.results import Results, load  # noqa: E402
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        self.path = os.path.join(self.folder.name, 'SUITE.json')
+
+    def save(self, part, *rows):
+        results = Results(part, quick=True)
+        for row in rows:
+            results.add(*row)
+        results.save(self.path)
+
+    def page(self):
+        return report.page(report.Suite(load(self.path)), {})
+
+    def test_the_file_is_as_documented(self):
+        self.save('migrate', ('1gbit/idle', 'vmmig-qemu', 'wire_bytes', [3, 1, 2]))
+        with open(self.path, encoding='ascii') as file:
+            said = json.load(file)
+        self.assertEqual(said['results'], [{'part': 'migrate', 'case': '1gbit/idle', 'tool': 'vmmig-qemu',
+                                            'metric': 'wire_bytes', 'unit': 'B', 'runs': [3, 1, 2], 'median': 2}])
+        self.assertEqual(said['machine']['migrate']['cpus'], os.cpu_count())
+
+    def test_a_part_that_is_not_run_stays(self):
+        self.save('migrate', ('a', 'qemu-plain', 'total_ms', [1]))
+        self.save('repo', ('b', 'restic', 'total_s', [1]))
+        self.save('migrate', ('c', 'qemu-plain', 'total_ms', [2]))
+        self.assertEqual([row['case'] for row in load(self.path)['results']], ['b', 'c'])
+
+    def test_a_loss_is_bold_and_listed_and_a_tie_is_neither(self):
+        self.save('migrate', ('x', 'vmmig-qemu', 'total_ms', [300]), ('x', 'qemu-plain', 'total_ms', [150]),
+                  ('x', 'qemu-multifd', 'total_ms', [200]), ('x', 'vmmig-qemu', 'wire_bytes', [1010000]),
+                  ('x', 'qemu-plain', 'wire_bytes', [1000000]))
+        page = self.page()
+        self.assertIn('| vmmig-qemu | **300** | 1.01 |', page)
+        self.assertIn('- x, vmmig-qemu, total_ms: 2.00 of the best.', page)
+        self.assertEqual(page.count('**'), 4, 'one figure, and the word in the page that explains it')
+
+    def test_what_did_not_converge_is_no_figure(self):
+        self.save('migrate', ('x', 'vmmig-qemu', 'total_ms', [300]), ('x', 'vmmig-qemu', 'converged', [1]),
+                  ('x', 'qemu-plain', 'total_ms', [None]), ('x', 'qemu-plain', 'converged', [0]))
+        self.assertIn('| qemu-plain | – | 0 |', self.page())
+        self.assertNotIn('behind:', self.page())
+
+    def test_what_grows_faster_than_the_work_is_named(self):
+        self.save('growth', *[(f'steep/{n}', 'vmmig-dir', 'collect_ms', [n * n]) for n in (1, 10, 100)],
+                  *[(f'even/{n}', 'vmmig-dir', 'collect_ms', [n]) for n in (1, 10, 100)])
+        page = self.page()
+        self.assertIn('- steep, vmmig-dir, collect_ms: from 10 to 100 as the power 2.00 of the work', page)
+        self.assertNotIn('- even', page)
+
+
+if __name__ == '__main__':
+    unittest.main()
