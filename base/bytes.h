@@ -82,7 +82,8 @@ struct cursor {
 
 static inline struct cursor cursor_init(const void *data, size_t len)
 {
-    return (struct cursor){data, (const uint8_t *)data + len, false};
+    const uint8_t *p = len ? data : (const void *)""; /* NULL has no place behind it */
+    return (struct cursor){p, p + len, false};
 }
 
 static inline size_t cursor_left(const struct cursor *c)

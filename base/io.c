@@ -98,15 +98,14 @@ int io_writev_full(int fd, struct iovec *iov, int n, int64_t deadline_ns, int ca
                 return -1;
             continue;
         }
-        while (put) {
-            size_t step = (size_t)put < iov->iov_len ? (size_t)put : iov->iov_len;
-            iov->iov_base = (char *)iov->iov_base + step;
-            iov->iov_len -= step;
-            put -= (ssize_t)step;
-            if (!iov->iov_len && n) {
-                iov++;
-                n--;
-            }
+        while (n && (size_t)put >= iov->iov_len) {
+            put -= (ssize_t)iov->iov_len;
+            iov++;
+            n--;
+        }
+        if (put) {
+            iov->iov_base = (char *)iov->iov_base + put;
+            iov->iov_len -= (size_t)put;
         }
     }
     return 0;

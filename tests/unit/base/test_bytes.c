@@ -48,6 +48,17 @@ static void a_cursor_never_reads_past_its_end(void **state)
     assert_true(c.failed);
 }
 
+static void a_cursor_over_nothing_has_nothing(void **state)
+{
+    (void)state;
+    struct cursor c = cursor_init(NULL, 0);
+    assert_int_equal(cursor_left(&c), 0);
+    assert_non_null(cursor_take(&c, 0));
+    assert_false(c.failed);
+    assert_null(cursor_take(&c, 1));
+    assert_true(c.failed);
+}
+
 static void a_buffer_keeps_its_limit(void **state)
 {
     (void)state;
@@ -84,6 +95,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(what_is_written_is_read_in_both_orders),
         cmocka_unit_test(a_cursor_never_reads_past_its_end),
+        cmocka_unit_test(a_cursor_over_nothing_has_nothing),
         cmocka_unit_test(a_buffer_keeps_its_limit),
         cmocka_unit_test(the_front_can_be_dropped),
     };
