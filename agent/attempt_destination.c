@@ -302,10 +302,19 @@ static int remember_socket(struct attempt *a, struct vm_error **err)
     return attempt_remember(a, d->driver, d->socket_path, NULL, NULL, err);
 }
 
+/* Of a VMM that this attempt started: without one, the name may be another VM's, which has it here. */
+static void remove_leftovers(struct attempt *a)
+{
+    struct destination_part *d = &a->destination;
+    if (a->record.vmm.pid && d->socket_path && !d->prepared_by_user)
+        unlink(d->socket_path);
+}
+
 /*
  * PREPARING is written three times: with the socket's name, with the VMM's process before it
  * becomes one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record,
- * the journal forgets how to reach the VM: the registry must know it.
+ * the journal forgets how to reach the VM: the registry must know it. It forgets that with NEVER and
+ * ENDED, too: what the dead VMM left is removed before.
  */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
@@ -313,13 +322,23 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
         return remember_socket(a, err);
     if (record == HANDOVER_REC_PREPARING)
         adopt_process(a);
+    if ((record == HANDOVER_REC_NEVER || record == HANDOVER_REC_ENDED) && !a->destination.vm)
+        remove_leftovers(a);
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
 }
 
-static void remove_leftovers(struct destination_part *d)
+/*
+ * Its VMM is dead. The record may wait for the source's last word for as long as that host is away;
+ * the guest's memory, which we had mapped, must not.
+ */
+static void let_go(struct attempt *a)
 {
-    if (d->socket_path && !d->prepared_by_user)
-        unlink(d->socket_path);
+    stop_transfer(a);
+    if (a->owns_guest)
+        guest_destroy(a->guest);
+    a->owns_guest = false;
+    a->guest = NULL;
+    remove_leftovers(a);
 }
 
 static int settled(struct attempt *a, struct vm_error **err)
@@ -327,7 +346,7 @@ static int settled(struct attempt *a, struct vm_error **err)
     switch (a->machine.state) {
     case HANDOVER_DST_NEVER:
     case HANDOVER_DST_ENDED:
-        remove_leftovers(&a->destination);
+        let_go(a);
         return 0;
     case HANDOVER_DST_RUNNING:
         /* From here on its memory is its VMM's alone. */

@@ -353,6 +353,20 @@ def test_a_failed_send_is_a_line_and_a_status(h1):
     assert h1.vm('web1')['state'] == 'running'
 
 
+def test_a_send_to_a_host_that_has_a_vm_of_that_name(h1, h2):
+    """It is refused, and leaves alone what the other VM needs: an agent that starts anew finds it by its socket."""
+    h1.boot('web1')
+    other = h2.boot('web1')
+    done = h1.run('send', 'web1', '--to', f'127.0.0.1:{h2.port}')
+    assert done.returncode == 4, done
+    assert done.stderr.splitlines()[-1] == 'vmmig: the peer: a VM named web1 is here already'
+    assert h1.vm('web1')['state'] == 'running'
+    h2.stop()
+    h2.start()
+    assert h2.vm('web1')['pid'] == other
+    assert eventually('it is found', lambda: h2.vm('web1')['state'] == 'running')
+
+
 class SlowPeer:
     """A port that takes connections and says nothing: a send to it stays in its beginning."""
 
