@@ -122,7 +122,9 @@ class Harness:
 
     def arm(self, agent, spec):
         words = [word for word in (spec, self.mistakes) if word]
-        agent.vmmig('debug', 'faults', '--arm', ','.join(words) or 'none')
+        done = agent.vmmig('debug', 'faults', '--arm', ','.join(words) or 'none', check=False)
+        # What held goes on at once, perhaps to a crash that was armed with it, before the answer.
+        assert done.returncode == 0 or 'crash' in spec and self.dead(agent), done.stderr
 
     @staticmethod
     def dead(agent):

@@ -150,6 +150,13 @@ class Timeline:
         """Numbers that never came, and those that came out of order."""
         return [b.number for a, b in self._steps(after) if b.number != a.number + 1]
 
+    def around(self, number, after=0, count=8):
+        """The lines before and after the tick of that number, for the reader of a failure."""
+        place = next((i for i, line in enumerate(self.lines[after:], after)
+                      if (match := TICK.match(line.text)) and int(match.group(2)) == number), after)
+        return '\n'.join(f'{line.at:.4f} {line.host} {line.text}'
+                         for line in self.lines[max(0, place - count):place + count])
+
     def trouble(self, after=0):
         """Lines in which the guest complains."""
         return [line.text for line in self.lines[after:] if TROUBLE.search(line.text)]
@@ -158,7 +165,8 @@ class Timeline:
         """Fails unless the guest is well: no complaint, no tick missing. Returns the hosts that it ran on in
         their order, so that two that spoke in turns are seen."""
         assert not self.trouble(after), f'{self.name}: {self.trouble(after)[:5]}'
-        assert not self.missing(after), f'{self.name}: ticks missing before {self.missing(after)[:5]}'
+        missing = self.missing(after)
+        assert not missing, f'{self.name}: ticks missing before {missing[:5]}:\n{self.around(missing[0], after)}'
         hosts = []
         for line in self.lines[after:]:
             if not hosts or hosts[-1] != line.host:

@@ -39,9 +39,12 @@ struct platform_machine {
  * not within five seconds of guest time, panics. */
 void platform_start_vcpus(unsigned count);
 
-/* Sends bytes to the console. Never blocks for long: what a stuck console does not take within 100
- * ms is lost. Only one vCPU may be in here at a time. */
+/* Sends bytes to the console. Never blocks: what it does not take at once waits in memory, up to 32
+ * KiB (what is more is lost), and goes with the next call. Only one vCPU may be in here at a time. */
 void platform_console_write(const char *bytes, unsigned length);
+
+/* Something waits to be sent: call platform_console_write, if only with no bytes. */
+bool platform_console_waits(void);
 
 /* The next byte that the console received, or -1. */
 int platform_console_read(void);

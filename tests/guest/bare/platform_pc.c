@@ -13,6 +13,7 @@ enum {
     UART_FIFO_DEPTH = 16,
     UART_RECEIVED = 0x01,
     UART_ROOM = 0x20,
+    CONSOLE_QUEUE = 32768,
     PIT_HZ = 1193182,
     TRAMPOLINE = 0x8000,
     TICK_VECTOR = 0x40,
@@ -115,19 +116,33 @@ static void apic_write(unsigned reg, uint32_t value)
     *(volatile uint32_t *)(uintptr_t)(APIC_BASE + reg) = value;
 }
 
+/* What the console has not taken yet: a host that reads it late must not lose a line. */
+static struct {
+    char bytes[CONSOLE_QUEUE];
+    unsigned first, length;
+} unsent;
+
+bool platform_console_waits(void)
+{
+    return unsent.length > 0;
+}
+
+static void send_unsent(void)
+{
+    while (unsent.length && in8(UART + 5) & UART_ROOM) {
+        for (unsigned i = 0; i < UART_FIFO_DEPTH && unsent.length; i++) {
+            out8(UART, (uint8_t)unsent.bytes[unsent.first]);
+            unsent.first = (unsent.first + 1) % CONSOLE_QUEUE;
+            unsent.length--;
+        }
+    }
+}
+
 void platform_console_write(const char *bytes, unsigned length)
 {
-    uint64_t start = platform_tsc();
-
-    for (unsigned i = 0; i < length; i++) {
-        if (i % UART_FIFO_DEPTH == 0) {
-            while (!(in8(UART + 5) & UART_ROOM)) {
-                if (platform_tsc() - start > 100 * tsc_khz)
-                    return;
-            }
-        }
-        out8(UART, (uint8_t)bytes[i]);
-    }
+    for (unsigned i = 0; i < length && unsent.length < CONSOLE_QUEUE; i++)
+        unsent.bytes[(unsent.first + unsent.length++) % CONSOLE_QUEUE] = bytes[i];
+    send_unsent();
 }
 
 int platform_console_read(void)
@@ -150,11 +165,13 @@ void platform_panic(const char *reason, uint64_t value)
     text_hex(&line, value);
     text_string(&line, "\n");
     platform_console_write(line.bytes, line.length);
-    for (;;)
+    for (;;) {
+        send_unsent();
         platform_idle();
+    }
 }
 
-/* Runs in ring 0, on whatever the vCPU was doing. Never returns: boot_pc.S halts. */
+/* Runs in ring 0, on whatever the vCPU was doing. Never returns; halts once all was said. */
 void pc_exception(const uint64_t *frame, uint64_t address)
 {
     struct text line = {.length = 0};
@@ -169,6 +186,8 @@ void pc_exception(const uint64_t *frame, uint64_t address)
     text_hex(&line, address);
     text_string(&line, "\n");
     platform_console_write(line.bytes, line.length);
+    while (platform_console_waits())
+        send_unsent();
     for (;;)
         __asm__ volatile("cli; hlt");
 }

@@ -360,6 +360,8 @@ static void lead(uint64_t now)
     if ((int64_t)turn > (int64_t)gap)
         gap = turn;
     former = now;
+    if (platform_console_waits())
+        print(&(struct text){.length = 0});
     if (left != 0 && left <= interval)
         return;
     due = now + interval;
