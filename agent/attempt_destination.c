@@ -302,11 +302,18 @@ static int remember_socket(struct attempt *a, struct vm_error **err)
     return attempt_remember(a, d->driver, d->socket_path, NULL, NULL, err);
 }
 
-/* Of a VMM that this attempt started: without one, the name may be another VM's, which has it here. */
+/* A VM of this name that is here, and is why the attempt was refused, has its socket in the same place. */
+static bool name_is_anothers(struct attempt *a)
+{
+    CLEANUP(vm) struct vm *known = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
+    return known && vm_presence(known) != VM_ENDED &&
+           !process_identity_equal(&vm_definition(known)->process, &a->record.vmm);
+}
+
 static void remove_leftovers(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
-    if (a->record.vmm.pid && d->socket_path && !d->prepared_by_user)
+    if (d->socket_path && !d->prepared_by_user && !name_is_anothers(a))
         unlink(d->socket_path);
 }
 
