@@ -7,6 +7,7 @@
 #include "base/io.h"
 #include "base/log.h"
 
+#include <malloc.h>
 #include <string.h>
 
 /* A destination that gave up journals that, and ends its VMM, before it says why. */
@@ -528,7 +529,8 @@ static void feed(struct attempt *a, enum handover_event event)
         publish(a);
 }
 
-static void remove_from_table(struct attempt *a)
+/* True: no other is left. */
+static bool remove_from_table(struct attempt *a)
 {
     struct transfer *t = a->transfer;
     SCOPE_LOCK(&t->lock);
@@ -539,6 +541,7 @@ static void remove_from_table(struct attempt *a)
         }
     }
     pthread_cond_broadcast(&t->changed);
+    return !t->attempts;
 }
 
 /* Its death is the cause of what follows, unless it is ended by us or because of something else. */
@@ -591,8 +594,11 @@ static void *attempt_main(void *arg)
     a->is_settled = a->is_settled || a->stop;
     pthread_cond_broadcast(&a->changed);
     pthread_mutex_unlock(&a->lock);
-    remove_from_table(a);
+    bool last = remove_from_table(a);
     attempt_unref(a);
+    /* malloc keeps what the many threads of a migration have freed; an agent that idles needs none of it. */
+    if (last)
+        malloc_trim(0);
     return NULL;
 }
 

@@ -26,7 +26,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
-enum { STOP_TIMEOUT_MS = 10000 };
+enum { STOP_TIMEOUT_MS = 10000, LOCK_WAIT_MS = 2000 };
 
 struct command_line {
     const char *config;
@@ -121,6 +121,21 @@ static void notify_supervisor(const char *state)
         log_warn("cannot notify the supervisor", "errno=%d", errno);
 }
 
+/*
+ * For a moment a child of an agent that was killed may hold it, and with it that one's sockets: it was about
+ * to become a VMM, and ends when it sees that its agent has.
+ */
+static int take_lock(int fd)
+{
+    int64_t deadline = clock_mono_ns() + LOCK_WAIT_MS * NSEC_PER_MSEC;
+    while (flock(fd, LOCK_EX | LOCK_NB) < 0) {
+        if (errno != EWOULDBLOCK || clock_mono_ns() >= deadline)
+            return -1;
+        usleep(10000);
+    }
+    return 0;
+}
+
 /* Make the folders. Two agents on one state directory would each think that the VMs are theirs. */
 static int lock_state(const struct config *config, struct vm_error **err)
 {
@@ -134,8 +149,10 @@ static int lock_state(const struct config *config, struct vm_error **err)
     cleanup_close int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     if (fd < 0)
         return error_errno(err, errno, "cannot open %s", path);
-    if (flock(fd, LOCK_EX | LOCK_NB) < 0 && errno == EWOULDBLOCK)
-        return error_set(err, VM_ERROR_CONFLICT, "another agent uses %s", config->state_dir);
+    if (take_lock(fd) < 0)
+        return errno == EWOULDBLOCK
+                   ? error_set(err, VM_ERROR_CONFLICT, "another agent uses %s", config->state_dir)
+                   : error_errno(err, errno, "cannot lock %s", path);
     return steal_fd(&fd);
 }
 

@@ -714,6 +714,22 @@ def test_two_agents_cannot_share_a_state_or_a_socket(h1, tmp_path):
     assert h1.run('list').returncode == 0
 
 
+def test_an_agent_waits_for_what_a_killed_one_left(tmp_path):
+    """A child that was about to become a VMM holds the lock until it sees that its agent is dead."""
+    agent = Agent(tmp_path, 'again')
+    (agent.folder / 'state').mkdir(mode=0o700)
+    path = agent.folder / 'state/lock'
+    with open(path, 'w', encoding='ascii') as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with subprocess.Popen([built('agent/vmmigd'), '--config', agent.config]) as process:
+            eventually('it waits', lambda: str(path) in map(os.path.realpath, pathlib.Path(
+                f'/proc/{process.pid}/fd').iterdir()))
+            held.close()
+            eventually('it runs', lambda: process.poll() is not None or agent.run('list').returncode == 0)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+
+
 @pytest.mark.parametrize('text,message', [
     ('hots = x\n', 'there is no option hots; did you mean host?'),
     ('max-jobs = 0\n', 'max-jobs 0: at least 1 is allowed'),

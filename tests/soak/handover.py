@@ -247,6 +247,8 @@ class Soak:
             print(f'round {rounds}, at {time.monotonic() - began:.0f} s: {self.sent} migrations begun, {self.moved} '
                   f'arrived, {self.faults} faults, {self.crashes} agents restarted', flush=True)
         self.judge_usage()
+        for agent in self.cluster.agents:
+            assert agent.stop() == 0, f'the agent on {agent.host.name} ended with status {agent.process.returncode}'
         print(f'soak: seed {self.options.seed}, {rounds} rounds, {self.sent} migrations begun, {self.moved} arrived, '
               f'{self.faults} faults, {self.crashes} agents restarted: 0 guests ran twice, 0 were lost, 0 descriptors, '
               f'processes and files were left; longest time to settle all {self.worst:.1f} s')
