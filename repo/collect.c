@@ -150,7 +150,7 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         cleanup_object_set struct object_set candidates = {{0}, {0}};
         struct condemned_list list;
         uint64_t number;
-        bool open, writers, made;
+        bool open, writers;
         if (condemned_sweep(c->store, err) < 0 ||
             condemned_read_state(c->store, &c->state, err) < 0)
             return -1;
@@ -163,12 +163,10 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
         if (!candidates.packs.n && !candidates.trees.n && !writers)
             return 0;
         if (catalogue_next_number(c->store, &number, err) < 0 ||
-            condemned_make(c->store, number, &candidates, &list, &made, err) < 0)
+            condemned_make(c->store, number, &candidates, &list, err) < 0)
             return -1;
         (void)FAULT("repo.collect-made");
-        if (!made)
-            continue;
-        if (condemned_publish(c->store, &list, &c->state, &open, err) < 0)
+        if (condemned_publish(c->store, &list, &candidates, &c->state, &open, err) < 0)
             return -1;
         (void)FAULT("repo.collect-published");
         if (open) {

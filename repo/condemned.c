@@ -5,7 +5,15 @@
 
 #define LIST_PREFIX "condemned."
 
-enum { LIST_NAME_SIZE = 48, STATE_SIZE = 80, BATCH = 64, MAKE_BATCH = 512, PER_MAP = 50000 };
+enum {
+    MAPS = 64,
+    MAP_NAME_SIZE = 16,
+    KEY_SIZE = 16 + 1 + OBJECT_NAME_SIZE,
+    STATE_SIZE = 80,
+    BATCH = 64,
+    MAKE_BATCH = 512,
+    PER_MAP = 50000,
+};
 
 void object_set_finish(struct object_set *s)
 {
@@ -13,16 +21,50 @@ void object_set_finish(struct object_set *s)
     number_set_finish(&s->trees);
 }
 
-static const char *entry_key(bool is_pack, uint64_t number, char out[OBJECT_NAME_SIZE])
+static const char *entry_object(bool is_pack, uint64_t number, char out[OBJECT_NAME_SIZE])
 {
     return object_name(is_pack ? PACK_PREFIX : TREE_PREFIX, number, out);
 }
 
-static const char *list_name(const struct condemned_list *list, uint64_t map,
-                             char out[LIST_NAME_SIZE])
+/* What the keys of a list begin with. */
+static size_t list_prefix(const struct condemned_list *list, char out[KEY_SIZE])
 {
-    snprintf(out, LIST_NAME_SIZE, LIST_PREFIX "%016" PRIx64 ".%" PRIx64, list->number, map);
+    return (size_t)snprintf(out, KEY_SIZE, "%016" PRIx64 ".", list->number);
+}
+
+static const char *entry_key(const struct condemned_list *list, bool is_pack, uint64_t number,
+                             char out[KEY_SIZE])
+{
+    size_t n = list_prefix(list, out);
+    entry_object(is_pack, number, out + n);
     return out;
+}
+
+static const char *map_name(uint64_t map, char out[MAP_NAME_SIZE])
+{
+    snprintf(out, MAP_NAME_SIZE, LIST_PREFIX "%02x", (unsigned)(map % MAPS));
+    return out;
+}
+
+static const char *entry_map(const struct condemned_list *list, uint64_t number,
+                             char out[MAP_NAME_SIZE])
+{
+    return map_name(number % list->maps, out);
+}
+
+static int map_lost(const char *map, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_CORRUPT, "part %s of the condemned list is lost", map);
+}
+
+int condemned_init(struct store *s, struct vm_error **err)
+{
+    char names[MAPS][MAP_NAME_SIZE];
+    struct store_op ops[MAPS];
+    for (unsigned i = 0; i < MAPS; i++)
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                   .name = map_name(i, names[i]), .presence = STORE_NEW};
+    return store_run(s, ops, MAPS, err);
 }
 
 /* ---- the state ---- */
@@ -46,7 +88,7 @@ static bool parse_state(const char *text, struct condemned_state *ret)
     else
         sscanf(text, "closed %" SCNx64, &ret->epoch);
     state_text(ret, again);
-    return !strcmp(text, again) && (!ret->is_open || ret->list.maps);
+    return !strcmp(text, again) && (!ret->is_open || (ret->list.maps && ret->list.maps <= MAPS));
 }
 
 int condemned_read_state(struct store *s, struct condemned_state *ret_state, struct vm_error **err)
@@ -79,32 +121,34 @@ static int change_state(struct store *s, const struct condemned_state *from,
 
 /* ---- reading a list ---- */
 
+struct loading {
+    struct object_set *set;
+    size_t prefix;
+};
+
 static int load_pair(const struct store_pair *pair, void *arg, struct vm_error **err)
 {
-    struct object_set *set = arg;
+    const struct loading *l = arg;
+    const char *object = pair->key + l->prefix;
     uint64_t number;
-    if (object_number(PACK_PREFIX, pair->key, &number))
-        return number_set_add(&set->packs, number, err);
-    if (object_number(TREE_PREFIX, pair->key, &number))
-        return number_set_add(&set->trees, number, err);
-    return error_set(err, VM_ERROR_CORRUPT, "\"%.40s\" is no entry of a condemned list", pair->key);
-}
-
-static enum store_result load_maps(struct store *s, const struct condemned_list *list,
-                                   struct object_set *set, struct vm_error **err)
-{
-    enum store_result result = STORE_DONE;
-    for (uint64_t i = 0; i < list->maps && result == STORE_DONE; i++) {
-        char name[LIST_NAME_SIZE];
-        result = store_scan(s, list_name(list, i, name), NULL, load_pair, set, err);
-    }
-    return result;
+    if (object_number(PACK_PREFIX, object, &number))
+        return number_set_add(&l->set->packs, number, err);
+    if (object_number(TREE_PREFIX, object, &number))
+        return number_set_add(&l->set->trees, number, err);
+    return error_set(err, VM_ERROR_CORRUPT, "\"%.60s\" is no entry of a condemned list", pair->key);
 }
 
 int condemned_load(struct store *s, const struct condemned_list *list, struct object_set *set,
                    struct vm_error **err)
 {
-    return load_maps(s, list, set, err) == STORE_FAILED ? -1 : 0;
+    char prefix[KEY_SIZE], map[MAP_NAME_SIZE];
+    struct loading l = {set, list_prefix(list, prefix)};
+    for (uint64_t i = 0; i < list->maps; i++) {
+        enum store_result r = store_scan(s, map_name(i, map), prefix, load_pair, &l, err);
+        if (r != STORE_DONE)
+            return r == STORE_FAILED ? -1 : map_lost(map, err);
+    }
+    return 0;
 }
 
 int condemned_load_open(struct store *s, struct condemned_state *ret_state, struct object_set *set,
@@ -116,19 +160,12 @@ int condemned_load_open(struct store *s, struct condemned_state *ret_state, stru
             return -1;
         if (!ret_state->is_open)
             return 0;
-        enum store_result result = load_maps(s, &ret_state->list, set, err);
-        if (result == STORE_FAILED)
-            return -1;
-        if (result == STORE_DONE)
-            return 0;
-        /*
-         * The list is gone: it was closed meanwhile, or, if it is still named, it was never whole.
-         */
-        if (condemned_read_state(s, &after, err) < 0)
+        if (condemned_load(s, &ret_state->list, set, err) < 0 ||
+            condemned_read_state(s, &after, err) < 0)
             return -1;
         if (after.is_open && after.list.number == ret_state->list.number)
             return 0;
-        object_set_finish(set);
+        object_set_finish(set); /* it was closed meanwhile, and another one may be open */
     }
 }
 
@@ -142,7 +179,7 @@ struct batch {
     struct {
         bool is_pack;
         uint64_t number;
-        char map[LIST_NAME_SIZE], key[OBJECT_NAME_SIZE];
+        char map[MAP_NAME_SIZE], key[KEY_SIZE];
     } entries[BATCH];
     struct store_op ops[BATCH];
     bool lost; /* rescue: some entry is being removed, or its object is gone */
@@ -167,13 +204,15 @@ static int erase_entries(struct batch *b, struct vm_error **err)
 static int look_at_entry(struct batch *b, size_t i, struct vm_error **err)
 {
     cleanup_buffer struct buffer value = {0};
-    struct store_op size = {.kind = STORE_SIZE, .name = b->entries[i].key,
-                            .area = b->entries[i].is_pack ? STORE_PACK : STORE_BLOB};
+    char object[OBJECT_NAME_SIZE];
+    bool is_pack = b->entries[i].is_pack;
+    struct store_op size = {.kind = STORE_SIZE, .area = is_pack ? STORE_PACK : STORE_BLOB,
+                            .name = entry_object(is_pack, b->entries[i].number, object)};
     if (store_get(b->store, b->entries[i].map, b->entries[i].key, &value, err) == STORE_FAILED ||
         store_run(b->store, &size, 1, err) < 0)
         return -1;
     bool there = size.result == STORE_DONE;
-    if (!there && b->entries[i].is_pack) {
+    if (!there && is_pack) {
         cleanup_forwarding struct forwarding f = {0};
         if (forwarding_get(b->store, b->entries[i].number, &f, err) < 0)
             return -1;
@@ -187,9 +226,12 @@ static int run_batch(struct batch *b, struct vm_error **err)
 {
     if (erase_entries(b, err) < 0)
         return -1;
-    for (size_t i = 0; b->rescuing && i < b->n; i++)
-        if (b->ops[i].result != STORE_DONE && look_at_entry(b, i, err) < 0)
+    for (size_t i = 0; i < b->n; i++) {
+        if (b->ops[i].result == STORE_MISSING)
+            return map_lost(b->entries[i].map, err);
+        if (b->rescuing && b->ops[i].result != STORE_DONE && look_at_entry(b, i, err) < 0)
             return -1;
+    }
     b->n = 0;
     return 0;
 }
@@ -200,8 +242,8 @@ static int add_to_batch(struct batch *b, bool is_pack, uint64_t number, struct v
         return -1;
     b->entries[b->n].is_pack = is_pack;
     b->entries[b->n].number = number;
-    list_name(b->list, number % b->list->maps, b->entries[b->n].map);
-    entry_key(is_pack, number, b->entries[b->n].key);
+    entry_map(b->list, number, b->entries[b->n].map);
+    entry_key(b->list, is_pack, number, b->entries[b->n].key);
     b->n++;
     return 0;
 }
@@ -245,69 +287,63 @@ int condemned_erase(struct store *s, const struct condemned_list *list, bool is_
 
 /* ---- making and opening ---- */
 
-/* One step of making a map; *made turns false if the map was swept away. */
-static int make_entries(struct store *s, const char *map, char (*keys)[OBJECT_NAME_SIZE], size_t n,
-                        enum store_presence presence, bool *made, struct vm_error **err)
+/* Entries of one map of the list that is being made. */
+struct making {
+    struct store *store;
+    const struct condemned_list *list;
+    char map[MAP_NAME_SIZE];
+    size_t n;
+    char keys[MAKE_BATCH][KEY_SIZE];
+};
+
+static int make_entries(struct making *m, struct vm_error **err)
 {
     struct store_pair sets[MAKE_BATCH];
-    for (size_t i = 0; i < n; i++)
-        sets[i] = (struct store_pair){keys[i], "c", 1};
-    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = map,
-                          .presence = presence, .sets = sets, .n_sets = n};
-    if (store_run(s, &op, 1, err) < 0)
+    for (size_t i = 0; i < m->n; i++)
+        sets[i] = (struct store_pair){m->keys[i], "c", 1};
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = m->map, .sets = sets,
+                          .n_sets = m->n};
+    if (m->n && store_run(m->store, &op, 1, err) < 0)
         return -1;
-    *made &= op.result == STORE_DONE;
-    return 0;
+    bool lost = m->n && op.result == STORE_MISSING;
+    m->n = 0;
+    return lost ? map_lost(m->map, err) : 0;
 }
 
-/* The entries of one map of the list. */
-static int make_map(struct store *s, const struct condemned_list *list, uint64_t map,
-                    const struct object_set *objects, bool *made, struct vm_error **err)
+static int make_map(struct making *m, uint64_t map, const struct object_set *objects,
+                    struct vm_error **err)
 {
-    char name[LIST_NAME_SIZE], keys[MAKE_BATCH][OBJECT_NAME_SIZE];
     const struct number_set *sets[] = {&objects->trees, &objects->packs};
-    size_t n = 0;
-    list_name(list, map, name);
-    if (make_entries(s, name, NULL, 0, STORE_NEW, made, err) < 0)
-        return -1;
+    map_name(map, m->map);
     for (int is_pack = 0; is_pack < 2; is_pack++) {
         size_t at = 0;
         for (uint64_t number; (number = number_set_next(sets[is_pack], &at));) {
-            if (number % list->maps != map)
+            if (number % m->list->maps != map)
                 continue;
-            entry_key(is_pack, number, keys[n++]);
-            if (n == MAKE_BATCH && make_entries(s, name, keys, n, STORE_PRESENT, made, err) < 0)
+            entry_key(m->list, is_pack, number, m->keys[m->n++]);
+            if (m->n == MAKE_BATCH && make_entries(m, err) < 0)
                 return -1;
-            n %= MAKE_BATCH;
         }
     }
-    return n ? make_entries(s, name, keys, n, STORE_PRESENT, made, err) : 0;
+    return make_entries(m, err);
 }
 
 int condemned_make(struct store *s, uint64_t number, const struct object_set *objects,
-                   struct condemned_list *ret_list, bool *ret_made, struct vm_error **err)
+                   struct condemned_list *ret_list, struct vm_error **err)
 {
-    struct condemned_list list = {number, 1 + (objects->packs.n + objects->trees.n) / PER_MAP};
-    *ret_made = true;
+    uint64_t maps = 1 + (objects->packs.n + objects->trees.n) / PER_MAP;
+    struct condemned_list list = {number, maps < MAPS ? maps : MAPS};
+    struct making m = {.store = s, .list = &list};
     for (uint64_t i = 0; i < list.maps; i++)
-        if (make_map(s, &list, i, objects, ret_made, err) < 0)
+        if (make_map(&m, i, objects, err) < 0)
             return -1;
     *ret_list = list;
     return 0;
 }
 
-static int remove_maps(struct store *s, const struct condemned_list *list, struct vm_error **err)
-{
-    for (uint64_t i = 0; i < list->maps; i++) {
-        char name[LIST_NAME_SIZE];
-        if (store_remove(s, STORE_MAP, list_name(list, i, name), err) == STORE_FAILED)
-            return -1;
-    }
-    return 0;
-}
-
 int condemned_publish(struct store *s, const struct condemned_list *list,
-                      const struct condemned_state *started, bool *ret_open, struct vm_error **err)
+                      const struct object_set *objects, const struct condemned_state *started,
+                      bool *ret_open, struct vm_error **err)
 {
     struct condemned_state open = {.is_open = true, .epoch = started->epoch + 1, .list = *list};
     /*
@@ -315,16 +351,16 @@ int condemned_publish(struct store *s, const struct condemned_list *list,
      */
     if (change_state(s, started, &open, ret_open, err) < 0)
         return -1;
-    return *ret_open ? 0 : remove_maps(s, list, err);
+    return *ret_open ? 0 : condemned_spare(s, list, objects, err);
 }
 
 int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
                     uint64_t number, enum condemned_claim *ret_claim, struct vm_error **err)
 {
-    char map[LIST_NAME_SIZE], key[OBJECT_NAME_SIZE];
+    char map[MAP_NAME_SIZE], key[KEY_SIZE];
     cleanup_buffer struct buffer now = {0};
-    entry_key(is_pack, number, key);
-    list_name(list, number % list->maps, map);
+    entry_map(list, number, map);
+    entry_key(list, is_pack, number, key);
     struct store_pair compare = {key, "c", 1}, set = {key, "d", 1};
     struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = map,
                           .compares = &compare, .n_compares = 1, .sets = &set, .n_sets = 1};
@@ -332,7 +368,7 @@ int condemned_claim(struct store *s, const struct condemned_list *list, bool is_
         return -1;
     *ret_claim = op.result == STORE_DONE ? CONDEMNED_CLAIMED : CONDEMNED_RESCUED;
     if (op.result != STORE_MISMATCH)
-        return 0;
+        return op.result == STORE_MISSING ? map_lost(map, err) : 0;
     if (store_get(s, map, key, &now, err) == STORE_FAILED)
         return -1;
     if (now.len == 1 && now.data[0] == 'd')
@@ -349,22 +385,44 @@ int condemned_close(struct store *s, const struct condemned_state *state, struct
         return -1;
     if (left.packs.n || left.trees.n)
         return 0;
-    if (change_state(s, state, &closed, &changed, err) < 0)
-        return -1;
-    return changed ? remove_maps(s, &state->list, err) : 0;
+    return change_state(s, state, &closed, &changed, err);
 }
+
+/* ---- what is left of lists that were never opened ---- */
 
 struct sweep {
     struct store *store;
-    char open[OBJECT_NAME_SIZE];
+    const char *map;
+    char open[KEY_SIZE]; /* what the keys of the open list begin with; "": none is open */
+    size_t n;
+    char keys[BATCH][KEY_SIZE];
 };
 
-static int sweep_one(const char *name, void *arg, struct vm_error **err)
+/* Should the list have been opened meanwhile, its entries are spared. */
+static int sweep_keys(struct sweep *w, struct vm_error **err)
+{
+    struct store_op ops[BATCH];
+    struct store_pair compares[BATCH];
+    const char *keys[BATCH];
+    for (size_t i = 0; i < w->n; i++) {
+        keys[i] = w->keys[i];
+        compares[i] = (struct store_pair){keys[i], "c", 1};
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP, .name = w->map,
+                                   .compares = &compares[i], .n_compares = 1,
+                                   .erases = &keys[i], .n_erases = 1};
+    }
+    size_t n = w->n;
+    w->n = 0;
+    return store_run(w->store, ops, n, err);
+}
+
+static int sweep_one(const struct store_pair *pair, void *arg, struct vm_error **err)
 {
     struct sweep *w = arg;
-    if (w->open[0] && !strncmp(name, w->open, strlen(w->open)))
+    if (w->open[0] && !strncmp(pair->key, w->open, strlen(w->open)))
         return 0;
-    return store_remove(w->store, STORE_MAP, name, err) == STORE_FAILED ? -1 : 0;
+    snprintf(w->keys[w->n++], KEY_SIZE, "%s", pair->key);
+    return w->n == BATCH ? sweep_keys(w, err) : 0;
 }
 
 int condemned_sweep(struct store *s, struct vm_error **err)
@@ -374,6 +432,15 @@ int condemned_sweep(struct store *s, struct vm_error **err)
     if (condemned_read_state(s, &state, err) < 0)
         return -1;
     if (state.is_open)
-        object_name(LIST_PREFIX, state.list.number, w.open);
-    return store_list(s, STORE_MAP, LIST_PREFIX, sweep_one, &w, err);
+        list_prefix(&state.list, w.open);
+    for (unsigned i = 0; i < MAPS; i++) {
+        char map[MAP_NAME_SIZE];
+        w.map = map_name(i, map);
+        enum store_result r = store_scan(s, map, NULL, sweep_one, &w, err);
+        if (r != STORE_DONE)
+            return r == STORE_FAILED ? -1 : map_lost(map, err);
+        if (sweep_keys(&w, err) < 0)
+            return -1;
+    }
+    return 0;
 }

@@ -5,10 +5,12 @@
  * Key "collection" of map "repository": "closed E" (E: the epoch of the list that was closed last),
  * or "open E NUMBER MAPS": that list is open, with epoch E. Numbers are 16 hexadecimal digits.
  *
- * The list is maps "condemned.NUMBER.I", I from 0 to MAPS - 1 in hexadecimal, one per 50,000
- * entries: the name of each pack or tree, in the map that its number modulo MAPS tells, with value
- * "c" while it is condemned, "d" once a collector has begun to remove it; the key is gone when the
- * object is, or when it was rescued.
+ * The entries are in the first MAPS of the maps "condemned.00" to "condemned.3f", which exist from
+ * init on: a full cluster creates no object, but lets keys of one that is there be set. MAPS grows
+ * by one for each 50,000 entries, up to all 64. Key "NUMBER.OBJECT", OBJECT the name of a pack or
+ * tree, is in the map that the object's number modulo MAPS tells, with value "c" while it is
+ * condemned, "d" once a collector has begun to remove it; the key is gone when the object is, or
+ * when it was rescued.
  *
  * docs/repository-collection.md tells when what is done. Threads: any.
  */
@@ -44,6 +46,9 @@ static inline void object_set_cleanup(struct object_set *s)
 #define CONDEMNED_KEY "collection"
 #define CONDEMNED_FIRST "closed 0000000000000001"
 
+/* The empty maps of a new repository; those that are there stay as they are. */
+int condemned_init(struct store *s, struct vm_error **err);
+
 int condemned_read_state(struct store *s, struct condemned_state *ret_state, struct vm_error **err);
 /* Add all entries of the open list, if there is one, condemned or being removed, to the set. */
 int condemned_load_open(struct store *s, struct condemned_state *ret_state, struct object_set *set,
@@ -58,17 +63,18 @@ int condemned_rescue(struct store *s, const struct condemned_list *list,
 /* ---- for collectors ---- */
 
 /*
- * Make the list of these objects under that number, which nobody knows of yet. *ret_made is false
- * if another collector took it for one left behind, and swept it away: begin again.
+ * Make the list of these objects under that number, which nobody knows of yet. Another collector
+ * that takes it for one left behind sweeps entries away; those are not condemned, then.
  */
 int condemned_make(struct store *s, uint64_t number, const struct object_set *objects,
-                   struct condemned_list *ret_list, bool *ret_made, struct vm_error **err);
+                   struct condemned_list *ret_list, struct vm_error **err);
 /*
- * Open it, if the state is still `started` (closed). *ret_open says whether it was; if not, the
- * list is removed.
+ * Open it, if the state is still `started` (closed). *ret_open says whether it was; if not, its
+ * entries are removed.
  */
 int condemned_publish(struct store *s, const struct condemned_list *list,
-                      const struct condemned_state *started, bool *ret_open, struct vm_error **err);
+                      const struct object_set *objects, const struct condemned_state *started,
+                      bool *ret_open, struct vm_error **err);
 /* All entries of the list. */
 int condemned_load(struct store *s, const struct condemned_list *list, struct object_set *set,
                    struct vm_error **err);
@@ -87,10 +93,10 @@ int condemned_claim(struct store *s, const struct condemned_list *list, bool is_
 int condemned_erase(struct store *s, const struct condemned_list *list, bool is_pack,
                     uint64_t number, struct vm_error **err);
 /*
- * Close the list if it is empty, and remove its maps. Nothing happens if it is not open any more.
+ * Close the list if it is empty. Nothing happens if it is not open any more.
  */
 int condemned_close(struct store *s, const struct condemned_state *state, struct vm_error **err);
-/* Remove lists that were made and never opened, by collectors that died. */
+/* Remove what is left of lists that were never opened, by collectors that died. */
 int condemned_sweep(struct store *s, struct vm_error **err);
 
 #endif

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/repo.h"
+#include "repo/condemned.h"
 #include "repo/heal.h"
 #include "repo/names.h"
 
@@ -34,7 +35,8 @@ static int init_store(struct store *s, const struct repo_init_options *options,
         return -1;
     if (pool && strlen(pool) >= TEXT_MAX)
         return error_set(err, VM_ERROR_USAGE, "the pool's name is too long");
-    if (catalogue_init(s, err) < 0 || index_init(s, &sets[1].key, shards, err) < 0)
+    if (catalogue_init(s, err) < 0 || condemned_init(s, err) < 0 ||
+        index_init(s, &sets[1].key, shards, err) < 0)
         return -1;
     sets[1].value = shards;
     sets[1].len = strlen(shards);

@@ -137,10 +137,13 @@ static int find_bad(struct pack_check *c, uint64_t pack, uint32_t offset, uint8_
     return note_bad(c->scrub, pack, offset, n_pages, what, err);
 }
 
-/* A repository that may only be read is scrubbed all the same. */
-static int unless_denied(int result, struct vm_error *problem, struct vm_error **err)
+/*
+ * A repository that may only be read, or that is full, is scrubbed all the same. `result` is what
+ * was returned with `problem`.
+ */
+static int unless_read_only(int result, struct vm_error *problem, struct vm_error **err)
 {
-    if (result < 0 && problem->kind != VM_ERROR_DENIED)
+    if (result < 0 && problem->kind != VM_ERROR_DENIED && problem->kind != VM_ERROR_NO_SPACE)
         return error_propagate(err, problem);
     error_free(problem);
     return 0;
@@ -153,8 +156,8 @@ static int remember_fresh(struct scrub *s, struct vm_error **err)
     size_t n = s->n_fresh;
     s->n_fresh = 0;
     (void)FAULT("repo.scrub-remember");
-    return n ? unless_denied(verified_set(s->store, s->fresh, n, s->now_s, &problem), problem, err)
-             : 0;
+    int result = n ? verified_set(s->store, s->fresh, n, s->now_s, &problem) : 0;
+    return unless_read_only(result, problem, err);
 }
 
 /* What was found of the pack goes into the quarantine, before anybody is told. */
@@ -167,8 +170,8 @@ static int conclude_pack(struct pack_check *c, uint64_t pack, struct vm_error **
     bool same = n == c->n_bad;
     for (size_t i = 0; same && i < n; i++)
         same = known[i].offset == c->bad[i];
-    if (!same && unless_denied(quarantine_set(s->store, pack, c->bad, c->n_bad, &problem), problem,
-                               err) < 0)
+    int result = same ? 0 : quarantine_set(s->store, pack, c->bad, c->n_bad, &problem);
+    if (unless_read_only(result, problem, err) < 0)
         return -1;
     SCOPE_LOCK(&s->lock);
     s->fresh[s->n_fresh++] = pack;
@@ -357,7 +360,7 @@ static int forget_gone(struct scrub *s, struct vm_error **err)
     for (size_t i = 0; !result && i < s->quarantine.n; i++)
         if (!number_set_has(&s->listed, s->quarantine.items[i].pack))
             result = quarantine_set(s->store, s->quarantine.items[i].pack, NULL, 0, &problem);
-    return unless_denied(result, problem, err);
+    return unless_read_only(result, problem, err);
 }
 
 /* Are all pages of the damaged record elsewhere, by the pack's forwarding? */
@@ -397,8 +400,8 @@ static int heal_and_tell(struct scrub *s, struct vm_error **err)
 {
     struct vm_error *problem = NULL;
     uint64_t healed;
-    if (s->options->heal &&
-        unless_denied(heal_quarantined(s->repo, 0, 0, &healed, &problem), problem, err) < 0)
+    int result = s->options->heal ? heal_quarantined(s->repo, 0, 0, &healed, &problem) : 0;
+    if (unless_read_only(result, problem, err) < 0)
         return -1;
     return tell_damage(s, err);
 }

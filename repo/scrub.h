@@ -11,7 +11,7 @@
  * It remembers when each pack was verified, some packs at a time: one that ends early is gone on
  * with by a scrub with older_than_s, which reads only what was not verified for so long.
  *
- * Without the right to write it finds as much and remembers nothing.
+ * Without the right to write, and in a full repository, it finds as much and remembers nothing.
  *
  * Threads: packs are read by as many threads as there are processors. Memory: one pack per thread,
  * 32 MiB of footers, 14 MiB per TiB of distinct content.

@@ -3,16 +3,23 @@
 #include "repo/store_driver.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <lmdb.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 
 /* Address space, not memory or disk: an environment never grows beyond it. */
 #define MAP_SIZE ((size_t)256 << 30)
 
-enum { MAX_READERS = 1022, DB_KEY_MAX = STORE_NAME_MAX + 1 + STORE_KEY_MAX };
+enum {
+    MAX_READERS = 1022,
+    DB_KEY_MAX = STORE_NAME_MAX + 1 + STORE_KEY_MAX,
+    RESERVE = 1 << 20,     /* blocks behind the end of what is used */
+    NO_SPACE_LEFT = 1 << 20, /* with less available a short write has no other cause */
+};
 
 struct dir_env {
     struct dir_env *next;
@@ -21,6 +28,8 @@ struct dir_env {
     int users;
     MDB_env *env;
     MDB_dbi dbi;
+    int fd;           /* of the file, LMDB's */
+    off_t reserved;   /* up to there blocks are allocated; changed by the one writer at a time */
 };
 
 static pthread_mutex_t envs_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -37,6 +46,29 @@ static int fail(struct vm_error **err, int rc, const char *what)
                               : rc == MDB_VERSION_MISMATCH ? VM_ERROR_VERSION
                                                            : VM_ERROR_SYSTEM;
     return error_set(err, kind, "%s: %s", what, mdb_strerror(rc));
+}
+
+/* LMDB calls a write that was cut short for want of space EIO. */
+static int fail_change(const struct dir_env *env, struct vm_error **err, int rc)
+{
+    struct statvfs fs;
+    if (rc == EIO && !fstatvfs(env->fd, &fs) &&
+        (uint64_t)fs.f_bavail * fs.f_frsize < NO_SPACE_LEFT)
+        rc = ENOSPC;
+    return fail(err, rc, "cannot change the repository's maps");
+}
+
+/* As far as the disk has it: what is not there now is tried again by the next change. */
+static void reserve(struct dir_env *env)
+{
+    MDB_envinfo info;
+    MDB_stat stat;
+    if (mdb_env_info(env->env, &info) || mdb_env_stat(env->env, &stat))
+        return;
+    off_t end = (off_t)(info.me_last_pgno + 1) * stat.ms_psize + RESERVE;
+    if (env->reserved < end - RESERVE / 2 &&
+        !fallocate(env->fd, FALLOC_FL_KEEP_SIZE, 0, end))
+        env->reserved = end;
 }
 
 /* ---- environments of this process ---- */
@@ -62,6 +94,8 @@ static int open_env(const char *path, struct dir_env *e, struct vm_error **err)
         rc = mdb_txn_commit(txn);
     else if (txn)
         mdb_txn_abort(txn);
+    if (!rc)
+        rc = mdb_env_get_fd(e->env, &e->fd);
     if (rc) {
         mdb_env_close(e->env);
         return fail(err, rc, what);
@@ -238,6 +272,7 @@ int dir_env_change(struct dir_env *env, struct store_op *ops, size_t n,
     int rc = mdb_txn_begin(env->env, NULL, 0, &txn);
     if (rc)
         return fail(err, rc, "cannot change the repository's maps");
+    reserve(env); /* within the transaction: one process at a time */
     for (size_t i = 0; !rc && i < n; i++)
         if (are_changes(&ops[i]))
             rc = ops[i].kind == STORE_UPDATE ? update(env, txn, &ops[i])
@@ -251,7 +286,7 @@ int dir_env_change(struct dir_env *env, struct store_op *ops, size_t n,
     for (size_t i = 0; i < n; i++)
         if (are_changes(&ops[i]))
             ops[i].result = STORE_FAILED;
-    return fail(err, rc, "cannot change the repository's maps");
+    return fail_change(env, err, rc);
 }
 
 /* ---- looking ---- */

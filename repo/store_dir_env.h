@@ -4,6 +4,10 @@
  *
  * LMDB forbids to open an environment twice in one process, so environments are shared: acquire
  * returns the one that is open already. Changes of one batch are one transaction, hence one fsync.
+ *
+ * LMDB needs pages to erase, too. So the environment's file keeps a MiB of blocks behind its end that
+ * nobody else can take: on a full disk writers fail for want of packs, and names, registrations and
+ * leases can still be erased.
  * Threads: any.
  */
 #ifndef VMMIG_REPO_STORE_DIR_ENV_H

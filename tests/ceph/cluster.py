@@ -234,6 +234,13 @@ class CephCluster:
             "full" in osd["state"] and "nearfull" not in osd["state"]
             for osd in self.command("osd dump")["osds"]))
 
+    def set_quota(self, pool, size):
+        """Let the pool hold no more than so many bytes, and wait until it is full because of that; 0: no quota."""
+        self.command("osd pool set-quota", pool=pool, field="max_bytes", val=str(size))
+        self._wait(f"pool {pool} to be {'full' if size else 'writable'}", lambda: any(
+            p["pool_name"] == pool and ("full_quota" in p["flags_names"]) == bool(size)
+            for p in self.command("osd dump")["pools"]))
+
     # -- helpers
 
     def _run(self, *argv):

@@ -69,30 +69,6 @@ def test_packs_in_an_erasure_coded_pool(ceph, ceph_url, tmp_path):
     repository.second_reader('check')
 
 
-def test_a_full_cluster_fails_the_writer_alone(ceph, ceph_url, tmp_path):
-    raw = disk(tmp_path / 'disk.raw', 16)
-    repository = Repository(ceph_url)
-    repository.run('init')
-    repository.run('import', raw, 'a')
-    more = disk(tmp_path / 'more.raw', 16, seed=3)
-    ratio = ceph.command('osd dump')['full_ratio']
-    ceph.set_full(True)
-    try:
-        with pytest.raises(Failed) as failed:
-            repository.run('import', more, 'b')
-        assert failed.value.kind == 'no-space', failed.value.text
-        repository.run('export', 'a', tmp_path / 'out.raw')
-        assert same(raw, tmp_path / 'out.raw')
-        repository.run('delete', 'a')
-    finally:
-        ceph.set_full(False, ratio)
-    assert repository.names() == []
-    repository.run('collect', 1)
-    stat, = repository.run('stat')
-    assert stat['packs'] + stat['trees'] == 0
-    repository.run('import', more, 'b')
-
-
 def test_an_osd_that_dies_and_a_monitor_that_restarts(ceph, ceph_url, tmp_path):
     raw = disk(tmp_path / 'disk.raw', 48)
     repository = Repository(ceph_url)

@@ -260,38 +260,6 @@ def test_a_killed_import_leaves_nothing_once_collected(repository, raw):
     assert stat['packs'] + stat['trees'] == 0
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 40 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip('mounting a small file system needs root')
-    folder = tmp_path / 'small'
-    folder.mkdir()
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=40m', 'tmpfs', folder], check=True)
-    yield folder
-    subprocess.run(['umount', folder], check=True)
-
-
-def test_a_full_disk_fails_the_writer_alone(small_disk, tmp_path):
-    repository = Repository(f'dir:{small_disk}/repo')
-    repository.run('init')
-    fits, too_much = tmp_path / 'fits.raw', tmp_path / 'too-much.raw'
-    fits.write_bytes(random.Random(1).randbytes(8 * MIB))
-    too_much.write_bytes(random.Random(2).randbytes(64 * MIB))
-    repository.run('import', fits, 'fits')
-    with pytest.raises(Failed) as failed:
-        repository.run('import', too_much, 'too-much')
-    assert failed.value.kind == 'no-space' and '\n' not in failed.value.text
-    assert repository.names() == ['fits']
-    repository.run('export', 'fits', tmp_path / 'out.raw')
-    assert same(fits, tmp_path / 'out.raw')
-    repository.run('delete', 'fits')
-    assert repository.names() == []
-    repository.run('collect')
-    again, = repository.run('import', fits, 'again')
-    assert again['new'] > 0
-
-
 def test_memory_is_bounded(dir_repository, tmp_path):
     """Three hundred MiB of new data do not take more memory than a hundred."""
     rss = []

@@ -412,6 +412,27 @@ static void a_failed_write_leaves_nothing_visible(void **state)
     assert_image("a", content, size);
 }
 
+static void found_nothing(enum scrub_kind kind, const char *what, void *arg)
+{
+    fail_msg("a scrub finds %s", what);
+}
+
+static void what_may_only_be_read_is_scrubbed(void **state)
+{
+    static const char *const cases[] = {"update.scrub=error:EACCES@*", "update.scrub=error:ENOSPC@*"};
+    make_content(content, MIB, 1);
+    store_image("a", NULL, content, MIB);
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        cleanup_error struct vm_error *err = NULL;
+        struct scrub_report report;
+        arm(cases[i]);
+        assert_int_equal(repo_scrub(repo, NULL, found_nothing, NULL, &report, &err), 0);
+        assert_ok(err);
+        assert_true(report.packs > 0 && !report.damaged);
+        arm("");
+    }
+}
+
 static void a_commit_whose_answer_is_lost_is_read_back(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -786,6 +807,7 @@ int main(void)
         TEST(names_are_checked),
         TEST(a_list_shows_every_image),
         TEST(a_failed_write_leaves_nothing_visible),
+        TEST(what_may_only_be_read_is_scrubbed),
         TEST(a_commit_whose_answer_is_lost_is_read_back),
         TEST(what_is_given_up_leaves_no_registration),
         TEST(damage_is_named_and_never_returned),
