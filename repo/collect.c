@@ -19,7 +19,10 @@
 #include <stdlib.h>
 #include <time.h>
 
-enum { POLL_MS = 100, FENCE_AFTER_S = 60, TRIES = 16 };
+enum { POLL_MS = 100, FENCE_AFTER_S = 60, TRIES = 16, HINTS_BATCH = 8 };
+
+_Static_assert((int)REPACK_BATCH <= (int)FORGET_BATCH,
+               "a batch of packs that were moved is deleted at once");
 
 struct collection {
     struct repo *repo;
@@ -250,97 +253,130 @@ static int wait_or_fence(struct collection *c, struct vm_error **err)
 
 /* ---- step 9: delete ---- */
 
-/*
- * Entries of the index that name the pack. Hints: a pack that cannot be read leaves its entries
- * behind.
- */
-static int erase_hints(struct collection *c, uint64_t pack, struct vm_error **err)
+/* Entries of the index that name the footer's pack, appended. */
+static int add_hints(struct collection *c, const struct footer *f, struct index_entry *entries,
+                     size_t *n, struct vm_error **err)
 {
-    struct footer f;
-    struct vm_error *problem;
     uint8_t value[8];
-    if (footer_read_many(c->store, &pack, 1, &f, &problem, err) < 0)
-        return -1;
-    error_free(problem);
-    size_t n = 0;
-    cleanup_free struct index_entry *entries =
-        calloc((size_t)f.n_pages + f.n_records + 1, sizeof(*entries));
-    int result = entries ? 0 : error_nomem(err);
-    put_le64(value, pack);
-    for (uint32_t i = 0; !result && i < f.n_records; i++) {
-        const struct footer_record *r = &f.records[i];
+    put_le64(value, f->pack);
+    for (uint32_t i = 0; i < f->n_records; i++) {
+        const struct footer_record *r = &f->records[i];
         struct page_id extent;
         if (!r->mask)
             continue;
-        result = page_hasher_extent(&c->hasher, &f.ids[r->first_page], r->mask, &extent, err);
-        entries[n++] = index_entry_make(INDEX_EXTENT, &extent, value, sizeof(value));
+        if (page_hasher_extent(&c->hasher, &f->ids[r->first_page], r->mask, &extent, err) < 0)
+            return -1;
+        entries[(*n)++] = index_entry_make(INDEX_EXTENT, &extent, value, sizeof(value));
     }
-    for (uint32_t i = 0; !result && i < f.n_pages; i++)
-        if (index_samples(&f.ids[i]))
-            entries[n++] = index_entry_make(INDEX_PAGE, &f.ids[i], value, sizeof(value));
-    if (!result)
-        result = index_erase(repo_index(c->repo), entries, n, err);
-    footer_finish(&f);
-    return result;
+    for (uint32_t i = 0; i < f->n_pages; i++)
+        if (index_samples(&f->ids[i]))
+            entries[(*n)++] = index_entry_make(INDEX_PAGE, &f->ids[i], value, sizeof(value));
+    return 0;
 }
 
-/* The object, and what is known of it. *ret_bytes: its size; 0: it was not there. */
-static int remove_object(struct collection *c, bool is_pack, uint64_t number, bool forwarded,
-                         uint64_t *ret_bytes, struct vm_error **err)
+/* Hints: a pack that cannot be read leaves its entries behind. */
+static int erase_hints(struct collection *c, const uint64_t *packs, size_t n, struct vm_error **err)
 {
-    char name[OBJECT_NAME_SIZE];
-    enum store_area area = is_pack ? STORE_PACK : STORE_BLOB;
-    struct store_op size = {.kind = STORE_SIZE, .area = area,
-                            .name = object_name(is_pack ? PACK_PREFIX : TREE_PREFIX, number, name)};
-    if (store_run(c->store, &size, 1, err) < 0 || (is_pack && erase_hints(c, number, err) < 0))
+    struct footer footers[HINTS_BATCH];
+    struct vm_error *problems[HINTS_BATCH];
+    size_t n_entries = 0, most = 1;
+    if (footer_read_many(c->store, packs, n, footers, problems, err) < 0)
         return -1;
-    enum store_result removed = store_remove(c->store, area, name, err);
-    if (removed == STORE_FAILED)
-        return -1;
-    *ret_bytes = removed == STORE_DONE ? size.ret_size : 0;
-    if (!is_pack)
-        return 0;
-    if (!forwarded && forwarding_erase(c->store, number, err) < 0)
-        return -1;
-    if (verified_forget(c->store, number, err) < 0)
-        return -1;
-    return quarantine_set(c->store, number, NULL, 0, err);
+    for (size_t i = 0; i < n; i++) {
+        error_free(problems[i]);
+        most += (size_t)footers[i].n_pages + footers[i].n_records;
+    }
+    cleanup_free struct index_entry *entries = calloc(most, sizeof(*entries));
+    int result = entries ? 0 : error_nomem(err);
+    for (size_t i = 0; i < n; i++) {
+        if (!result)
+            result = add_hints(c, &footers[i], entries, &n_entries, err);
+        footer_finish(&footers[i]);
+    }
+    return result ? -1 : index_erase(repo_index(c->repo), entries, n_entries, err);
 }
 
-/* *ret_bytes: of what was removed, 0 if it was not there or was rescued. */
-static int delete_entry(struct collection *c, bool is_pack, uint64_t number, uint64_t *ret_bytes,
-                        struct vm_error **err)
+/* What is known of packs that are gone. */
+static int forget_packs(struct collection *c, const uint64_t *packs, size_t n, struct vm_error **err)
 {
-    enum condemned_claim claim;
-    *ret_bytes = 0;
-    if (condemned_claim(c->store, &c->state.list, is_pack, number, &claim, err) < 0)
+    uint64_t dead[FORGET_BATCH];
+    size_t n_dead = 0;
+    /* Who claimed a pack that is marked had made its forwarding before. */
+    for (size_t i = 0; i < n; i++)
+        if (!number_set_has(&c->marked.packs, packs[i]))
+            dead[n_dead++] = packs[i];
+    if (forwarding_erase(c->store, dead, n_dead, err) < 0 ||
+        verified_forget(c->store, packs, n, err) < 0)
         return -1;
-    if (claim == CONDEMNED_RESCUED)
+    return quarantine_forget(c->store, packs, n, err);
+}
+
+/* The objects, and what is known of them. Counts what was there. */
+static int remove_objects(struct collection *c, bool is_pack, const uint64_t *numbers, size_t n,
+                          uint64_t *ret_objects, uint64_t *ret_bytes, struct vm_error **err)
+{
+    char names[FORGET_BATCH][OBJECT_NAME_SIZE];
+    struct store_op sizes[FORGET_BATCH], removals[FORGET_BATCH];
+    for (size_t i = 0; i < n; i++) {
+        object_name(is_pack ? PACK_PREFIX : TREE_PREFIX, numbers[i], names[i]);
+        sizes[i] = (struct store_op){.kind = STORE_SIZE, .name = names[i],
+                                     .area = is_pack ? STORE_PACK : STORE_BLOB};
+        removals[i] = sizes[i];
+        removals[i].kind = STORE_REMOVE;
+    }
+    if (store_run(c->store, sizes, n, err) < 0)
+        return -1;
+    for (size_t i = 0; is_pack && i < n; i += HINTS_BATCH)
+        if (erase_hints(c, numbers + i, n - i < HINTS_BATCH ? n - i : HINTS_BATCH, err) < 0)
+            return -1;
+    if (store_run(c->store, removals, n, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n; i++) {
+        *ret_objects += removals[i].result == STORE_DONE;
+        *ret_bytes += removals[i].result == STORE_DONE ? sizes[i].ret_size : 0;
+    }
+    return is_pack ? forget_packs(c, numbers, n, err) : 0;
+}
+
+/* Claim n <= FORGET_BATCH entries, and remove what could be claimed. */
+static int delete_entries(struct collection *c, bool is_pack, const uint64_t *numbers, size_t n,
+                          uint64_t *ret_objects, uint64_t *ret_bytes, struct vm_error **err)
+{
+    enum condemned_claim claims[FORGET_BATCH];
+    uint64_t claimed[FORGET_BATCH];
+    size_t n_claimed = 0;
+    if (condemned_claim(c->store, &c->state.list, is_pack, numbers, n, claims, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n; i++)
+        if (claims[i] == CONDEMNED_CLAIMED)
+            claimed[n_claimed++] = numbers[i];
+    if (!n_claimed)
         return 0;
     (void)FAULT("repo.collect-claimed");
-    /* Who claimed a pack that is marked had made its forwarding before. */
-    bool forwarded = is_pack && number_set_has(&c->marked.packs, number);
-    if (remove_object(c, is_pack, number, forwarded, ret_bytes, err) < 0)
+    if (remove_objects(c, is_pack, claimed, n_claimed, ret_objects, ret_bytes, err) < 0)
         return -1;
     (void)FAULT("repo.collect-removed");
-    if (condemned_erase(c->store, &c->state.list, is_pack, number, err) < 0)
+    if (condemned_erase(c->store, &c->state.list, is_pack, claimed, n_claimed, err) < 0)
         return -1;
-    return progress_add(c->progress, 1, UINT64_MAX, err);
+    return progress_add(c->progress, n_claimed, UINT64_MAX, err);
 }
 
 /* All of one kind but what is to be repacked. */
 static int delete_kind(struct collection *c, bool is_pack, struct vm_error **err)
 {
     const struct number_set *listed = is_pack ? &c->listed.packs : &c->listed.trees;
-    size_t at = 0;
-    for (uint64_t number, bytes; (number = number_set_next(listed, &at));) {
-        if (is_pack && number_set_has(&c->repack, number))
-            continue;
-        if (delete_entry(c, is_pack, number, &bytes, err) < 0)
-            return -1;
-        *(is_pack ? &c->report.packs : &c->report.trees) += bytes > 0;
-        c->report.bytes += bytes;
-    }
+    uint64_t *count = is_pack ? &c->report.packs : &c->report.trees, batch[FORGET_BATCH], number;
+    size_t at = 0, n = 0;
+    do {
+        number = number_set_next(listed, &at);
+        if (number && !(is_pack && number_set_has(&c->repack, number)))
+            batch[n++] = number;
+        if (n && (!number || n == FORGET_BATCH)) {
+            if (delete_entries(c, is_pack, batch, n, count, &c->report.bytes, err) < 0)
+                return -1;
+            n = 0;
+        }
+    } while (number);
     return 0;
 }
 
@@ -354,17 +390,17 @@ static int spare_all(struct collection *c, const struct number_set *packs, struc
 static int end_batch(struct collection *c, const struct repack_batch *b, struct vm_error **err)
 {
     cleanup_number_set struct number_set stay = {0};
+    uint64_t moved[REPACK_BATCH];
+    size_t n_moved = 0;
     for (size_t i = 0; i < b->n; i++) {
-        uint64_t bytes;
-        if (!b->moved[i] && number_set_add(&stay, b->packs[i], err) < 0)
+        if (b->moved[i])
+            moved[n_moved++] = b->packs[i];
+        else if (number_set_add(&stay, b->packs[i], err) < 0)
             return -1;
-        if (!b->moved[i])
-            continue;
-        if (delete_entry(c, true, b->packs[i], &bytes, err) < 0)
-            return -1;
-        c->report.repacked += bytes > 0;
-        c->report.repacked_from += bytes;
     }
+    if (delete_entries(c, true, moved, n_moved, &c->report.repacked, &c->report.repacked_from,
+                       err) < 0)
+        return -1;
     return spare_all(c, &stay, err);
 }
 

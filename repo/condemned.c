@@ -279,10 +279,13 @@ int condemned_spare(struct store *s, const struct condemned_list *list,
 }
 
 int condemned_erase(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, struct vm_error **err)
+                    const uint64_t *numbers, size_t n, struct vm_error **err)
 {
     struct batch b = {.store = s, .list = list, .value = "d"};
-    return add_to_batch(&b, is_pack, number, err) < 0 ? -1 : run_batch(&b, err);
+    for (size_t i = 0; i < n; i++)
+        if (add_to_batch(&b, is_pack, numbers[i], err) < 0)
+            return -1;
+    return run_batch(&b, err);
 }
 
 /* ---- making and opening ---- */
@@ -354,26 +357,44 @@ int condemned_publish(struct store *s, const struct condemned_list *list,
     return *ret_open ? 0 : condemned_spare(s, list, objects, err);
 }
 
-int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, enum condemned_claim *ret_claim, struct vm_error **err)
+/* Of entries that could not be claimed: one that is "d" was, before. */
+static int look_at_claims(struct store *s, const struct store_op *claims, size_t n,
+                          enum condemned_claim *ret_claims, struct vm_error **err)
 {
-    char map[MAP_NAME_SIZE], key[KEY_SIZE];
-    cleanup_buffer struct buffer now = {0};
-    entry_map(list, number, map);
-    entry_key(list, is_pack, number, key);
-    struct store_pair compare = {key, "c", 1}, set = {key, "d", 1};
-    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = map,
-                          .compares = &compare, .n_compares = 1, .sets = &set, .n_sets = 1};
-    if (store_run(s, &op, 1, err) < 0)
-        return -1;
-    *ret_claim = op.result == STORE_DONE ? CONDEMNED_CLAIMED : CONDEMNED_RESCUED;
-    if (op.result != STORE_MISMATCH)
-        return op.result == STORE_MISSING ? map_lost(map, err) : 0;
-    if (store_get(s, map, key, &now, err) == STORE_FAILED)
-        return -1;
-    if (now.len == 1 && now.data[0] == 'd')
-        *ret_claim = CONDEMNED_BEFORE;
+    for (size_t i = 0; i < n; i++) {
+        cleanup_buffer struct buffer now = {0};
+        ret_claims[i] = claims[i].result == STORE_DONE ? CONDEMNED_CLAIMED : CONDEMNED_RESCUED;
+        if (claims[i].result == STORE_MISSING)
+            return map_lost(claims[i].name, err);
+        if (claims[i].result != STORE_MISMATCH)
+            continue;
+        if (store_get(s, claims[i].name, claims[i].sets->key, &now, err) == STORE_FAILED)
+            return -1;
+        if (now.len == 1 && now.data[0] == 'd')
+            ret_claims[i] = CONDEMNED_CLAIMED;
+    }
     return 0;
+}
+
+int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
+                    const uint64_t *numbers, size_t n, enum condemned_claim *ret_claims,
+                    struct vm_error **err)
+{
+    char maps[FORGET_BATCH][MAP_NAME_SIZE], keys[FORGET_BATCH][KEY_SIZE];
+    struct store_pair compares[FORGET_BATCH], sets[FORGET_BATCH];
+    struct store_op ops[FORGET_BATCH];
+    for (size_t i = 0; i < n; i++) {
+        entry_key(list, is_pack, numbers[i], keys[i]);
+        compares[i] = (struct store_pair){keys[i], "c", 1};
+        sets[i] = (struct store_pair){keys[i], "d", 1};
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                   .name = entry_map(list, numbers[i], maps[i]),
+                                   .compares = &compares[i], .n_compares = 1, .sets = &sets[i],
+                                   .n_sets = 1};
+    }
+    if (store_run(s, ops, n, err) < 0)
+        return -1;
+    return look_at_claims(s, ops, n, ret_claims, err);
 }
 
 int condemned_close(struct store *s, const struct condemned_state *state, struct vm_error **err)

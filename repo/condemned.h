@@ -81,17 +81,17 @@ int condemned_load(struct store *s, const struct condemned_list *list, struct ob
 /* Take marked objects off the list, as far as they are condemned. */
 int condemned_spare(struct store *s, const struct condemned_list *list,
                     const struct object_set *marked, struct vm_error **err);
-/* Claim one entry for removal. */
+/* Claim n <= FORGET_BATCH entries for removal. */
 enum condemned_claim {
     CONDEMNED_RESCUED, /* it is off the list */
-    CONDEMNED_CLAIMED, /* by this call */
-    CONDEMNED_BEFORE,  /* by another collector, or before a crash */
+    CONDEMNED_CLAIMED, /* by this call, another collector, or before a crash */
 };
 int condemned_claim(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, enum condemned_claim *ret_claim, struct vm_error **err);
-/* The object is gone: erase its entry. */
+                    const uint64_t *numbers, size_t n, enum condemned_claim *ret_claims,
+                    struct vm_error **err);
+/* The objects are gone: erase their entries. */
 int condemned_erase(struct store *s, const struct condemned_list *list, bool is_pack,
-                    uint64_t number, struct vm_error **err);
+                    const uint64_t *numbers, size_t n, struct vm_error **err);
 /*
  * Close the list if it is empty. Nothing happens if it is not open any more.
  */

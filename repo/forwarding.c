@@ -250,12 +250,23 @@ int forwarding_commit(struct store *s, const struct forwarding *f, bool *ret_set
     return 0;
 }
 
-int forwarding_erase(struct store *s, uint64_t pack, struct vm_error **err)
+int forwarding_erase(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err)
 {
-    char key[SHARD_KEY_SIZE];
-    bool erased;
-    return shard_erase(s, shard_of_pack(pack), shard_number_key(SHARD_FORWARDS, pack, key), NULL,
-                       &erased, err);
+    char names[FORGET_BATCH][SHARD_NAME_SIZE], keys[FORGET_BATCH][SHARD_KEY_SIZE];
+    const char *erases[FORGET_BATCH];
+    struct store_op ops[FORGET_BATCH];
+    for (size_t i = 0; i < n; i++) {
+        erases[i] = shard_number_key(SHARD_FORWARDS, packs[i], keys[i]);
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                   .name = shard_name(shard_of_pack(packs[i]), names[i]),
+                                   .erases = &erases[i], .n_erases = 1};
+    }
+    if (store_run(s, ops, n, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n; i++)
+        if (ops[i].result == STORE_MISSING)
+            return shard_lost(names[i], err);
+    return 0;
 }
 
 struct listing {

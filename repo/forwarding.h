@@ -81,8 +81,8 @@ int forwarding_merge(struct forwarding *f, const struct forward_run *more, size_
  */
 int forwarding_commit(struct store *s, const struct forwarding *f, bool *ret_set,
                       struct vm_error **err);
-/* Erase it; for collectors, whose mark found that nobody needs it. */
-int forwarding_erase(struct store *s, uint64_t pack, struct vm_error **err);
+/* Erase those of n <= FORGET_BATCH packs; for collectors, whose mark found that nobody needs them. */
+int forwarding_erase(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err);
 
 /* Call visit for every forwarding, in no order. */
 typedef int forwarding_visit_fn(const struct forwarding *f, void *arg, struct vm_error **err);

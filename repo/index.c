@@ -11,7 +11,7 @@
 enum {
     LOOKUP_BATCH = 512,
     INSERT_BATCH = 512,
-    ERASE_BATCH = 64, /* compares one by one */
+    ERASE_BATCH = 500, /* each is compared and erased */
     MOVE_BATCH = 512,
     CHECK_EVERY = 4096, /* entries inserted into one shard before its size is estimated again */
     STALE_TRIES = 8,
@@ -396,28 +396,75 @@ int index_insert(struct index *x, struct index_entry *entries, size_t n, struct 
     return 0;
 }
 
-int index_erase(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err)
+/* Those of the group whose value still is the given one, as compares; their keys to erase. */
+static size_t still_there(const struct store_op *get, const struct group *g,
+                          struct store_pair *compares, const char **keys)
+{
+    size_t n = 0;
+    for (size_t i = 0; get->result == STORE_DONE && i < g->n; i++) {
+        const struct index_entry *e = g->entries[i];
+        const struct store_pair *is = &get->pairs[1 + i];
+        if (is->len != e->len || memcmp(is->value, e->value, e->len))
+            continue;
+        keys[n] = e->key;
+        compares[n++] = (struct store_pair){e->key, e->value, e->len};
+    }
+    return n;
+}
+
+/* 1: done; 0: something changed between reading and erasing; -1. */
+static int erase_groups(struct index *x, struct group *groups, size_t n_groups, size_t n,
+                        struct vm_error **err)
+{
+    cleanup_free struct store_op *ops = calloc(2 * n_groups, sizeof(*ops));
+    cleanup_free struct store_pair *compares = calloc(n, sizeof(*compares));
+    cleanup_free const char **keys = calloc(n, sizeof(*keys));
+    struct store_op *erasing = ops ? ops + n_groups : NULL;
+    size_t n_erasing = 0, used = 0;
+    if (!ops || !compares || !keys)
+        return error_nomem(err);
+    for (size_t i = 0; i < n_groups; i++)
+        ops[i] = (struct store_op){.kind = STORE_GET, .area = STORE_MAP, .name = groups[i].name,
+                                   .pairs = groups[i].pairs, .n_pairs = groups[i].n + 1};
+    int result = store_run(x->store, ops, n_groups, err) < 0 ? -1 : 1;
+    for (size_t i = 0; i < n_groups && result > 0; i++) {
+        size_t m = still_there(&ops[i], &groups[i], compares + used, keys + used);
+        if (!m)
+            continue;
+        erasing[n_erasing++] =
+            (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP, .name = groups[i].name,
+                              .compares = compares + used, .n_compares = m,
+                              .erases = keys + used, .n_erases = m};
+        used += m;
+    }
+    store_ops_finish(ops, n_groups);
+    if (result > 0 && store_run(x->store, erasing, n_erasing, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n_erasing && result > 0; i++)
+        if (erasing[i].result == STORE_MISMATCH)
+            result = 0;
+    return result;
+}
+
+static int erase_once(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err)
 {
     uint32_t n_shards = known_n_shards(x);
-    for (size_t i = 0; i < n; i += ERASE_BATCH) {
-        size_t m = n - i < ERASE_BATCH ? n - i : ERASE_BATCH;
-        char names[ERASE_BATCH][OBJECT_NAME_SIZE];
-        struct store_pair compares[ERASE_BATCH];
-        const char *keys[ERASE_BATCH];
-        struct store_op ops[ERASE_BATCH];
-        for (size_t j = 0; j < m; j++) {
-            struct index_entry *e = &entries[i + j];
-            compares[j] = (struct store_pair){e->key, e->value, e->len};
-            keys[j] = e->key;
-            ops[j] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
-                                       .name = shard_name(shard_of(e->hash, n_shards), names[j]),
-                                       .compares = &compares[j], .n_compares = 1,
-                                       .erases = &keys[j], .n_erases = 1};
-        }
-        if (store_run(x->store, ops, m, err) < 0)
-            return -1;
+    cleanup_free struct index_entry **sorted = sort_entries(entries, n, n_shards, err);
+    cleanup_free struct group *groups = NULL;
+    if (!sorted)
+        return -1;
+    size_t n_groups = make_groups(sorted, n, n_shards, ERASE_BATCH, &groups, err);
+    return n_groups ? erase_groups(x, groups, n_groups, n, err) : -1;
+}
+
+int index_erase(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err)
+{
+    for (int tries = 0; n && tries < STALE_TRIES; tries++) {
+        int done = erase_once(x, entries, n, err);
+        if (done)
+            return done < 0 ? -1 : 0;
     }
-    return 0;
+    return 0; /* hints that change all the time are not stale */
 }
 
 /* ---- splitting ---- */

@@ -71,7 +71,7 @@ DEFINE_CLEANUP(index, struct index *, index_close)
 int index_lookup(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err);
 /* Add or replace n entries; their order changes. Splits shards that grew. */
 int index_insert(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err);
-/* Erase those of n entries whose value still is the given one. */
+/* Erase those of n entries whose value still is the given one; their order changes. */
 int index_erase(struct index *x, struct index_entry *entries, size_t n, struct vm_error **err);
 
 struct index_stat {

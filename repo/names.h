@@ -9,6 +9,7 @@
  *     map    repository       what holds for the whole: format, UUID, counters
  *     map    cat.00 .. cat.ff the catalogue
  *     map    index.SHARD      SHARD: 6 hexadecimal digits
+ *     map    condemned.XX     what a collection is about to remove (repo/condemned.h)
  *     map    scrub.XX         when packs were verified last (repo/verified.h)
  *     map    quarantine       damaged packs (repo/quarantine.h)
  */
@@ -22,7 +23,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OBJECT_NAME_SIZE = 32, NUMBER_COUNT_BITS = 24 };
+enum {
+    OBJECT_NAME_SIZE = 32,
+    NUMBER_COUNT_BITS = 24,
+    FORGET_BATCH = 64, /* objects of which a collection removes all traces at a time */
+};
 
 #define REPOSITORY_MAP "repository"
 #define QUARANTINE_MAP "quarantine"

@@ -99,29 +99,31 @@ static int check_room(struct store *s, struct vm_error **err)
                                                   "whole store?", QUARANTINE_MAX);
 }
 
+int quarantine_forget(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err)
+{
+    const char *erases[FORGET_BATCH];
+    char keys[FORGET_BATCH][OBJECT_NAME_SIZE];
+    for (size_t i = 0; i < n; i++)
+        erases[i] = object_name(PACK_PREFIX, packs[i], keys[i]);
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = QUARANTINE_MAP,
+                          .erases = erases, .n_erases = n};
+    return store_run(s, &op, 1, err);
+}
+
 int quarantine_set(struct store *s, uint64_t pack, const uint32_t *offsets, size_t n,
                    struct vm_error **err)
 {
     cleanup_buffer struct buffer value = {0};
-    const char *key = pack_name(pack);
     bool whole = n == 1 && offsets[0] == QUARANTINED_PACK;
-    struct store_pair set = {.key = key};
-    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = QUARANTINE_MAP,
-                          .presence = STORE_EITHER};
-    if (n && check_room(s, err) < 0)
+    if (!n)
+        return quarantine_forget(s, &pack, 1, err);
+    if (check_room(s, err) < 0)
         return -1;
-    if (n) {
-        buffer_put_le64(&value, (uint64_t)(clock_wall_ns() / NSEC_PER_SEC));
-        for (size_t i = 0; i < n && !whole; i++)
-            buffer_put_le32(&value, offsets[i] / ALIGN);
-        set.value = value.data;
-        set.len = value.len;
-        op.sets = &set;
-        op.n_sets = 1;
-    } else {
-        op.presence = STORE_PRESENT;
-        op.erases = &key;
-        op.n_erases = 1;
-    }
+    buffer_put_le64(&value, (uint64_t)(clock_wall_ns() / NSEC_PER_SEC));
+    for (size_t i = 0; i < n && !whole; i++)
+        buffer_put_le32(&value, offsets[i] / ALIGN);
+    struct store_pair set = {pack_name(pack), value.data, value.len};
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = QUARANTINE_MAP,
+                          .presence = STORE_EITHER, .sets = &set, .n_sets = 1};
     return value.failed ? error_nomem(err) : store_run(s, &op, 1, err);
 }

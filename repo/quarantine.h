@@ -51,5 +51,7 @@ size_t quarantine_of(const struct quarantine *q, uint64_t pack, const struct qua
  */
 int quarantine_set(struct store *s, uint64_t pack, const uint32_t *offsets, size_t n,
                    struct vm_error **err);
+/* n <= FORGET_BATCH packs are gone. */
+int quarantine_forget(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err);
 
 #endif

@@ -356,10 +356,10 @@ static int forget_gone(struct scrub *s, struct vm_error **err)
     int result = 0;
     for (size_t i = 0; !result && i < s->verified.n; i++)
         if (!number_set_has(&s->listed, s->verified.items[i].pack))
-            result = verified_forget(s->store, s->verified.items[i].pack, &problem);
+            result = verified_forget(s->store, &s->verified.items[i].pack, 1, &problem);
     for (size_t i = 0; !result && i < s->quarantine.n; i++)
         if (!number_set_has(&s->listed, s->quarantine.items[i].pack))
-            result = quarantine_set(s->store, s->quarantine.items[i].pack, NULL, 0, &problem);
+            result = quarantine_forget(s->store, &s->quarantine.items[i].pack, 1, &problem);
     return unless_read_only(result, problem, err);
 }
 

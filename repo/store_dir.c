@@ -147,21 +147,37 @@ static int run_replace(struct store_dir *d, struct store_op *op, struct vm_error
     return 0;
 }
 
+/* Its folder is synced by sync_removals. */
 static int run_remove(struct store_dir *d, struct store_op *op, struct vm_error **err)
 {
-    cleanup_close int folder = open_subfolder(d, op, err);
-    if (folder < 0)
-        return -1;
-    if (unlinkat(folder, op->name, 0) < 0) {
-        if (errno != ENOENT)
-            return error_errno(err, errno, "cannot remove %s", op->name);
-        op->result = STORE_MISSING;
+    char path[PATH_SIZE];
+    if (unlinkat(d->folder_fd, object_path(op->area, op->name, path), 0) == 0) {
+        op->result = STORE_DONE;
         return 0;
     }
-    if (sync_folder(folder, op->name, err) < 0)
-        return -1;
-    op->result = STORE_DONE;
+    if (errno != ENOENT)
+        return error_errno(err, errno, "cannot remove %s", op->name);
+    op->result = STORE_MISSING;
     return 0;
+}
+
+/*
+ * Once all are unlinked: most file systems then make all of them durable with the first folder that
+ * is synced.
+ */
+static int sync_removals(struct store_dir *d, struct store_op *ops, size_t n, struct vm_error **err)
+{
+    int result = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (ops[i].area == STORE_MAP || ops[i].kind != STORE_REMOVE || ops[i].result != STORE_DONE)
+            continue;
+        cleanup_close int folder = open_subfolder(d, &ops[i], result ? NULL : err);
+        if (folder >= 0 && sync_folder(folder, ops[i].name, result ? NULL : err) == 0)
+            continue;
+        ops[i].result = STORE_FAILED;
+        result = -1;
+    }
+    return result;
 }
 
 static int read_range(int fd, struct store_op *op, struct vm_error **err)
@@ -246,6 +262,9 @@ static int dir_run(struct store *s, struct store_op *ops, size_t n, struct vm_er
         }
     }
     struct vm_error *one = NULL;
+    if (sync_removals(d, ops, n, &one) < 0)
+        error_propagate(first ? NULL : &first, one);
+    one = NULL;
     if (any_change && dir_env_change(d->env, ops, n, changes_map, &one) < 0)
         error_propagate(first ? NULL : &first, one);
     one = NULL;

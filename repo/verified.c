@@ -82,11 +82,16 @@ int verified_set(struct store *s, const uint64_t *packs, size_t n, uint64_t at_s
     return store_run(s, ops, n, err);
 }
 
-int verified_forget(struct store *s, uint64_t pack, struct vm_error **err)
+int verified_forget(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err)
 {
-    char name[MAP_NAME_SIZE];
-    const char *key = pack_name(pack);
-    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP,
-                          .name = map_name(map_of(pack), name), .erases = &key, .n_erases = 1};
-    return store_run(s, &op, 1, err);
+    struct store_op ops[FORGET_BATCH];
+    const char *erases[FORGET_BATCH];
+    char keys[FORGET_BATCH][OBJECT_NAME_SIZE], maps[FORGET_BATCH][MAP_NAME_SIZE];
+    for (size_t i = 0; i < n; i++) {
+        erases[i] = object_name(PACK_PREFIX, packs[i], keys[i]);
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                   .name = map_name(map_of(packs[i]), maps[i]),
+                                   .erases = &erases[i], .n_erases = 1};
+    }
+    return store_run(s, ops, n, err);
 }

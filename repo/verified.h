@@ -32,7 +32,7 @@ uint64_t verified_at(const struct verified *v, uint64_t pack);
 /* Remember n <= VERIFIED_BATCH packs as verified at that time. */
 int verified_set(struct store *s, const uint64_t *packs, size_t n, uint64_t at_s,
                  struct vm_error **err);
-/* Forget a pack that is gone. */
-int verified_forget(struct store *s, uint64_t pack, struct vm_error **err);
+/* Forget n <= FORGET_BATCH packs that are gone. */
+int verified_forget(struct store *s, const uint64_t *packs, size_t n, struct vm_error **err);
 
 #endif

@@ -98,6 +98,11 @@ class Soak:
         with self.lock:
             self.counts[what] = self.counts.get(what, 0) + 1
 
+    def note(self, what):
+        """Something that happened to the cluster."""
+        self.count(what)
+        print(f'after {time.monotonic() - self.began:.0f} s: {what}', flush=True)
+
     def problem(self, text):
         with self.lock:
             self.problems.append(text)
@@ -292,15 +297,17 @@ def disturb_cluster(ceph):
         soak.ended.wait(soak.seconds / 5)
         ceph.kill('osd.1')
         ceph.wait_osds(2)
-        soak.count('OSD killed')
+        soak.note('OSD killed')
         soak.ended.wait(soak.seconds / 5)
         ceph.start_osd(1)
         ceph.wait_osds(3)
+        soak.note('OSD back')
         soak.ended.wait(soak.seconds / 10)
         ceph.kill('mon.a')
         ceph.start_monitor()
-        soak.count('monitor restarted')
+        soak.note('monitor restarted')
         ceph.wait_clean()
+        soak.note('placement groups clean')
     return disturb
 
 
