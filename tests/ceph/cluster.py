@@ -16,6 +16,7 @@ It needs Debian's ceph-mon, ceph-mgr, ceph-osd, ceph-common and python3-rados; `
 not there. The daemons are children of this process and die with it.
 """
 import argparse
+import concurrent.futures
 import ctypes
 import json
 import os
@@ -81,6 +82,7 @@ def missing():
 
 
 def _die_with_parent():
+    """With the thread that started it, that is: the kernel takes that for the parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -98,6 +100,7 @@ class CephCluster:
         self.conf = os.path.join(self.dir, "ceph.conf")
         self.keyring = os.path.join(self.dir, "keyring")
         self.daemons = {}
+        self.starter = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # lives as long as they do
         self.rados = None
 
     def __enter__(self):
@@ -178,9 +181,9 @@ class CephCluster:
 
     def _start(self, name, argv):
         with open(os.path.join(self.dir, "log", name + ".stderr"), "ab") as log:
-            self.daemons[name] = subprocess.Popen(
-                argv + ["-c", self.conf, "-f"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                preexec_fn=_die_with_parent)
+            self.daemons[name] = self.starter.submit(
+                subprocess.Popen, argv + ["-c", self.conf, "-f"], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                preexec_fn=_die_with_parent).result()
 
     def kill(self, name):
         """kill -9, as a crash of osd.N, mon.a or mgr.a."""
@@ -194,6 +197,7 @@ class CephCluster:
             self.rados = None
         while self.daemons:
             self.kill(next(iter(self.daemons)))
+        self.starter.shutdown()
 
     # -- using
 
