@@ -39,6 +39,7 @@ struct vcpu {
     uint64_t errors;
     uint64_t verify_asked; /* the newest request that this vCPU has seen, and has done */
     uint64_t verify_done;
+    uint64_t verified; /* pages, for the newest request */
     bool filled;
     uint64_t expected[PAGES_WORDS];
 };
@@ -47,6 +48,7 @@ static struct options options;
 static struct memory memory;
 static struct vcpu vcpus[PLATFORM_MAX_VCPUS];
 static uint64_t verify_request;
+static uint64_t verify_pages; /* that each vCPU checks for it */
 static uint64_t set_back; /* TSC ticks by which `back` has set the clock back */
 static bool filled_all;
 
@@ -318,13 +320,21 @@ static const char *after_word(const char *command, const char *word)
     return *word ? NULL : command;
 }
 
+static void ask_to_verify(uint64_t pages)
+{
+    verify_pages = pages;
+    __atomic_store_n(&verify_request, verify_request + 1, __ATOMIC_RELEASE);
+}
+
 static void obey(const char *command)
 {
     uint64_t start, size, ms;
     const char *at;
 
     if ((at = after_word(command, "verify")) && *at == '\0')
-        __atomic_store_n(&verify_request, verify_request + 1, __ATOMIC_RELEASE);
+        ask_to_verify(UINT64_MAX);
+    if ((at = after_word(command, "verify ")) && (at = options_number(at, &size)) && *at == '\0')
+        ask_to_verify(size * MEMORY_CHUNK_PAGES);
     if ((at = after_word(command, "add ")) && (at = options_number(at, &start)) && *at == ' ' &&
         (at = options_number(at + 1, &size)) && *at == '\0')
         add_memory(start, size);
@@ -381,6 +391,7 @@ static void follow_verify(struct vcpu *vcpu)
     if (request == vcpu->verify_asked)
         return;
     vcpu->verify_asked = request;
+    vcpu->verified = 0;
     vcpu->scan.region = 0;
     vcpu->scan.page = 0;
 }
@@ -399,7 +410,7 @@ static bool work(struct vcpu *vcpu, uint64_t now)
     verifying = vcpu->verify_done != vcpu->verify_asked;
     for (int i = 0; i < BATCH && (verifying || spend(&vcpu->scan_budget)); i++) {
         busy = true;
-        if (scan_step(vcpu))
+        if (scan_step(vcpu) && !(verifying && ++vcpu->verified >= verify_pages))
             continue;
         __atomic_store_n(&vcpu->verify_done, vcpu->verify_asked, __ATOMIC_RELEASE);
         verifying = false;

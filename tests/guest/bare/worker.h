@@ -42,7 +42,8 @@
  *
  * Console input, a line each:
  *
- *     verify             check all memory at full speed, then print "verified" with the totals
+ *     verify [MIB]       check all memory, or so much of each vCPU's, at full speed, then print "verified" with the
+ *                        totals
  *     add START SIZE     take this memory in (0x...), as of a DIMM plugged now
  *     back MS            set the clock back, as a migration to a host with another TSC may
  *
