@@ -110,8 +110,8 @@ struct guard *guard_start(const struct guard_params *params, struct vm_error **e
     snprintf(fd, sizeof(fd), "%d", theirs);
     snprintf(pid, sizeof(pid), "%" PRId32, params->process.pid);
     snprintf(start, sizeof(start), "%" PRIu64, params->process.start);
-    const char *argv[] = {params->binary,   "--socket", fd,        "--qmp", params->qmp_path,
-                          "--process",      pid,        "--start", start,   NULL};
+    const char *argv[] = {params->binary, "--socket", fd,      "--qmp", params->qmp_path,  "--process",
+                          pid,            "--start",  start,   "--note", params->note_path, NULL};
     struct spawn_params spawn = {.binary = params->binary,
                                  .argv = (char *const *)(uintptr_t)argv,
                                  .log_path = params->log_path,

@@ -20,14 +20,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { DRAIN_BYTES = 1 << 20, ATTACH_MS = 5000 };
+enum { DRAIN_BYTES = 1 << 20, ATTACH_MS = 2000, TRY_AGAIN_MS = 50 };
 #define GIVE_UP_NS (60 * NSEC_PER_SEC)
-#define TRY_AGAIN_MS 50
 #define THAW_NS (10 * NSEC_PER_SEC)
 
 struct watch {
     uint64_t socket, pid, start;
-    char *qmp;
+    char *qmp, *note;
     bool help;
     int stream; /* -1: QEMU writes no memory */
     char guest_agent[GUARD_PATH_MAX]; /* "": nothing is frozen */
@@ -97,7 +96,7 @@ static int sweep(struct watch *w, struct vm_error **err)
     return qemu_snapshot_sweep(q, &found, err);
 }
 
-/* Whoever else has the monitor, the next agent it is, has the same to do. */
+/* If the next agent has QEMU's monitor already, it did the same, and took the note away. */
 static void sweep_soon(struct watch *w)
 {
     int64_t deadline = clock_mono_ns() + GIVE_UP_NS;
@@ -107,7 +106,7 @@ static void sweep_soon(struct watch *w)
             log_info("what the snapshot put into QEMU is out again", "qmp=%s", log_q(w->qmp));
             return;
         }
-        if (!lives(w))
+        if (!lives(w) || access(w->note, F_OK) < 0)
             return;
         if (clock_mono_ns() >= deadline) {
             log_error("what the snapshot put into QEMU stays there", "error=%s",
@@ -153,6 +152,8 @@ static const struct option rows[] = {
     {"socket", "FD", option_parse_u64, .max = 1024 * 1024, .required = true, MEMBER(socket),
      .text = "The connection to the agent"},
     {"qmp", "PATH", option_parse_text, .required = true, MEMBER(qmp), .text = "QEMU's monitor"},
+    {"note", "PATH", option_parse_text, .required = true, MEMBER(note),
+     .text = "A file that is gone when another agent has taken over"},
     {"process", "PID", option_parse_u64, .max = INT32_MAX, .required = true, MEMBER(pid),
      .text = "QEMU's process"},
     {"start", "TICKS", option_parse_u64, .max = INT64_MAX, .required = true, MEMBER(start),

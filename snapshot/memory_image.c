@@ -19,6 +19,7 @@ enum { COPY_BYTES = 1 << 20 };
 struct block {
     struct image_file *file;
     uint8_t *seen; /* a bit per page */
+    int aside;     /* setup.repeats: a file without a name, else -1 */
 };
 
 struct memory_image {
@@ -38,12 +39,25 @@ struct memory_image {
 
 /* ---- events ---- */
 
-static void note_page(struct memory_image *m, struct block *b, uint64_t page)
+/* True: it comes for the first time. */
+static bool note_page(struct memory_image *m, struct block *b, uint64_t page)
 {
     uint8_t bit = (uint8_t)(1u << page % 8);
-    if (!(b->seen[page / 8] & bit))
+    bool first = !(b->seen[page / 8] & bit);
+    if (first)
         atomic_fetch_add(&m->done, GUEST_PAGE_SIZE);
     b->seen[page / 8] |= bit;
+    return first;
+}
+
+static int keep_aside(struct block *b, uint64_t page, const uint8_t *data, struct vm_error **err)
+{
+    static const uint8_t zeros[GUEST_PAGE_SIZE];
+    off_t at = (off_t)(page * GUEST_PAGE_SIZE);
+    ssize_t n = pwrite(b->aside, data ? data : zeros, GUEST_PAGE_SIZE, at);
+    return n == GUEST_PAGE_SIZE ? 0
+                                : error_errno(err, n < 0 ? errno : ENOSPC,
+                                              "cannot keep the guest's memory aside");
 }
 
 static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
@@ -56,8 +70,11 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
         const struct page_ref *p = &batch->pages[i];
         struct block *b = &m->blocks[page_addr_region(p->addr)];
         uint64_t page = page_addr_number(p->addr);
-        note_page(m, b, page);
-        r = gather_page(m->setup.gather, b->file, page, p->data, err);
+        bool first = note_page(m, b, page);
+        if (!m->setup.repeats)
+            r = gather_page(m->setup.gather, b->file, page, p->data, err);
+        else if (p->data || !first) /* what was never written reads as zeros */
+            r = keep_aside(b, page, p->data, err);
     }
     page_batch_unref(batch);
     return r;
@@ -145,6 +162,50 @@ int memory_image_wait(struct memory_image *m, int64_t deadline_ns, int cancel_fd
     return m->error ? error_propagate(err, error_copy(m->error)) : 1;
 }
 
+/* ---- pages that were kept aside ---- */
+
+/* From `at` up to the end of the hole or the data that begins there, at most COPY_BYTES of data. */
+static int next_stretch(int fd, uint64_t at, uint64_t size, uint64_t *ret_end, bool *ret_data,
+                        struct vm_error **err)
+{
+    off_t data = lseek(fd, (off_t)at, SEEK_DATA);
+    if (data < 0 && errno != ENXIO)
+        return error_errno(err, errno, "cannot read the guest's memory again");
+    *ret_data = data >= 0 && (uint64_t)data == at;
+    *ret_end = *ret_data ? at + COPY_BYTES : data < 0 ? size : (uint64_t)data;
+    *ret_end = *ret_end > size ? size : *ret_end;
+    return 0;
+}
+
+static int store_block(struct memory_image *m, struct block *b, uint64_t size, uint8_t *buffer,
+                       int cancel_fd, struct vm_error **err)
+{
+    for (uint64_t at = 0, end = 0; at < size; at = end) {
+        bool data = false;
+        if (io_latch_is_set(cancel_fd))
+            return error_set(err, VM_ERROR_CANCELLED, "cancelled");
+        if (next_stretch(b->aside, at, size, &end, &data, err) < 0)
+            return -1;
+        if (data && pread(b->aside, buffer, end - at, (off_t)at) != (ssize_t)(end - at))
+            return error_errno(err, errno, "cannot read the guest's memory again");
+        if (gather_write(m->setup.gather, b->file, size, at, data ? buffer : NULL, end - at, err) <
+            0)
+            return -1;
+    }
+    return 0;
+}
+
+int memory_image_store_pages(struct memory_image *m, int cancel_fd, struct vm_error **err)
+{
+    cleanup_free uint8_t *buffer = malloc(COPY_BYTES);
+    if (!buffer)
+        return error_nomem(err);
+    for (unsigned i = 0; i < m->n && m->setup.repeats; i++)
+        if (store_block(m, &m->blocks[i], m->regions[i].size, buffer, cancel_fd, err) < 0)
+            return -1;
+    return 0;
+}
+
 /* ---- device state ---- */
 
 int memory_image_store_state(struct memory_image *m, struct vm_error **err)
@@ -172,6 +233,14 @@ int memory_image_store_state(struct memory_image *m, struct vm_error **err)
 
 /* ---- life ---- */
 
+static int make_aside(struct block *b, const char *folder, uint64_t size, struct vm_error **err)
+{
+    b->aside = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (b->aside < 0 || ftruncate(b->aside, (off_t)size) < 0)
+        return error_errno(err, errno, "cannot make a file for the guest's memory in %s", folder);
+    return 0;
+}
+
 static int add_blocks(struct memory_image *m, struct vm_error **err)
 {
     const struct memory_image_setup *s = &m->setup;
@@ -186,6 +255,8 @@ static int add_blocks(struct memory_image *m, struct vm_error **err)
         b->seen = calloc(1, size / GUEST_PAGE_SIZE / 8 + 1);
         if (!b->seen)
             return error_nomem(err);
+        if (s->repeats && make_aside(b, s->scratch_dir, size, err) < 0)
+            return -1;
         m->total += size;
     }
     return 0;
@@ -201,6 +272,8 @@ struct memory_image *memory_image_create(const struct memory_image_setup *setup,
     }
     m->setup = *setup;
     m->over = -1;
+    for (unsigned i = 0; i < GUEST_REGIONS_MAX; i++)
+        m->blocks[i].aside = -1;
     pthread_mutex_init(&m->lock, NULL);
     m->state_fd = open(setup->scratch_dir, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     if (m->state_fd < 0) {
@@ -217,8 +290,10 @@ void memory_image_destroy(struct memory_image *m)
 {
     if (!m)
         return;
-    for (unsigned i = 0; i < m->n; i++)
+    for (unsigned i = 0; i < m->n; i++) {
         free(m->blocks[i].seen);
+        close_fd(&m->blocks[i].aside);
+    }
     free(m->regions);
     close_fd(&m->state_fd);
     close_fd(&m->over);

@@ -7,6 +7,7 @@
  *     guest_source_start(guest, params with memory_image_regions(m), memory_image_events(), m, &err)
  *     memory_image_wait(m, deadline, cancel_fd, &err)     1: all of it is there, 0: not yet
  *     guest_source_stop(guest, &err)
+ *     memory_image_store_pages(m, cancel_fd, &err)        setup.repeats: the guest may run on meanwhile
  *     memory_image_store_state(m, session, gather, &err)  the file device.state
  *     memory_image_destroy(m)                             after guest_source_stop
  *
@@ -30,6 +31,8 @@ struct memory_image_setup {
     struct gather *gather;
     const char *scratch_dir;
     struct guard *guard; /* gets a copy of the stream */
+    /* Pages come again when they were written: they are kept aside, in scratch_dir, until the last one came. */
+    bool repeats;
 };
 
 struct memory_image *memory_image_create(const struct memory_image_setup *setup,
@@ -41,6 +44,8 @@ const struct guest_source_events *memory_image_events(void);
 const struct guest_region *memory_image_regions(const struct memory_image *m, unsigned *ret_n);
 int memory_image_wait(struct memory_image *m, int64_t deadline_ns, int cancel_fd,
                       struct vm_error **err);
+/* If pages repeat: all of them into the image, now that the last one came. */
+int memory_image_store_pages(struct memory_image *m, int cancel_fd, struct vm_error **err);
 int memory_image_store_state(struct memory_image *m, struct vm_error **err);
 /* Bytes of memory, and those that came (counted once). Any thread. */
 void memory_image_progress(struct memory_image *m, uint64_t *ret_done, uint64_t *ret_total);

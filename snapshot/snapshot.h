@@ -11,6 +11,11 @@
  * lets the guest go on. Then memory comes through a migration stream and disks through an NBD server of ours
  * (snapshot/disk_target.h), while the guest runs. All of it becomes visible with one commit at the end.
  *
+ * Where QEMU cannot write-protect memory (no userfaultfd, or the guest is paused, and QEMU would let it run) memory is
+ * copied before the instant, into a file without a name in scratch_dir, which must have room for all of it; file
+ * systems are frozen for as long as that takes, if there is an agent in the guest. A paused guest stays paused, in
+ * QEMU's run state `postmigrate`: it goes on with `cont`, but QEMU cannot give its memory away again before.
+ *
  * Parent: the VM's newest snapshot. Memory is read whole, and shares what did not change. Of disks only what was
  * written since is read, if QEMU noted it since that very snapshot; else they are read whole and `note` says so.
  *
@@ -21,8 +26,7 @@
  * (snapshot/guard.h) outlives the agent.
  *
  * Refused by name: what cannot be moved (vmm/qemu_preflight.h), disks that QEMU cannot snapshot, memory that cannot
- * be told apart, a paused guest (QEMU would let it run), a host that lets QEMU not write-protect memory
- * (userfaultfd); --disk-only needs neither of the last two.
+ * be told apart, a guest in `postmigrate`.
  *
  * Memory of the agent: what a writer of the repository takes (repo/repo.h), 24 MiB for the stream, 1 MiB per
  * disk. Device state is at most SNAPSHOT_STATE_MAX, and lies in a file without a name. Threads: any; one VM once at a time

@@ -21,8 +21,11 @@
 #define GUEST_AGENT_NS (10 * NSEC_PER_SEC)
 #define FORMER_NS (120 * NSEC_PER_SEC)
 #define RESUME_NS (30 * NSEC_PER_SEC)
+#define PRECOPY_LOOK_NS (5 * NSEC_PER_MSEC)
 #define TARGET_NS (60 * NSEC_PER_SEC)
 #define STEP_NS (100 * NSEC_PER_MSEC)
+
+enum { PRECOPY_REST = 16 << 20, PRECOPY_ROUNDS = 8 };
 
 struct take {
     const struct snapshot_params *p;
@@ -40,6 +43,9 @@ struct take {
     struct guest_agent *guest_agent;
     struct guard *guard;
     bool was_running, sourcing;
+    bool precopy; /* memory is copied before the instant, since it cannot be write-protected */
+    int nbd_fds[QEMU_SNAPSHOT_DISKS_MAX]; /* QEMU's ends, until it has them */
+    char prefix[QEMU_SNAPSHOT_PREFIX_MAX], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX];
 };
 
 static void tell(struct take *t, enum snapshot_phase phase)
@@ -64,9 +70,38 @@ static void note(struct take *t, const char *text)
 
 /* ---- before the instant ---- */
 
+/* How memory is taken: write-protected, if QEMU can do that to a guest that runs. */
+static int choose_way(struct take *t, struct vm_error **err)
+{
+    cleanup_error struct vm_error *cannot = NULL;
+    char text[SNAPSHOT_NOTE_MAX];
+    if (t->p->disk_only)
+        return 0;
+    t->precopy = true;
+    if (!t->was_running)
+        return 0;
+    if (qemu_snapshot_can_protect(t->qemu, &cannot) == 0) {
+        t->precopy = false;
+        return 0;
+    }
+    if (cannot->kind != VM_ERROR_REFUSED)
+        return error_propagate(err, steal_ptr(&cannot));
+    snprintf(text, sizeof(text), "memory was copied before the pause, since it cannot be "
+             "write-protected: %.120s", error_message(cannot));
+    note(t, text);
+    return 0;
+}
+
 static int look_at_vm(struct take *t, struct vm_error **err)
 {
     struct qemu_definition *d = &t->vm.definition;
+    struct guest_status status;
+    if (guest_status(t->p->guest, &status, err) < 0)
+        return -1;
+    if (status.state == GUEST_POSTMIGRATE)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "the guest stands as QEMU last gave its memory away, for a snapshot or a migration, and "
+                         "QEMU does that once: resume it first");
     snprintf(t->vm.name, sizeof(t->vm.name), "%s", t->p->vm);
     if (qemu_snapshot_wait_former(t->qemu, clock_mono_ns() + FORMER_NS, t->p->cancel_fd, err) < 0 ||
         qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->vm, err) < 0)
@@ -75,16 +110,7 @@ static int look_at_vm(struct take *t, struct vm_error **err)
         if (!d->disks[i].writable)
             t->vm.disk_files[i][0] = 0;
     t->was_running = d->state == GUEST_RUNNING;
-    if (t->p->disk_only)
-        return 0;
-    if (!t->was_running)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "the guest is paused, and QEMU would let it run: resume it first, or say "
-                         "--disk-only");
-    if (qemu_snapshot_can_protect(t->qemu, err) < 0)
-        return error_wrap(err, "the guest's memory cannot be write-protected (say --disk-only, or "
-                               "let QEMU use userfaultfd: vm.unprivileged_userfaultfd=1)");
-    return 0;
+    return choose_way(t, err);
 }
 
 /*
@@ -129,7 +155,7 @@ static int choose_parent(struct take *t, struct image *parent,
     return 0;
 }
 
-static int open_targets(struct take *t, int *fds, struct vm_error **err)
+static int open_targets(struct take *t, struct vm_error **err)
 {
     unsigned n;
     const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
@@ -140,18 +166,30 @@ static int open_targets(struct take *t, int *fds, struct vm_error **err)
                                            image_session_file(t->session, name, disks[i].size, err),
                                        .size = disks[i].size,
                                        .plugin = t->p->plugin};
-        if (!p.file || !(t->targets[i] = disk_target_create(&p, &fds[i], err)))
+        if (!p.file || !(t->targets[i] = disk_target_create(&p, &t->nbd_fds[i], err)))
             return -1;
         t->report->disk_bytes += disks[i].size;
     }
     return 0;
 }
 
-static int open_image(struct take *t, struct vm_error **err)
+static struct qemu_snapshot_params disk_params(const struct take *t)
 {
-    char image[IMAGE_NAME_MAX + 1], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX],
-        prefix[QEMU_SNAPSHOT_PREFIX_MAX];
-    int fds[QEMU_SNAPSHOT_DISKS_MAX];
+    return (struct qemu_snapshot_params){.nbd_fds = t->nbd_fds,
+                                         .scratch_dir = t->p->scratch_dir,
+                                         .bitmap = t->prefix,
+                                         .parent = *t->parent_prefix ? t->parent_prefix : NULL};
+}
+
+/* Hand the sockets over: who prepares the disks closes them. */
+static void forget_fds(struct take *t)
+{
+    memset(t->nbd_fds, -1, sizeof(t->nbd_fds));
+}
+
+static int begin_image(struct take *t, struct vm_error **err)
+{
+    char image[IMAGE_NAME_MAX + 1];
     cleanup_free struct image *parent = calloc(1, sizeof(*parent));
     if (!parent)
         return error_nomem(err);
@@ -159,29 +197,40 @@ static int open_image(struct take *t, struct vm_error **err)
         !(t->disks = qemu_snapshot_create(t->qemu, &t->vm.definition, err)))
         return -1;
     qemu_snapshot_disks(t->disks, &t->n_disks);
-    if (choose_parent(t, parent, parent_prefix, err) < 0 ||
+    if (choose_parent(t, parent, t->parent_prefix, err) < 0 ||
         !(t->session = image_session_begin(t->p->repo, image, *parent->name ? parent->name : NULL,
                                            err)) ||
         !(t->gather = gather_create(image_session_writer(t->session), err)))
         return -1;
     strcpy(t->report->image, image);
     strcpy(t->report->parent, parent->name);
-    bitmap_prefix(t->p->repo, image_session_number(t->session), prefix);
-    memset(fds, -1, sizeof(fds));
+    bitmap_prefix(t->p->repo, image_session_number(t->session), t->prefix);
+    return 0;
+}
+
+static int prepare_disks(struct take *t, struct vm_error **err)
+{
     t->guard = guard_start(&t->p->guard, err);
-    if (!t->guard || open_targets(t, fds, err) < 0) {
-        for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
-            close_fd(&fds[i]);
+    if (!t->guard || open_targets(t, err) < 0)
         return -1;
-    }
-    struct qemu_snapshot_params disks = {.nbd_fds = fds,
-                                         .scratch_dir = t->p->scratch_dir,
-                                         .bitmap = prefix,
-                                         .parent = *parent_prefix ? parent_prefix : NULL};
-    if (qemu_snapshot_prepare(t->disks, &disks, err) < 0)
+    if (t->precopy)
+        return qemu_snapshot_mark(t->disks, err);
+    struct qemu_snapshot_params disks = disk_params(t);
+    int r = qemu_snapshot_prepare(t->disks, &disks, err);
+    forget_fds(t);
+    return r;
+}
+
+static int open_image(struct take *t, struct vm_error **err)
+{
+    if (begin_image(t, err) < 0 || prepare_disks(t, err) < 0)
         return -1;
-    struct memory_image_setup memory = {t->vm.ram_files ? &t->vm : NULL, t->session, t->gather,
-                                        t->p->scratch_dir, t->guard};
+    struct memory_image_setup memory = {.vm = t->vm.ram_files ? &t->vm : NULL,
+                                        .session = t->session,
+                                        .gather = t->gather,
+                                        .scratch_dir = t->p->scratch_dir,
+                                        .guard = t->guard,
+                                        .repeats = t->precopy};
     if (t->p->disk_only)
         return 0;
     t->report->memory_bytes = t->vm.definition.memory;
@@ -233,26 +282,83 @@ static void thaw(struct take *t)
 
 static int start_memory(struct take *t, struct vm_error **err)
 {
-    struct guest_source_params source = {.channels = 1, .background = true};
+    struct guest_source_params source = {.channels = 1, .background = !t->precopy};
     source.regions = memory_image_regions(t->memory, &source.n_regions);
     if (guest_source_start(t->p->guest, &source, memory_image_events(), t->memory, err) < 0)
         return -1;
     t->sourcing = true;
-    FAULT("snapshot.protecting");
-    return qemu_snapshot_wait_resumed(t->qemu, clock_mono_ns() + RESUME_NS, err);
+    FAULT("snapshot.waiting");
+    return 0;
 }
 
 static int go_on(struct take *t, struct vm_error **err)
 {
-    if (t->memory)
-        return start_memory(t, err);
-    return t->was_running ? guest_resume(t->p->guest, err) : 0;
+    if (!t->memory)
+        return t->was_running ? guest_resume(t->p->guest, err) : 0;
+    if (qemu_source_go(t->qemu, err) < 0)
+        return -1;
+    FAULT("snapshot.protecting");
+    return qemu_snapshot_wait_resumed(t->qemu, clock_mono_ns() + RESUME_NS, err);
+}
+
+static int switch_protected(struct take *t, struct vm_error **err)
+{
+    return (t->memory && start_memory(t, err) < 0) || freeze(t, err) < 0 ||
+                   qemu_snapshot_switch(t->disks, err) < 0
+               ? -1
+               : go_on(t, err);
+}
+
+static int stop_source(struct take *t, struct vm_error **err)
+{
+    if (!t->sourcing)
+        return 0;
+    t->sourcing = false;
+    return guest_source_stop(t->p->guest, err);
+}
+
+/* What is left is little, or will not become less: time to pause the guest, unless QEMU does so itself. */
+static bool is_enough(const struct guest_source_progress *p)
+{
+    return !p->one_round && p->round > 1 &&
+           (p->remaining <= PRECOPY_REST || p->round > PRECOPY_ROUNDS);
+}
+
+/* Until QEMU gave all memory away and the guest stands. */
+static int copy_before(struct take *t, struct vm_error **err)
+{
+    bool paused = !t->was_running;
+    for (;;) {
+        struct guest_source_progress p;
+        int r = memory_image_wait(t->memory, clock_mono_ns() + PRECOPY_LOOK_NS, t->p->cancel_fd, err);
+        if (r)
+            return r < 0 ? -1 : 0;
+        if (!paused && guest_source_progress(t->p->guest, &p, NULL) == 0 && is_enough(&p)) {
+            if (guest_pause(t->p->guest, err) < 0)
+                return -1;
+            paused = true;
+            FAULT("snapshot.paused");
+        }
+        tell(t, SNAPSHOT_SWITCHING);
+    }
+}
+
+/* File systems hold still while memory is copied: nobody can say before when QEMU will pause the guest. */
+static int switch_copied(struct take *t, struct vm_error **err)
+{
+    if (freeze(t, err) < 0 || start_memory(t, err) < 0 || copy_before(t, err) < 0 ||
+        stop_source(t, err) < 0)
+        return -1;
+    struct qemu_snapshot_params disks = disk_params(t);
+    int r = qemu_snapshot_switch_migrated(t->disks, &disks, err);
+    forget_fds(t);
+    return r < 0 ? -1 : t->was_running ? guest_resume(t->p->guest, err) : 0;
 }
 
 static int switch_over(struct take *t, struct vm_error **err)
 {
     tell(t, SNAPSHOT_SWITCHING);
-    if (freeze(t, err) < 0 || qemu_snapshot_switch(t->disks, err) < 0 || go_on(t, err) < 0)
+    if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
     thaw(t);
     t->report->pause_ns = t->was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
@@ -277,9 +383,11 @@ static int check_targets(struct take *t, struct vm_error **err)
 
 static int copy(struct take *t, struct vm_error **err)
 {
-    bool memory = !t->memory, disks = !t->n_disks;
+    bool memory = !t->memory || t->precopy, disks = !t->n_disks;
     if (qemu_snapshot_push(t->disks, err) < 0)
         return check_targets(t, err);
+    if (t->precopy && memory_image_store_pages(t->memory, t->p->cancel_fd, err) < 0)
+        return -1;
     while (!memory || !disks) {
         struct qemu_snapshot_progress p;
         int64_t until = clock_mono_ns() + STEP_NS;
@@ -299,14 +407,6 @@ static int copy(struct take *t, struct vm_error **err)
     }
     FAULT("snapshot.copied");
     return 0;
-}
-
-static int stop_source(struct take *t, struct vm_error **err)
-{
-    if (!t->sourcing)
-        return 0;
-    t->sourcing = false;
-    return guest_source_stop(t->p->guest, err);
 }
 
 /* QEMU lets go of the disks' targets; what it wrote has arrived then. */
@@ -370,6 +470,8 @@ static void clean_up(struct take *t, bool committed)
         log_warn("a snapshot leaves something in QEMU", "error=%s", log_q(error_message(failed)));
     thaw(t);
     guard_end(t->guard);
+    for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
+        close_fd(&t->nbd_fds[i]);
     for (unsigned i = 0; i < t->n_disks; i++)
         disk_target_destroy(t->targets[i]);
     memory_image_destroy(t->memory);
@@ -386,6 +488,7 @@ int snapshot_take(const struct snapshot_params *params, struct snapshot_report *
     char image[IMAGE_NAME_MAX + 1];
     if (snapshot_image_name(params->vm, params->name, image, err) < 0)
         return -1;
+    forget_fds(&t);
     t.qemu = qemu_from_guest(params->guest);
     if (!t.qemu)
         return error_set(err, VM_ERROR_REFUSED, "only QEMU's VMs can be snapshotted");

@@ -80,9 +80,10 @@ struct guest_source_params {
     const struct guest_region *regions;
     unsigned n_regions;
     /*
-     * The memory of one instant, for a guest that stands: it is protected against being written, the VMM lets
-     * the guest go on by itself, and gives each page once, before the guest may change it. The bytes of device
-     * state are of the same instant. `done` succeeds with the guest in whatever state it then is. For QEMU
+     * The memory of one instant: from the start on the VMM prepares; then, while the guest stands, it is told to go
+     * (QEMU: qemu_source_go), protects the memory against being written, lets the guest go on by itself, and gives
+     * each page once, before the guest may change it. The bytes of device state are of the same instant. `done`
+     * succeeds with the guest in whatever state it then is. `regions` stay the caller's until `done`. For QEMU
      * qemu_snapshot_can_protect comes before.
      */
     bool background;

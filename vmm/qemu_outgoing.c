@@ -6,7 +6,11 @@
  * it ended, and says so.
  */
 #include "base/clock.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "vmm/qemu_gate.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_snapshot.h"
 #include "vmm/qemu_source.h"
 #include "vmm/write_protection.h"
 
@@ -18,6 +22,7 @@
 static const char fd_name[] = QEMU_STREAM_FD;
 #define CONFIRM_TIMEOUT_NS (30 * NSEC_PER_SEC)
 #define ASK_AGAIN_NS (20 * NSEC_PER_MSEC)
+#define PREPARE_TIMEOUT_NS (30 * NSEC_PER_SEC)
 enum { PROGRESS_TIMEOUT_MS = 2000 };
 
 struct outgoing {
@@ -29,6 +34,11 @@ struct outgoing {
     bool limited;
     bool one_round; /* see loses_writes() */
     bool background;
+    /* Background, until qemu_source_go: */
+    struct qemu_gate gate;
+    struct guest_source_params waiting;
+    bool asked;   /* QEMU was told to migrate */
+    bool started; /* the threads are there */
     pthread_t watcher;
 
     /* Under q->lock. */
@@ -238,12 +248,22 @@ static int set_parameters(struct qemu *q, const struct guest_source_params *para
     return qemu_command(q, "migrate-set-parameters", values, NULL, err);
 }
 
-static int open_stream(struct outgoing *o, const struct guest_source_params *params,
-                       struct vm_error **err)
+/* The socket; QEMU has its end. */
+static int open_stream(struct outgoing *o, struct vm_error **err)
 {
     cleanup_close int qemus = -1;
-    if (qemu_source_socketpair(&o->ours, &qemus, err) < 0)
+    if (qemu_source_socketpair(&o->ours, &qemus, err) < 0 ||
+        (o->background && qemu_gate_fits(qmp_version(o->q->qmp)) &&
+         qemu_gate_close(&o->gate, qemus, err) < 0) ||
+        qemu_give_fd(o->q, fd_name, qemus, err) < 0)
         return -1;
+    return o->background && o->events.opened ? o->events.opened(o->arg, o->ours, err) : 0;
+}
+
+/* Begin to read it. */
+static int read_stream(struct outgoing *o, const struct guest_source_params *params,
+                       struct vm_error **err)
+{
     struct qemu_source_params source = {
         .fd = o->ours,
         .channels = params->channels,
@@ -255,16 +275,11 @@ static int open_stream(struct outgoing *o, const struct guest_source_params *par
         .ended = on_stream_ended,
         .ended_arg = o,
     };
-    if (qemu_give_fd(o->q, fd_name, qemus, err) < 0)
-        return -1;
-    close_fd(&qemus);
-    if (o->events.opened && o->events.opened(o->arg, o->ours, err) < 0)
-        return -1;
     o->source = qemu_source_create(&source, err);
     return o->source ? 0 : -1;
 }
 
-static int migrate(struct outgoing *o, struct vm_error **err)
+static int ask_to_migrate(struct outgoing *o, struct vm_error **err)
 {
     struct qemu *q = o->q;
     char uri[32];
@@ -276,15 +291,77 @@ static int migrate(struct outgoing *o, struct vm_error **err)
     }
     if (qemu_command(q, "migrate", json_pack("{s:s}", "uri", uri), NULL, err) < 0)
         return -1;
+    o->asked = true;
+    return 0;
+}
+
+static int start_watcher(struct outgoing *o, struct vm_error **err)
+{
     int rc = pthread_create(&o->watcher, NULL, watch_main, o);
+    o->started = !rc;
     if (!rc)
         return 0;
     give_up(o);
     return error_errno(err, rc, "cannot start a thread");
 }
 
+/* The guest runs; QEMU prepares what it can. */
+static int start_background(struct outgoing *o, struct vm_error **err)
+{
+    if (open_stream(o, err) < 0)
+        return -1;
+    if (o->gate.fd < 0)
+        return 0;
+    if (ask_to_migrate(o, err) < 0)
+        return -1;
+    if (!qemu_gate_wait(&o->gate, o->q->guest.process.pid, clock_mono_ns() + PREPARE_TIMEOUT_NS))
+        log_warn("QEMU's preparation of a snapshot was not seen to end; the pause may be long",
+                 "pid=%d", o->q->guest.process.pid);
+    return 0;
+}
+
+static int start(struct outgoing *o, const struct guest_source_params *params,
+                 struct vm_error **err)
+{
+    return o->background ? start_background(o, err)
+           : open_stream(o, err) < 0 || read_stream(o, params, err) < 0 ||
+                   ask_to_migrate(o, err) < 0
+               ? -1
+               : start_watcher(o, err);
+}
+
+static int skip_filler(struct outgoing *o, struct vm_error **err)
+{
+    char filler[4096];
+    for (uint64_t left = o->gate.filler; left;) {
+        size_t n = left < sizeof(filler) ? (size_t)left : sizeof(filler);
+        if (io_read_full(o->ours, filler, n, clock_mono_ns() + CONFIRM_TIMEOUT_NS, -1, err) < 0)
+            return -1;
+        left -= n;
+    }
+    return 0;
+}
+
+static int let_in(struct outgoing *o, struct vm_error **err)
+{
+    qemu_gate_open(&o->gate);
+    if (skip_filler(o, err) < 0 || read_stream(o, &o->waiting, err) < 0 ||
+        (!o->asked && ask_to_migrate(o, err) < 0))
+        return -1;
+    return start_watcher(o, err);
+}
+
+int qemu_source_go(struct qemu *q, struct vm_error **err)
+{
+    SCOPE_LOCK(&q->source_lock);
+    if (!q->outgoing || q->outgoing->started)
+        return error_set(err, VM_ERROR_CONFLICT, "no background snapshot waits");
+    return let_in(q->outgoing, err);
+}
+
 static void free_outgoing(struct outgoing *o)
 {
+    qemu_gate_open(&o->gate);
     qemu_source_destroy(o->source);
     close_fd(&o->ours);
     error_free(o->end_error);
@@ -300,7 +377,7 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     if (q->outgoing)
         return error_set(err, VM_ERROR_CONFLICT, "this VM is already being migrated");
     bool one_round = false;
-    /* A background snapshot begins while the guest stands: qemu_snapshot_can_protect has asked. */
+    /* For a background snapshot qemu_snapshot_can_protect has asked. */
     if (!params->background &&
         (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
          set_parameters(q, params, one_round, err) < 0))
@@ -314,8 +391,10 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
                            .ours = -1,
                            .limited = params->max_bandwidth != 0,
                            .one_round = one_round,
-                           .background = params->background};
-    if (open_stream(o, params, err) < 0 || migrate(o, err) < 0) {
+                           .background = params->background,
+                           .gate = QEMU_GATE_NONE,
+                           .waiting = *params};
+    if (start(o, params, err) < 0) {
         qemu_forget_fd(q, fd_name);
         free_outgoing(o);
         return -1;
@@ -376,6 +455,22 @@ int qemu_source_progress(struct guest *g, struct guest_source_progress *ret_prog
     return 0;
 }
 
+/*
+ * A background snapshot that was not told to go. One that QEMU has begun is read to its end like any other; if even
+ * that fails its stream breaks off, and what QEMU then leaves protected is lifted.
+ */
+static void end_waiting(struct outgoing *o)
+{
+    if (!o->asked) {
+        qemu_forget_fd(o->q, fd_name);
+        return;
+    }
+    if (let_in(o, NULL) == 0)
+        return;
+    shutdown(o->ours, SHUT_RDWR);
+    give_up(o);
+}
+
 int qemu_source_stop(struct guest *g, struct vm_error **err)
 {
     struct qemu *q = qemu_from_guest(g);
@@ -387,6 +482,8 @@ int qemu_source_stop(struct guest *g, struct vm_error **err)
     }
     if (!o)
         return 0;
+    if (!o->started)
+        end_waiting(o);
     {
         SCOPE_LOCK(&q->lock);
         o->stopping = true;
@@ -395,7 +492,8 @@ int qemu_source_stop(struct guest *g, struct vm_error **err)
             shutdown(o->ours, SHUT_RDWR);
     }
     qemu_source_destroy(steal_ptr(&o->source));
-    pthread_join(o->watcher, NULL);
+    if (o->started)
+        pthread_join(o->watcher, NULL);
     struct vm_error *unsettled = steal_ptr(&o->settle_error);
     free_outgoing(o);
     return unsettled ? error_propagate(err, unsettled) : 0;

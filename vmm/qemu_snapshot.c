@@ -13,6 +13,8 @@
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 enum { GRANULARITY = 65536, CBW_TIMEOUT_S = 30, NAME_MAX_TEXT = 96 };
 #define LOOK_AGAIN_NS (50 * NSEC_PER_MSEC)
@@ -25,7 +27,7 @@ struct disk {
 
 struct qemu_snapshot {
     struct qemu *q;
-    bool was_running, prepared;
+    bool was_running, marked, prepared;
     char bitmap[QEMU_SNAPSHOT_PREFIX_MAX + 1], parent[QEMU_SNAPSHOT_PREFIX_MAX + 1];
     unsigned n;
     struct qemu_snapshot_disk disks[QEMU_SNAPSHOT_DISKS_MAX];
@@ -246,19 +248,29 @@ static int prepare_disk(struct qemu_snapshot *s, unsigned i, const struct qemu_s
     return 0;
 }
 
+int qemu_snapshot_mark(struct qemu_snapshot *s, struct vm_error **err)
+{
+    if (!s->was_running || s->marked)
+        return 0;
+    s->prepared = true; /* there is something to be taken out */
+    if (qemu_command(s->q, "object-add",
+                     json_pack("{s:s, s:s, s:s}", "qom-type", "secret", "id", SNAPSHOT_MARKER, "data",
+                               "running"),
+                     NULL, err) < 0)
+        return -1;
+    s->marked = true;
+    return 0;
+}
+
 int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_params *p,
                           struct vm_error **err)
 {
-    int fds[QEMU_SNAPSHOT_DISKS_MAX], r = 0;
+    int fds[QEMU_SNAPSHOT_DISKS_MAX];
     memcpy(fds, p->nbd_fds, s->n * sizeof(*fds));
     s->prepared = true;
     snprintf(s->bitmap, sizeof(s->bitmap), "%s", p->bitmap);
     snprintf(s->parent, sizeof(s->parent), "%s", p->parent ? p->parent : "");
-    if (s->was_running)
-        r = qemu_command(s->q, "object-add",
-                         json_pack("{s:s, s:s, s:s}", "qom-type", "secret", "id", SNAPSHOT_MARKER,
-                                   "data", "running"),
-                         NULL, err);
+    int r = qemu_snapshot_mark(s, err);
     for (unsigned i = 0; i < s->n && r == 0; i++)
         r = prepare_disk(s, i, p, &fds[i], err);
     for (unsigned i = 0; i < s->n; i++)
@@ -269,16 +281,60 @@ int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_pa
 
 /* ---- the instant, and after ---- */
 
-int qemu_snapshot_switch(struct qemu_snapshot *s, struct vm_error **err)
+static int insert_filters(struct qemu_snapshot *s, struct vm_error **err)
 {
-    if (s->was_running && qemu_command(s->q, "stop", NULL, NULL, err) < 0)
-        return -1;
-    FAULT("snapshot.paused");
     for (unsigned i = 0; i < s->n; i++)
         if (snapshot_set_drive(s->q, s->places[i].device, NAME(FILTER, i), err) < 0)
             return error_wrap(err, "disk %s cannot be snapshotted", s->places[i].name);
     FAULT("snapshot.switched");
     return 0;
+}
+
+int qemu_snapshot_switch(struct qemu_snapshot *s, struct vm_error **err)
+{
+    if (s->was_running && qemu_command(s->q, "stop", NULL, NULL, err) < 0)
+        return -1;
+    FAULT("snapshot.paused");
+    return insert_filters(s, err);
+}
+
+/*
+ * A migration gave the disks up. A disk is taken back when somebody exports it; nobody ever connects to the socket at
+ * which QEMU listens for that.
+ */
+static int activate_disks(struct qemu_snapshot *s, struct vm_error **err)
+{
+    struct sockaddr_un any = {.sun_family = AF_UNIX};
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (fd < 0 || bind(fd, (struct sockaddr *)&any, sizeof(any.sun_family)) < 0 ||
+        listen(fd, 1) < 0)
+        return error_errno(err, errno, "cannot make a socket");
+    if (qemu_give_fd(s->q, SNAPSHOT_EXPORT, fd, err) < 0)
+        return -1;
+    if (qemu_command(s->q, "nbd-server-start",
+                     json_pack("{s:{s:s, s:{s:s}}}", "addr", "type", "fd", "data", "str",
+                               SNAPSHOT_EXPORT),
+                     NULL, err) < 0) {
+        qemu_forget_fd(s->q, SNAPSHOT_EXPORT);
+        return error_wrap(err, "disks cannot be taken back after memory was copied");
+    }
+    int r = 0;
+    for (unsigned i = 0; i < s->n && r == 0; i++)
+        r = qemu_command(s->q, "block-export-add",
+                         json_pack("{s:s, s:s, s:s, s:b}", "type", "nbd", "id", NAME(EXPORT, i),
+                                   "node-name", s->places[i].node, "writable", 0),
+                         NULL, err);
+    /* With its server the exports go. */
+    return qemu_command(s->q, "nbd-server-stop", NULL, NULL, r < 0 ? NULL : err) < 0 ? -1 : r;
+}
+
+int qemu_snapshot_switch_migrated(struct qemu_snapshot *s,
+                                  const struct qemu_snapshot_params *params, struct vm_error **err)
+{
+    FAULT("snapshot.migrated");
+    return (s->n && activate_disks(s, err) < 0) || qemu_snapshot_prepare(s, params, err) < 0
+               ? -1
+               : insert_filters(s, err);
 }
 
 static int add_access(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
@@ -314,7 +370,7 @@ static int begin_job(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
 int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err)
 {
     /* Who pauses the guest from here on means it. */
-    if (s->was_running && snapshot_drop_marker(s->q, err) < 0)
+    if (s->marked && snapshot_drop_marker(s->q, err) < 0)
         return -1;
     for (unsigned i = 0; i < s->n; i++)
         if (add_access(s, i, err) < 0 || begin_job(s, i, err) < 0)

@@ -5,11 +5,19 @@
  *
  *     s = qemu_snapshot_create(q, &definition, &err)        which disks; REFUSED by name if one cannot be taken
  *     qemu_snapshot_prepare(s, &params, &err)               filters and targets are made; the guest runs on
+ *     ... guest_source_start with .background, for memory: QEMU prepares to protect it ...
  *     qemu_snapshot_switch(s, &err)                         the guest stands: this is the instant
- *     ... guest_source_start with .background, or guest_resume: the guest runs on ...
+ *     ... qemu_source_go, or guest_resume: the guest runs on ...
  *     qemu_snapshot_push(s, &err)                           QEMU begins to write into the targets
  *     qemu_snapshot_wait(s, deadline, cancel_fd, &p, &err)  1: all is written, 0: the deadline passed
  *     qemu_snapshot_finish(s, committed, &err)              always: everything is taken out again, s is freed
+ *
+ * Where memory cannot be write-protected it is copied first, by an ordinary migration that ends with the guest paused:
+ *
+ *     qemu_snapshot_mark(s, &err)                           from here on a sweep would let the guest go on
+ *     ... guest_source_start, guest_pause, done: the guest stands in `postmigrate` ...
+ *     qemu_snapshot_switch_migrated(s, &params, &err)       disks are taken back, filters are made and put in
+ *     ... guest_resume, push, wait, finish as above ...
  *
  * How. Below each disk's device comes a copy-before-write filter, whose old data goes to a file without a name
  * in `scratch_dir`. If that fails (no space), the filter gives up (on-cbw-error=break-snapshot): the snapshot
@@ -63,12 +71,21 @@ bool qemu_snapshot_has_bitmap(const struct qemu_snapshot *s, const char *prefix)
 int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_params *params,
                           struct vm_error **err);
 int qemu_snapshot_switch(struct qemu_snapshot *s, struct vm_error **err);
+int qemu_snapshot_mark(struct qemu_snapshot *s, struct vm_error **err);
+/* Filters that are there before a migration ends make it fail: so they are made here, while the guest stands. */
+int qemu_snapshot_switch_migrated(struct qemu_snapshot *s,
+                                  const struct qemu_snapshot_params *params, struct vm_error **err);
 int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err);
 int qemu_snapshot_wait(struct qemu_snapshot *s, int64_t deadline_ns, int cancel_fd,
                        struct qemu_snapshot_progress *ret_progress, struct vm_error **err);
 /* NULL is fine. */
 int qemu_snapshot_finish(struct qemu_snapshot *s, bool committed, struct vm_error **err);
 
+/*
+ * After guest_source_start with .background: the guest stands, protect its memory, save the state of devices, let the
+ * guest go on, and give the memory away.
+ */
+int qemu_source_go(struct qemu *q, struct vm_error **err);
 /*
  * Wait until QEMU let the guest go on by itself (background). FAILED if its migration ends before; the guest may
  * run or stand then.

@@ -158,6 +158,22 @@ static int sweep_nodes(struct qemu *q, const json_t *nodes, struct vm_error **er
                : 0;
 }
 
+/* Exports by which disks were to be activated, and their server. */
+static int end_exports(struct qemu *q, struct vm_error **err)
+{
+    CLEANUP(json) json_t *exports = NULL;
+    size_t i;
+    json_t *e;
+    bool ours = false;
+    if (qemu_command(q, "query-block-exports", NULL, &exports, err) < 0)
+        return -1;
+    json_array_foreach(exports, i, e)
+    {
+        ours |= begins(qmp_string(e, "id"), SNAPSHOT_EXPORT);
+    }
+    return ours ? qemu_command(q, "nbd-server-stop", NULL, NULL, err) : 0;
+}
+
 /* ---- the guest ---- */
 
 static int has_marker(struct qemu *q, bool *ret_has, struct vm_error **err)
@@ -258,7 +274,7 @@ int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
     if (marker || found)
         qemu_forget_fd(q, QEMU_STREAM_FD); /* one that was not written to yet */
     /* The guest first: it waits. */
-    if ((marker && let_go_on(q, err) < 0) || free_memory(q, err) < 0 ||
+    if ((marker && let_go_on(q, err) < 0) || free_memory(q, err) < 0 || end_exports(q, err) < 0 ||
         (found && sweep_nodes(q, nodes, err) < 0) || (marker && snapshot_drop_marker(q, err) < 0))
         return -1;
     *ret_found = found || marker;

@@ -13,6 +13,8 @@
 #define SNAPSHOT_FILTER "vmmig-filter"
 #define SNAPSHOT_SCRATCH "vmmig-scratch"
 #define SNAPSHOT_TARGET "vmmig-target"
+/* Of exports, and of the socket that they are for. */
+#define SNAPSHOT_EXPORT "vmmig-export"
 /* Of jobs. */
 #define SNAPSHOT_JOB "vmmig-push"
 /* An object that is there from before a guest is paused for a snapshot until it was seen to run again. */

@@ -64,9 +64,11 @@ def disks(cluster, vm):
     return plain, qcow2
 
 
-def start(agent, vm):
+def start(agent, vm, unprivileged=False):
+    """Starts and attaches it; unprivileged: its QEMU may not use userfaultfd."""
     console = agent.cluster.console(vm.name)
-    agent.host.popen(vm.argv(), name=vm.name)
+    lame = ['setpriv', '--bounding-set=-sys_ptrace', '--inh-caps=-sys_ptrace'] if unprivileged else []
+    agent.host.popen([*lame, *vm.argv()], name=vm.name)
     console.wait_for('ready', timeout=60)
     agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
     return console

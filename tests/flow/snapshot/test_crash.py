@@ -13,8 +13,8 @@ from lab import BareGuest
 from snapshots import disks, make_agent, start, untouched
 
 # Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
-BEFORE = ['snapshot.prepared', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting', 'snapshot.memory@9',
-          'snapshot.pushing', 'snapshot.arrived@2', 'snapshot.copied', 'snapshot.commit']
+BEFORE = ['snapshot.prepared', 'snapshot.waiting', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting',
+          'snapshot.memory@9', 'snapshot.pushing', 'snapshot.arrived@2', 'snapshot.copied', 'snapshot.commit']
 AFTER = ['snapshot.committed', 'snapshot.swept']
 GOES_ON = 3  # seconds after which a guest whose agent died has said something again
 
@@ -30,6 +30,13 @@ def guest(agent):
     vm = BareGuest('web1', mem_mib=128, dirty_mib=4, rate_mbps=1)
     disks(agent.cluster, vm)
     return vm, start(agent, vm)
+
+
+@pytest.fixture(scope='module')
+def unprivileged(agent):
+    vm = BareGuest('copied', mem_mib=128, dirty_mib=8, rate_mbps=10)
+    disks(agent.cluster, vm)
+    return vm, start(agent, vm, unprivileged=True)
 
 
 def processes_of(program, word=b''):
@@ -85,6 +92,22 @@ def test_the_agent_dies(agent, guest, point):
     agent.vmmig('snapshot', 'web1', f'{name}-again')  # after which no bitmap of the dead one is left, either
     runs_on(agent, vm, console)
     eventually('the end of the guard', lambda: not guards())
+
+
+@pytest.mark.parametrize('point', ['snapshot.memory@9', 'snapshot.paused', 'snapshot.migrated', 'snapshot.switched'])
+def test_the_agent_dies_where_memory_is_copied_before(agent, unprivileged, point):
+    vm, console = unprivileged
+    arm(agent, point.replace('@', '=crash@') if '@' in point else f'{point}=crash')
+    assert agent.vmmig('snapshot', vm.name, 'never', check=False).returncode == 6
+    agent.process.wait(20)
+    console.wait_ticks(3, GOES_ON)
+    console.verify(10)
+    agent.start(faults='snapshot.arrived=delay:0')
+    eventually('the VM', lambda: agent.json('status', vm.name)['presence'] == 'present')
+    agent.vmmig('snapshot', vm.name, f'after-{point.split("@")[0]}')
+    console.wait_ticks(3)
+    console.verify()
+    untouched(vm, agent)
 
 
 @pytest.mark.parametrize('point', ['snapshot.paused', 'snapshot.memory@9'])
