@@ -3,7 +3,7 @@
 #include "base/clock.h"
 #include "base/text.h"
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_print.h"
 
 #include <errno.h>
@@ -43,7 +43,7 @@ static int ask_templates(const struct cli *c, unsigned type, const ProtobufCMess
                          bool list, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (cli_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__TEMPLATES, &answer, err) < 0)
+    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__TEMPLATES, &answer, err) < 0)
         return -1;
     const Vmmig__Control__Templates *m = answer.templates;
     if (c->json && !list)
@@ -90,7 +90,7 @@ static int run_template_delete(const struct cli *c, struct vm_error **err)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__TemplateDelete m = VMMIG__CONTROL__TEMPLATE_DELETE__INIT;
     m.template_ = word(c->args.list[0]);
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__TEMPLATE_DELETE, &m.base, VMMIG__CONTROL__TYPE__OK,
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__TEMPLATE_DELETE, &m.base, VMMIG__CONTROL__TYPE__OK,
                 &answer, err) < 0)
         return -1;
     if (c->json)
@@ -172,7 +172,7 @@ static int run_clone(const struct cli *c, struct vm_error **err)
     m.sets = s.pointers;
     m.n_sets = s.n;
     if (r == 0)
-        r = cli_ask(c->socket, VMMIG__CONTROL__TYPE__CLONE, &m.base, VMMIG__CONTROL__TYPE__CLONES,
+        r = client_ask(c->socket, VMMIG__CONTROL__TYPE__CLONE, &m.base, VMMIG__CONTROL__TYPE__CLONES,
                     &answer, err);
     free(s.text);
     return r < 0 ? -1 : say_clones(c, answer.clones, err);
@@ -215,7 +215,7 @@ static int run_mount(const struct cli *c, struct vm_error **err)
     if (absolute(c->args.list[0], dir, err) < 0)
         return -1;
     m.dir = dir;
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__MOUNT, &m.base, VMMIG__CONTROL__TYPE__MOUNTED,
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__MOUNT, &m.base, VMMIG__CONTROL__TYPE__MOUNTED,
                 &answer, err) < 0)
         return -1;
     return say_mounted(c, answer.mounted, err);
@@ -229,7 +229,7 @@ static int run_unmount(const struct cli *c, struct vm_error **err)
     if (absolute(c->args.list[0], dir, err) < 0)
         return -1;
     m.dir = dir;
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__UNMOUNT, &m.base, VMMIG__CONTROL__TYPE__OK,
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__UNMOUNT, &m.base, VMMIG__CONTROL__TYPE__OK,
                 &answer, err) < 0)
         return -1;
     if (c->json)

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_print.h"
 
 static int run_version(const struct cli *c, struct vm_error **err)
 {
-    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, NULL);
-    const char *agent = client ? cli_client_software(client) : NULL;
+    CLEANUP(client) struct client *client = client_open(c->socket, NULL);
+    const char *agent = client ? client_software(client) : NULL;
     if (c->json)
         return cli_print_json(json_pack("{s:s, s:s?}", "vmmig", VMMIG_VERSION, "agent", agent),
                               err);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_print.h"
 
 static int run_doctor(const struct cli *c, struct vm_error **err)
@@ -8,11 +8,11 @@ static int run_doctor(const struct cli *c, struct vm_error **err)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Doctor m = VMMIG__CONTROL__DOCTOR__INIT;
     if (c->args.n) {
-        m.vm = cli_word(c->args.list[0]);
+        m.vm = client_word(c->args.list[0]);
         if (vm_name_check(m.vm, err) < 0)
             return error_wrap(err, "'%.80s'", m.vm);
     }
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__DOCTOR, &m.base, VMMIG__CONTROL__TYPE__DIAGNOSIS,
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__DOCTOR, &m.base, VMMIG__CONTROL__TYPE__DIAGNOSIS,
                 &answer, err) < 0)
         return -1;
     if (c->json)
@@ -27,9 +27,9 @@ static int run_debug_faults(const struct cli *c, struct vm_error **err)
     Vmmig__Control__Faults m = VMMIG__CONTROL__FAULTS__INIT;
     if (c->arm) {
         m.set = true;
-        m.arm = cli_word(c->arm);
+        m.arm = client_word(c->arm);
     }
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__FAULTS, &m.base,
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__FAULTS, &m.base,
                 VMMIG__CONTROL__TYPE__FAULT_POINTS, &answer, err) < 0)
         return -1;
     if (c->json)

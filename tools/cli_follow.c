@@ -17,7 +17,7 @@ enum { TERMINAL_INTERVAL_MS = 200, PLAIN_INTERVAL_MS = 1000, LINE_MAX_BYTES = 10
 
 struct follow {
     const struct cli *cli;
-    struct cli_client *client;
+    struct client *client;
     const char *vm;      /* "": a job of the repository */
     struct uuid job;     /* known if vm is "" */
     int signal_fd;
@@ -84,13 +84,13 @@ static const char *subject(const struct follow *f)
 static void cancel(struct follow *f)
 {
     cleanup_error struct vm_error *err = NULL;
-    CLEANUP(cli_client) struct cli_client *c = cli_client_open(f->cli->socket, &err);
+    CLEANUP(client) struct client *c = client_open(f->cli->socket, &err);
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Cancel m = VMMIG__CONTROL__CANCEL__INIT;
     m.vm = (char *)(uintptr_t)f->vm;
     if (!*f->vm)
         m.job = (ProtobufCBinaryData){sizeof(f->job.bytes), f->job.bytes};
-    if (!c || cli_client_call(c, VMMIG__CONTROL__TYPE__CANCEL, &m.base,
+    if (!c || client_call(c, VMMIG__CONTROL__TYPE__CANCEL, &m.base,
                               VMMIG__CONTROL__TYPE__JOB, &answer, &err) < 0)
         fprintf(stderr, "vmmig: %s\n", error_message(err));
     else
@@ -132,7 +132,7 @@ static int next_report(struct follow *f, struct control_message *ret, struct vm_
         cleanup_error struct vm_error *failure = NULL;
         if (f->leave_at_ns != INT64_MAX && clock_mono_ns() >= f->leave_at_ns)
             return 0;
-        if (cli_client_receive(f->client, VMMIG__CONTROL__TYPE__JOB, f->leave_at_ns, f->signal_fd,
+        if (client_receive(f->client, VMMIG__CONTROL__TYPE__JOB, f->leave_at_ns, f->signal_fd,
                                ret, &failure) == 0)
             return 1;
         if (failure->kind == VM_ERROR_CANCELLED && take_interrupt(f))
@@ -192,12 +192,12 @@ static int watch_and_follow(struct follow *f, const Vmmig__Control__Job *job,
     else
         watch.vm = (char *)(uintptr_t)f->vm;
     watch.interval_ms = isatty(STDERR_FILENO) ? TERMINAL_INTERVAL_MS : PLAIN_INTERVAL_MS;
-    if (cli_client_send(f->client, VMMIG__CONTROL__TYPE__WATCH, &watch.base, err) < 0)
+    if (client_send(f->client, VMMIG__CONTROL__TYPE__WATCH, &watch.base, err) < 0)
         return -1;
     return follow(f, err);
 }
 
-int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
+int cli_follow(const struct cli *cli, struct client *c, const char *vm,
                const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err)
 {
     struct follow f = {.cli = cli, .client = c, .vm = vm, .signal_fd = signal_fd,
@@ -205,7 +205,7 @@ int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
     return watch_and_follow(&f, job, err);
 }
 
-int cli_follow_with(const struct cli *cli, struct cli_client *c, const Vmmig__Control__Job *job,
+int cli_follow_with(const struct cli *cli, struct client *c, const Vmmig__Control__Job *job,
                     const struct cli_follow_hooks *hooks, int signal_fd, struct vm_error **err)
 {
     struct follow f = {.cli = cli, .client = c, .vm = "", .signal_fd = signal_fd, .hooks = hooks,

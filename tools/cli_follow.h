@@ -15,7 +15,7 @@
 
 #include "base/clock.h"
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 
 #define FOLLOW_GRACE_NS (3 * NSEC_PER_SEC)
 
@@ -28,7 +28,7 @@ int cli_follow_prepare(struct vm_error **err);
  * Watch that job of the VM; `job` NULL: the one that runs, else the last. 0: done; -1: the job's
  * error, nothing printed but progress; above 0: exit status, everything having been said.
  */
-int cli_follow(const struct cli *cli, struct cli_client *c, const char *vm,
+int cli_follow(const struct cli *cli, struct client *c, const char *vm,
                const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err);
 
 /* For jobs that are not a VM's. */
@@ -38,7 +38,7 @@ struct cli_follow_hooks {
     int (*conclude)(const Vmmig__Control__Job *job, void *arg, struct vm_error **err);
     void *arg;
 };
-int cli_follow_with(const struct cli *cli, struct cli_client *c, const Vmmig__Control__Job *job,
+int cli_follow_with(const struct cli *cli, struct client *c, const Vmmig__Control__Job *job,
                     const struct cli_follow_hooks *hooks, int signal_fd, struct vm_error **err);
 
 /* The progress line alone, for work that is done in this process. Zero-initialise it. */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_repo.h"
 
 #include "repo/repo.h"
@@ -12,8 +12,8 @@ static Vmmig__Control__Repo request(const struct cli *c, Vmmig__Control__RepoVer
 {
     Vmmig__Control__Repo m = VMMIG__CONTROL__REPO__INIT;
     m.verb = verb;
-    m.file = cli_word(c->file ? c->file : "");
-    m.parent = cli_word(c->parent ? c->parent : "");
+    m.file = client_word(c->file ? c->file : "");
+    m.parent = client_word(c->parent ? c->parent : "");
     return m;
 }
 
@@ -21,8 +21,8 @@ static int run_import(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__Repo m = request(c, VMMIG__CONTROL__REPO_VERB__IMAGE_IMPORT);
     cleanup_close int fd = -1;
-    m.path = cli_word(c->args.list[0]);
-    m.image = cli_word(c->args.list[1]);
+    m.path = client_word(c->args.list[0]);
+    m.image = client_word(c->args.list[1]);
     if (image_name_check(m.image, err) < 0 || source_prepare(m.path, c->format, &fd, err) < 0)
         return -1;
     return cli_repo_run(c, &m, fd, err);
@@ -32,8 +32,8 @@ static int run_export(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__Repo m = request(c, VMMIG__CONTROL__REPO_VERB__IMAGE_EXPORT);
     cleanup_close int fd = -1;
-    m.image = cli_word(c->args.list[0]);
-    m.path = cli_word(c->args.list[1]);
+    m.image = client_word(c->args.list[0]);
+    m.path = client_word(c->args.list[1]);
     if (image_name_check(m.image, err) < 0 || image_export_target(m.path, &fd, err) < 0)
         return -1;
     int result = cli_repo_run(c, &m, fd, err);
@@ -51,8 +51,8 @@ static int run_list(const struct cli *c, struct vm_error **err)
 static int run_of_image(const struct cli *c, Vmmig__Control__RepoVerb verb, struct vm_error **err)
 {
     Vmmig__Control__Repo m = request(c, verb);
-    m.image = cli_word(c->args.list[0]);
-    m.other = cli_word(c->args.n > 1 ? c->args.list[1] : "");
+    m.image = client_word(c->args.list[0]);
+    m.other = client_word(c->args.n > 1 ? c->args.list[1] : "");
     if (image_name_check(m.image, err) < 0 || (*m.other && image_name_check(m.other, err) < 0))
         return -1;
     return cli_repo_run(c, &m, -1, err);

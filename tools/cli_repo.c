@@ -4,7 +4,7 @@
 #include "base/clock.h"
 #include "base/fault.h"
 #include "repo/service.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_follow.h"
 #include "tools/cli_print.h"
 
@@ -25,9 +25,9 @@ static void show_direct(const struct repo_progress *p, void *arg)
     Vmmig__Control__Job job = VMMIG__CONTROL__JOB__INIT;
     if (d->view->cli->json)
         return;
-    job.kind = cli_word(repo_service_verb_name(m->verb));
+    job.kind = client_word(repo_service_verb_name(m->verb));
     job.peer = *m->to ? m->to : m->image;
-    job.phase = cli_word("working");
+    job.phase = client_word("working");
     job.total = p->total;
     job.remaining = p->total - p->done;
     job.stored_bytes = p->stored;
@@ -73,7 +73,7 @@ static int conclude(const Vmmig__Control__Job *job, void *arg, struct vm_error *
     return cli_repo_end(arg, job->elapsed_ns, err);
 }
 
-static int run_job(const struct cli *c, struct cli_client *client, struct cli_repo_view *view,
+static int run_job(const struct cli *c, struct client *client, struct cli_repo_view *view,
                    int fd, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
@@ -82,21 +82,21 @@ static int run_job(const struct cli *c, struct cli_client *client, struct cli_re
         .conclude = conclude, .arg = view};
     cleanup_close int signal_fd = cli_follow_prepare(err);
     if (signal_fd < 0 ||
-        cli_client_send_fd(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, fd, err) < 0 ||
-        cli_client_receive(client, VMMIG__CONTROL__TYPE__JOB, INT64_MAX, -1, &answer, err) < 0)
+        client_send_fd(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, fd, err) < 0 ||
+        client_receive(client, VMMIG__CONTROL__TYPE__JOB, INT64_MAX, -1, &answer, err) < 0)
         return -1;
     return cli_follow_with(c, client, answer.job, &hooks, signal_fd, err);
 }
 
-static int run_answered(struct cli_client *client, struct cli_repo_view *view,
+static int run_answered(struct client *client, struct cli_repo_view *view,
                         struct vm_error **err)
 {
     bool more = true;
-    if (cli_client_send(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, err) < 0)
+    if (client_send(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, err) < 0)
         return -1;
     while (more) {
         cleanup_control_message struct control_message answer = {0};
-        if (cli_client_receive(client, VMMIG__CONTROL__TYPE__REPO_RESULT, INT64_MAX, -1, &answer,
+        if (client_receive(client, VMMIG__CONTROL__TYPE__REPO_RESULT, INT64_MAX, -1, &answer,
                                err) < 0 ||
             cli_repo_part(view, answer.repo_result, err) < 0)
             return -1;
@@ -115,7 +115,7 @@ int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int f
     if (c->repo) {
         result = run_direct(c, &view, fd, err);
     } else {
-        CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
+        CLEANUP(client) struct client *client = client_open(c->socket, err);
         if (!client)
             return error_wrap(err, "without --repo URL");
         result = repo_service_is_long(request->verb) ? run_job(c, client, &view, fd, err)
@@ -131,7 +131,7 @@ static int run_verb(const struct cli *c, Vmmig__Control__RepoVerb verb, struct v
 {
     Vmmig__Control__Repo m = VMMIG__CONTROL__REPO__INIT;
     m.verb = verb;
-    m.data_pool = cli_word(c->data_pool ? c->data_pool : "");
+    m.data_pool = client_word(c->data_pool ? c->data_pool : "");
     m.fence_after_ms = c->fence_after_s * 1000;
     m.repack = c->repack || c->recompress;
     m.recompress = c->recompress;
@@ -169,8 +169,8 @@ static int run_copy(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__Repo m = VMMIG__CONTROL__REPO__INIT;
     m.verb = VMMIG__CONTROL__REPO_VERB__REPO_COPY;
-    m.to = cli_word(c->args.list[0]);
-    m.image = cli_word(c->args.n > 1 ? c->args.list[1] : "");
+    m.to = client_word(c->args.list[0]);
+    m.image = client_word(c->args.n > 1 ? c->args.list[1] : "");
     return cli_repo_run(c, &m, -1, err);
 }
 

@@ -2,7 +2,7 @@
 #include "base/clock.h"
 #include "base/text.h"
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_follow.h"
 #include "tools/cli_print.h"
 
@@ -43,7 +43,7 @@ static int ask(const struct cli *c, unsigned type, const ProtobufCMessage *reque
                const char *word, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (cli_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__SNAPSHOTS, &answer, err) < 0)
+    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__SNAPSHOTS, &answer, err) < 0)
         return -1;
     const Vmmig__Control__Snapshots *list = answer.snapshots;
     json_t *json = json_array();
@@ -75,8 +75,8 @@ static int follow(const struct cli *c, unsigned type, const ProtobufCMessage *re
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
         return -1;
-    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
-    if (!client || cli_client_call(client, type, request, VMMIG__CONTROL__TYPE__JOB, &answer, err) <
+    CLEANUP(client) struct client *client = client_open(c->socket, err);
+    if (!client || client_call(client, type, request, VMMIG__CONTROL__TYPE__JOB, &answer, err) <
                        0)
         return -1;
     if (!c->background)
@@ -96,8 +96,8 @@ static int run_take(const struct cli *c, struct vm_error **err)
         return error_wrap(err, "'%.80s'", c->args.list[0]);
     if (c->guest_agent && !(path = realpath(c->guest_agent, NULL)))
         return error_errno(err, errno, "--guest-agent %s", c->guest_agent);
-    m.vm = cli_word(c->args.list[0]);
-    m.name = cli_word(c->args.list[1]);
+    m.vm = client_word(c->args.list[0]);
+    m.name = client_word(c->args.list[1]);
     m.disk_only = c->disk_only;
     m.guest_agent = path ? path : m.guest_agent;
     int r = follow(c, VMMIG__CONTROL__TYPE__SNAPSHOT, &m.base, err);
@@ -111,7 +111,7 @@ static int run_list(const struct cli *c, struct vm_error **err)
     if (c->args.n) {
         if (vm_name_check(c->args.list[0], err) < 0)
             return error_wrap(err, "'%.80s'", c->args.list[0]);
-        m.vm = cli_word(c->args.list[0]);
+        m.vm = client_word(c->args.list[0]);
     }
     return ask(c, VMMIG__CONTROL__TYPE__SNAPSHOT_LIST, &m.base, NULL, err);
 }
@@ -119,14 +119,14 @@ static int run_list(const struct cli *c, struct vm_error **err)
 static int run_show(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__SnapshotList m = VMMIG__CONTROL__SNAPSHOT_LIST__INIT;
-    m.image = cli_word(c->args.list[0]);
+    m.image = client_word(c->args.list[0]);
     return ask(c, VMMIG__CONTROL__TYPE__SNAPSHOT_LIST, &m.base, NULL, err);
 }
 
 static int run_delete(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__SnapshotDelete m = VMMIG__CONTROL__SNAPSHOT_DELETE__INIT;
-    m.image = cli_word(c->args.list[0]);
+    m.image = client_word(c->args.list[0]);
     return ask(c, VMMIG__CONTROL__TYPE__SNAPSHOT_DELETE, &m.base, "deleted", err);
 }
 
@@ -138,8 +138,8 @@ static int run_restore(const struct cli *c, struct vm_error **err)
         return error_wrap(err, "--as '%.80s'", c->as);
     if (c->disk_dir && !(folder = realpath(c->disk_dir, NULL)))
         return error_errno(err, errno, "--disk-dir %s", c->disk_dir);
-    m.image = cli_word(c->args.list[0]);
-    m.as = cli_word(c->as ? c->as : "");
+    m.image = client_word(c->args.list[0]);
+    m.as = client_word(c->as ? c->as : "");
     m.disk_dir = folder ? folder : m.disk_dir;
     m.paused = c->paused;
     int r = follow(c, VMMIG__CONTROL__TYPE__RESTORE, &m.base, err);
@@ -155,7 +155,7 @@ static int run_prune(const struct cli *c, struct vm_error **err)
     if (!c->keep_last && !c->keep_daily && !c->keep_weekly)
         return error_set(err, VM_ERROR_USAGE,
                          "one of --keep-last, --keep-daily and --keep-weekly is required");
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     m.keep_last = (uint32_t)c->keep_last;
     m.keep_daily = (uint32_t)c->keep_daily;
     m.keep_weekly = (uint32_t)c->keep_weekly;
@@ -218,7 +218,11 @@ static const struct cli_command commands[] = {
      "repository. The guest is paused for the switch only, and runs on while everything is "
      "stored. What did not change since the VM's last snapshot takes no space, and of the disks "
      "only what changed is read.\n\n"
-     "    vmmig snapshot web1 nightly",
+     "    vmmig snapshot web1 nightly\n\n"
+     "Where QEMU cannot write-protect the guest's memory (it may not use userfaultfd) memory is "
+     "copied first, as for a migration, into scratch-dir; the answer says so. So is that of a "
+     "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when it is "
+     "resumed, and has to be before its memory can be taken again.",
      run_take},
     {"restore", "VM@NAME", 1, 1, false, restore_options, "a VM from a snapshot",
      "Make the VM of a snapshot run again, from the instant at which it was taken: its disks are "

@@ -2,7 +2,7 @@
 #include "base/clock.h"
 #include "base/uuid.h"
 #include "tools/cli.h"
-#include "tools/cli_client.h"
+#include "client/client.h"
 #include "tools/cli_follow.h"
 #include "tools/cli_print.h"
 
@@ -23,7 +23,7 @@ static int ask_vm(const struct cli *c, unsigned type, const ProtobufCMessage *re
                   const char *done, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (cli_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
+    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_vm(answer.vm), err);
@@ -39,7 +39,7 @@ static int run_run(const struct cli *c, struct vm_error **err)
         return -1;
     if (!getcwd(cwd, sizeof(cwd)))
         return error_errno(err, errno, "cannot tell the current directory");
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     m.argv = c->args.rest;
     m.n_argv = (size_t)c->args.n_rest;
     m.cwd = cwd;
@@ -58,7 +58,7 @@ static int run_attach(const struct cli *c, struct vm_error **err)
     char *path = realpath(given, NULL);
     if (!path)
         return error_errno(err, errno, "--%s %s", c->qmp ? "qmp" : "socket", given);
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     *(c->qmp ? &m.qmp_path : &m.socket_path) = path;
     int r = ask_vm(c, VMMIG__CONTROL__TYPE__ATTACH, &m.base, "attached", err);
     free(path);
@@ -69,7 +69,7 @@ static int run_list(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__List m = VMMIG__CONTROL__LIST__INIT;
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__LIST, &m.base, VMMIG__CONTROL__TYPE__VMS, &answer, err) < 0)
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__LIST, &m.base, VMMIG__CONTROL__TYPE__VMS, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_vms(answer.vms), err);
@@ -81,7 +81,7 @@ static int status_of_agent(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Info m = VMMIG__CONTROL__INFO__INIT;
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__INFO, &m.base, VMMIG__CONTROL__TYPE__AGENT, &answer, err) < 0)
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__INFO, &m.base, VMMIG__CONTROL__TYPE__AGENT, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_agent(answer.agent), err);
@@ -95,8 +95,8 @@ static int run_status(const struct cli *c, struct vm_error **err)
     Vmmig__Control__Status m = VMMIG__CONTROL__STATUS__INIT;
     if (!c->args.n)
         return status_of_agent(c, err);
-    m.vm = cli_word(c->args.list[0]);
-    if (check_vm_name(c, err) < 0 || cli_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base,
+    m.vm = client_word(c->args.list[0]);
+    if (check_vm_name(c, err) < 0 || client_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base,
                                          VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
         return -1;
     if (c->json)
@@ -110,12 +110,12 @@ static int run_detach(const struct cli *c, struct vm_error **err)
     Vmmig__Control__Detach m = VMMIG__CONTROL__DETACH__INIT;
     if (check_vm_name(c, err) < 0)
         return -1;
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     return ask_vm(c, VMMIG__CONTROL__TYPE__DETACH, &m.base, "detached", err);
 }
 
 /* Stay with the job, or say that it began. */
-static int follow_or_leave(const struct cli *c, struct cli_client *client,
+static int follow_or_leave(const struct cli *c, struct client *client,
                            const Vmmig__Control__Job *job, int signal_fd, struct vm_error **err)
 {
     if (!c->background)
@@ -136,22 +136,22 @@ static int run_send(const struct cli *c, struct vm_error **err)
         return -1;
     if (endpoint_parse(c->to, DEFAULT_PEER_PORT, &to, err) < 0)
         return error_wrap(err, "--to %.80s", c->to);
-    m.vm = cli_word(c->args.list[0]);
-    m.to = cli_word(c->to);
+    m.vm = client_word(c->args.list[0]);
+    m.to = client_word(c->to);
     m.downtime_limit_ms = (uint32_t)c->downtime_limit_ms;
     m.max_bandwidth = c->max_bandwidth;
     m.connections = (uint32_t)c->connections;
     m.compress = c->compress;
     if (c->dest_qmp && c->dest_socket)
         return error_set(err, VM_ERROR_USAGE, "--dest-qmp and --dest-socket exclude each other");
-    m.dest_qmp = cli_word(c->dest_qmp ? c->dest_qmp : "");
-    m.dest_socket = cli_word(c->dest_socket ? c->dest_socket : "");
+    m.dest_qmp = client_word(c->dest_qmp ? c->dest_qmp : "");
+    m.dest_socket = client_word(c->dest_socket ? c->dest_socket : "");
     m.assume_shared = c->assume_shared;
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
         return -1;
-    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
-    if (!client || cli_client_call(client, VMMIG__CONTROL__TYPE__SEND, &m.base,
+    CLEANUP(client) struct client *client = client_open(c->socket, err);
+    if (!client || client_call(client, VMMIG__CONTROL__TYPE__SEND, &m.base,
                                    VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
         return -1;
     return follow_or_leave(c, client, answer.job, signal_fd, err);
@@ -164,7 +164,7 @@ static int run_watch(const struct cli *c, struct vm_error **err)
     cleanup_close int signal_fd = cli_follow_prepare(err);
     if (signal_fd < 0)
         return -1;
-    CLEANUP(cli_client) struct cli_client *client = cli_client_open(c->socket, err);
+    CLEANUP(client) struct client *client = client_open(c->socket, err);
     return client ? cli_follow(c, client, c->args.list[0], NULL, signal_fd, err) : -1;
 }
 
@@ -172,7 +172,7 @@ static int run_jobs(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Jobs m = VMMIG__CONTROL__JOBS__INIT;
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__JOBS, &m.base, VMMIG__CONTROL__TYPE__JOB_LIST, &answer, err) <
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__JOBS, &m.base, VMMIG__CONTROL__TYPE__JOB_LIST, &answer, err) <
         0)
         return -1;
     if (c->json)
@@ -187,9 +187,9 @@ static bool names_job(const struct cli *c, struct uuid *ret_id)
     cleanup_control_message struct control_message answer = {0};
     cleanup_error struct vm_error *ignored = NULL;
     Vmmig__Control__Status m = VMMIG__CONTROL__STATUS__INIT;
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     return uuid_parse(c->args.list[0], ret_id) &&
-           cli_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base, VMMIG__CONTROL__TYPE__VM,
+           client_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base, VMMIG__CONTROL__TYPE__VM,
                    &answer, &ignored) < 0;
 }
 
@@ -203,8 +203,8 @@ static int run_cancel(const struct cli *c, struct vm_error **err)
     if (names_job(c, &id))
         m.job = (ProtobufCBinaryData){sizeof(id.bytes), id.bytes};
     else
-        m.vm = cli_word(c->args.list[0]);
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
+        m.vm = client_word(c->args.list[0]);
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_job(answer.job), err);
@@ -227,11 +227,11 @@ static int run_resolve(const struct cli *c, struct vm_error **err)
                          "would run");
     if (c->fenced && endpoint_parse(c->fenced, DEFAULT_PEER_PORT, &host, err) < 0)
         return error_wrap(err, "--i-fenced %.80s", c->fenced);
-    m.vm = cli_word(c->args.list[0]);
+    m.vm = client_word(c->args.list[0]);
     m.verdict = c->here ? VMMIG__CONTROL__VERDICT__HERE : VMMIG__CONTROL__VERDICT__GONE;
-    m.fenced_host = cli_word(c->fenced ? c->fenced : "");
+    m.fenced_host = client_word(c->fenced ? c->fenced : "");
     cleanup_control_message struct control_message answer = {0};
-    if (cli_ask(c->socket, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(json_pack("{s:s, s:s}", "vm", m.vm, "decided",

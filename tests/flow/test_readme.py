@@ -20,14 +20,27 @@ def test_two_hosts_as_in_the_readme(tmp_path):
     typed = commands('README.md')
     done = []
     subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', tmp_path / 'debian12.qcow2', '16M'], check=True)
-    with Cluster() as cluster:
+    with Cluster(start=False) as cluster:
+        for agent in cluster.agents:
+            folder = os.path.dirname(built('snapshot/vmmig-guard'))
+            agent.options.update({'libexec-dir': folder, 'nbdkit-plugin': f'{folder}/nbdkit-vmmig-plugin.so'})
+            agent.start()
+        cluster.agents[1].vmmig('repo', 'init')
         vm = BareGuest('web1', mem_mib=64, dirty_mib=8)
         console = cluster.console('web1')
+        for name in ('web1b', 'worker-1', 'worker-2'):
+            cluster.console(name)
         names = {'host1': 'h1', 'host2': 'h2', '/run/web1.qmp': vm.qmp_path}
+        for folder in ('/srv/disks', '/mnt/images'):
+            names[folder] = os.path.join(cluster.shared, os.path.basename(folder))
+            os.mkdir(names[folder])
         for line in typed:
             for said, real in names.items():
                 line = line.replace(said, real)
             words = line.split()[1:]
+            if words[0] == 'restore':  # which says what it says at the same console
+                console.wait_ticks(5)
+                assert console.check() == ['h1', 'h2']
             if words[0] in ('repo', 'image'):
                 subprocess.run([built('tools/vmmig'), *words, '--repo', f'dir:{tmp_path}/repo'], cwd=tmp_path,
                                check=True, capture_output=True)
@@ -38,14 +51,12 @@ def test_two_hosts_as_in_the_readme(tmp_path):
                 console.wait_for('ready')
             elif words[0] == 'attach':  # instead of `run`: the VM is here already, and the answer says so
                 assert cluster.agents[0].vmmig(*words, check=False).returncode == 4
-            elif words[0] == 'status':
+            elif words[0] in ('status', 'snapshot', 'restore', 'template', 'clone', 'mount', 'unmount'):
                 cluster.agents[1].vmmig(*words)
             else:
                 cluster.agents[0].vmmig(*words)
             done.append(words[0])
-        console.wait_ticks(5)
-        assert console.check() == ['h1', 'h2']
-    assert {'pki', 'run', 'attach', 'send', 'status', 'repo', 'image'} <= set(done)
+    assert {'pki', 'run', 'attach', 'send', 'status', 'repo', 'image', 'snapshot', 'restore', 'clone', 'mount'} <= set(done)
 
 
 def test_every_command_of_the_manuals_exists():

@@ -15,13 +15,14 @@ import sys
 ALLOWED = {
     'base': {'base'},
     'proto': {'base', 'proto'},
+    'client': {'base', 'proto', 'client'},
     'dirtylog': {'base', 'proto', 'dirtylog'},
     'vmm': {'base', 'proto', 'dirtylog', 'vmm'},
     'repo': {'base', 'proto', 'repo'},
     'migrate': {'base', 'proto', 'dirtylog', 'vmm', 'migrate'},
     'snapshot': {'base', 'proto', 'repo', 'dirtylog', 'vmm', 'snapshot'},
     'agent': {'base', 'proto', 'dirtylog', 'vmm', 'repo', 'migrate', 'snapshot', 'agent'},
-    'tools': {'base', 'proto', 'repo', 'tools'},
+    'tools': {'base', 'proto', 'client', 'repo', 'tools'},
     'models': {'base', 'migrate', 'models'},
 }
 

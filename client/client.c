@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "tools/cli_client.h"
+#include "client/client.h"
 
 #include "base/clock.h"
 #include "base/io.h"
@@ -12,11 +12,10 @@
 
 #define HELLO_TIMEOUT_NS (10 * NSEC_PER_SEC)
 #define SEND_TIMEOUT_NS (10 * NSEC_PER_SEC)
-#define CALL_TIMEOUT_NS (120 * NSEC_PER_SEC)
 
 enum { READ_SIZE = 16384 };
 
-struct cli_client {
+struct client {
     int fd;
     struct frame_decoder decoder;
     struct cursor in; /* of `bytes`, what is not decoded yet */
@@ -24,7 +23,7 @@ struct cli_client {
     struct control_message welcome;
 };
 
-static int connect_to(struct cli_client *c, const char *path, struct vm_error **err)
+static int connect_to(struct client *c, const char *path, struct vm_error **err)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof(address.sun_path))
@@ -45,7 +44,7 @@ static int connect_to(struct cli_client *c, const char *path, struct vm_error **
                      "no agent answers on %s; start vmmigd or pass --socket", path);
 }
 
-static int greet(struct cli_client *c, struct vm_error **err)
+static int greet(struct client *c, struct vm_error **err)
 {
     char software[] = "vmmig " VMMIG_VERSION;
     Vmmig__Control__Hello hello = VMMIG__CONTROL__HELLO__INIT;
@@ -53,14 +52,14 @@ static int greet(struct cli_client *c, struct vm_error **err)
     hello.version_max = CONTROL_VERSION_MAX;
     hello.software = software;
     /* An agent that refuses closes at once, and its reason is worth more than a failed write. */
-    cli_client_send(c, VMMIG__CONTROL__TYPE__HELLO, &hello.base, NULL);
-    return cli_client_receive(c, VMMIG__CONTROL__TYPE__WELCOME, clock_mono_ns() + HELLO_TIMEOUT_NS,
+    client_send(c, VMMIG__CONTROL__TYPE__HELLO, &hello.base, NULL);
+    return client_receive(c, VMMIG__CONTROL__TYPE__WELCOME, clock_mono_ns() + HELLO_TIMEOUT_NS,
                               -1, &c->welcome, err);
 }
 
-struct cli_client *cli_client_open(const char *socket_path, struct vm_error **err)
+struct client *client_open(const char *socket_path, struct vm_error **err)
 {
-    CLEANUP(cli_client) struct cli_client *c = calloc(1, sizeof(*c));
+    CLEANUP(client) struct client *c = calloc(1, sizeof(*c));
     if (!c) {
         error_nomem(err);
         return NULL;
@@ -76,7 +75,7 @@ struct cli_client *cli_client_open(const char *socket_path, struct vm_error **er
     return steal_ptr(&c);
 }
 
-void cli_client_close(struct cli_client *c)
+void client_close(struct client *c)
 {
     if (!c)
         return;
@@ -86,13 +85,13 @@ void cli_client_close(struct cli_client *c)
     free(c);
 }
 
-int cli_client_send(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
+int client_send(struct client *c, unsigned type, const ProtobufCMessage *request,
                     struct vm_error **err)
 {
-    return cli_client_send_fd(c, type, request, -1, err);
+    return client_send_fd(c, type, request, -1, err);
 }
 
-int cli_client_send_fd(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
+int client_send_fd(struct client *c, unsigned type, const ProtobufCMessage *request,
                        int fd, struct vm_error **err)
 {
     cleanup_buffer struct buffer out = {0};
@@ -107,7 +106,7 @@ int cli_client_send_fd(struct cli_client *c, unsigned type, const ProtobufCMessa
                          -1, err);
 }
 
-static int read_frame(struct cli_client *c, int64_t deadline_ns, int cancel_fd, struct frame *ret,
+static int read_frame(struct client *c, int64_t deadline_ns, int cancel_fd, struct frame *ret,
                       struct vm_error **err)
 {
     for (;;) {
@@ -123,7 +122,7 @@ static int read_frame(struct cli_client *c, int64_t deadline_ns, int cancel_fd, 
     }
 }
 
-int cli_client_receive(struct cli_client *c, unsigned want, int64_t deadline_ns, int cancel_fd,
+int client_receive(struct client *c, unsigned want, int64_t deadline_ns, int cancel_fd,
                        struct control_message *ret_answer, struct vm_error **err)
 {
     struct frame frame;
@@ -133,7 +132,7 @@ int cli_client_receive(struct cli_client *c, unsigned want, int64_t deadline_ns,
         return -1;
     if (m.type == VMMIG__CONTROL__TYPE__ERROR)
         return error_set(err, error_kind_parse(m.error->kind), "%s", m.error->message);
-    if (m.type != want)
+    if (want != CLIENT_ANY && m.type != want)
         return error_set(err, VM_ERROR_PROTOCOL, "the agent answered %s where %s was expected",
                          control_type_name(m.type), control_type_name(want));
     *ret_answer = m;
@@ -141,27 +140,27 @@ int cli_client_receive(struct cli_client *c, unsigned want, int64_t deadline_ns,
     return 0;
 }
 
-int cli_client_call(struct cli_client *c, unsigned type, const ProtobufCMessage *request,
+int client_call(struct client *c, unsigned type, const ProtobufCMessage *request,
                     unsigned want, struct control_message *ret_answer, struct vm_error **err)
 {
-    if (cli_client_send(c, type, request, err) < 0)
+    if (client_send(c, type, request, err) < 0)
         return -1;
-    return cli_client_receive(c, want, clock_mono_ns() + CALL_TIMEOUT_NS, -1, ret_answer, err);
+    return client_receive(c, want, clock_mono_ns() + CLIENT_CALL_NS, -1, ret_answer, err);
 }
 
-const char *cli_client_software(const struct cli_client *c)
+const char *client_software(const struct client *c)
 {
     return c->welcome.welcome->software;
 }
 
-int cli_ask(const char *socket_path, unsigned type, const ProtobufCMessage *request, unsigned want,
+int client_ask(const char *socket_path, unsigned type, const ProtobufCMessage *request, unsigned want,
             struct control_message *ret_answer, struct vm_error **err)
 {
-    CLEANUP(cli_client) struct cli_client *c = cli_client_open(socket_path, err);
-    return c ? cli_client_call(c, type, request, want, ret_answer, err) : -1;
+    CLEANUP(client) struct client *c = client_open(socket_path, err);
+    return c ? client_call(c, type, request, want, ret_answer, err) : -1;
 }
 
-char *cli_word(const char *text)
+char *client_word(const char *text)
 {
     return (char *)(uintptr_t)text;
 }
