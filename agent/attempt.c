@@ -86,6 +86,8 @@ void attempt_set_session(struct attempt *a, struct peer_session *session)
     struct peer_session *old;
     pthread_mutex_lock(&a->lock);
     old = a->session;
+    if (session && session != old)
+        a->heard_ns = clock_mono_ns();
     a->session = session ? peer_session_ref(session) : NULL;
     pthread_mutex_unlock(&a->lock);
     peer_session_unref(old);
@@ -160,6 +162,7 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         return;
     log_debug("received", "attempt=%s message=%s", uuid_text(&a->id), handover_message_name(m));
     pthread_mutex_lock(&a->lock);
+    a->heard_ns = clock_mono_ns();
     if (message->reason && !a->peer_reason) {
         error_set(&a->peer_reason, error_kind_parse(message->reason->kind), "the peer: %s",
                   message->reason->message);
@@ -237,11 +240,19 @@ Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record)
 static int write_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
     struct journal *journal = a->transfer->journal;
+    cleanup_error struct vm_error *damage = NULL;
     /* A record that may still be needed to recover carries the blob; a settled one need not. */
-    if (a->recorded && (handover_record_is_settled(record) || !a->record.blob))
-        return journal_advance(journal, &a->id, record, &a->record.vmm, err);
+    bool settled = handover_record_is_settled(record);
+    if (a->recorded && (settled || !a->record.blob)) {
+        if (journal_advance(journal, &a->id, record, &a->record.vmm, &damage) == 0)
+            return 0;
+        if (damage->kind != VM_ERROR_CORRUPT || !(settled || a->record.blob))
+            return error_propagate(err, steal_ptr(&damage));
+        log_error("what the disk made of a record is written anew", "attempt=%s error=%s",
+                  uuid_text(&a->id), log_q(error_message(damage)));
+    }
     a->record.record = record;
-    if (journal_put(journal, &a->record, err) < 0)
+    if ((a->recorded ? journal_mend : journal_put)(journal, &a->record, err) < 0)
         return -1;
     a->recorded = true;
     return 0;

@@ -131,6 +131,7 @@ struct attempt {
     struct vm_error *peer_reason; /* the first that the peer named */
     int64_t pause_ns;        /* how long the guest stood; -1: it did not, or is not known */
     struct peer_session *session; /* to the peer, NULL while there is none */
+    int64_t heard_ns;        /* when the peer last said something of this attempt, or came up */
     struct job *job;         /* that shows it, NULL while there is none */
 
     union {

@@ -16,6 +16,8 @@ enum { DIAL_TIMEOUT_MS = 5000, REDIAL_MS = 1000 };
 enum { PREPARE_TIMEOUT_MS = 60000, LOADED_TIMEOUT_MS = 30000 };
 /* While the guest stands a destination that cannot be reached is not waited for any longer. */
 enum { STANDING_OFFLINE_MS = 5000 };
+/* A peer that is asked every second answers sooner, unless the link was cut. */
+enum { SILENT_MS = 3000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
 #define PATIENCE(ms) fault_patience_ns(ms)
@@ -280,8 +282,31 @@ static void fail_when_late(struct attempt *a, int64_t since_ns, int64_t limit_ns
     attempt_fail(a, err);
 }
 
+static bool expects_an_answer(enum handover_state state)
+{
+    return state == HANDOVER_SRC_SENT || state == HANDOVER_SRC_REVERTING ||
+           state == HANDOVER_SRC_ORPHANED || state == HANDOVER_SRC_COMMITTED ||
+           state == HANDOVER_SRC_COMMITTED_SOLE || state == HANDOVER_SRC_ABORTED;
+}
+
+/*
+ * TCP finds out that a cut has ended as late again as it was long, and the guest may stand meanwhile. A
+ * connection that is silent is given up: the next is there as soon as the link is.
+ */
+static void give_up_silent_link(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    if (!a->session || !expects_an_answer(a->machine.state) ||
+        clock_mono_ns() - a->heard_ns < PATIENCE(SILENT_MS))
+        return;
+    log_warn("the peer is silent; its connection is made anew", "peer=%s", a->source.peer);
+    peer_session_shutdown(a->session);
+    a->heard_ns = clock_mono_ns();
+}
+
 static void tick(struct attempt *a)
 {
+    give_up_silent_link(a);
     struct sender_progress copy_progress = {0};
     pthread_mutex_lock(&a->lock);
     int64_t offline = a->source.offline_since_ns;

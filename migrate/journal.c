@@ -363,7 +363,8 @@ static int admit(struct journal *j, MDB_txn *txn, size_t blob_len, struct vm_err
 
 /* ---- The interface ---- */
 
-static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *record,
+/* mend: what stands there now may be damaged. */
+static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *record, bool mend,
                   struct vm_error **err)
 {
     cleanup_error struct vm_error *missing = NULL;
@@ -374,10 +375,11 @@ static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *
             return error_set(err, VM_ERROR_CONFLICT,
                              "journal: attempt %s has its other end here, too",
                              uuid_text(&r.attempt));
-    } else if (missing->kind != VM_ERROR_NOT_FOUND) {
+    } else if (missing->kind == VM_ERROR_NOT_FOUND) {
+        if (admit(j, txn, r.blob_len, err) < 0)
+            return -1;
+    } else if (missing->kind != VM_ERROR_CORRUPT || !mend) {
         return error_propagate(err, steal_ptr(&missing));
-    } else if (admit(j, txn, r.blob_len, err) < 0) {
-        return -1;
     }
     r.changed_ns = clock_wall_ns();
     if (!r.started_ns)
@@ -394,17 +396,28 @@ static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *
     return rc ? error_mdb(err, rc, "write") : 0;
 }
 
-int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err)
+static int put(struct journal *j, const struct journal_record *record, bool mend,
+               struct vm_error **err)
 {
     SCOPE_LOCK(&j->mutex);
     MDB_txn *txn;
     if (check_record(record, err) < 0 || begin(j, 0, &txn, err) < 0)
         return -1;
-    if (put_in(j, txn, record, err) < 0) {
+    if (put_in(j, txn, record, mend, err) < 0) {
         mdb_txn_abort(txn);
         return -1;
     }
     return commit(j, txn, err);
+}
+
+int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err)
+{
+    return put(j, record, false, err);
+}
+
+int journal_mend(struct journal *j, const struct journal_record *record, struct vm_error **err)
+{
+    return put(j, record, true, err);
 }
 
 static int advance_in(struct journal *j, MDB_txn *txn, const struct uuid *attempt,

@@ -70,12 +70,14 @@ DEFINE_CLEANUP(journal, struct journal *, journal_close)
 /*
  * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns if
  * it is 0. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
- * the other role.
+ * the other role; CORRUPT if it exists and is damaged.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
+/* The same, also over a damaged record: for who has lived through the whole attempt, and so knows all of it. */
+int journal_mend(struct journal *j, const struct journal_record *record, struct vm_error **err);
 /*
  * Change the record of an attempt, and its VMM unless `vmm` is NULL; the rest stays, except that a
- * settled record loses its blob. NOT_FOUND, or CONFLICT if it has the other role.
+ * settled record loses its blob. NOT_FOUND, CORRUPT, or CONFLICT if it has the other role.
  */
 int journal_advance(struct journal *j, const struct uuid *attempt, enum handover_record record,
                     const struct process_identity *vmm, struct vm_error **err);

@@ -3,7 +3,7 @@
 started again, and a judgement. Hosts, agents and the guest live on from case to case: a case begins on the host where
 the last one left the guest, and only a guest that a case ended is booted anew.
 
-A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [fill=...] [quick]`, see matrix.table."""
+A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [resolve=...] [quick]`, see matrix.table."""
 import json
 import os
 import re
@@ -52,7 +52,7 @@ def read_table(path):
             outcomes = tuple(outcome.split('|'))
             options = dict(word.split('=', 1) for word in rest if '=' in word)
             assert role in ROLES and set(outcomes) <= set(OUTCOMES), f'{path}:{number}: {line}'
-            assert set(options) <= {'with', 'peer', 'resolve', 'send'}, f'{path}:{number}: {line}'
+            assert set(options) <= {'with', 'peer', 'resolve'}, f'{path}:{number}: {line}'
             cases.append(Case(number, point, role, fault, outcomes, options, 'quick' in rest))
     names = [(case.name, tuple(case.options.items())) for case in cases]
     assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
@@ -240,6 +240,7 @@ class Harness:
             agent.process.send_signal(signal.SIGSTOP)
         elif kind == 'host':
             agent.host.crash()
+            eventually('the end of the host', lambda: self.dead(agent))
         elif kind == 'agent':
             agent.kill()
         elif kind == 'cancel':
@@ -285,9 +286,7 @@ class Harness:
             self.arm(agent, ','.join(mine))
         mark, runs = self.console.mark(), len(self.watch.runs)
         del self.watch.late[:]
-        source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background',
-                     *case.options.get('send', '').split(','), check=False) if case.options.get('send') else \
-            source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
+        source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
         eventually(f'{case.name}: the fault', lambda: self.acted(victim, case.point))
         began = time.monotonic()
         if held:

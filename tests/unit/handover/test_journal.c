@@ -450,6 +450,11 @@ static void a_damaged_record_is_reported_and_never_returned(void **state)
         assert_int_equal(journal_each(j, remember, &seen, NULL), 0);
         assert_int_equal(seen.count, 2);
         assert_int_equal(seen.damaged, 1);
+        r.record = HANDOVER_REC_DONE;
+        assert_int_equal(journal_mend(j, &r, NULL), 0);
+        assert_int_equal(journal_get(j, &r.attempt, &out, NULL), 0);
+        assert_int_equal(out.record, HANDOVER_REC_DONE);
+        journal_record_finish(&out);
         assert_int_equal(journal_remove(j, &r.attempt, NULL), 0);
         assert_int_equal(journal_remove(j, &good.attempt, NULL), 0);
         journal_close(j);
