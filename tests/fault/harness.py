@@ -39,6 +39,11 @@ class Case:
     def name(self):
         return f'{self.point} {self.role} {self.fault}'
 
+    @property
+    def kind(self):
+        """crash, error, delay ...; what happens outside by its own name: vmm, host, cut, freeze, cancel."""
+        return re.match('[a-z]+', self.fault.removeprefix('hold+')).group()
+
 
 def read_table(path):
     """The cases of a table file."""
@@ -376,9 +381,21 @@ def print_matrix(cases, out):
     for case in cases:
         print(f'{case.point:{width}}  {case.role:11}  {case.fault:{fault}}  {"|".join(case.outcomes):20}  '
               f'{case.seen:11}  {case.recovery:6.2f} s  {case.pause * 1000:6.0f} ms', file=out)
-    recoveries = sorted(case.recovery for case in cases if case.recovery == case.recovery)
-    pauses = [case.pause for case in cases if case.pause == case.pause]
-    if recoveries:
-        print(f'{len(cases)} cases; recovery: median {recoveries[len(recoveries) // 2]:.2f} s, worst '
-              f'{recoveries[-1]:.2f} s; longest pause of the guest {max(pauses, default=0):.2f} s '
-              f'(limits divided by {PATIENCE})', file=out)
+    kinds = {}
+    for case in cases:
+        kinds.setdefault(case.kind, []).append(case)
+    print(f'\n{"kind of fault":13}  cases  recovery: median   worst  pause of the guest: median    worst', file=out)
+    for kind, those in sorted(kinds.items()):
+        print(f'{kind:13}  {len(those):5}  {figures(case.recovery for case in those):>24}  '
+              f'{figures(case.pause for case in those):>35}', file=out)
+    longest = max((case for case in cases if case.pause == case.pause), key=lambda case: case.pause, default=None)
+    if longest:
+        print(f'the longest pause of a guest: {longest.pause:.2f} s, {longest.name}', file=out)
+    print(f'{len(cases)} cases; recovery: median and worst {figures(case.recovery for case in cases)} (limits divided by '
+          f'{PATIENCE})', file=out)
+
+
+def figures(values):
+    """Median and worst; a guest that ended had no pause."""
+    values = sorted(value for value in values if value == value)
+    return f'{values[len(values) // 2]:6.2f} s {values[-1]:6.2f} s' if values else '-'
