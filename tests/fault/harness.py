@@ -265,10 +265,12 @@ class Harness:
 
     @staticmethod
     def lives(agent, pid):
+        """Also as a zombie whose threads, which may be vCPUs, have not ended yet."""
         agent.host.reap()
         try:
             with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
-                return file.read().rsplit(')', 1)[1].split()[0] not in 'ZX'
+                state, *numbers = file.read().rsplit(')', 1)[1].split()
+                return state not in 'ZX' or int(numbers[16]) > 1
         except OSError:
             return False
 
