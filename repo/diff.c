@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/footer_cache.h"
+#include "repo/forwarding.h"
 #include "repo/repo.h"
 
 #include <stdlib.h>
@@ -15,6 +16,7 @@ struct side {
 struct diff {
     struct repo *repo;
     struct footer_cache *footers;
+    struct forwards *forwards;
     struct side a, b;
     image_diff_fn *visit;
     void *arg;
@@ -47,23 +49,38 @@ static int report_page(struct diff *d, uint64_t offset, struct vm_error **err)
     return 0;
 }
 
-/* The whole identity of a page, from its pack's footer. */
-static int identity(struct diff *d, const struct recipe_page *p, struct page_id *ret_id,
-                    struct vm_error **err)
+/* From the footer of the pack that the place names; false if that has no such page. */
+static int identity_at(struct diff *d, const struct recipe_page *p, struct page_id *ret_id,
+                       bool *ret_found, struct vm_error **err)
 {
+    *ret_found = false;
     if (!footer_cache_knows(d->footers, p->pack) &&
         footer_cache_load(d->footers, &p->pack, 1, err) < 0)
         return -1;
     const struct cached_footer *f = footer_cache_get(d->footers, p->pack);
-    for (uint32_t i = 0; f && i < f->footer.n_records; i++) {
+    for (uint32_t i = 0; f && i < f->footer.n_records && !*ret_found; i++) {
         const struct footer_record *r = &f->footer.records[i];
         if (r->offset == p->offset && p->page < r->n_pages) {
             *ret_id = f->footer.ids[r->first_page + p->page];
-            return 0;
+            *ret_found = true;
         }
     }
-    return error_set(err, VM_ERROR_CORRUPT, "pack %016llx has no page at %u.%u",
-                     (unsigned long long)p->pack, p->offset, p->page);
+    return 0;
+}
+
+/* The whole identity of a page, from its pack's footer, or where its pack's forwarding leads. */
+static int identity(struct diff *d, const struct recipe_page *p, struct page_id *ret_id,
+                    struct vm_error **err)
+{
+    struct recipe_page place = *p;
+    bool found, forwarded = false;
+    if (identity_at(d, &place, ret_id, &found, err) < 0 ||
+        (!found && forwards_find(d->forwards, &place, &forwarded, err) < 0) ||
+        (forwarded && identity_at(d, &place, ret_id, &found, err) < 0))
+        return -1;
+    return found ? 0
+                 : error_set(err, VM_ERROR_CORRUPT, "pack %016llx has no page at %u.%u",
+                             (unsigned long long)p->pack, p->offset, p->page);
 }
 
 /* 1 if they are the same, 0 if not. */
@@ -170,7 +187,9 @@ int image_diff(struct repo *r, const char *a, const char *b, image_diff_fn *visi
     d->visit = visit;
     d->arg = arg;
     d->footers = footer_cache_create(repo_store(r), FOOTERS_BYTES, err);
-    int result = d->footers ? diff_images(d, image_a, image_b, err) : -1;
+    d->forwards = d->footers ? forwards_create(repo_store(r), err) : NULL;
+    int result = d->forwards ? diff_images(d, image_a, image_b, err) : -1;
+    forwards_destroy(d->forwards);
     footer_cache_destroy(d->footers);
     return result;
 }

@@ -227,6 +227,31 @@ static void a_repository_is_compressed_again_once(void **state)
     assert_clean();
 }
 
+static int count_difference(const struct image_difference *d, void *arg, struct vm_error **err)
+{
+    *(uint64_t *)arg += d->len;
+    return 0;
+}
+
+static void images_are_compared_across_forwardings(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    uint64_t differing = 0;
+    store_image("a", content);
+    store_fault_arm(watched, "create.tree=error:ENOSPC@*", &err); /* recipes keep the old places */
+    assert_int_equal(collect(&recompress).settled, 0);
+    store_fault_arm(watched, "", &err);
+    assert_true(forwardings() > 0);
+    store_image("b", content); /* at the new places */
+    assert_int_equal(image_diff(repo, "a", "b", count_difference, &differing, &err), 0);
+    assert_ok(err);
+    assert_int_equal(differing, 0);
+    content[SIZE / 2] ^= 1;
+    store_image("c", content);
+    assert_int_equal(image_diff(repo, "c", "a", count_difference, &differing, &err), 0);
+    assert_int_equal(differing, PAGE_BYTES);
+}
+
 static void a_lease_reads_by_forwarding(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -336,6 +361,7 @@ int main(void)
         cmocka_unit_test(a_forwarding_is_read_as_it_was_written),
         cmocka_unit_test_setup_teardown(what_is_alive_moves_and_stays_readable, setup, teardown),
         cmocka_unit_test_setup_teardown(a_repository_is_compressed_again_once, setup, teardown),
+        cmocka_unit_test_setup_teardown(images_are_compared_across_forwardings, setup, teardown),
         cmocka_unit_test_setup_teardown(a_lease_reads_by_forwarding, setup, teardown),
         cmocka_unit_test_setup_teardown(a_target_is_repacked_again, setup, teardown),
         cmocka_unit_test_setup_teardown(a_reader_without_a_lease_goes_on, setup, teardown),
