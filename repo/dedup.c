@@ -32,6 +32,7 @@ struct candidate {
 struct dedup {
     struct index *index;
     struct footer_cache *cache;
+    unsigned records_max;
     struct dedup_stat stat;
     struct index_entry keys[KEYS_MAX];
     struct candidate candidates[KEYS_MAX];
@@ -40,7 +41,8 @@ struct dedup {
     struct places places[SEGMENT_PAGES];
 };
 
-struct dedup *dedup_create(struct index *index, struct footer_cache *cache, struct vm_error **err)
+struct dedup *dedup_create(struct index *index, struct footer_cache *cache, unsigned records_max,
+                           struct vm_error **err)
 {
     struct dedup *d = calloc(1, sizeof(*d));
     if (!d) {
@@ -49,6 +51,7 @@ struct dedup *dedup_create(struct index *index, struct footer_cache *cache, stru
     }
     d->index = index;
     d->cache = cache;
+    d->records_max = records_max;
     return d;
 }
 
@@ -347,7 +350,7 @@ void dedup_settle(struct dedup *d, struct segment *s)
     unsigned n = 0;
     for (size_t i = 0; i < TALLY_SIZE; i++)
         n += d->tally[i].pages > 0;
-    while (n && n + new_records(s) > DEDUP_RECORDS_MAX) {
+    while (n && n + new_records(s) > d->records_max) {
         struct tally *least = NULL;
         for (size_t i = 0; i < TALLY_SIZE; i++) {
             struct tally *t = &d->tally[i];

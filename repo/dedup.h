@@ -63,7 +63,9 @@ int segment_hash_extents(struct segment *s, struct page_hasher *hasher, struct v
 
 struct dedup;
 
-struct dedup *dedup_create(struct index *index, struct footer_cache *cache, struct vm_error **err);
+/* At most records_max records per segment. */
+struct dedup *dedup_create(struct index *index, struct footer_cache *cache, unsigned records_max,
+                           struct vm_error **err);
 void dedup_destroy(struct dedup *d);
 DEFINE_CLEANUP(dedup, struct dedup *, dedup_destroy)
 

@@ -466,7 +466,8 @@ static int create_parts(struct image_writer *w, struct vm_error **err)
     if (!(w->packs = pack_writer_create(&packs, err)) ||
         !(w->trees = tree_writer_create(s->store, s->index, &s->repository, s->writer,
                                         &s->condemned->trees, &w->shared.trees, err)) ||
-        !(w->dedup = dedup_create(s->index, w->cache, err)) ||
+        !(w->dedup = dedup_create(s->index, w->cache,
+                                  s->records_max ? s->records_max : DEDUP_RECORDS_MAX, err)) ||
         !(w->leaves = leaf_builder_create(w->packs, w->trees, err)) ||
         !(w->ordered = queue_create(SEGMENTS_MAX, NULL, err)))
         return -1;

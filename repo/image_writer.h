@@ -53,6 +53,7 @@ struct image_writer_setup {
                       struct vm_error **err);
     void *checkpoint_arg;
     size_t cache_bytes;  /* of the footer cache */
+    unsigned records_max; /* per MiB; 0: DEDUP_RECORDS_MAX */
     enum record_compression compression;
     int zstd_level;
 };

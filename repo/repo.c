@@ -20,6 +20,7 @@ struct repo {
     struct store *store;
     struct index *index;
     struct uuid uuid;
+    struct repo_tuning tuning;
 };
 
 /* ---- making ---- */
@@ -159,6 +160,11 @@ const struct uuid *repo_uuid(const struct repo *r)
     return &r->uuid;
 }
 
+void repo_tune(struct repo *r, const struct repo_tuning *tuning)
+{
+    r->tuning = *tuning;
+}
+
 /* ---- statistics ---- */
 
 enum { SIZES_BATCH = 64 };
@@ -256,7 +262,8 @@ static int cache_size(struct repo *r, size_t *ret_bytes, struct vm_error **err)
         return -1;
     /* Two keys per 64 KiB. */
     double tib = (double)stat.keys * (EXTENT_BYTES / 2) / ((uint64_t)1 << 40);
-    *ret_bytes = CACHE_BASE + (size_t)(tib * CACHE_PER_TIB);
+    *ret_bytes = r->tuning.cache_bytes ? r->tuning.cache_bytes
+                                       : CACHE_BASE + (size_t)(tib * CACHE_PER_TIB);
     return 0;
 }
 
@@ -281,6 +288,7 @@ struct image_session *image_session_begin(struct repo *r, const char *name, cons
                                        .writer = registration_number(s->registration),
                                        .condemned = registration_condemned(s->registration),
                                        .checkpoint = session_checkpoint, .checkpoint_arg = s,
+                                       .records_max = r->tuning.records_max,
                                        .compression = RECORD_LZ4};
     if (cache_size(r, &setup.cache_bytes, err) < 0 ||
         !(s->writer = image_writer_create(&setup, err)))

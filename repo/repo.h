@@ -44,6 +44,13 @@ struct store *repo_store(struct repo *r);
 struct index *repo_index(struct repo *r);
 const struct uuid *repo_uuid(const struct repo *r);
 
+/* For measurements, before the first writer: what is 0 is as always. */
+struct repo_tuning {
+    size_t cache_bytes;   /* of a writer's footer cache */
+    unsigned records_max; /* that a MiB of an image may refer to */
+};
+void repo_tune(struct repo *r, const struct repo_tuning *tuning);
+
 struct repo_stat {
     struct uuid uuid;
     uint64_t images, image_bytes; /* names, and the sum of their sizes */

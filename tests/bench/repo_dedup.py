@@ -1,152 +1,87 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
-"""What a repository makes of a disk and of the memory of two machines booted from it.
+"""What sampling and the bound on scatter cost and win, on a disk and the memory of two guests booted from it.
 
-    repo_dedup.py BUILD FOLDER [--source TREE] [--mib DISK] [--memory MIB] [--ceph CONF]
+usage: repo_dedup.py [--inputs DIR] [--work DIR]
 
-The disk is an ext4 file system filled from TREE (default /usr/lib and /usr/bin of this machine). The memories are
-made from its pages, always the same way: runs of pages as a page cache has them, zeros, and pages of their own, of
-which a part is the same in both machines. Prints for each image size, rate, stored bytes and what sharing cost, and at
-the end the stored bytes against all unique pages in LZ4 blocks of 64 KiB without any metadata.
+DIR as for repo_peers.py. Three repositories of the same files: as always; with a footer cache of a sixth of the packs;
+and without the bound on scatter. For each: what is stored, all metadata included, against all unique pages in LZ4
+blocks of 64 KiB without any; pages that the index's sampling missed; pages that were stored again for the bound; and
+for the second memory how many records a MiB of it refers to, and how many bytes are read per byte restored.
 """
 import argparse
 import hashlib
 import json
 import os
-import random
+import pathlib
 import subprocess
+import sys
+import tempfile
 
-PAGE = 4096
+import lz4.block
 
+import repo_peers
 
-def make_disk(path, tree, mib):
-    if os.path.exists(path):
-        return
-    stage = path + ".tree"
-    os.makedirs(stage, exist_ok=True)
-    budget, copied = mib * 6 // 10 << 20, 0
-    for top in tree:
-        for folder, _, files in sorted(os.walk(top)):
-            for name in sorted(files):
-                source = os.path.join(folder, name)
-                if os.path.islink(source) or not os.path.isfile(source):
-                    continue
-                copied += os.path.getsize(source)
-                if copied > budget:
-                    break
-                target = stage + source
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                with open(source, "rb") as a, open(target, "wb") as b:
-                    b.write(a.read())
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", stage, path, f"{mib}M"], check=True)
-    subprocess.run(["rm", "-rf", stage], check=True)
-
-
-def own_page(rng):
-    """A page of a heap: pointers into one region, small numbers, zeros."""
-    base = 0x7f0000000000 + rng.randrange(1 << 28)
-    words = []
-    for _ in range(512):
-        kind = rng.randrange(4)
-        words.append(0 if kind < 2 else base + rng.randrange(1 << 16) * 8 if kind == 2
-                     else rng.randrange(1 << 20))
-    return b"".join(word.to_bytes(8, "little") for word in words)
-
-
-def make_memory(path, disk, mib, seed):
-    if os.path.exists(path):
-        return
-    rng, common = random.Random(seed), random.Random(7)
-    pages, disk_pages = mib * 256, os.path.getsize(disk) // PAGE
-    shared_pool = [own_page(common) for _ in range(pages // 10)]
-    boot = random.Random(8)  # both machines read the same files at boot
-    with open(disk, "rb") as source, open(path, "wb") as out:
-        n = 0
-        while n < pages:
-            kind = rng.randrange(100)
-            run = min(rng.choice((1, 2, 4, 8, 16, 32, 64)), pages - n)
-            if kind < 45:
-                who = boot if kind < 30 else rng
-                source.seek(who.randrange(disk_pages - run) * PAGE)
-                out.write(source.read(run * PAGE))
-            elif kind < 65:
-                out.write(bytes(run * PAGE))
-            elif kind < 85:
-                out.write(b"".join(rng.choice(shared_pool) for _ in range(run)))
-            else:
-                out.write(b"".join(own_page(rng) for _ in range(run)))
-            n += run
+PAGE, ZEROS = 4096, bytes(4096)
+FOOTER_BYTES = 44  # of a page, in the cache
+NO_BOUND = 1 << 20
 
 
 def by_hand(paths):
-    """Unique pages, in the order in which they come, in LZ4 blocks of sixteen."""
-    import lz4.block
-    seen, block, total, unique = set(), [], 0, 0
+    """Unique pages, in the order in which they come, in LZ4 blocks of sixteen: how many, and bytes."""
+    seen, block, total = set(), bytearray(), 0
     for path in paths:
-        with open(path, "rb") as f:
-            while page := f.read(PAGE):
-                identity = hashlib.sha256(page).digest()
-                if not any(page) or identity in seen:
-                    continue
-                seen.add(identity)
-                unique += 1
-                block.append(page)
-                if len(block) == 16:
-                    total += len(lz4.block.compress(b"".join(block), store_size=False))
-                    block = []
-    return unique, total + (len(lz4.block.compress(b"".join(block))) if block else 0)
+        with open(path, 'rb') as f:
+            while mib := f.read(1 << 20):
+                for at in range(0, len(mib), PAGE):
+                    page = mib[at:at + PAGE]
+                    if page == ZEROS or (identity := hashlib.sha256(page).digest()) in seen:
+                        continue
+                    seen.add(identity)
+                    block += page
+                    if len(block) == 16 * PAGE:
+                        total += min(len(block), len(lz4.block.compress(bytes(block), store_size=False)))
+                        block.clear()
+    return len(seen), total
+
+
+def one(paths, cache_bytes, records_max, work):
+    """Import all into a new repository: totals."""
+    build = pathlib.Path(os.environ.get('VMMIG_BUILD', repo_peers.ROOT / 'build'))
+    env = dict(os.environ, VMMIG_TUNE=f'{cache_bytes} {records_max}')
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        def run(*words):
+            out = subprocess.run([build / 'tests/unit/repo/repo_tool', f'dir:{folder}/repo', *map(str, words)],
+                                 check=True, stdout=subprocess.PIPE, env=env, text=True).stdout
+            return json.loads(out) if out else None
+        run('init')
+        imports = [run('import', path, path.stem, 'raw') for path in paths]
+        stat = run('stat')
+        maps = os.stat(f'{folder}/repo/maps/data.mdb')
+        return {'stored': stat['pack_bytes'] + stat['tree_bytes'] + min(maps.st_size, maps.st_blocks * 512),
+                'new': sum(i['new'] for i in imports), 'again': sum(i['again'] for i in imports),
+                'scatter': run('scatter', paths[-1].stem)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("build")
-    parser.add_argument("folder")
-    parser.add_argument("--source", nargs="*", default=["/usr/lib", "/usr/bin"])
-    parser.add_argument("--mib", type=int, default=1536)
-    parser.add_argument("--memory", type=int, default=512)
-    parser.add_argument("--ceph")
+    parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
+    parser.add_argument('--inputs', type=pathlib.Path)
+    parser.add_argument('--work', default='/var/tmp')
     args = parser.parse_args()
-    os.makedirs(args.folder, exist_ok=True)
-    disk = os.path.join(args.folder, "disk.raw")
-    make_disk(disk, args.source, args.mib)
-    memories = [os.path.join(args.folder, f"memory{i}.raw") for i in (1, 2)]
-    for i, path in enumerate(memories):
-        make_memory(path, disk, args.memory, i + 1)
-
-    tool = os.path.join(args.build, "tests/unit/repo/repo_tool")
-    url = f"rados:images/bench?conf={args.ceph}" if args.ceph else f"dir:{args.folder}/repo"
-
-    def run(*words):
-        out = subprocess.run([tool, url, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
-        return [json.loads(line) for line in out.splitlines()]
-
-    subprocess.run(["rm", "-rf", f"{args.folder}/repo"], check=True)
-    run("init")
-    print(f"{'image':10} {'MiB':>6} {'MB/s':>6} {'stored MB':>10} {'new':>8} {'shared':>8} {'again':>7} "
-          f"{'footers':>8} {'RSS MiB':>8}")
-    for name, path in [("disk", disk), ("memory1", memories[0]), ("memory2", memories[1]),
-                       ("disk-again", disk), ("memory1-again", memories[0])]:
-        r, = run("import", path, name, "raw")
-        print(f"{name:10} {r['size'] >> 20:6} {r['size'] / 1e6 / r['seconds']:6.0f} {r['stored'] / 1e6:10.2f} "
-              f"{r['new']:8} {r['shared']:8} {r['again']:7} {r['footers']:8} {r['rss_kib'] >> 10:8}")
-    for name, path in [("disk", disk), ("memory2", memories[1])]:
-        out = os.path.join(args.folder, "out.raw")
-        subprocess.run(["rm", "-f", out], check=True)
-        r, = run("export", name, out)
-        subprocess.run(["cmp", out, path], check=True)
-        print(f"export {name}: {os.path.getsize(path) / 1e6 / r['seconds']:.0f} MB/s, "
-              f"{r['cpu']:.2f} s of CPU, read {r.get('read', 0) / 1e6:.1f} MB")
-        os.unlink(out)
-    stat, = run("stat")
-    stored = stat["pack_bytes"] + stat["tree_bytes"]
-    maps = 0
-    if not args.ceph:
-        maps = os.stat(f"{args.folder}/repo/maps/data.mdb").st_blocks * 512
-    unique, hand = by_hand([disk, *memories])
-    print(f"unique pages {unique} ({unique * PAGE / 1e6:.0f} MB), by hand {hand / 1e6:.1f} MB; stored: packs "
-          f"{stat['pack_bytes'] / 1e6:.1f} MB, trees {stat['tree_bytes'] / 1e6:.2f} MB, maps {maps / 1e6:.1f} MB; ratio "
-          f"{stored / hand:.3f} ({(stored + maps) / hand:.3f} with maps)")
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        paths = repo_peers.make_inputs(args.inputs or pathlib.Path(folder, 'inputs'))
+        unique, hand = by_hand(paths)
+        print(f'{unique} unique pages; in LZ4 blocks without metadata {hand / 1e6:.1f} MB')
+        print(f'{"":24} {"stored MB":>10} {"ratio":>6} {"missed":>8} {"again":>8} {"records/MiB p50":>16} {"p90":>4} '
+              f'{"most":>5} {"read/byte":>10}')
+        for name, tuning in (('as always', (0, 0)), ('a sixth of the footers', (unique * FOOTER_BYTES // 6, 0)),
+                             ('no bound on scatter', (0, NO_BOUND))):
+            r = one(paths, *tuning, args.work)
+            s = r['scatter']
+            print(f'{name:24} {r["stored"] / 1e6:10.1f} {r["stored"] / hand:6.3f} {r["new"] - r["again"] - unique:8} '
+                  f'{r["again"]:8} {s["median"]:16} {s["p90"]:4} {s["most"]:5} {s["read"] / s["data"]:10.3f}', flush=True)
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == '__main__':
+    sys.exit(main())

@@ -151,8 +151,14 @@ class Vmmig(Tool):
     def bytes(self):
         """Packs and trees; and the key-value map, as it is written on the disk."""
         stat = self.vmmig('repo', 'stat')
-        maps = sum(p.stat().st_blocks * 512 for p in self.store.rglob('data.mdb'))
+        maps = sum(min(p.stat().st_size, p.stat().st_blocks * 512) for p in self.store.rglob('data.mdb'))
         return stat['pack_bytes'] + stat['tree_bytes'] + maps
+
+    def repacked_bytes(self):
+        """The same once all packs were compressed again, and the recipes that named the old ones are gone."""
+        self.vmmig('repo', 'gc', '--repack', '--recompress')
+        self.vmmig('repo', 'gc')
+        return self.bytes()
 
 
 class Restic(Tool):
@@ -218,10 +224,18 @@ class QemuImg(Tool):
 TOOLS = {'vmmig': Vmmig, 'restic': Restic, 'borg': Borg, 'casync': Casync, 'qemu-img': QemuImg}
 
 
-def timed(call, *args):
-    began = time.monotonic()
-    call(*args)
-    return time.monotonic() - began
+class Clock:
+    """Seconds, and seconds of CPU of the programs that ended meanwhile, summed up over calls."""
+
+    def __init__(self):
+        self.seconds = self.cpu = 0
+
+    def run(self, call, *args):
+        began, used = time.monotonic(), os.times()
+        call(*args)
+        now = os.times()
+        self.seconds += time.monotonic() - began
+        self.cpu += now.children_user + now.children_system - used.children_user - used.children_system
 
 
 def digest(path):
@@ -245,16 +259,21 @@ def one_round(name, inputs, digests, work):
         folder = pathlib.Path(folder)
         tool = TOOLS[name](folder / 'store')
         tool.init()
-        result = {'import_s': sum(timed(tool.put, path, path.stem) for path in inputs)}
+        first, again, export, result = Clock(), Clock(), Clock(), {}
+        for path in inputs:
+            first.run(tool.put, path, path.stem)
         result['stored_bytes'] = before = tool.bytes()
-        result['again_s'] = timed(tool.put, inputs[0], 'again')
+        again.run(tool.put, inputs[0], 'again')
         result['again_bytes'] = tool.bytes() - before
-        result['export_s'] = 0
         for path in inputs:
             out = folder / f'out-{path.name}'
-            result['export_s'] += timed(tool.get, path.stem, out)
+            export.run(tool.get, path.stem, out)
             assert digest(out) == digests[path], f'{name}: {path.name} came out changed'
             out.unlink()
+        if isinstance(tool, Vmmig):
+            result['repacked_bytes'] = tool.repacked_bytes()
+        for what, clock in (('import', first), ('again', again), ('export', export)):
+            result |= {f'{what}_s': clock.seconds, f'{what}_cpu_s': clock.cpu}
         return result
 
 
@@ -272,10 +291,16 @@ def measure(inputs, work, rounds, tools):
 
 
 def table(result):
-    lines = [f'{"":10} {"import s":>9} {"export s":>9} {"stored MB":>10} {"again s":>8} {"again MB":>9}']
+    lines = [f'{"":10} {"import s":>9} {"CPU s":>6} {"export s":>9} {"CPU s":>6} {"stored MB":>10} {"again s":>8} '
+             f'{"CPU s":>6} {"again MB":>9}']
     for name, m in result['medians'].items():
-        lines.append(f'{name:10} {m["import_s"]:9.2f} {m["export_s"]:9.2f} {m["stored_bytes"] / 1e6:10.1f} '
-                     f'{m["again_s"]:8.2f} {m["again_bytes"] / 1e6:9.3f}')
+        lines.append(f'{name:10} {m["import_s"]:9.2f} {m["import_cpu_s"]:6.2f} {m["export_s"]:9.2f} '
+                     f'{m["export_cpu_s"]:6.2f} {m["stored_bytes"] / 1e6:10.1f} {m["again_s"]:8.2f} '
+                     f'{m["again_cpu_s"]:6.2f} {m["again_bytes"] / 1e6:9.3f}')
+        if 'repacked_bytes' in m:
+            rate = result['disk_bytes'] / m['again_cpu_s'] / result['sha256_rate']
+            lines.append(f'  after gc --repack --recompress {m["repacked_bytes"] / 1e6:.1f} MB; the second import takes '
+                         f'{rate:.2f} of the bytes that SHA-256 alone takes per second of CPU')
     return '\n'.join(lines)
 
 

@@ -15,6 +15,7 @@ nothing is left at all. Exits 0 if so, else 1 with what went wrong. The seed tha
 the same decisions again, if not the same timing.
 """
 import argparse
+import functools
 import glob
 import hashlib
 import json
@@ -47,6 +48,7 @@ def tool(variable, default):
     return os.path.join(os.environ.get(variable, os.path.join(ROOT, default)), 'tests/unit/repo/repo_tool')
 
 
+@functools.lru_cache(None)
 def block(seed):
     """A MiB as files are: words of a few, some of it random, some zero."""
     rng = random.Random(seed)

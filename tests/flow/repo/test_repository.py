@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Disk images in and out of a repository, as a user sees it."""
 import filecmp
+import functools
 import os
 import random
 import subprocess
+import tempfile
 
 import pytest
 
@@ -12,21 +14,28 @@ from .conftest import Failed, Repository
 MIB = 1 << 20
 
 
+@functools.lru_cache(None)
+def made_disk(mib, seed):
+    """Each disk is made once for all tests: that takes longer than most of what they do with it."""
+    rng = random.Random(seed)
+    file = tempfile.NamedTemporaryFile(prefix='vmmig-disk.')  # pylint: disable=consider-using-with
+    for at in range(0, mib * MIB, 64 << 10):
+        kind = rng.randrange(8)
+        file.seek(at)
+        if kind < 5:
+            words = [rng.randbytes(rng.randrange(3, 12)) for _ in range(400)]
+            file.write(b''.join(rng.choices(words, k=10000))[:64 << 10].ljust(64 << 10, b'.'))
+        elif kind == 5:
+            file.write(rng.randbytes(64 << 10))
+        elif kind == 6:
+            file.write(bytes(64 << 10))
+    file.truncate(mib * MIB)
+    return file
+
+
 def disk(path, mib, seed=1):
     """A disk as disks are: text-like blocks, some random ones, holes and written zeros."""
-    rng = random.Random(seed)
-    with open(path, 'wb') as f:
-        for at in range(0, mib * MIB, 64 << 10):
-            kind = rng.randrange(8)
-            f.seek(at)
-            if kind < 5:
-                words = [rng.randbytes(rng.randrange(3, 12)) for _ in range(400)]
-                f.write(b''.join(rng.choices(words, k=10000))[:64 << 10].ljust(64 << 10, b'.'))
-            elif kind == 5:
-                f.write(rng.randbytes(64 << 10))
-            elif kind == 6:
-                f.write(bytes(64 << 10))
-        f.truncate(mib * MIB)
+    subprocess.run(['cp', '--sparse=auto', made_disk(mib, seed).name, path], check=True)
     return path
 
 

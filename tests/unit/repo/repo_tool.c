@@ -7,7 +7,10 @@
  *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS
  *     [repack|recompress [DEAD-PERCENT [ZSTD-LEVEL]]]] | scrub [OLDER-THAN-S [heal]] |
  *     rebuild-index repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show
- *     NAME | delete NAME | diff A B
+ *     NAME | delete NAME | diff A B | scatter NAME
+ *
+ * VMMIG_TUNE="CACHE-BYTES RECORDS-MAX" sets what repo_tune does, for measurements. `scatter` tells for
+ * the first file of an image how many records a MiB refers to, and how much is read to restore it.
  */
 #include "repo/collect.h"
 #include "repo/repo.h"
@@ -116,6 +119,61 @@ static int run_show(struct repo *r, char **argv, struct vm_error **err)
     return 0;
 }
 
+static int by_number(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+/* Distinct records of one MiB, and their bytes. */
+static unsigned count_records(const struct recipe_page *pages, uint64_t *bytes)
+{
+    uint64_t places[SEGMENT_PAGES];
+    unsigned n = 0;
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        uint64_t place = pages[i].pack << 20 ^ pages[i].offset / 8;
+        bool seen = !pages[i].len;
+        for (unsigned j = 0; j < n && !seen; j++)
+            seen = places[j] == place;
+        if (seen)
+            continue;
+        places[n++] = place;
+        *bytes += pages[i].len;
+    }
+    return n;
+}
+
+static int run_scatter(struct repo *r, char **argv, struct vm_error **err)
+{
+    static struct image image;
+    static struct recipe_leaf leaf;
+    uint64_t counts[1 << 16], n = 0, data = 0, stored = 0;
+    if (catalogue_find(repo_store(r), argv[3], &image, err) < 0)
+        return -1;
+    CLEANUP(file_tree)
+    struct file_tree *t = file_tree_create(repo_store(r), image.files[0].size, &image.files[0].root,
+                                           image.files[0].size, err);
+    for (uint64_t i = 0; t && i < file_tree_leaves(t); i++) {
+        struct recipe_ref ref;
+        if (file_tree_get(t, i, &ref, err) < 0 ||
+            tree_read_leaf(repo_store(r), &ref, &leaf, err) < 0)
+            return -1;
+        for (unsigned j = 0; j < RECIPE_LEAF_PAGES; j++)
+            data += leaf.pages[j].len ? PAGE_BYTES : 0;
+        for (unsigned j = 0; j < RECIPE_LEAF_PAGES && n < 1 << 16; j += SEGMENT_PAGES) {
+            counts[n] = count_records(leaf.pages + j, &stored);
+            n += counts[n] > 0;
+        }
+    }
+    if (!n)
+        return t ? error_set(err, VM_ERROR_NOT_FOUND, "image %s is empty", argv[3]) : -1;
+    qsort(counts, n, sizeof(*counts), by_number);
+    printf("{\"median\": %" PRIu64 ", \"p90\": %" PRIu64 ", \"most\": %" PRIu64
+           ", \"data\": %" PRIu64 ", \"read\": %" PRIu64 "}\n",
+           counts[n / 2], counts[n * 9 / 10], counts[n - 1], data, stored);
+    return 0;
+}
+
 static int run_stat(struct repo *r, struct vm_error **err)
 {
     struct repo_stat s;
@@ -180,6 +238,14 @@ static int run_rebuild(struct repo *r, struct vm_error **err)
     return 0;
 }
 
+static void tune(struct repo *r)
+{
+    struct repo_tuning tuning = {0};
+    const char *text = getenv("VMMIG_TUNE");
+    if (r && text && sscanf(text, "%zu %u", &tuning.cache_bytes, &tuning.records_max) == 2)
+        repo_tune(r, &tuning);
+}
+
 static int run(int argc, char **argv, struct vm_error **err)
 {
     const char *verb = argc > 2 ? argv[2] : "";
@@ -189,6 +255,7 @@ static int run(int argc, char **argv, struct vm_error **err)
     CLEANUP(repo) struct repo *r = argc > 2 ? repo_open(argv[1], err) : NULL;
     if (argc > 2 && !r)
         return -1;
+    tune(r);
     if (!strcmp(verb, "stat"))
         return run_stat(r, err);
     if (!strcmp(verb, "collect"))
@@ -207,6 +274,8 @@ static int run(int argc, char **argv, struct vm_error **err)
         return run_show(r, argv, err);
     if (!strcmp(verb, "delete") && argc > 3)
         return catalogue_delete(repo_store(r), argv[3], err);
+    if (!strcmp(verb, "scatter") && argc > 3)
+        return run_scatter(r, argv, err);
     if (!strcmp(verb, "diff") && argc > 4)
         return image_diff(r, argv[3], argv[4], diff_one, NULL, err);
     return error_set(err, VM_ERROR_USAGE, "usage: repo_tool URL VERB ...; see its source");
