@@ -43,7 +43,7 @@ struct cli {
     const char *arm;
     const char *repo, *format, *parent, *file, *data_pool;
     uint64_t fence_after_s, older_than_h;
-    bool repack, recompress, heal;
+    bool repack, heal;
     const char *set;
     uint64_t count, disk_size;
 };

@@ -133,8 +133,7 @@ static int run_verb(const struct cli *c, Vmmig__Control__RepoVerb verb, struct v
     m.verb = verb;
     m.data_pool = client_word(c->data_pool ? c->data_pool : "");
     m.fence_after_ms = c->fence_after_s * 1000;
-    m.repack = c->repack || c->recompress;
-    m.recompress = c->recompress;
+    m.repack = m.recompress = c->repack;
     m.heal = c->heal;
     m.older_than_s = c->older_than_h * 3600;
     return cli_repo_run(c, &m, -1, err);
@@ -191,9 +190,8 @@ static const struct option init_options[] = {
 static const struct option gc_options[] = {
     REPO_OPTION,
     {"repack", NULL, option_parse_flag, MEMBER(repack),
-     .text = "Also rewrite packs of which a quarter is dead, and those with damaged records"},
-    {"recompress", NULL, option_parse_flag, MEMBER(recompress),
-     .text = "Repack, and also compress with zstd what is still as it was written"},
+     .text = "Also rewrite, compressed with zstd, packs of which a quarter is dead, those with "
+             "damaged records, and those that are still as they were written"},
     {"fence-after", "SECONDS", option_parse_u64, MEMBER(fence_after_s), .min = 1, .max = 86400,
      .unit = "seconds", .def = "60",
      .text = "A writer that says nothing for so long is taken for dead; if it lives, its import "

@@ -156,7 +156,7 @@ class Vmmig(Tool):
 
     def repacked_bytes(self):
         """The same once all packs were compressed again, and the recipes that named the old ones are gone."""
-        self.vmmig('repo', 'gc', '--repack', '--recompress')
+        self.vmmig('repo', 'gc', '--repack')
         self.vmmig('repo', 'gc')
         return self.bytes()
 
@@ -299,7 +299,7 @@ def table(result):
                      f'{m["again_cpu_s"]:6.2f} {m["again_bytes"] / 1e6:9.3f}')
         if 'repacked_bytes' in m:
             rate = result['disk_bytes'] / m['again_cpu_s'] / result['sha256_rate']
-            lines.append(f'  after gc --repack --recompress {m["repacked_bytes"] / 1e6:.1f} MB; the second import takes '
+            lines.append(f'  after gc --repack {m["repacked_bytes"] / 1e6:.1f} MB; the second import takes '
                          f'{rate:.2f} of the bytes that SHA-256 alone takes per second of CPU')
     return '\n'.join(lines)
 
