@@ -3,7 +3,8 @@
  * repo_scale: how a repository in a folder behaves when it is large. It is made of footers, keys
  * and recipes alone: the records of its packs are holes, so that a TiB takes some ten GB.
  *
- *     repo_scale make FOLDER GIB         images of 16 GiB, an eighth of each shared with the former
+ *     repo_scale make FOLDER GIB         images of 16 GiB, a quarter of every second shared with the
+ *                                        one before
  *     repo_scale share FOLDER GIB        one more image of GIB, of which nothing is new: stretches of
  *                                        4 MiB from all over
  *     repo_scale collect FOLDER          delete one image, and collect
@@ -28,7 +29,7 @@ enum {
     IMAGE_GIB = 16,
     IMAGE_LEAVES = IMAGE_GIB * 256,
     LEAF_EXTENTS = RECIPE_LEAF_PAGES / EXTENT_PAGES,
-    SHARED_OF = 8,                 /* every eighth leaf is the former image's */
+    SHARED_OF = 4,                 /* every fourth leaf of every second image is the former's */
     RECORD_BYTES = 24 << 10,       /* of a record of 16 pages: LZ4 on disks makes about that */
     PACK_LEAVES = 5,               /* 20 MiB of pages in 7.5 MiB of records */
     PACK_RECORDS = PACK_LEAVES * LEAF_EXTENTS,
@@ -57,7 +58,7 @@ static struct page_id id_of(uint64_t image, uint64_t page)
 /* Where leaf `leaf` of an image comes from: itself, or the image before it. */
 static uint64_t owner_of(uint64_t image, uint64_t leaf)
 {
-    return image && leaf % SHARED_OF == 0 ? image - 1 : image;
+    return image % 2 && leaf % SHARED_OF == 0 ? image - 1 : image;
 }
 
 /* The most memory of its own: not the pages of the LMDB file, which the page cache lends. */

@@ -1,0 +1,99 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: Apache-2.0
+"""An import into Ceph, with client and cluster on this machine, against the bound that the costs of CPU set.
+
+usage: repo_rados.py [--inputs DIR] [--work DIR] [--rounds N]
+
+DIR as for repo_peers.py. Each round measures what the daemons of a cluster (one monitor, one manager, three OSDs, two
+copies) take in CPU to store as many bytes as the import does, written as objects of a pack's size by a client that does
+nothing else; what vmmig takes in CPU to hash, look up and compress the same files into a folder; and how long the import
+into the cluster takes. The bound is the sum of the first two over all cores. Caches of the operating system are warm.
+"""
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import repo_peers
+
+sys.path.insert(0, str(repo_peers.ROOT / 'tests/ceph'))
+
+import cluster as ceph_cluster  # noqa: E402
+
+OBJECT, IN_FLIGHT = 8 << 20, 8
+TICK = os.sysconf('SC_CLK_TCK')
+
+
+def daemons_cpu(ceph):
+    total = 0
+    for daemon in ceph.daemons.values():
+        fields = pathlib.Path(f'/proc/{daemon.pid}/stat').read_text(encoding='ascii').rsplit(')', 1)[1].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / TICK
+
+
+def write_plain(ceph, size):
+    """CPU seconds of the daemons, and of this client, for so many bytes in objects."""
+    with ceph.rados.open_ioctx('images') as io:
+        io.set_namespace('plain')
+        data, before, own, flights = os.urandom(OBJECT), daemons_cpu(ceph), time.process_time(), []
+        for i in range(0, size, OBJECT):
+            flights.append(io.aio_write_full(f'o{i}', data[:min(OBJECT, size - i)]))
+            if len(flights) == IN_FLIGHT:
+                flights.pop(0).wait_for_complete_and_cb()
+        for flight in flights:
+            flight.wait_for_complete_and_cb()
+        used = daemons_cpu(ceph) - before, time.process_time() - own
+        for i in range(0, size, OBJECT):
+            io.remove_object(f'o{i}')
+        return used
+
+
+def import_all(url, paths):
+    """Seconds, CPU seconds of the client, bytes stored."""
+    build = pathlib.Path(os.environ.get('VMMIG_BUILD', repo_peers.ROOT / 'build'))
+
+    def run(*words):
+        out = subprocess.run([build / 'tests/unit/repo/repo_tool', url, *map(str, words)], check=True,
+                             stdout=subprocess.PIPE, text=True).stdout
+        return json.loads(out) if out else None
+    run('init')
+    done = [run('import', path, path.stem, 'raw') for path in paths]
+    return [sum(d[key] for d in done) for key in ('seconds', 'cpu', 'stored')]
+
+
+def one_round(ceph, number, paths, work):
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        _, client_cpu, stored = import_all(f'dir:{folder}/repo', paths)
+    cluster_cpu, sending_cpu = write_plain(ceph, stored)
+    seconds, _, _ = import_all(f'rados:images/round{number}?conf={ceph.conf}', paths)
+    bound = (client_cpu + cluster_cpu + sending_cpu) / os.cpu_count()
+    print(f'stored {stored / 1e6:.1f} MB; CPU: cluster {cluster_cpu:.2f} s ({cluster_cpu / stored * 1e9:.2f} ns/B), sending '
+          f'{sending_cpu:.2f} s, hash and compression {client_cpu:.2f} s; bound {bound:.2f} s, import {seconds:.2f} s: '
+          f'{bound / seconds:.2f}', flush=True)
+    return bound / seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split('\n', maxsplit=1)[0])
+    parser.add_argument('--inputs', type=pathlib.Path)
+    parser.add_argument('--work', default='/var/tmp')
+    parser.add_argument('--rounds', type=int, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        paths = repo_peers.make_inputs(args.inputs or pathlib.Path(folder, 'inputs'))
+        with ceph_cluster.CephCluster(pathlib.Path(folder, 'ceph')) as ceph:
+            ceph.create_pool('images')
+            ceph.wait_clean()
+            ratios = [one_round(ceph, i, paths, folder) for i in range(args.rounds)]
+    print(f'median {statistics.median(ratios):.2f} of the bound')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
