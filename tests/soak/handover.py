@@ -185,8 +185,21 @@ class Soak:
         self.worst = max(self.worst, time.monotonic() - began)
         for guest, place in zip(self.guests, places):
             self.judge(guest, place)
+        self.exchange(places)
         for agent in self.cluster.agents:
             self.measure(agent, places.count(agent.host.name))
+
+    def exchange(self, places):
+        """One guest each way, undisturbed: what still waits for a last word that was lost asks over the next connection
+        from the other host, and is done with."""
+        for agent, other in (self.cluster.agents, self.cluster.agents[::-1]):
+            if agent.host.name not in places:
+                continue
+            number = places.index(agent.host.name)
+            guest = self.guests[number]
+            agent.vmmig('send', guest.name, '--to', other.host.name)
+            places[number] = eventually(f'{guest.name} on the other host', lambda g=guest: self.settled(g))
+            self.sent += 1
 
     def measure(self, agent, vms):
         """Descriptors and memory of an agent whose VMs are settled. The last connections to the other end a moment

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A send that cannot be: one clear line, the exit status of its kind, nothing left at the other host, and a guest that
+runs on. What the command itself is told wrongly is the matter of test_cli.py."""
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from agents import PKI, Cluster, eventually
+from lab import BareGuest, judge
+from lab.guests import built
+
+# An agent that is none: takes connections at a port, with the certificate files that it is given or without TLS, and
+# answers the preamble and what follows with these bytes (hexadecimal).
+PEER = r'''
+import socket, ssl, sys, threading
+port, certificate, answer = int(sys.argv[1]), sys.argv[2], bytes.fromhex(sys.argv[3])
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+if certificate:
+    context.load_cert_chain(certificate + '.crt', certificate + '.key')
+listener = socket.create_server(('', port))
+print('listening', flush=True)
+def serve(connection):
+    try:
+        if certificate:
+            connection = context.wrap_socket(connection, server_side=True)
+            connection.recv(8)
+        if answer:
+            connection.sendall(answer)
+        while connection.recv(65536):
+            pass
+    except OSError:
+        pass
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+'''
+# A host of the cluster that talks nonsense to an agent.
+CLIENT = r'''
+import socket, ssl, sys
+folder, name, said = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
+context = ssl.create_default_context(cafile=folder + '/ca.crt')
+context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+connection = context.wrap_socket(socket.create_connection((name, 16550)), server_hostname=name)
+connection.sendall(b'VMMG\x01\x01\0\0' + said)
+connection.settimeout(20)
+answered = connection.recv(8)
+assert answered == b'VMMG\x01\0\0\0', answered
+try:
+    while connection.recv(4096):
+        pass
+except ConnectionError:
+    pass
+print('dropped')
+'''
+WELCOME, FRAME = '564d4d4701000000', '564d4d47'
+
+
+@pytest.fixture(scope='module')
+def cluster():
+    with Cluster(start=False) as made:
+        for agent in made.agents:
+            agent.options = {'connect-timeout': '1500'}
+            agent.start()
+        yield made
+
+
+@pytest.fixture(scope='module')
+def guest(cluster):
+    """One for all: whatever is refused, it runs on. Its disk is in a folder of its host's own."""
+    disk = '/run/vmlab/web1.raw'
+    with open(cluster.hosts[0].path(disk), 'wb') as file:
+        file.truncate(1 << 20)
+    vm = BareGuest('web1', mem_mib=64, dirty_mib=4, options=[
+        '-drive', f'if=none,id=disk0,format=raw,cache=none,file={disk}', '-device', 'virtio-blk-pci,drive=disk0'])
+    console = cluster.console(vm.name)
+    a1, _ = cluster.agents
+    a1.host.popen(vm.argv(), name=vm.name)
+    console.wait_for('ready')
+    a1.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+    return console
+
+
+def refused(cluster, console, to, status, pattern, *options):
+    a1, a2 = cluster.agents
+    mark = console.mark()
+    done = a1.vmmig('send', 'web1', '--to', to, *options, check=False)
+    complaints = [line for line in done.stderr.splitlines() if line.startswith('vmmig: ')]
+    assert len(complaints) == 1 and done.stderr.splitlines()[-1] == complaints[0], done.stderr
+    assert re.search(pattern, complaints[0]), complaints[0]
+    assert done.returncode == status, done
+    console.wait_ticks(2)
+    assert console.check(after=mark) == ['h1']
+    assert a1.json('status', 'web1')['state'] == 'running'
+    eventually('nothing left', lambda: not [what for what in judge.leftovers(a2.host, 'web1', [a2.process.pid])
+                                            if not what.endswith('web1.raw')])
+
+
+def listen(cluster, port, certificate='', answer=''):
+    peer = cluster.hosts[1].popen([sys.executable, '-c', PEER, port, certificate, answer], stdout=subprocess.PIPE)
+    assert peer.stdout.readline() == b'listening\n'
+    return peer
+
+
+# ---- no way there
+
+@pytest.mark.parametrize('to, pattern', [
+    ('nowhere.invalid', 'host nowhere.invalid is unknown'),
+    ('192.0.2.7', 'no route to 192.0.2.7'),
+    ('h2:1', 'nobody listens at h2 port 1; is vmmigd running there'),
+], ids=['unknown-host', 'no-route', 'closed-port'])
+def test_hosts_that_cannot_be_reached(cluster, guest, to, pattern):
+    refused(cluster, guest, to, 6, pattern)
+
+
+def test_a_host_that_does_not_answer(cluster, guest):
+    cluster.hosts[1].cut()
+    try:
+        refused(cluster, guest, 'h2', 10, 'h2')
+    finally:
+        cluster.hosts[1].heal()
+
+
+# ---- no agent of the cluster there
+
+@pytest.fixture(scope='module')
+def certificates(cluster):
+    """Where h2 finds files of another cluster's certificate, of one that has expired, and of its own."""
+    folder = os.path.join(cluster.folder, 'others')
+    os.mkdir(folder)
+
+    def openssl(*words):
+        subprocess.run(['openssl', *words], check=True, capture_output=True, cwd=folder)
+
+    def pki(*words):
+        subprocess.run([built('tools/vmmig'), 'pki', *words], check=True, capture_output=True)
+
+    pki('init', f'{folder}/stranger')
+    pki('issue', f'{folder}/stranger', 'h2', '--ip', cluster.hosts[1].address)
+    ca = os.path.join(cluster.folder, 'pki')
+    openssl('req', '-newkey', 'rsa:2048', '-nodes', '-keyout', 'expired.key', '-subj', '/CN=h2', '-out', 'request')
+    with open(f'{folder}/ext', 'w', encoding='ascii') as file:
+        file.write('subjectAltName=DNS:h2\nextendedKeyUsage=serverAuth,clientAuth\n')
+    openssl('x509', '-req', '-in', 'request', '-CA', f'{ca}/ca.crt', '-CAkey', f'{ca}/ca.key', '-days', '-1',
+            '-extfile', 'ext', '-out', 'expired.crt')
+    return {'stranger': f'{folder}/stranger/h2', 'expired': f'{folder}/expired', 'own': f'{PKI}/host'}
+
+
+@pytest.mark.parametrize('which, status, pattern, answer', [
+    ('stranger', 7, 'the certificate of h2 is of another CA', ''),
+    ('expired', 7, 'the certificate of h2 has expired', ''),
+    ('own', 8, 'speaks version 2 of the protocol and this side version 1', '564d4d4702010000'),
+    ('own', 9, 'is no vmmig agent', '00' * 64),
+    ('own', 9, 'a frame is too long', WELCOME + FRAME + 'ffffffff' + '01000000'),
+    ('own', 9, 'a message of unknown type', WELCOME + FRAME + '00000000' + 'ff7f0000'),
+    ('own', 10, ':7000: no answer within the time limit', WELCOME),
+    ('', 7, 'h2 does not speak TLS', '485454502f312e3120343030' * 40),
+    ('', 10, ':7000: no answer within the time limit', ''),
+], ids=['another-cluster', 'expired', 'other-version', 'zeros', 'huge-length', 'wrong-order', 'nothing-more', 'no-tls',
+        'nothing'])
+def test_peers_that_are_none(cluster, guest, certificates, which, status, pattern, answer):
+    peer = listen(cluster, 7000, certificates[which] if which else '', answer)
+    try:
+        refused(cluster, guest, 'h2:7000', status, pattern)
+    finally:
+        peer.kill()
+        peer.wait()
+
+
+@pytest.mark.parametrize('said', ['00' * 4096, FRAME + 'ffffffff' + '01000000' + '00' * 4096, FRAME + '00000000ff7f0000',
+                                  FRAME + '04000000' + '01000000' + 'ffffffff'],
+                         ids=['zeros', 'huge-length', 'wrong-order', 'no-message'])
+def test_an_agent_drops_a_host_that_talks_nonsense(cluster, guest, said):
+    h1, _ = cluster.hosts
+    assert h1.run([sys.executable, '-c', CLIENT, PKI, 'h2', said]) == 'dropped\n'
+    for agent in cluster.agents:
+        assert agent.vmmig('list').returncode == 0
+    assert judge.rss_anon(cluster.agents[1].process.pid) < 100 << 20
+
+
+# ---- a destination that cannot take it
+
+def restart(agent, **options):
+    agent.stop()
+    agent.options = {'connect-timeout': '1500', **options}
+    agent.start()
+
+
+def test_a_destination_without_the_disk(cluster, guest):
+    refused(cluster, guest, 'h2', 3, 'the peer: cannot look at /run/vmlab/web1.raw')
+    with open(cluster.hosts[1].path('/run/vmlab/web1.raw'), 'wb') as file:
+        file.truncate(1 << 20)
+    refused(cluster, guest, 'h2', 5, '/run/vmlab/web1.raw')  # the same name, but another disk
+
+
+def test_a_destination_without_the_binary(cluster, guest):
+    _, a2 = cluster.agents
+    restart(a2, vmm='/usr/lib/nowhere/qemu-system-x86_64')
+    try:
+        refused(cluster, guest, 'h2', 3, 'the peer: cannot run /usr/lib/nowhere/qemu-system-x86_64', '--assume-shared')
+    finally:
+        restart(a2)
