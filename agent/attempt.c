@@ -342,7 +342,12 @@ static enum handover_event try_resume(struct attempt *a)
     /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
     if (err->kind != VM_ERROR_REFUSED)
         a->resume_unsure = true;
-    return a->resume_unsure ? HANDOVER_EV_TIMER : HANDOVER_EV_RESUME_FAILED;
+    if (a->resume_unsure)
+        return HANDOVER_EV_TIMER;
+    SCOPE_LOCK(&a->lock);
+    if (!a->reason)
+        a->reason = steal_ptr(&err);
+    return HANDOVER_EV_RESUME_FAILED;
 }
 
 /* Until it is known whether the guest runs. */

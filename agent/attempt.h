@@ -199,6 +199,9 @@ Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 extern const struct attempt_role attempt_source_role, attempt_destination_role;
 
 /* attempt_source.c */
+/* A VM that has moved away, if it is here still: no word of it any more, and no socket that was made for it. */
+int attempt_source_forget(struct transfer *t, const char *vm_name,
+                          const struct process_identity *moved, struct vm_error **err);
 int attempt_source_recover(struct attempt *a, const struct journal_record *record,
                            struct vm_error **err);
 /* attempt_destination.c: a control connection whose greeting is done, and a data connection. */

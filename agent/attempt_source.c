@@ -261,16 +261,22 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
     return 0;
 }
 
+int attempt_source_forget(struct transfer *t, const char *vm_name,
+                          const struct process_identity *moved, struct vm_error **err)
+{
+    struct vms *vms = t->agent->vms;
+    CLEANUP(vm) struct vm *vm = vms_get(vms, vm_name, NULL);
+    if (!vm || !process_identity_equal(&vm_definition(vm)->process, moved))
+        return 0;
+    driver_remove_socket(vm_definition(vm));
+    return vms_remove(vms, vm_name, err);
+}
+
 static int settled(struct attempt *a, struct vm_error **err)
 {
     if (a->machine.state != HANDOVER_SRC_DONE)
         return 0;
-    struct vms *vms = a->transfer->agent->vms;
-    CLEANUP(vm) struct vm *vm = vms_get(vms, a->vm_name, NULL);
-    if (!vm || !process_identity_equal(&vm_definition(vm)->process, &a->record.vmm))
-        return 0;
-    driver_remove_socket(vm_definition(vm));
-    return vms_remove(vms, a->vm_name, err);
+    return attempt_source_forget(a->transfer, a->vm_name, &a->record.vmm, err);
 }
 
 static void fail_when_late(struct attempt *a, int64_t since_ns, int64_t limit_ns, const char *what)

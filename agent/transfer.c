@@ -236,8 +236,14 @@ static int take_up(const struct journal_record *record, const struct vm_error *d
     }
     struct handover probe;
     handover_recover(&probe, record->record, false);
-    if (handover_is_finished(&probe) && handover_record_is_settled(record->record))
+    if (handover_is_finished(&probe) && handover_record_is_settled(record->record)) {
+        /* The agent that wrote this may have died before it forgot the VM. */
+        if (record->record == HANDOVER_REC_DONE &&
+            attempt_source_forget(t, record->vm, &record->vmm, &failure) < 0)
+            log_error("cannot forget a VM that has moved", "vm=%s error=%s", record->vm,
+                      log_q(error_message(failure)));
         return 0;
+    }
     bool source = handover_record_role(record->record) == HANDOVER_SOURCE;
     CLEANUP(attempt)
     struct attempt *a = attempt_recover(

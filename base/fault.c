@@ -13,7 +13,7 @@ static int error_none_here(struct vm_error **err)
 
 int fault_init(struct vm_error **err)
 {
-    static const char *const names[] = {"VMMIG_FAULTS", "VMMIG_PATIENCE"};
+    static const char *const names[] = {"VMMIG_FAULTS", "VMMIG_FAULTS_TOLD", "VMMIG_PATIENCE"};
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
         if (getenv(names[i]))
             return error_set(err, VM_ERROR_USAGE,
@@ -39,8 +39,10 @@ int fault_list(fault_visit *visit, void *arg, struct vm_error **err)
 #include "base/cleanup.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -66,6 +68,7 @@ static struct armed armed[MAX_ARMED];
 static int n_armed;
 static unsigned generation; /* counts fault_arm, which ends what holds */
 static int patience = 1;
+static char told[256]; /* VMMIG_FAULTS_TOLD */
 static _Thread_local int last_argument;
 
 static const char *const a_point __attribute__((section("vmmig_faults"), used)) = "fault.self-test";
@@ -218,11 +221,20 @@ static void hold(const char *name)
         pthread_cond_wait(&armed_changed, &armed_lock);
 }
 
+/* Before it acts: what it does may be the last that this process did. */
+static void tell(const struct armed *a)
+{
+    cleanup_close int fd = *told ? open(told, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666) : -1;
+    if (fd >= 0)
+        dprintf(fd, "%s=%s\n", a->name, a->what);
+}
+
 enum fault_result fault_hit(const char *name)
 {
     struct armed a;
     if (!take_armed(name, &a))
         return FAULT_NONE;
+    tell(&a);
     switch (a.action) {
     case CRASH:
         kill(getpid(), SIGKILL);
@@ -285,6 +297,8 @@ int fault_init(struct vm_error **err)
         return error_set(err, VM_ERROR_USAGE, "VMMIG_PATIENCE: a number from 1 to %d expected",
                          MAX_PATIENCE);
     patience = divisor ? atoi(divisor) : 1;
+    const char *file = getenv("VMMIG_FAULTS_TOLD");
+    snprintf(told, sizeof(told), "%s", file ? file : "");
     return 0;
 }
 

@@ -25,8 +25,9 @@
  *
  * Crash, delay, hang and hold act inside FAULT(); a caller handles those of the other actions that
  * make sense at its point, and ignores the rest. A running agent lists and arms points by
- * `vmmig debug faults`. Without -Dfaults=true (never in a release) FAULT() is the constant
- * FAULT_NONE and the names are not in the binary. Threads: any.
+ * `vmmig debug faults`. A program that nobody can ask, as a VMM is, appends NAME=ACTION to the file
+ * that VMMIG_FAULTS_TOLD in the environment names, before a fault acts. Without -Dfaults=true (never in
+ * a release) FAULT() is the constant FAULT_NONE and the names are not in the binary. Threads: any.
  *
  * Patience. Limits after which the program gives up or tries again are told by fault_patience_ns;
  * with faults compiled in, VMMIG_PATIENCE=N in the environment divides them, so that a test does not

@@ -3,6 +3,7 @@
  * Each callback runs in a thread of its own, so that one that hangs takes nothing with it. Its caller waits for
  * it until the deadline, and then leaves it alone ("abandoned").
  */
+#include "base/fault.h"
 #include "dirtylog/attach_internal.h"
 
 #include <fcntl.h>
@@ -24,7 +25,7 @@ static const char *const call_names[] = {
 #undef X
 };
 
-static int invoke(const struct call *c)
+static int call_vmm(const struct call *c)
 {
     const struct vmmig_callbacks *cb = &c->attach->config.callbacks;
     void *arg = c->attach->config.arg;
@@ -43,12 +44,30 @@ static int invoke(const struct call *c)
     return -EINVAL;
 }
 
-/* Nobody waits for it any more: the guest that it paused so late runs on. */
+/* Fault points "library.call.pause", "library.called.pause": before and after the callback. */
+static int invoke(const struct call *c)
+{
+    switch (c->which) {
+#define X(id, name)                                                                                \
+    case ATTACH_CALL_##id: {                                                                       \
+        int r = FAULT("library.call." #name) == FAULT_ERROR ? -fault_errno() : call_vmm(c);        \
+        (void)FAULT("library.called." #name);                                                      \
+        return r;                                                                                  \
+    }
+        ATTACH_CALLS(X)
+#undef X
+    }
+    return -EINVAL;
+}
+
+/* Nobody waits for it any more: the guest that it paused so late runs on, as does one that it resumed so late. */
 static void take_back(struct call *c)
 {
     struct vmmig_attach *a = c->attach;
     attach_log(a, "the callback `%s` returned after its caller had gone", call_names[c->which]);
-    if (c->which == ATTACH_CALL_PAUSE && c->result == 0 && a->config.callbacks.resume(a->config.arg) == 0)
+    if (c->result < 0 || (c->which != ATTACH_CALL_PAUSE && c->which != ATTACH_CALL_RESUME))
+        return;
+    if (c->which == ATTACH_CALL_RESUME || a->config.callbacks.resume(a->config.arg) == 0)
         attach_set_state(a, VMMIG_RUNNING, false);
 }
 
@@ -124,7 +143,8 @@ static int report(const struct call *c, struct vm_error **err)
         return 0;
     error_errno(err, c->result < 0 ? -c->result : EIO, "the VMM's callback `%s` failed",
                 call_names[c->which]);
-    return error_set_kind(err, VM_ERROR_FAILED);
+    /* A guest that was not resumed is known to stand: whoever asked for it may take it back. */
+    return error_set_kind(err, c->which == ATTACH_CALL_RESUME ? VM_ERROR_REFUSED : VM_ERROR_FAILED);
 }
 
 int attach_call(struct vmmig_attach *a, enum attach_call which, int fd, struct vm_error **err)
@@ -134,7 +154,7 @@ int attach_call(struct vmmig_attach *a, enum attach_call which, int fd, struct v
         return error_nomem(err);
     *c = (struct call){.attach = a, .which = which};
     c->fd = fd < 0 ? -1 : fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    int64_t limit = a->config.callback_timeout_ms * NSEC_PER_MSEC;
+    int64_t limit = fault_patience_ns(a->config.callback_timeout_ms);
     int64_t deadline = clock_mono_ns() + limit;
     if (begin(c, err) < 0) {
         free_call(c);

@@ -58,6 +58,7 @@ struct attach_throttle {
 struct attach_connection {
     int fd; /* -1: free */
     bool greeted, tracks;
+    unsigned request; /* that is being served: its type */
 };
 
 struct vmmig_attach {

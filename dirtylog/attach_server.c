@@ -2,6 +2,7 @@
 /* The thread that serves agents: proto/attach.proto, V's side. */
 #include "dirtylog/attach_internal.h"
 
+#include "base/fault.h"
 #include "base/io.h"
 #include "proto/fields.h"
 
@@ -90,6 +91,34 @@ static int listen_at(const char *path, struct vm_error **err)
     return steal_fd(&fd);
 }
 
+/* ---- Fault points "library.receive.PAUSE" and "library.answer.PAUSE" ---- */
+
+static enum fault_result fault_receive(unsigned type)
+{
+    switch (type) {
+#define X(id)                                                                                      \
+    case VMMIG__ATTACH__TYPE__##id:                                                                \
+        return FAULT("library.receive." #id);
+        ATTACH_REQUESTS(X)
+#undef X
+    default:
+        return FAULT_NONE;
+    }
+}
+
+static enum fault_result fault_answer(unsigned type)
+{
+    switch (type) {
+#define X(id)                                                                                      \
+    case VMMIG__ATTACH__TYPE__##id:                                                                \
+        return FAULT("library.answer." #id);
+        ATTACH_REQUESTS(X)
+#undef X
+    default:
+        return FAULT_NONE;
+    }
+}
+
 /* ---- Answers ---- */
 
 static int answer_with_fds(struct attach_connection *c, unsigned type,
@@ -99,7 +128,15 @@ static int answer_with_fds(struct attach_connection *c, unsigned type,
     cleanup_buffer struct buffer out = {0};
     if (attach_pack(type, message, &out, err) < 0)
         return -1;
-    return io_send_fds(c->fd, out.data, out.len, fds, n_fds, err);
+    enum fault_result fault = fault_answer(c->request);
+    if (fault == FAULT_ERROR)
+        shutdown(c->fd, SHUT_RDWR);
+    if (fault == FAULT_CORRUPT)
+        out.data[0] ^= 1;
+    for (int n = fault == FAULT_DROP ? 0 : fault == FAULT_DUPLICATE ? 2 : 1; n > 0; n--)
+        if (io_send_fds(c->fd, out.data, out.len, fds, n_fds, err) < 0)
+            return -1;
+    return 0;
 }
 
 static int answer(struct attach_connection *c, unsigned type, const ProtobufCMessage *message,
@@ -360,6 +397,11 @@ static const struct {
 static int handle(const struct request *r, struct vm_error **err)
 {
     Vmmig__Attach__Type type = r->message->type;
+    enum fault_result fault = fault_receive(type);
+    if (fault == FAULT_DROP)
+        return 0;
+    if (fault == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "library.receive.%s", attach_type_name(type));
     if (!r->connection->greeted && type != VMMIG__ATTACH__TYPE__HELLO)
         return error_set(err, VM_ERROR_PROTOCOL, "%s came before HELLO", attach_type_name(type));
     if (r->connection->greeted && type == VMMIG__ATTACH__TYPE__HELLO)
@@ -393,6 +435,7 @@ static bool serve_packet(struct vmmig_attach *a, struct attach_connection *c, ui
     cleanup_close int passed = n > 0 && n_fds ? fd : -1;
     if (n > 0 && attach_unpack(packet, (size_t)n, &m, &err) == 0) {
         struct request r = {a, c, &m, passed};
+        c->request = m.type;
         if (handle(&r, &err) == 0)
             return true;
     }

@@ -123,7 +123,10 @@ struct vmmig_callbacks {
      * Fine if the guest stands already.
      */
     int (*pause)(void *arg);
-    /* Let the vCPUs run, after `pause` or after `load`. Fine if they run already. */
+    /*
+     * Let the vCPUs run, after `pause` or after `load`. Fine if they run already. It may fail only as long as
+     * no vCPU has run: then the guest goes on in the VMM that it came from.
+     */
     int (*resume)(void *arg);
     /*
      * Write everything but memory that makes up the guest (vCPUs, interrupt controllers, clocks, devices)

@@ -64,6 +64,22 @@
     X(HARVESTED, harvested, Harvested)                                                             \
     X(SAVED, saved, Saved)
 
+/* What an agent may ask. X(type) */
+#define ATTACH_REQUESTS(X)                                                                         \
+    X(HELLO)                                                                                       \
+    X(STATUS)                                                                                      \
+    X(GET_MEMORY)                                                                                  \
+    X(TRACK)                                                                                       \
+    X(HARVEST)                                                                                     \
+    X(CLEAR)                                                                                       \
+    X(UNTRACK)                                                                                     \
+    X(THROTTLE)                                                                                    \
+    X(PAUSE)                                                                                       \
+    X(SAVE)                                                                                        \
+    X(LOAD)                                                                                        \
+    X(RESUME)                                                                                      \
+    X(QUIT)
+
 struct attach_message {
     Vmmig__Attach__Type type;
     union {

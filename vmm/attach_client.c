@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/fault.h"
 #include "base/io.h"
 #include "vmm/attach_private.h"
 
@@ -59,6 +60,72 @@ static int judge_answer(const struct attach_answer *a, unsigned expected, struct
     }
     error_set(err, error_kind_parse(a->message.error->kind), "%s", a->message.error->message);
     return 1;
+}
+
+/* ---- Requests ---- */
+
+/* Fault points "attach.send.PAUSE" and "attach.receive.PAUSE": as a request goes out, as its answer came in. */
+static enum fault_result fault_send(unsigned type)
+{
+    switch (type) {
+#define X(id)                                                                                      \
+    case VMMIG__ATTACH__TYPE__##id:                                                                \
+        return FAULT("attach.send." #id);
+        ATTACH_REQUESTS(X)
+#undef X
+    default:
+        return FAULT_NONE;
+    }
+}
+
+static enum fault_result fault_receive(unsigned type)
+{
+    switch (type) {
+#define X(id)                                                                                      \
+    case VMMIG__ATTACH__TYPE__##id:                                                                \
+        return FAULT("attach.receive." #id);
+        ATTACH_REQUESTS(X)
+#undef X
+    default:
+        return FAULT_NONE;
+    }
+}
+
+static int break_connection(struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_UNREACHABLE, "the connection to the VMM broke");
+}
+
+/* An answer belongs to the request before it: what came unasked would be taken for the next one's. */
+static int check_silent(int fd, struct vm_error **err)
+{
+    char byte;
+    if (recv(fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) <= 0)
+        return 0; /* nothing, or the end, which sending finds out */
+    return error_set(err, VM_ERROR_PROTOCOL, "the VMM said something that it was not asked");
+}
+
+/* The answer, whatever it is. */
+static int exchange(int fd, unsigned type, const ProtobufCMessage *message, int passed,
+                    int64_t deadline_ns, struct attach_answer *a, struct vm_error **err)
+{
+    enum fault_result fault = fault_send(type);
+    if (fault == FAULT_ERROR)
+        return break_connection(err);
+    if (check_silent(fd, err) < 0)
+        return -1;
+    for (int n = fault == FAULT_DROP ? 0 : fault == FAULT_DUPLICATE ? 2 : 1; n > 0; n--)
+        if (send_packet(fd, type, message, passed, err) < 0)
+            return -1;
+    if (receive_packet(fd, deadline_ns, a, err) < 0)
+        return -1;
+    fault = fault_receive(type);
+    if (fault == FAULT_ERROR)
+        return break_connection(err);
+    if (fault != FAULT_DROP)
+        return 0;
+    attach_answer_finish(a);
+    return receive_packet(fd, deadline_ns, a, err);
 }
 
 /* ---- The connection ---- */
@@ -144,8 +211,7 @@ static int greet(struct attach_client *c, int fd, int64_t deadline_ns, struct vm
     hello.version_max = ATTACH_VERSION_MAX;
     hello.software = software;
     if (identify(fd, &process, err) < 0 ||
-        send_packet(fd, VMMIG__ATTACH__TYPE__HELLO, &hello.base, -1, err) < 0 ||
-        receive_packet(fd, deadline_ns, &a, err) < 0 ||
+        exchange(fd, VMMIG__ATTACH__TYPE__HELLO, &hello.base, -1, deadline_ns, &a, err) < 0 ||
         judge_answer(&a, VMMIG__ATTACH__TYPE__WELCOME, err) != 0)
         return -1;
     if (c->process.pid && !process_identity_equal(&c->process, &process))
@@ -192,7 +258,7 @@ void attach_client_pin(struct attach_client *c, bool pinned)
     c->pinned = pinned;
 }
 
-/* ---- Requests ---- */
+/* ---- What others ask for ---- */
 
 /* The connection is lost, or of no use any more: is it the VMM that ended? Its socket goes a little before it. */
 static int explain_loss(struct attach_client *c, struct vm_error **err)
@@ -224,12 +290,11 @@ int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessag
                    unsigned expected, struct attach_answer *ret_answer, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
-    int64_t deadline = clock_mono_ns() + REQUEST_TIMEOUT_MS * NSEC_PER_MSEC;
+    int64_t deadline = clock_mono_ns() + fault_patience_ns(REQUEST_TIMEOUT_MS);
     SCOPE_LOCK(&c->lock);
     if (ensure_connected(c, deadline, err) < 0)
         return -1;
-    if (send_packet(c->fd, type, message, fd, err) < 0 ||
-        receive_packet(c->fd, deadline, &a, err) < 0)
+    if (exchange(c->fd, type, message, fd, deadline, &a, err) < 0)
         return explain_loss(c, err);
     int judged = judge_answer(&a, expected, err);
     if (judged < 0)

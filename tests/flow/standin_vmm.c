@@ -4,17 +4,18 @@
  * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
- *                 [--incoming] [--by-hand]
+ *                 [--incoming] [--by-hand] [--fail CALLBACK] [--hang CALLBACK]
  *
  * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
  * started. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
- * missing, stale or torn fails the load.
+ * missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
  */
 #include "dirtylog/vmmig-attach.h"
 
 #include <errno.h>
 #include <getopt.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -47,6 +48,8 @@ struct vmm {
     pthread_t writer;
     bool running;
     atomic_bool stop, quit;
+    const char *fails, *hangs; /* callbacks */
+    struct vmmig_slot told[2];
 };
 
 static void die(const char *what)
@@ -102,9 +105,19 @@ static void say(const char *text)
     fflush(stdout);
 }
 
+/* --fail CALLBACK, --hang CALLBACK: a VMM that does not do what the header asks of it. */
+static int misbehave(const struct vmm *v, const char *callback)
+{
+    while (!strcmp(v->hangs, callback))
+        pause();
+    return strcmp(v->fails, callback) ? 0 : -EIO;
+}
+
 static int on_pause(void *arg)
 {
     struct vmm *v = arg;
+    if (misbehave(v, "pause") < 0)
+        return -EIO;
     if (v->running) {
         atomic_store(&v->stop, true);
         pthread_join(v->writer, NULL);
@@ -117,6 +130,8 @@ static int on_pause(void *arg)
 static int on_resume(void *arg)
 {
     struct vmm *v = arg;
+    if (misbehave(v, "resume") < 0)
+        return -EIO;
     if (v->running)
         return 0;
     atomic_store(&v->stop, false);
@@ -139,6 +154,8 @@ static int on_save(void *arg, int fd)
 {
     struct vmm *v = arg;
     struct state s = {v->writes, hash_memory(v)};
+    if (misbehave(v, "save") < 0)
+        return -EIO;
     return write(fd, &s, sizeof(s)) == sizeof(s) ? 0 : -EIO;
 }
 
@@ -146,6 +163,8 @@ static int on_load(void *arg, int fd)
 {
     struct vmm *v = arg;
     struct state s;
+    if (misbehave(v, "load") < 0)
+        return -EIO;
     if (read(fd, &s, sizeof(s)) != sizeof(s))
         return -EIO;
     if (s.hash != hash_memory(v)) {
@@ -212,7 +231,7 @@ static void attach(struct vmm *v, const char *socket, const char *machine,
                    const char *const *incoming_argv)
 {
     struct vmmig_error error = {0};
-    struct vmmig_slot slots[2];
+    struct vmmig_slot *slots = v->told;
     struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE,
                                   .socket_path = socket,
                                   .vmm = "standin 1",
@@ -222,6 +241,7 @@ static void attach(struct vmm *v, const char *socket, const char *machine,
                                   .vm_fd = -1,
                                   .n_vcpus = 1,
                                   .agent_uid = (uid_t)-1,
+                                  .callback_timeout_ms = *v->hangs ? 500 : 0,
                                   .incoming_argv = incoming_argv,
                                   .callbacks = {.pause = on_pause,
                                                 .resume = on_resume,
@@ -255,7 +275,7 @@ static uint64_t number(const char *text)
 }
 
 struct options {
-    const char *socket, *machine, *memory, *rate, *working;
+    const char *socket, *machine, *memory, *rate, *working, *fail, *hang;
     bool incoming, by_hand;
 };
 
@@ -265,8 +285,9 @@ static struct options parse(int argc, char **argv)
         {"socket", required_argument, NULL, 's'},  {"memory", required_argument, NULL, 'm'},
         {"rate", required_argument, NULL, 'r'},    {"working", required_argument, NULL, 'w'},
         {"machine", required_argument, NULL, 'M'}, {"incoming", no_argument, NULL, 'i'},
+        {"fail", required_argument, NULL, 'f'},    {"hang", required_argument, NULL, 'h'},
         {"by-hand", no_argument, NULL, 'b'},       {0}};
-    struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8"};
+    struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8", .fail = "", .hang = ""};
     for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
         switch (c) {
         case 's': o.socket = optarg; break;
@@ -274,6 +295,8 @@ static struct options parse(int argc, char **argv)
         case 'r': o.rate = optarg; break;
         case 'w': o.working = optarg; break;
         case 'M': o.machine = optarg; break;
+        case 'f': o.fail = optarg; break;
+        case 'h': o.hang = optarg; break;
         case 'i': o.incoming = true; break;
         case 'b': o.by_hand = true; break;
         default: exit(2);
@@ -286,11 +309,23 @@ static struct options parse(int argc, char **argv)
     return o;
 }
 
+/* SIGUSR1: the memory changed, as far as the library can tell. */
+static volatile sig_atomic_t retell;
+
+static void on_signal(int signum)
+{
+    (void)signum;
+    retell = 1;
+}
+
 int main(int argc, char **argv)
 {
+    signal(SIGUSR1, on_signal);
     struct options o = parse(argc, argv);
     struct vmm v = {.rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
-                    .working = number(o.working) * MIB / PAGE};
+                    .working = number(o.working) * MIB / PAGE,
+                    .fails = o.fail,
+                    .hangs = o.hang};
     const char *const incoming[] = {argv[0],   "--socket", VMMIG_SOCKET_WORD, "--memory", o.memory,
                                     "--rate",  o.rate,     "--working",       o.working,  "--machine",
                                     o.machine, "--incoming", NULL};
@@ -308,8 +343,12 @@ int main(int argc, char **argv)
         vmmig_set_state(v.attach, VMMIG_RUNNING, NULL);
         say("ready");
     }
-    while (!atomic_load(&v.quit))
-        usleep(2000);
+    for (; !atomic_load(&v.quit); usleep(2000)) {
+        if (!retell)
+            continue;
+        retell = 0;
+        must(vmmig_set_slots(v.attach, v.told, 2, NULL), &(struct vmmig_error){.text = "slots"});
+    }
     vmmig_destroy(v.attach);
     return 0;
 }

@@ -3,6 +3,7 @@
 recovered after a crash of an agent. The VMM is tests/flow/standin_vmm.c, which checks its whole memory when it is
 loaded; what a real guest sees of a migration is tested elsewhere."""
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -55,7 +56,7 @@ def clean(cluster):
         if agent.process.poll() is not None:
             agent.start()
         for vm in agent.json('list')['vms']:
-            if vm['presence'] != 'ended':
+            if vm['presence'] != 'ended' and vm['pid']:
                 os.kill(vm['pid'], 9)
                 eventually('the end of a VMM', lambda pid=vm['pid'], a=agent: gone(a, pid))
             agent.vmmig('detach', vm['vm'], check=False)
@@ -299,6 +300,57 @@ def test_a_binary_that_the_destination_does_not_list(cluster, a1, a2):
         a2.options['attach-vmm'] = listed
         a2.start()
     assert running(cluster, 'web') == ['h1']
+
+
+# ---- VMMs that do not keep to the header: a clear word, and the guest runs on
+
+def runs_on(cluster, agent, name, vmm):
+    """It is alive, and runs where it was."""
+    assert vmm.poll() is None and running(cluster, name) == [agent.host.name]
+
+
+@pytest.mark.parametrize('options, why', [
+    ({'fail': 'pause'}, "the VMM's callback `pause` failed: Input/output error"),
+    ({'fail': 'save'}, "the VMM's callback `save` failed: Input/output error"),
+    ({'hang': 'pause'}, "the VMM's callback `pause` has not returned for 0.5 s"),
+    ({'hang': 'save'}, "the VMM's callback `save` has not returned for 0.5 s"),
+], ids=['pause fails', 'save fails', 'pause hangs', 'save hangs'])
+def test_a_callback_that_fails_or_never_returns(cluster, a1, a2, options, why):
+    vmm = by_hand(a1, 'web', **options)
+    done = a1.vmmig('send', 'web', '--to', 'h2', check=False)
+    assert done.returncode != 0 and why in done.stderr, done
+    runs_on(cluster, a1, 'web', vmm)
+    nothing_left(a2, 'web')
+    if 'save' in options.values():  # after the guest stood: it goes again
+        assert 'running' in read(vmm.log).rsplit('paused', 1)[1]
+
+
+def test_memory_that_changes_ends_the_job(cluster, a1, a2):
+    cluster.hosts[0].set_rate('100mbit')
+    try:
+        vmm = by_hand(a1, 'web', rate=0)
+        a1.vmmig('send', 'web', '--to', 'h2', '--compress', 'none', '--background')
+        eventually('some memory', lambda: a1.json('status', 'web')['job']['wire_bytes'] > MIB)
+        os.kill(vmm_pid(a1, 'web'), signal.SIGUSR1)
+        done = a1.vmmig('watch', 'web', check=False)
+        assert done.returncode != 0, done
+        assert "the VMM changed the guest's memory slots during the migration" in done.stderr
+    finally:
+        cluster.hosts[0].set_rate(None)
+    runs_on(cluster, a1, 'web', vmm)
+    nothing_left(a2, 'web')
+    a1.json('send', 'web', '--to', 'h2')
+    assert running(cluster, 'web') == ['h2']
+
+
+def test_a_destination_that_does_not_load_or_start(cluster, a1, a2):
+    """One that the user prepared: the guest goes on where it was."""
+    for callback in ('load', 'resume'):
+        vmm = by_hand(a1, callback, attach=True)
+        by_hand(a2, 'waits-' + callback, attach=False, incoming=True, fail=callback)
+        done = a1.vmmig('send', callback, '--to', 'h2', '--dest-socket', SOCKET.format('waits-' + callback), check=False)
+        assert done.returncode != 0 and f'callback `{callback}` failed: Input/output error' in done.stderr, done
+        runs_on(cluster, a1, callback, vmm)
 
 
 # ---- when things end in the middle

@@ -37,8 +37,8 @@ static int on_resume(void *arg)
 {
     struct vmm *vmm = arg;
     pthread_mutex_lock(&vmm->lock);
-    vmm->held = false;
     int r = run(vmm);
+    vmm->held = r < 0; /* then it stays the agent's, which may have it go on elsewhere */
     pthread_mutex_unlock(&vmm->lock);
     return r;
 }
