@@ -3,11 +3,13 @@
 started again, and a judgement. Hosts, agents and the guest live on from case to case: a case begins on the host where
 the last one left the guest, and only a guest that a case ended is booted anew.
 
-A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [resolve=...] [quick]`, see matrix.table."""
+A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [resolve=...] [quick]`, see matrix.table. A point named
+"library." is one of libvmmig-attach, in the VMM itself."""
 import json
 import os
 import re
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -67,14 +69,15 @@ def read_table(path):
 class QemuPair:
     """How guests of one VMM are started and looked at."""
     name = 'qemu'
-    not_its_points = ('attach.',)
+    not_its_points = ('attach.', 'library.')
     agent_options = {}
 
     def __init__(self, cluster, prefix):
         self.cluster, self.prefix, self.count = cluster, prefix, 0
 
-    def boot(self, agent):
-        """A guest that runs under the agent. Returns (vm, console, watch)."""
+    def boot(self, agent, faults=''):
+        """A guest that runs under the agent. Returns (vm, console, watch). faults: of its VMM."""
+        assert not faults
         self.count += 1
         vm = BareGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
         console = self.cluster.console(vm.name)
@@ -86,19 +89,53 @@ class QemuPair:
 
 
 class VmmPair:
-    """The same with vmmig-vmm, which links libvmmig-attach. It has no events: what its guests say judges alone."""
+    """The same with vmmig-vmm, which links libvmmig-attach. It has no events: what its guests say judges alone.
+
+    Its fault points are armed when it is started, by a script in its place: the first VMM of a guest by what boot() is
+    given, those that wait for it by what arm_incoming() says."""
     name = 'vmmig-vmm'
     not_its_points = ('qmp.', 'stream.')
-    agent_options = {'attach-vmm': built('tools/vmmig-vmm/vmmig-vmm')}
+
+    SCRIPT = """#!/bin/bash
+unset VMMIG_FAULTS
+export VMMIG_PATIENCE={patience} VMMIG_FAULTS_TOLD={folder}/told
+faults={folder}/first
+for word; do [ "$word" = --incoming ] && faults={folder}/incoming; done
+[ -s "$faults" ] && export VMMIG_FAULTS=$(<"$faults")
+exec -a "$0" {program} "$@"
+"""
 
     def __init__(self, cluster, prefix):
         self.cluster, self.prefix, self.count = cluster, prefix + 'v', 0
+        self.folder = os.path.join(cluster.folder, 'faulty')
+        os.makedirs(self.folder, exist_ok=True)
+        self.program = os.path.join(self.folder, 'vmmig-vmm')
+        with open(self.program, 'w', encoding='ascii') as file:
+            file.write(self.SCRIPT.format(patience=PATIENCE, folder=self.folder,
+                                          program=os.path.join(fault_build(), 'tools/vmmig-vmm/vmmig-vmm')))
+        os.chmod(self.program, 0o755)
+        self.agent_options = {'attach-vmm': self.program}
 
-    def boot(self, agent):
+    def write(self, name, text):
+        with open(os.path.join(self.folder, name), 'w', encoding='ascii') as file:
+            file.write(text)
+
+    def arm_incoming(self, faults):
+        self.write('incoming', faults)
+        self.write('told', '')
+
+    def told(self):
+        """Faults that acted in a VMM, as they were written."""
+        with open(os.path.join(self.folder, 'told'), encoding='ascii') as file:
+            return file.read().split()
+
+    def boot(self, agent, faults=''):
         self.count += 1
         vm = VmmGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
         console = self.cluster.console(vm.name)
-        agent.host.popen(vm.argv(), name=vm.name)
+        self.write('first', faults)
+        self.write('told', '')
+        agent.host.popen(vm.argv(program=self.program), name=vm.name)
         console.wait_for('ready')
         agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
         return vm, console, SpokenWatch(console)
@@ -111,7 +148,7 @@ class Harness:
         self.vm = self.console = self.watch = None
         for agent in cluster.agents:
             agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'debug',
-                             **driver.agent_options}
+                             **self.driver.agent_options}
             self.start(agent)
 
     # ---- agents
@@ -140,6 +177,8 @@ class Harness:
 
     def acted(self, agent, name):
         """Has the fault acted? Its crash is the proof of a crash."""
+        if name.startswith('library.'):
+            return any(told.startswith(f'{name}=') for told in self.driver.told())
         if self.dead(agent):
             return True
         done = agent.vmmig('debug', 'faults', check=False)
@@ -189,15 +228,16 @@ class Harness:
 
     # ---- between cases
 
-    def ready(self):
-        """A guest that runs and is settled; returns the agents as (source, destination)."""
+    def ready(self, faults=''):
+        """A guest that runs and is settled; returns the agents as (source, destination). faults: of its VMM, which is
+        a new one then."""
         for agent in self.cluster.agents:
             if self.dead(agent):
                 self.start(agent)
             self.arm(agent, '')
-        if not self.vm or self.place() in (None, 'ended'):
+        if faults or not self.vm or self.place() in (None, 'ended'):
             self.forget()
-            self.vm, self.console, self.watch = self.driver.boot(self.cluster.agents[0])
+            self.vm, self.console, self.watch = self.driver.boot(self.cluster.agents[0], faults)
         where = eventually('a guest', self.place)
         agents = self.cluster.agents
         return agents if where == agents[0].host.name else agents[::-1]
@@ -281,18 +321,21 @@ class Harness:
     # ---- a case
 
     def run(self, case):
-        agents = self.ready()
-        source, destination = agents
-        victim = agents[ROLES.index(case.role)]
         held = case.fault.startswith('hold+')
         spec = f'{case.point}={"hold" if held else case.fault}'
+        in_vmm = case.point.startswith('library.')
+        agents = self.ready(spec if in_vmm and case.role == 'source' else '')
+        if in_vmm and case.role == 'destination':
+            self.driver.arm_incoming(spec)
+        source, destination = agents
+        victim = agents[ROLES.index(case.role)]
         for agent in agents:
-            mine = [spec] if agent is victim else []
+            mine = [spec] if agent is victim and not in_vmm else []
             mine += [case.options['with']] if agent is victim and 'with' in case.options else []
             mine += [case.options['peer']] if agent is not victim and 'peer' in case.options else []
             self.arm(agent, ','.join(mine))
-        mark, runs = self.console.mark(), len(self.watch.runs)
-        del self.watch.late[:]
+        mark = self.console.mark()
+        self.watch.begin()
         source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
         eventually(f'{case.name}: the fault', lambda: self.acted(victim, case.point))
         began = time.monotonic()
@@ -312,11 +355,15 @@ class Harness:
             self.operate(case, agents)
         else:
             for agent in agents:
-                if agent is victim and 'crash' in case.fault:
+                if agent is victim and 'crash' in case.fault and not in_vmm:
                     eventually('the crash', lambda: self.dead(victim))
                 if self.dead(agent):
                     self.start(agent)
-        self.judge(case, agents, mark, runs, began)
+        if in_vmm:
+            self.driver.arm_incoming('')
+        self.judge(case, agents, mark, began)
+        if in_vmm and case.fault.startswith(('hang', 'delay')):
+            self.forget()  # a callback of it may still be late
 
     def operate(self, case, agents):
         """The host that may know does not come back: an operator fences it, decides, and later it does come back."""
@@ -332,7 +379,7 @@ class Harness:
         agent.vmmig('resolve', self.vm.name, f'--{verdict}', '--i-fenced', other.host.name)
         self.start(other)
 
-    def judge(self, case, agents, mark, runs, began):
+    def judge(self, case, agents, mark, began):
         names = {agents[0].host.name: 'source', agents[1].host.name: 'destination', 'ended': 'ended'}
 
         def look():

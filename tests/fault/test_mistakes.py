@@ -5,16 +5,16 @@ import os
 
 import pytest
 from agents import Cluster, fault_build
-from harness import Harness, QemuPair, read_table
+from harness import Harness, QemuPair, VmmPair, read_table
 
 TABLE = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'matrix.table')
 CASES = {case.name: case for case in read_table(TABLE)}
-# The mistake, a case that it must break, and what the judge says.
+# The mistake, a case that it must break, what the judge says, and the VMM with which the default run has it.
 MISTAKES = [
-    ('resume-without-never', 'handover.after.RUN destination delay:4000', 'TWO COPIES RAN'),
-    ('run-on-loaded', 'handover.before.COMMIT source crash', 'TWO COPIES RAN|ended as|not within'),
-    ('running-before-run', 'handover.before.RUN destination crash', 'not within'),
-    ('journal-not-synced', 'handover.after.COMMIT source crash', 'not within|ended as'),
+    ('resume-without-never', 'handover.after.RUN destination delay:4000', 'TWO COPIES RAN', QemuPair),
+    ('run-on-loaded', 'handover.before.COMMIT source crash', 'TWO COPIES RAN|ended as|not within', VmmPair),
+    ('running-before-run', 'handover.before.RUN destination crash', 'not within', QemuPair),
+    ('journal-not-synced', 'handover.after.COMMIT source crash', 'not within|ended as', VmmPair),
 ]
 
 
@@ -26,9 +26,16 @@ def cluster():
         yield made
 
 
-@pytest.mark.parametrize('mistake, case, verdict', MISTAKES, ids=[mistake for mistake, _, _ in MISTAKES])
-def test_the_matrix_catches(cluster, mistake, case, verdict):
-    harness = Harness(cluster, QemuPair, prefix=mistake, mistakes=f'mistake.{mistake}=mistake@*', limit=8)
+def parameters():
+    for mistake, case, verdict, first in MISTAKES:
+        for driver in (QemuPair, VmmPair):
+            yield pytest.param(driver, mistake, case, verdict, id=f'{driver.name}-{mistake}',
+                               marks=[] if driver is first else [pytest.mark.full])
+
+
+@pytest.mark.parametrize('driver, mistake, case, verdict', parameters())
+def test_the_matrix_catches(cluster, driver, mistake, case, verdict):
+    harness = Harness(cluster, driver, prefix=mistake, mistakes=f'mistake.{mistake}=mistake@*', limit=8)
     with pytest.raises((AssertionError, TimeoutError), match=verdict):
         harness.run(CASES[case])
     harness.broken()

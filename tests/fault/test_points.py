@@ -13,8 +13,14 @@ MUST_HAVE = {
                   'handover.receive.RUNNING'],
     'journal': ['journal.write', 'journal.sync', 'journal.written', 'journal.record'],
     'QMP': ['qmp.cont', 'qmp.cont.answer', 'qmp.stop', 'qmp.connect'],
+    'attach protocol': ['attach.send.HELLO', 'attach.send.PAUSE', 'attach.receive.RESUME'],
     'channels': ['channel.send', 'channel.ack', 'channel.connect', 'conn.read', 'conn.write', 'conn.dial'],
 }
+
+
+# Those of libvmmig-attach are in a VMM, which nobody can ask.
+IN_VMM = ['library.receive.HARVEST', 'library.answer.CLEAR', 'library.call.pause', 'library.called.load']
+LIBRARY = 'dirtylog/libvmmig-attach.so'
 
 
 def held_by(path, names):
@@ -53,6 +59,13 @@ def test_a_test_build_lists_its_points(cluster, points):
     agent.vmmig('debug', 'faults', '--arm', 'none')
     bad = agent.vmmig('debug', 'faults', '--arm', 'qmp.kont=crash', check=False)
     assert bad.returncode == 2 and "no fault point is named 'qmp.kont'" in bad.stderr
+
+
+def test_the_library_has_its_own():
+    if not os.path.exists(os.path.join(fault_build(), LIBRARY)):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    assert held_by(os.path.join(fault_build(), LIBRARY), IN_VMM) == set(IN_VMM)
+    assert not held_by(built(LIBRARY), IN_VMM)
 
 
 def test_a_release_has_none(cluster, points):

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 from agents import Cluster
-from lab import BareGuest
+from lab import BareGuest, VmmGuest
 from lab.guests import ROOT, built
 
 
@@ -13,7 +13,7 @@ def commands(path):
     """The lines that a reader would type, without the words that explain them."""
     with open(os.path.join(ROOT, path), encoding='utf-8') as file:
         text = file.read().replace('\\\n', ' ')
-    return [re.split(r'\s{3,}', line.strip())[0] for line in re.findall(r'^    (vmmig .*)$', text, re.M)]
+    return [re.split(r'\s{3,}', line.strip())[0] for line in re.findall(r'^    (vmmig(?:-vmm)? .*)$', text, re.M)]
 
 
 def test_two_hosts_as_in_the_readme(tmp_path):
@@ -23,25 +23,30 @@ def test_two_hosts_as_in_the_readme(tmp_path):
     with Cluster(start=False) as cluster:
         for agent in cluster.agents:
             folder = os.path.dirname(built('snapshot/vmmig-guard'))
-            agent.options.update({'libexec-dir': folder, 'nbdkit-plugin': f'{folder}/nbdkit-vmmig-plugin.so'})
+            agent.options.update({'libexec-dir': folder, 'nbdkit-plugin': f'{folder}/nbdkit-vmmig-plugin.so',
+                                  'attach-vmm': built('tools/vmmig-vmm/vmmig-vmm')})
             agent.start()
         cluster.agents[1].vmmig('repo', 'init')
-        vm = BareGuest('web1', mem_mib=64, dirty_mib=8)
-        console = cluster.console('web1')
+        vm, own = BareGuest('web1', mem_mib=64, dirty_mib=8), VmmGuest('web2')
+        console, own_console = cluster.console('web1'), cluster.console('web2')
         for name in ('web1b', 'worker-1', 'worker-2'):
             cluster.console(name)
-        names = {'host1': 'h1', 'host2': 'h2', '/run/web1.qmp': vm.qmp_path}
+        names = {'host1': 'h1', 'host2': 'h2', '/run/web1.qmp': vm.qmp_path, '/run/web2.vmm': own.attach_path,
+                 '/run/web2.console': own.console_path, 'guest.bin': built('tests/guest/bare/bare_pc.bin')}
         for folder in ('/srv/disks', '/mnt/images'):
             names[folder] = os.path.join(cluster.shared, os.path.basename(folder))
             os.mkdir(names[folder])
         for line in typed:
             for said, real in names.items():
                 line = line.replace(said, real)
-            words = line.split()[1:]
+            program, *words = line.split()
             if words[0] == 'restore':  # which says what it says at the same console
                 console.wait_ticks(5)
                 assert console.check() == ['h1', 'h2']
-            if words[0] in ('repo', 'image'):
+            if program == 'vmmig-vmm':
+                cluster.hosts[0].popen([built('tools/vmmig-vmm/vmmig-vmm'), *words], name='web2')
+                own_console.wait_for('ready')
+            elif words[0] in ('repo', 'image'):
                 subprocess.run([built('tools/vmmig'), *words, '--repo', f'dir:{tmp_path}/repo'], cwd=tmp_path,
                                check=True, capture_output=True)
             elif words[0] == 'pki':
@@ -49,13 +54,15 @@ def test_two_hosts_as_in_the_readme(tmp_path):
             elif words[0] == 'run':
                 cluster.agents[0].vmmig('run', 'web1', '--', *vm.argv())
                 console.wait_for('ready')
-            elif words[0] == 'attach':  # instead of `run`: the VM is here already, and the answer says so
+            elif words[:2] == ['attach', 'web1']:  # instead of `run`: the VM is here already, and the answer says so
                 assert cluster.agents[0].vmmig(*words, check=False).returncode == 4
             elif words[0] in ('status', 'snapshot', 'restore', 'template', 'clone', 'mount', 'unmount'):
                 cluster.agents[1].vmmig(*words)
             else:
                 cluster.agents[0].vmmig(*words)
             done.append(words[0])
+        own_console.wait_ticks(5)
+        assert own_console.check() == ['h1', 'h2']
     assert {'pki', 'run', 'attach', 'send', 'status', 'repo', 'image', 'snapshot', 'restore', 'clone', 'mount'} <= set(done)
 
 

@@ -49,7 +49,7 @@ def boot(cluster):
         if agent.process.poll() is not None:
             agent.start()
         for vm in agent.json('list')['vms']:
-            if vm['presence'] != 'ended':
+            if vm['presence'] != 'ended' and vm['pid']:
                 os.kill(vm['pid'], signal.SIGKILL)
                 eventually('the end of a VMM', lambda pid=vm['pid'], a=agent: a.host.reap() or gone(pid))
             agent.vmmig('detach', vm['vm'], check=False)
