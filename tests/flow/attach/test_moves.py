@@ -82,9 +82,11 @@ def test_five_times_in_a_row(cluster, boot, tracking):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize('tracking', DRIVERS)
-def test_fifty_times_in_a_row(cluster, boot, tracking):
-    vm = at_full_speed(f'fifty-{tracking}', mem_mib=256, dirty_mib=32, tracking=tracking)
+@pytest.mark.parametrize('options', [{'tracking': tracking} for tracking in DRIVERS] +
+                         [{'tracking': 'ring', 'ring_entries': 1024, 'heartbeat_ms': 10}],
+                         ids=[*DRIVERS, 'full-ring'])
+def test_fifty_times_in_a_row(cluster, boot, options):
+    vm = at_full_speed('fifty-' + '-'.join(map(str, options.values())), mem_mib=256, dirty_mib=32, **options)
     console = boot(vm)
     there_and_back(cluster, console, vm.name, 50)
     console.verify()
