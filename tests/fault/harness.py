@@ -9,13 +9,11 @@ import json
 import os
 import re
 import signal
-import tempfile
 import time
 from dataclasses import dataclass
 
 from agents import eventually, fault_build
 from lab import BareGuest, VmmGuest, judge
-from lab.guests import built
 from watch import SpokenWatch, Watch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
