@@ -7,6 +7,7 @@
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "vmm/guest_memory.h"
 #include "vmm/qemu_wire.h"
 
 #include <string.h>
@@ -86,7 +87,7 @@ static int make_prepared(struct attempt *a, struct vm_error **err)
     if (!d->mapped || !m->mapped || !m->answers)
         return error_nomem(err);
     for (; m->n_mapped < d->n_mapped; m->n_mapped++)
-        m->mapped[m->n_mapped] = regions[m->n_mapped].base != NULL;
+        m->mapped[m->n_mapped] = guest_region_is_reachable(&regions[m->n_mapped]);
     for (; m->n_answers < d->n_answers; m->n_answers++) {
         struct disk_answer *answer = &d->answers[m->n_answers];
         Vmmig__Peer__DiskAnswer *to = malloc(sizeof(*to));
@@ -113,7 +114,7 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
     struct guest_region mapped[GUEST_REGIONS_MAX];
     guest_sink_regions(a->guest, &regions, &n);
     for (unsigned i = 0; i < n && i < GUEST_REGIONS_MAX; i++)
-        if (regions[i].base)
+        if (guest_region_is_reachable(&regions[i]))
             mapped[kept++] = regions[i];
     struct receiver_params params = {.guest = a->guest,
                                      .attempt = a->id,

@@ -2,12 +2,11 @@
 #include "migrate/page_decoder.h"
 
 #include "base/clock.h"
+#include "vmm/guest_memory.h"
 
-#include <errno.h>
 #include <lz4.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <unistd.h>
 #include <xxhash.h>
 #include <zstd.h>
 
@@ -82,7 +81,7 @@ static int locate_run(const struct page_decoder *dec, const struct page_run *run
 {
     unsigned number = page_addr_region(run->addr);
     uint64_t first = page_addr_number(run->addr);
-    if (number >= dec->config.n_regions || !dec->regions[number].base)
+    if (number >= dec->config.n_regions || !guest_region_is_reachable(&dec->regions[number]))
         return error_set(err, VM_ERROR_PROTOCOL, "invalid page batch: region %u does not exist",
                          number);
     const struct guest_region *region = &dec->regions[number];
@@ -136,65 +135,43 @@ static unsigned contiguous(const struct place *places, unsigned n)
     return i;
 }
 
-static uint8_t *mapped(const struct place *at)
-{
-    return at->region->base + at->offset;
-}
-
-/* Bytes that lie side by side in guest memory. */
-static int put(const struct place *at, const uint8_t *data, size_t len, struct vm_error **err)
-{
-    if (!at->region->file) {
-        memcpy(mapped(at), data, len);
-        return 0;
-    }
-    for (size_t done = 0; done < len;) {
-        ssize_t n = pwrite(at->region->file, data + done, len - done, (off_t)(at->offset + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return error_set(err, VM_ERROR_NO_SPACE, "no memory for the guest's pages of %s: %s",
-                             at->region->name, strerror(n ? errno : ENOSPC));
-        done += (size_t)n;
-    }
-    return 0;
-}
-
 static int put_pages(const struct place *places, unsigned n, const uint8_t *data,
                      struct vm_error **err)
 {
     for (unsigned i = 0, run; i < n; i += run) {
         run = contiguous(places + i, n - i);
-        if (put(places + i, data + (size_t)i * GUEST_PAGE_SIZE, (size_t)run * GUEST_PAGE_SIZE,
-                err) < 0)
+        if (guest_region_write(places[i].region, places[i].offset,
+                               data + (size_t)i * GUEST_PAGE_SIZE, (size_t)run * GUEST_PAGE_SIZE,
+                               err) < 0)
             return -1;
     }
     return 0;
 }
 
-/* The page as it is; in `room` if that does not fault it into our mapping. */
-static const uint8_t *look_at(const struct place *at, uint8_t *room)
+/* Zero already, or made so. A hole stays one. */
+static int clear_page(const struct page_decoder *dec, const struct place *at, struct vm_error **err)
 {
-    int file = at->region->file;
-    bool copied = file && pread(file, room, GUEST_PAGE_SIZE, (off_t)at->offset) == GUEST_PAGE_SIZE;
-    return copied ? room : mapped(at);
+    static const uint8_t zero[GUEST_PAGE_SIZE];
+    const uint8_t *now;
+    if (guest_region_look(at->region, at->offset, dec->plain, &now, err) < 0)
+        return -1;
+    return page_is_zero(now) ? 0
+                             : guest_region_write(at->region, at->offset, zero, sizeof(zero), err);
 }
 
 static int clear_pages(const struct page_decoder *dec, const struct place *places, unsigned n,
                        struct vm_error **err)
 {
-    static const uint8_t zero[GUEST_PAGE_SIZE];
     for (unsigned i = 0, run; i < n; i += run) {
         run = contiguous(places + i, n - i);
         /* Where the kernel cannot give memory back (not shared memory, locked), it says so. */
-        if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN &&
-            madvise(mapped(places + i), (size_t)run * GUEST_PAGE_SIZE, MADV_REMOVE) == 0)
+        if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN && places[i].region->base &&
+            madvise(places[i].region->base + places[i].offset, (size_t)run * GUEST_PAGE_SIZE,
+                    MADV_REMOVE) == 0)
             continue;
-        for (unsigned j = i; j < i + run; j++) {
-            if (!page_is_zero(look_at(places + j, dec->plain)) &&
-                put(places + j, zero, GUEST_PAGE_SIZE, err) < 0)
+        for (unsigned j = i; j < i + run; j++)
+            if (clear_page(dec, places + j, err) < 0)
                 return -1;
-        }
     }
     return 0;
 }
@@ -227,7 +204,9 @@ static int decode_block(struct page_decoder *dec, const struct page_unit *unit,
 static int decode_delta(struct page_decoder *dec, const struct page_unit *unit,
                         const uint8_t *packed, const struct place *at, struct vm_error **err)
 {
-    const uint8_t *former = look_at(at, dec->plain + GUEST_PAGE_SIZE);
+    const uint8_t *former;
+    if (guest_region_look(at->region, at->offset, dec->plain + GUEST_PAGE_SIZE, &former, err) < 0)
+        return -1;
     int n =
         LZ4_decompress_safe_usingDict((const char *)packed + PAGE_DELTA_CHECK_SIZE,
                                       (char *)dec->plain, (int)unit->len - PAGE_DELTA_CHECK_SIZE,
@@ -235,7 +214,7 @@ static int decode_delta(struct page_decoder *dec, const struct page_unit *unit,
     if (n != (int)GUEST_PAGE_SIZE ||
         (uint32_t)XXH3_128bits(dec->plain, GUEST_PAGE_SIZE).low64 != get_le32(packed))
         return invalid(unit->kind, err);
-    return put(at, dec->plain, GUEST_PAGE_SIZE, err);
+    return guest_region_write(at->region, at->offset, dec->plain, GUEST_PAGE_SIZE, err);
 }
 
 static int decode_unit(struct page_decoder *dec, const struct page_unit *unit,

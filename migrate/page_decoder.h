@@ -20,9 +20,7 @@
  * below the number that it has committed. A commit that fails leaves the pages of that batch
  * undefined and the decoder unusable: the migration has failed.
  *
- * Writing. Pages go through the region's file where it has one, and else into the mapping: a fault
- * in the mapping costs about three times as much as writing the page (measured: 1.2 against 0.45
- * seconds for 1 GiB of fresh memory), and memory that runs out is NO_SPACE instead of SIGBUS.
+ * Writing. vmm/guest_memory.h says through what. Memory that runs out is NO_SPACE where the kernel says so.
  *
  * Zero pages. Reading a hole of a shared mapping (not of its file) allocates a page just as writing does. An encoder
  * that knows the memory to begin as zero does not name such pages. For the others: a run of
@@ -30,8 +28,7 @@
  * (not for memory that was preallocated, locked or is hugetlb); what is left is compared, and
  * cleared only if need be.
  *
- * Guest memory must stay mapped and writable while the decoder lives; where there is no file, a fault
- * on it (SIGBUS: no backing memory left) is not caught here. Nobody else writes it meanwhile.
+ * Guest memory must stay as it is while the decoder lives. Nobody else writes it meanwhile.
  *
  * Memory: PAGE_DECODER_MEMORY_MAX bytes, whatever arrives. Threads: one at a time per decoder; two
  * decoders may work on one guest at once, since their pages differ: a page of another channel's
@@ -57,7 +54,7 @@
 struct page_decoder;
 
 struct page_decoder_config {
-    /* Copied. A page of a region whose base is NULL is refused. */
+    /* Copied. A page of a region that cannot be reached is refused. */
     const struct guest_region *regions;
     unsigned n_regions;
     unsigned channel, n_channels;

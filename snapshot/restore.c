@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "snapshot/disk_file.h"
 #include "snapshot/snapshot.h"
+#include "vmm/guest_memory.h"
 #include "vmm/qemu_disk_move.h"
 #include "vmm/qemu_json.h"
 
@@ -282,10 +283,8 @@ static int write_page(void *arg, uint64_t offset, const uint8_t *data, size_t le
 {
     struct memory *m = arg;
     uint64_t addr = page_addr(m->number, offset / GUEST_PAGE_SIZE);
-    (void)err;
     guest_sink_populate(m->guest, &addr, 1, NULL); /* else it counts as the agent's memory */
-    memcpy(m->region->base + offset, data, len);
-    return 0;
+    return guest_region_write(m->region, offset, data, len, err);
 }
 
 static int load_memory(struct restore *r, struct guest *guest, const struct restore_control *c,
@@ -297,8 +296,9 @@ static int load_memory(struct restore *r, struct guest *guest, const struct rest
         return error_set(err, VM_ERROR_FAILED, "the VM that waits has other memory");
     for (unsigned i = 0; i < n; i++) {
         struct memory m = {guest, &regions[i], i};
-        if (!regions[i].base || regions[i].size != r->vm.definition.ram[i].size)
-            return error_set(err, VM_ERROR_FAILED, "the memory %s of the VM that waits is not mapped",
+        if (!guest_region_is_reachable(&regions[i]) ||
+            regions[i].size != r->vm.definition.ram[i].size)
+            return error_set(err, VM_ERROR_FAILED, "the memory %s of the VM that waits cannot be reached",
                              regions[i].name);
         if (pour(r, entry(r, r->vm.ram_files[i], NULL), GUEST_PAGE_SIZE, write_page, &m, c, err) < 0)
             return -1;

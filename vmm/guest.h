@@ -14,7 +14,7 @@
  *
  * A *sink* takes it; it is a VMM that waits for an incoming guest, paused:
  *
- *     guest_sink_regions(g, ...)                    mapped memory, into which the engine decodes pages
+ *     guest_sink_regions(g, ...)                    its memory, into which the engine decodes pages
  *     guest_sink_bytes(g, data, n)                  what the VMM's own loader gets, in order
  *     guest_sink_finish(g, deadline)                loaded completely, and paused
  *     guest_resume(g)  or  guest_kill(g)
@@ -68,6 +68,12 @@ struct guest_region {
      * costs a third of a fault in our mapping, and memory that runs out is an error and no signal.
      */
     int file;
+    /*
+     * Where the VMM itself has it, in process `process`; 0 if that is not known or may not be used.
+     * vmm/guest_memory.h writes through it before all else.
+     */
+    uint64_t remote;
+    int process;
 };
 
 struct guest_source_params {
@@ -224,7 +230,7 @@ static inline int guest_announce(struct guest *g, struct vm_error **err)
     return g->ops->announce(g, err);
 }
 
-/* The sink's regions; `base` is set where the engine may write pages. Valid as long as g. */
+/* The sink's regions: into which the engine may write, vmm/guest_memory.h says. Valid as long as g. */
 static inline int guest_sink_regions(struct guest *g, const struct guest_region **ret_regions,
                                      unsigned *ret_n)
 {

@@ -23,12 +23,11 @@
  *         While QEMU writes device state into a stream that nobody drains it answers nothing: progress
  *         and status may say TIMEOUT then.
  * sink    Capability `late-block-activate`; `stop` while inmigrate, so that loading never starts the guest.
- *         sink_regions has the regions in the order of the definition; `base` NULL for all of them in
- *         a QEMU that was only attached. `-incoming` begins with the first byte. When QEMU rejects
+ *         sink_regions has the regions in the order of the definition. `-incoming` begins with the first byte. When QEMU rejects
  *         what it loads it ends: VMM_DIED with the last line of its log.
  *
  * Charging. A page of guest memory is charged to the cgroup of whose mapping is touched first. Pages that the
- * agent writes through `base` would be the agent's. qemu_sink_populate has the kernel fault them in
+ * agent writes through `base` or `file` would be the agent's. qemu_sink_populate has the kernel fault them in
  * through QEMU's own mapping (process_vm_readv), so that they are QEMU's; the engine calls it for pages
  * that it is about to write, also after it made a hole where they were. Pages of hugetlb are not charged to memory cgroups at all.
  *
@@ -72,7 +71,7 @@ struct qemu_sink_params {
     const struct qemu_definition *definition; /* validated by qemu_definition_validate */
     /*
      * How to start it. argv is made from the definition's (qemu_argv_destination) and fds are the
-     * memfds: both are ignored here. cwd NULL: that of the definition.
+     * memory's: both are ignored here. cwd NULL: that of the definition.
      */
     struct qemu_launch launch;
     const struct qemu_name_map *maps; /* names of taps and bridges on this host */
@@ -80,7 +79,7 @@ struct qemu_sink_params {
 };
 
 /*
- * A QEMU that waits for the guest of the definition, paused, its memory mapped here; what it has (devices,
+ * A QEMU that waits for the guest of the definition, paused, its memory within reach; what it has (devices,
  * memory, CPUs, machine) is compared with the definition before this returns (qemu_verify).
  */
 struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_error **err);

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "vmm/qemu_memory.h"
 
+#include "vmm/qemu_address.h"
+
 #include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
@@ -18,7 +20,7 @@ struct qemu_memory {
     unsigned n;
     struct guest_region *regions;
     int fds[GUEST_REGIONS_MAX];
-    uint64_t remote[GUEST_REGIONS_MAX]; /* where QEMU has it; 0 if that is not known */
+    uint64_t remote[GUEST_REGIONS_MAX]; /* where QEMU has the memfd; 0 if it is none */
     struct process_identity process;
 };
 
@@ -76,7 +78,10 @@ struct qemu_memory *qemu_memory_create(const char *vm, const struct qemu_definit
                                        struct vm_error **err)
 {
     CLEANUP(qemu_memory) struct qemu_memory *m = qemu_memory_create_unmapped(d, err);
+    bool may = qemu_address_may();
     for (unsigned i = 0; m && i < m->n; i++) {
+        if (may && qemu_argv_is_private(d, i))
+            continue;
         m->fds[i] = new_memfd(vm, &m->regions[i], err);
         if (m->fds[i] < 0 || map_region(m, i, err) < 0)
             return NULL;
@@ -117,21 +122,19 @@ static void take_mapping(struct qemu_memory *m, const struct stat *files, const 
                &major_no, &minor_no, &inode) != 6)
         return;
     for (unsigned i = 0; i < m->n; i++)
-        if (files[i].st_ino == inode && files[i].st_dev == makedev(major_no, minor_no) && !offset &&
+        if (m->fds[i] >= 0 && files[i].st_ino == inode && files[i].st_dev == makedev(major_no, minor_no) && !offset &&
             to - from >= m->regions[i].size)
             m->remote[i] = from;
 }
 
-int qemu_memory_bind(struct qemu_memory *m, const struct process_identity *process,
-                     struct vm_error **err)
+static int bind_files(struct qemu_memory *m, struct vm_error **err)
 {
     struct stat files[GUEST_REGIONS_MAX];
     char path[32];
-    m->process = *process;
     for (unsigned i = 0; i < m->n; i++)
-        if (fstat(m->fds[i], &files[i]) < 0)
+        if (m->fds[i] >= 0 && fstat(m->fds[i], &files[i]) < 0)
             return error_errno(err, errno, "cannot look at the memory of %s", m->regions[i].name);
-    snprintf(path, sizeof(path), "/proc/%d/maps", process->pid);
+    snprintf(path, sizeof(path), "/proc/%d/maps", m->process.pid);
     cleanup_fclose FILE *maps = fopen(path, "re");
     if (!maps)
         return error_errno(err, errno, "cannot read %s", path);
@@ -140,6 +143,8 @@ int qemu_memory_bind(struct qemu_memory *m, const struct process_identity *proce
     while (getline(&line, &cap, maps) > 0)
         take_mapping(m, files, line);
     for (unsigned i = 0; i < m->n; i++) {
+        if (m->fds[i] < 0)
+            continue;
         if (!m->remote[i])
             return error_set(err, VM_ERROR_FAILED, "QEMU has not mapped the memory made for %s",
                              m->regions[i].name);
@@ -147,6 +152,12 @@ int qemu_memory_bind(struct qemu_memory *m, const struct process_identity *proce
             close_fd(&m->fds[i]);
     }
     return 0;
+}
+
+int qemu_memory_bind(struct qemu_memory *m, struct qemu *q, struct vm_error **err)
+{
+    m->process = qemu_guest(q)->process;
+    return bind_files(m, err) < 0 ? -1 : qemu_address_find(q, m->regions, m->n, err);
 }
 
 static unsigned gather(const struct qemu_memory *m, const uint64_t *addrs, unsigned n,

@@ -230,7 +230,8 @@ static int emit_backend(struct builder *b, unsigned index, const struct qemu_pro
     cleanup_qemu_props struct qemu_props p = {0};
     if (qemu_props_set(&p, "qom-type", "memory-backend-file", err) < 0 ||
         qemu_props_set(&p, "id", f->id, err) < 0 || set_number(&p, "size", f->size, err) < 0 ||
-        qemu_props_set(&p, "share", "on", err) < 0 ||
+        qemu_props_set(&p, "share", f->shared || f->page_size != GUEST_PAGE_SIZE ? "on" : "off",
+                       err) < 0 ||
         qemu_props_set(&p, "x-use-canonical-path-for-ramblock-id", is_path_name(f) ? "on" : "off",
                        err) < 0)
         return -1;
@@ -450,6 +451,30 @@ int qemu_argv_check_memory(const struct qemu_definition *d, struct vm_error **er
     return 0;
 }
 
+bool qemu_argv_is_private(const struct qemu_definition *d, unsigned index)
+{
+    cleanup_qemu_argv struct qemu_argv a = {0};
+    if (d->ram[index].page_size != GUEST_PAGE_SIZE || qemu_argv_parse(d->argv, &a, NULL) < 0)
+        return false;
+    for (unsigned i = 0; i < a.n; i++) {
+        cleanup_qemu_props struct qemu_props p = {0};
+        if (parse_props(&a.options[i], &p, NULL) == 0 && is_memory_object(&a.options[i], &p) &&
+            !strcmp(or_empty(qemu_props_get(&p, "id")), d->ram[index].backend))
+            return !strcmp(or_empty(qemu_props_get(&p, "share")), "off");
+    }
+    return false;
+}
+
+static int place_memory(struct qemu_props *p, int fd, struct vm_error **err)
+{
+    char path[48];
+    if (fd < 0)
+        return qemu_props_set(p, "qom-type", "memory-backend-ram", err);
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    return qemu_props_set(p, "share", "on", err) < 0 ? -1
+                                                     : qemu_props_set(p, "mem-path", path, err);
+}
+
 static const char *map_name(const struct qemu_place *place, const char *name)
 {
     for (unsigned i = 0; i < place->n_maps; i++)
@@ -484,11 +509,8 @@ static int place_option(const struct qemu_definition *d, const struct qemu_place
     if (parse_props(o, &p, err) < 0)
         return -1;
     if (is_memory_object(o, &p)) {
-        char path[48];
-        snprintf(path, sizeof(path), "/proc/self/fd/%d",
-                 place->fds[find_ram(d, qemu_props_get(&p, "id"))]);
         changed = true;
-        if (qemu_props_set(&p, "mem-path", path, err) < 0)
+        if (place_memory(&p, place->fds[find_ram(d, qemu_props_get(&p, "id"))], err) < 0)
             return -1;
     } else if (in_list(o->name, nets) && map_net(place, &p, &changed, err) < 0) {
         return -1;

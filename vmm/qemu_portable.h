@@ -6,13 +6,15 @@
  *     source        qemu_argv_portable(&argv, &facts, &portable)   into definition.argv
  *     destination   qemu_argv_destination(definition, &place, &argv)
  *
- * Portable: the machine type with its version; every memory backend as memory-backend-file, share=on,
- * with id, size and block name of the running VM but no mem-path; a plain -m, -mem-path and -mem-prealloc
+ * Portable: the machine type with its version; every memory backend as memory-backend-file, share=on where
+ * others share it or its pages are huge, else share=off, with id, size and block name of the running VM but no
+ * mem-path; a plain -m, -mem-path and -mem-prealloc
  * turned into such a backend; hot-plugged memory as -object and -device with slot and address; files that QEMU
  * would truncate (-serial file:, -chardev file) opened for appending; -daemonize, -loadvm, -incoming, -S,
  * -runas and vmmig's monitor gone.
  *
- * Destination: mem-path=/proc/self/fd/N for each backend, names of taps and bridges mapped, -incoming defer, -S.
+ * Destination: share=on and mem-path=/proc/self/fd/N for each backend that has a file, memory-backend-ram for the
+ * others, names of taps and bridges mapped, -incoming defer, -S.
  */
 #ifndef VMMIG_VMM_QEMU_PORTABLE_H
 #define VMMIG_VMM_QEMU_PORTABLE_H
@@ -28,6 +30,7 @@ struct qemu_backend_fact {
     uint64_t size;
     uint64_t page_size;
     bool prealloc;
+    bool shared; /* with another process */
 };
 
 /* A memory device as the running VM has it. */
@@ -53,7 +56,7 @@ struct qemu_name_map {
     const char *from, *to;
 };
 
-/* Where the destination's memory is: fds[i] belongs to definition->ram[i]. */
+/* Where the destination's memory is: fds[i] is the file of definition->ram[i], -1 if QEMU makes its own. */
 struct qemu_place {
     const int *fds;
     const struct qemu_name_map *maps;
@@ -66,6 +69,8 @@ int qemu_argv_portable(const struct qemu_argv *argv, const struct qemu_memory_fa
 /* *ret_argv: one allocation, NULL at the end; free it. */
 int qemu_argv_destination(const struct qemu_definition *d, const struct qemu_place *place,
                           char ***ret_argv, struct vm_error **err);
+/* May QEMU make the memory of definition->ram[index] by itself, private and of small pages? */
+bool qemu_argv_is_private(const struct qemu_definition *d, unsigned index);
 /* Does every block of definition->ram have its backend in definition->argv, and no other? PROTOCOL. */
 int qemu_argv_check_memory(const struct qemu_definition *d, struct vm_error **err);
 /* REFUSED, by name, if the command line says something that cannot move. */

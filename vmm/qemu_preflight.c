@@ -269,7 +269,12 @@ static int take_backends(struct memory *m, const struct qemu_argv *argv, struct 
             return error_set(err, VM_ERROR_REFUSED,
                              "memory backend '%s' has no RAM block of its size", id);
         m->backend_facts[m->facts.n_backends++] = (struct qemu_backend_fact){
-            id, block->name, size, block->page_size, qmp_bool(entry, "prealloc")};
+            id,
+            block->name,
+            size,
+            block->page_size,
+            qmp_bool(entry, "prealloc"),
+            qmp_bool(entry, "share")};
         struct qemu_ram *ram = qemu_definition_add_ram(d);
         if (!ram)
             return error_nomem(err);

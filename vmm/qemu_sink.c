@@ -92,13 +92,17 @@ struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_er
         return NULL;
     struct qemu_launch launch = params->launch;
     launch.argv = argv;
-    launch.fds = place.fds;
-    launch.n_fds = d->n_ram;
+    launch.n_fds = 0;
+    int fds[GUEST_REGIONS_MAX];
+    for (unsigned i = 0; i < d->n_ram; i++)
+        if (place.fds[i] >= 0)
+            fds[launch.n_fds++] = place.fds[i];
+    launch.fds = fds;
     launch.cwd = launch.cwd ? launch.cwd : d->cwd;
     struct qemu *q = qemu_spawn(&launch, err);
     if (!q)
         return NULL;
-    if (make_ready(q, d, err) < 0 || qemu_memory_bind(memory, &q->guest.process, err) < 0 ||
+    if (make_ready(q, d, err) < 0 || qemu_memory_bind(memory, q, err) < 0 ||
         add_sink(q, &memory, err) < 0) {
         guest_kill(&q->guest, KILL_TIMEOUT_MS, NULL);
         unlink(launch.qmp_path);
@@ -117,7 +121,7 @@ struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const ch
     CLEANUP(qemu) struct qemu *q = qemu_attach(qmp_path, timeout_ms, err);
     if (!q)
         return NULL;
-    if (make_ready(q, definition, err) < 0) {
+    if (make_ready(q, definition, err) < 0 || qemu_memory_bind(memory, q, err) < 0) {
         error_wrap(err, "%s", qmp_path);
         return NULL;
     }

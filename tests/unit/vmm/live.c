@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/uuid.h"
+#include "vmm/guest_memory.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -132,6 +133,7 @@ json_t *live_qmp(struct qemu *q, const char *command, const char *arguments)
 
 static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
 {
+    static const uint8_t zero[GUEST_PAGE_SIZE];
     struct live_move *m = arg;
     uint64_t addrs[PAGE_BATCH_MAX];
     pthread_mutex_lock(&m->lock);
@@ -147,12 +149,9 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
     int rc = m->populate ? qemu_sink_populate(m->to, addrs, batch->n, err) : 0;
     for (unsigned i = 0; rc == 0 && i < batch->n; i++) {
         const struct page_ref *p = &batch->pages[i];
-        uint8_t *to = m->regions[page_addr_region(p->addr)].base +
-                      page_addr_number(p->addr) * GUEST_PAGE_SIZE;
-        if (p->data)
-            memcpy(to, p->data, GUEST_PAGE_SIZE);
-        else
-            memset(to, 0, GUEST_PAGE_SIZE);
+        rc = guest_region_write(&m->regions[page_addr_region(p->addr)],
+                                page_addr_number(p->addr) * GUEST_PAGE_SIZE,
+                                p->data ? p->data : zero, GUEST_PAGE_SIZE, err);
     }
     page_batch_unref(batch);
     return rc;
@@ -226,7 +225,7 @@ int live_start_with(struct live_move *m, const struct guest_source_params *param
 int live_start(struct live_move *m, struct vm_error **err)
 {
     struct guest_source_params params = {
-        .channels = 2, .regions = m->regions, .n_regions = m->dest_qmp ? 0 : m->n_regions};
+        .channels = 2, .regions = m->regions, .n_regions = m->by_loader ? 0 : m->n_regions};
     return live_start_with(m, &params, err);
 }
 

@@ -56,6 +56,7 @@ struct live_move {
     const struct guest_region *regions;
     unsigned n_regions;
     const char *dest_qmp; /* instead of starting one: attach to this */
+    bool by_loader;       /* no page goes as a page: QEMU loads them all */
     bool populate;        /* as the engine does */
     const char *cgroup;   /* of the destination; NULL: none */
     const char *user;     /* of the destination; NULL: this one */

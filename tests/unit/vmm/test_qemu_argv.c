@@ -176,9 +176,11 @@ static void test_sizes(void **state)
     {                                                                                              \
         "pc.ram", "pc.ram", 64 << 20, 4096, false                                                  \
     }
-#define RAM(id, size)                                                                              \
-    "-object memory-backend-file,id=" id ",size=" size                                             \
-    ",share=on,x-use-canonical-path-for-ramblock-id=off"
+#define BACKEND(type, share, id, size)                                                             \
+    "-object memory-backend-" type ",id=" id ",size=" size ",share=" share                         \
+    ",x-use-canonical-path-for-ramblock-id=off"
+#define RAM(id, size) BACKEND("file", "off", id, size)
+#define FILE_RAM(id, size) BACKEND("file", "on", id, size)
 
 struct portable_case {
     const char *in, *out;
@@ -208,7 +210,7 @@ static const struct
                      {{0}},
                      "pc.ram"},
                     {"qemu -mem-path /dev/hugepages -mem-prealloc",
-                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram " RAM(
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram " FILE_RAM(
                          "pc.ram", "67108864") ",prealloc=on",
                      {{"pc.ram", "pc.ram", 64 << 20, 2 << 20, false}},
                      {{0}},
@@ -220,7 +222,7 @@ static const struct
                      "memory-backend-ram,id=gone,size=1G -numa node,memdev=m0 -numa node,memdev=m1 "
                      "-object "
                      "rng-random,id=r",
-                     "qemu -machine pc-q35-7.2 " RAM("m0", "33554432") " " RAM(
+                     "qemu -machine pc-q35-7.2 " RAM("m0", "33554432") " " FILE_RAM(
                          "m1", "33554432") ",prealloc=on,host-nodes=0,policy=bind -numa "
                                            "node,memdev=m0 -numa node,memdev=m1 -object "
                                            "rng-random,id=r",
@@ -231,7 +233,7 @@ static const struct
                     {"qemu -object memory-backend-ram,id=x,size=64M -machine memory-backend=x",
                      "qemu -machine pc-q35-7.2,memory-backend=x -object "
                      "memory-backend-file,id=x,size=67108864,"
-                     "share=on,x-use-canonical-path-for-ramblock-id=on",
+                     "share=off,x-use-canonical-path-for-ramblock-id=on",
                      {{"x", "/objects/x", 64 << 20, 4096, false}},
                      {{0}},
                      "x"},
@@ -445,19 +447,22 @@ static void test_destination(void **state)
 {
     struct vm_error *err = NULL;
     struct qemu_definition d =
-        make_definition("qemu -machine pc-q35-7.2 " RAM("d1", "33554432") " " RAM(
+        make_definition("qemu -machine pc-q35-7.2 " FILE_RAM("d1", "33554432") " " RAM(
             "pc.ram", "67108864") " -netdev tap,id=n0,ifname=tap7,br=br0 -nic bridge,br=br9 "
                                   "-netdev user,id=u -daemonize");
-    const int fds[] = {11, 12};
+    const int fds[] = {-1, 12};
     const struct qemu_name_map maps[] = {{"tap7", "vnet3"}, {"br9", "lan"}};
     struct qemu_place place = {fds, maps, 2};
     char **argv;
     assert_int_equal(qemu_definition_validate(&d, &err), 0);
+    assert_true(qemu_argv_is_private(&d, 0));
+    assert_false(qemu_argv_is_private(&d, 1));
     assert_int_equal(qemu_argv_destination(&d, &place, &argv, &err), 0);
     char *text = join(argv);
     assert_string_equal(
-        text, "qemu -machine pc-q35-7.2 " RAM("d1", "33554432") ",mem-path=/proc/self/fd/12 " RAM(
-                  "pc.ram", "67108864") ",mem-path=/proc/self/fd/11 "
+        text, "qemu -machine pc-q35-7.2 " FILE_RAM(
+                  "d1", "33554432") ",mem-path=/proc/self/fd/12 " BACKEND("ram", "off", "pc.ram",
+                                                                          "67108864") " "
                                         "-netdev tap,id=n0,ifname=vnet3,br=br0 -nic bridge,br=lan "
                                         "-netdev user,id=u "
                                         "-incoming defer -S");

@@ -185,17 +185,25 @@ static void test_move_to_another_user(void **state)
 
 /* What a migration leaves behind when it does not come to its end. */
 
-static struct qemu *spawn_with_memory(bool running)
+static struct qemu *spawn_with(bool shared, bool running)
 {
     struct vm_error *err = NULL;
     char loader[160];
+    const char *machine = shared ? "q35,memory-backend=m" : "q35";
+    const char *object = shared ? "memory-backend-memfd,id=m,size=128M,share=on"
+                                : "memory-backend-ram,id=unused,size=4k";
     snprintf(loader, sizeof(loader), "loader,file=%s,addr=0x1000000,force-raw=on",
              live_path("random", ".bin"));
-    struct qemu *q = live_spawn("a", &err, "-M", "q35", "-m", "128", "-device", loader,
-                                running ? NULL : "-S", NULL);
+    struct qemu *q = live_spawn("a", &err, "-M", machine, "-m", "128", "-object", object, "-device",
+                                loader, running ? NULL : "-S", NULL);
     if (!q)
         fail_msg("%s", error_message(err));
     return q;
+}
+
+static struct qemu *spawn_with_memory(bool running)
+{
+    return spawn_with(false, running);
 }
 
 static void block_third_batch(struct live_move *m)
@@ -503,27 +511,30 @@ static void test_attach_through_a_relay(void **state)
     assert_ok(process_kill(&process, 5000, why));
 }
 
-/* Memory of cgroup `path`, from shared pages such as memfds. */
-static uint64_t charged_shmem(const char *path)
+/* Memory of cgroup `path`: shared pages, such as memfds, or private ones. */
+static uint64_t charged(const char *path, const char *const *keys)
 {
     char file[256], *text;
     size_t n;
     uint64_t bytes = 0;
     snprintf(file, sizeof(file), "%s/memory.stat", path);
     assert_ok(io_read_file(file, 1 << 20, &text, &n, why));
-    const char *line = strstr(text, "shmem ");
-    assert_true(line && sscanf(line, "shmem %" SCNu64, &bytes) == 1);
+    for (char *line = strtok(text, "\n"); line; line = strtok(NULL, "\n"))
+        for (const char *const *key = keys; *key; key++)
+            if (!strncmp(line, *key, strlen(*key)))
+                bytes = strtoull(line + strlen(*key), NULL, 10);
     free(text);
     return bytes;
 }
 
-static uint64_t charge_of_move(const char *cgroup, bool populate)
+static uint64_t charge_of_move(const char *cgroup, bool shared, bool populate)
 {
+    static const char *const shmem[] = {"shmem ", NULL}, *const anon[] = {"anon ", "rss ", NULL};
     struct live_move m = {.populate = populate, .cgroup = cgroup};
-    assert_ok(live_move(&m, spawn_with_memory(false), "b", why));
-    uint64_t charged = charged_shmem(cgroup);
+    assert_ok(live_move(&m, spawn_with(shared, false), "b", why));
+    uint64_t bytes = charged(cgroup, shared ? shmem : anon);
     live_move_finish(&m);
-    return charged;
+    return bytes;
 }
 
 static char test_cgroup[128];
@@ -548,8 +559,10 @@ static void test_memory_is_charged_to_the_vm(void **state)
         test_cgroup[0] = 0;
         skip();
     }
-    uint64_t with = charge_of_move(test_cgroup, true);
-    uint64_t without = charge_of_move(test_cgroup, false);
+    uint64_t private = charge_of_move(test_cgroup, false, false);
+    uint64_t with = charge_of_move(test_cgroup, true, true);
+    uint64_t without = charge_of_move(test_cgroup, true, false);
+    assert_true(private >= 8 << 20);
     assert_true(with >= 8 << 20);
     assert_true(without < 2 << 20); /* why populate is there */
 }

@@ -7,6 +7,7 @@
 
 #include "base/clock.h"
 #include "base/io.h"
+#include "vmm/qemu_address.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -249,8 +250,8 @@ static void test_virtio_mem(void **state)
     live_move_finish(&m);
 }
 
-/* The control plane's own destination: its memory is not ours, so the whole stream goes through. */
-static void test_prepared_destination(void **state)
+/* The control plane's own destination: pages go into its own mapping, or all through its loader. */
+static void move_to_prepared(bool by_loader)
 {
     struct vm_error *err = NULL;
     struct qemu *q = SPAWN("-M", "q35", "-m", "64", "-device", loader());
@@ -258,12 +259,24 @@ static void test_prepared_destination(void **state)
                                        "-incoming", "defer", NULL);
     assert_non_null(prepared);
     qemu_destroy(prepared); /* somebody else's */
-    struct live_move m = {.dest_qmp = live_path("p", ".qmp")};
+    struct live_move m = {.dest_qmp = live_path("p", ".qmp"), .by_loader = by_loader};
     assert_ok(live_move(&m, q, "p", why));
     assert_null(m.regions[0].base);
+    assert_int_equal(m.regions[0].remote != 0, qemu_address_may());
+    assert_true(by_loader ? m.bytes > 8 * MIB : m.bytes < 8 * MIB);
     assert_run_state(m.to, GUEST_PAUSED);
     assert_same_memory(q, m.to, 0, 64 * MIB);
     live_move_finish(&m);
+}
+
+static void test_prepared_destination(void **state)
+{
+    move_to_prepared(false);
+}
+
+static void test_prepared_destination_loads(void **state)
+{
+    move_to_prepared(true);
 }
 
 /* Its owner did not say -S, and the guest was never paused: it must not start at the end of
@@ -338,6 +351,7 @@ int main(void)
         live_test(test_prepared_destination_waits),
         live_test(test_virtio_mem),
         live_test(test_prepared_destination),
+        live_test(test_prepared_destination_loads),
         live_test(test_unfit_destinations),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
