@@ -2,6 +2,7 @@
 #include "migrate/page_encoder.h"
 
 #include "base/clock.h"
+#include "migrate/page_blocks.h"
 #include "migrate/page_history.h"
 
 #include <lz4.h>
@@ -20,6 +21,9 @@
 /* Nothing is known yet: bytes that a page takes in a compressed block. */
 #define BLOCK_BYTES_INITIAL 1400.0
 #define BLOCK_BYTES_WEIGHT 0.1
+
+/* Compressed bytes up to so many are copied into memory of their size; more travel in their block. */
+#define PACKED_COPY_MAX (PAGE_BLOCK_SIZE / 4)
 
 /* Measured: the context of level 3 with 1 MiB of input takes 1.3 MiB. */
 #define ZSTD_MEMORY (3ul << 19)
@@ -55,8 +59,9 @@ struct page_encoder {
     LZ4_stream_t *lz4;
     ZSTD_CCtx *zstd;
     uint8_t *gather;                   /* pages of a block, side by side */
-    uint8_t *packed;                   /* compressed bytes of the batch */
-    uint8_t *snapshot;                 /* of the batch's pages, if mapped_source */
+    struct page_blocks *blocks;
+    uint8_t *packed;                   /* block: compressed bytes of the batch; NULL: given away */
+    uint8_t *snapshot;                 /* block: the batch's pages, if mapped_source; likewise */
     unsigned delta_tries, delta_skips; /* failures in a row; pages skipped since */
     double block_bytes;                /* per page in compressed blocks, moving average */
     unsigned probes;
@@ -101,6 +106,16 @@ static struct page_hash bind_hash(struct page_hash hash, uint64_t index)
     return hash;
 }
 
+/* In place of those that went with the last batch. */
+static int take_blocks(struct page_encoder *enc, struct vm_error **err)
+{
+    if (!enc->packed)
+        enc->packed = page_blocks_take(enc->blocks);
+    if (enc->mapped_source && !enc->snapshot)
+        enc->snapshot = page_blocks_take(enc->blocks);
+    return enc->packed && (enc->snapshot || !enc->mapped_source) ? 0 : error_nomem(err);
+}
+
 struct page_encoder *page_encoder_create(const struct page_encoder_config *config,
                                          struct vm_error **err)
 {
@@ -131,14 +146,13 @@ struct page_encoder *page_encoder_create(const struct page_encoder_config *confi
     enc->lz4 = LZ4_createStream();
     enc->zstd = ZSTD_createCCtx();
     enc->gather = malloc(PAGE_PAYLOAD_MAX);
-    enc->packed = malloc(PAGE_PAYLOAD_MAX);
-    if (config->mapped_source)
-        enc->snapshot = malloc(PAGE_PAYLOAD_MAX);
-    if (!enc->lz4 || !enc->zstd || !enc->gather || !enc->packed ||
-        (config->mapped_source && !enc->snapshot)) {
+    enc->blocks = page_blocks_create();
+    if (!enc->lz4 || !enc->zstd || !enc->gather || !enc->blocks) {
         error_nomem(err);
         return NULL;
     }
+    if (take_blocks(enc, err) < 0)
+        return NULL;
     return steal_ptr(&enc);
 }
 
@@ -150,8 +164,11 @@ void page_encoder_destroy(struct page_encoder *enc)
     LZ4_freeStream(enc->lz4);
     ZSTD_freeCCtx(enc->zstd);
     free(enc->gather);
-    free(enc->packed);
-    free(enc->snapshot);
+    if (enc->blocks) {
+        page_blocks_give(enc->blocks, enc->packed);
+        page_blocks_give(enc->blocks, enc->snapshot);
+    }
+    page_blocks_leave(enc->blocks);
     free(enc);
 }
 
@@ -394,42 +411,49 @@ static void add_iovec(struct iovec *iov, unsigned *n, const uint8_t *data, size_
         iov[(*n)++] = (struct iovec){(void *)(uintptr_t)data, len};
 }
 
-/* One allocation of exactly the size: iovecs, meta, snapshots of raw pages, compressed bytes. */
+/* The payload's pieces: raw pages where they are, then what was compressed, as one piece. */
+static unsigned list_payload(struct page_encoder *enc, uint8_t *packed, struct iovec *iov)
+{
+    struct job *job = &enc->job;
+    unsigned n = 0;
+    for (unsigned i = 0; i < job->n_raw; i++)
+        add_iovec(iov, &n, job->raw[i]->data, GUEST_PAGE_SIZE);
+    if (job->packed_len)
+        add_iovec(iov, &n, packed, job->packed_len);
+    return n;
+}
+
+/* One allocation of exactly the size: iovecs, meta, compressed bytes if they are few. */
 static int assemble(struct page_encoder *enc, struct encoded_batch *out, struct vm_error **err)
 {
     struct job *job = &enc->job;
     size_t iov_size = (job->n_raw + 1) * sizeof(struct iovec);
     size_t meta_size = page_meta_size(&enc->meta);
-    size_t raw_size = enc->mapped_source ? (size_t)job->n_raw * GUEST_PAGE_SIZE : 0;
-    size_t size = iov_size + meta_size + raw_size + job->packed_len;
+    bool copied = job->packed_len <= PACKED_COPY_MAX, snapshot = enc->mapped_source && job->n_raw;
+    size_t size = iov_size + meta_size + (copied ? job->packed_len : 0);
     uint8_t *memory = malloc(size);
     if (!memory)
         return error_nomem(err);
 
     struct iovec *iov = (struct iovec *)(void *)memory;
-    unsigned n_iov = 0;
-    uint8_t *meta = memory + iov_size, *copies = meta + meta_size;
+    uint8_t *meta = memory + iov_size;
     page_meta_write(&enc->meta, meta);
-    for (unsigned i = 0; i < job->n_raw; i++) {
-        const uint8_t *data = job->raw[i]->data;
-        if (enc->mapped_source)
-            data = memcpy(copies + (size_t)i * GUEST_PAGE_SIZE, data, GUEST_PAGE_SIZE);
-        add_iovec(iov, &n_iov, data, GUEST_PAGE_SIZE);
-    }
-    if (job->packed_len)
-        add_iovec(iov, &n_iov, memcpy(copies + raw_size, enc->packed, job->packed_len),
-                  job->packed_len);
     *out = (struct encoded_batch){
         .meta = meta,
         .meta_len = meta_size,
         .payload = iov,
-        .n_payload = n_iov,
         .payload_len = enc->meta.payload_len,
         .n_pages = enc->meta.n_pages,
         .borrows_input = job->n_raw && !enc->mapped_source,
-        .memory_size = size,
+        .memory_size = size + (snapshot + !copied) * (size_t)PAGE_BLOCK_SIZE,
         .memory = memory,
+        .blocks = enc->blocks,
+        .snapshot = snapshot ? steal_ptr(&enc->snapshot) : NULL,
+        .packed = copied ? NULL : steal_ptr(&enc->packed),
     };
+    if (copied)
+        memcpy(meta + meta_size, enc->packed, job->packed_len);
+    out->n_payload = list_payload(enc, copied ? meta + meta_size : out->packed, iov);
     enc->stats.meta_bytes += meta_size;
     return 0;
 }
@@ -444,7 +468,7 @@ int page_encoder_encode(struct page_encoder *enc, const struct page_batch *batch
     job->mode = mode;
     job->n_pending = job->n_zero = job->n_raw = job->n_packed = job->n_units = 0;
     job->packed_len = 0;
-    if (scan(enc, batch, err) < 0)
+    if (take_blocks(enc, err) < 0 || scan(enc, batch, err) < 0)
         return -1;
     int64_t scanned = clock_thread_cpu_ns(), delta_done = scanned, blocks_done = scanned;
     if (mode == PAGE_MODE_RAW) {
@@ -492,17 +516,23 @@ void page_encoder_probe(struct page_encoder *enc, enum page_mode mode, bool next
     for (unsigned i = 0; i < n; i++)
         pages[i] = &job->pending[first + i];
     size_t len = (size_t)n * GUEST_PAGE_SIZE, packed = 0;
+    uint8_t *out = enc->packed ? enc->packed : page_blocks_take(enc->blocks);
     int64_t wall = clock_mono_ns(), start = clock_thread_cpu_ns();
-    if (mode != PAGE_MODE_RAW)
-        packed = compress(enc, mode, gather(enc, pages, n), len, enc->packed,
-                          len * WORTH_PERCENT / 100);
+    if (mode != PAGE_MODE_RAW && out)
+        packed = compress(enc, mode, gather(enc, pages, n), len, out, len * WORTH_PERCENT / 100);
     ret_sample->cpu_ns = clock_thread_cpu_ns() - start;
     ret_sample->wall_ns = clock_mono_ns() - wall;
     ret_sample->bytes = packed ? packed : len;
+    enc->packed = out;
 }
 
 void encoded_batch_finish(struct encoded_batch *out)
 {
     free(out->memory);
+    if (out->blocks) {
+        struct page_blocks *blocks = out->blocks;
+        page_blocks_give(blocks, out->snapshot);
+        page_blocks_give(blocks, out->packed);
+    }
     *out = (struct encoded_batch){0};
 }

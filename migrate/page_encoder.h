@@ -35,8 +35,8 @@
  *
  * Source memory that changes under the encoder (`mapped_source`): each page is copied once before
  * it is looked at, and everything, raw pages too, comes from the copy: what the encoder remembers
- * is what was sent, and the batch is never borrowed. The guest's later version is dirty and comes
- * again.
+ * is what was sent, and the batch is never borrowed: the copies travel on with what was encoded. The guest's later
+ * version is dirty and comes again.
  *
  * Memory. All encoders of a migration share `memory` bytes: hashes first (16 bytes a page), former
  * versions in the rest; one bit per page, or per 2^k pages of a large guest. An entry that had to
@@ -99,6 +99,8 @@ struct encoded_batch {
     bool borrows_input; /* payload points into the input batch: keep that referenced */
     size_t memory_size; /* bytes that this holds itself */
     void *memory;
+    struct page_blocks *blocks; /* whose two blocks these are; each may be NULL */
+    uint8_t *snapshot, *packed;
     /* What policy_note_batch wants to know: pages that took the way of the mode, and their cost. */
     struct page_sample {
         enum page_mode mode;
@@ -130,7 +132,7 @@ int page_encoder_encode(struct page_encoder *enc, const struct page_batch *batch
                         enum page_mode mode, struct encoded_batch *ret_out, struct vm_error **err);
 /*
  * What up to PAGE_PROBE_PAGES of the last batch's pages take in some mode; nothing comes of it but
- * the figures. Between encode and the end of the batch's memory. Pages go round from call to call
+ * the figures. Between encode and the end of the batch's and the encoded batch's memory. Pages go round from call to call
  * when `next` is true. `sample->pages` is 0 if there was nothing to encode.
  */
 void page_encoder_probe(struct page_encoder *enc, enum page_mode mode, bool next,

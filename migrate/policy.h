@@ -30,7 +30,7 @@
  * looks good because the link looks slow, raw is tried in truth now and then: it may be the other
  * end that is slow.
  *
- * Probes. What other modes would do is measured on a few pages of a batch that was sent already, in
+ * Probes. What other modes would do is measured on a few pages of a batch that was encoded already, in
  * the mode in use and in the other, and nothing of it is sent: so a probe costs CPU time, at most
  * POLICY_PROBE_SHARE of the workers' (and POLICY_PROBE_CREDIT at the beginning), and no bytes; and
  * both figures are of the same pages. Trials of raw are paid from a credit of POLICY_TRIAL_SHARE of

@@ -114,7 +114,7 @@ static void dispose_batch(void *item)
     page_batch_unref(item);
 }
 
-/* The last batch is on its way: what would another mode have made of it? */
+/* What would another mode have made of the batch? Asked before it goes: then its memory goes, too. */
 static void probe(struct page_worker *w, enum page_mode used)
 {
     struct sender *s = w->s;
@@ -165,12 +165,12 @@ static int send_batch(struct page_worker *w, struct page_batch *batch, struct vm
                                   .n_payload = (int)f->encoded.n_payload,
                                   .release = release_page_frame,
                                   .release_arg = f};
+    probe(w, mode);
     int64_t before = clock_mono_ns();
     if (channel_sender_send(s->channels[w->number], &frame, err) < 0)
         return -1;
     atomic_fetch_add(&s->blocked_ns, clock_mono_ns() - before);
     atomic_fetch_add(&w->frames, 1);
-    probe(w, mode);
     return 0;
 }
 

@@ -73,6 +73,7 @@ static int resume(struct guest *g, struct vm_error **err)
     struct attach *a = of(g);
     if (attach_order(&a->client, VMMIG__ATTACH__TYPE__RESUME, NULL, err) < 0)
         return -1;
+    attach_source_release(a);
     if (atomic_exchange(&a->tracking_left_on, false))
         attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, NULL);
     return 0;
@@ -94,6 +95,7 @@ static void destroy(struct guest *g)
 {
     struct attach *a = of(g);
     attach_source_stop(g, NULL);
+    attach_source_release(a);
     attach_sink_destroy(a->sink);
     attach_client_finish(&a->client);
     pthread_mutex_destroy(&a->lock);

@@ -143,10 +143,20 @@ void attach_holes_finish(struct attach_holes *h)
     *h = (struct attach_holes){0};
 }
 
-void attach_holes_renew(struct attach_holes *h)
+/*
+ * Only holes are forgotten: to look for the end of a stretch of data again and again, while it is gone through
+ * piece by piece, would take time that grows with its square.
+ */
+void attach_holes_renew(struct attach_holes *h, uint64_t page)
 {
-    h->data_start = h->data_end = 0;
+    if (page < h->data_start || page >= h->data_end)
+        h->data_start = h->data_end = 0;
     h->probe_start = UINT64_MAX;
+}
+
+bool attach_holes_none(const struct attach_holes *h, uint64_t first, uint64_t n)
+{
+    return h->dense || (first >= h->data_start && first < h->data_end && n <= h->data_end - first);
 }
 
 /* hugetlb answers SEEK_DATA with everything, but reading a hole gives zeros without filling it. */

@@ -98,7 +98,10 @@ struct attach_holes {
 
 int attach_holes_init(struct attach_holes *h, const struct attach_region *r, struct vm_error **err);
 void attach_holes_finish(struct attach_holes *h);
-void attach_holes_renew(struct attach_holes *h);
+/* From this page on. What was data is taken for data still, which is never wrong. */
+void attach_holes_renew(struct attach_holes *h, uint64_t page);
+/* All `n` pages from the first are known to be data. */
+bool attach_holes_none(const struct attach_holes *h, uint64_t first, uint64_t n);
 /* Is there memory behind this page? Pages are asked for in ascending order. */
 bool attach_holes_has(struct attach_holes *h, uint64_t page);
 
@@ -110,8 +113,9 @@ struct attach_sink;
 struct attach {
     struct guest guest; /* first */
     struct attach_client client;
-    pthread_mutex_t lock; /* guards the next two pointers */
+    pthread_mutex_t lock; /* guards the next three pointers */
     struct attach_source *source;
+    struct attach_source *spent; /* whose copy is complete: unmapping it would lengthen the pause */
     struct attach_sink *sink;
     atomic_bool tracking_left_on; /* by a complete copy */
 };
@@ -121,6 +125,8 @@ int attach_source_start(struct guest *g, const struct guest_source_params *param
 int attach_source_progress(struct guest *g, struct guest_source_progress *ret_progress,
                            struct vm_error **err);
 int attach_source_stop(struct guest *g, struct vm_error **err);
+/* The memory of a complete copy, which is mapped until here, or until the handle ends. */
+void attach_source_release(struct attach *a);
 /* The engine has paused the guest. */
 void attach_source_paused(struct attach *a);
 

@@ -148,10 +148,10 @@ static uint64_t count_bits(const uint64_t *words, uint64_t n)
 
 /* Have the pages of the piece mapped at once rather than fault by fault; it is well if that cannot be. */
 static void populate(const struct attach_region *r, uint64_t first, uint64_t n,
-                     const struct attach_holes *holes)
+                     struct attach_holes *holes)
 {
 #ifdef MADV_POPULATE_READ
-    if (holes->dense)
+    if (attach_holes_has(holes, first) && attach_holes_none(holes, first, n))
         madvise(r->region.base + first * GUEST_PAGE_SIZE, n * GUEST_PAGE_SIZE, MADV_POPULATE_READ);
 #else
     (void)r, (void)first, (void)n, (void)holes;
@@ -199,7 +199,7 @@ static int give_piece(struct attach_source *s, const struct source_region *r, ui
     if (check_stop(s, err) < 0 || (!late && clear(s, r, first, n, err) < 0))
         return -1;
     if (holes) {
-        attach_holes_renew(holes);
+        attach_holes_renew(holes, first);
         populate(r->memory, first, n, holes);
     }
     if ((is_paused(s) ? FAULT("attach.paused.run") : FAULT("attach.live.run")) == FAULT_DROP)
@@ -512,6 +512,7 @@ int attach_source_start(struct guest *g, const struct guest_source_params *param
     s->arg = arg;
     pthread_mutex_init(&s->lock, NULL);
     cond_init(&s->changed);
+    attach_source_release(a);
     if (atomic_exchange(&a->tracking_left_on, false))
         attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, NULL);
     pthread_mutex_lock(&a->lock);
@@ -575,7 +576,22 @@ int attach_source_stop(struct guest *g, struct vm_error **err)
     /* A VMM that is gone, or an agent's connection: then nothing is tracked either. */
     if (end_tracking(s, &failure) < 0)
         log_info("tracking ends with the connection", "error=%s", log_q(error_message(failure)));
-    destroy(s);
     (void)err;
+    if (!s->complete) {
+        destroy(s);
+        return 0;
+    }
+    attach_source_release(a);
+    SCOPE_LOCK(&a->lock);
+    a->spent = s;
     return 0;
+}
+
+void attach_source_release(struct attach *a)
+{
+    pthread_mutex_lock(&a->lock);
+    struct attach_source *spent = steal_ptr(&a->spent);
+    pthread_mutex_unlock(&a->lock);
+    if (spent)
+        destroy(spent);
 }
