@@ -11,12 +11,12 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "migrate/channel_wire.h"
+#include "migrate/checksum.h"
 
 #include <poll.h>
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
 enum {
     BUFFER_SIZE = 64 << 10, /* read ahead */
@@ -44,7 +44,6 @@ struct channel_receiver {
     unsigned unacked_frames;
     size_t unacked_bytes;
     size_t begin, end; /* of what is read ahead */
-    XXH3_state_t *sum;
     uint8_t header[CHANNEL_HEADER_SIZE];
     uint8_t meta[CHANNEL_META_MAX];
     uint8_t buffer[BUFFER_SIZE];
@@ -284,14 +283,6 @@ static int check_places(const struct iovec *iov, int n, size_t payload_len, stru
     return 0;
 }
 
-static uint64_t sum_of_places(struct channel_receiver *r, const struct iovec *iov, int n)
-{
-    XXH3_64bits_reset(r->sum);
-    for (int i = 0; i < n; i++)
-        XXH3_64bits_update(r->sum, iov[i].iov_base, iov[i].iov_len);
-    return XXH3_64bits_digest(r->sum);
-}
-
 /* Between begin and commit. */
 static enum outcome fill_places(struct channel_receiver *r, const struct channel_header *h, int n,
                                 struct vm_error **err)
@@ -300,7 +291,7 @@ static enum outcome fill_places(struct channel_receiver *r, const struct channel
     memcpy(places, r->iov, sizeof(*places) * (size_t)n);
     if (read_payload(r, n, err) < 0)
         return outcome_of(*err);
-    if (sum_of_places(r, places, n) == h->payload_sum)
+    if (checksum_pieces(places, n) == h->payload_sum)
         return GO_ON;
     error_set(err, VM_ERROR_UNREACHABLE, "a frame was damaged on the way");
     return LOST;
@@ -511,15 +502,11 @@ struct channel_receiver *channel_receiver_create(const struct channel_receiver_p
                                                  struct vm_error **err)
 {
     struct channel_receiver *r = calloc(1, sizeof(*r));
-    XXH3_state_t *sum = XXH3_createState();
-    if (!r || !sum) {
-        free(r);
-        XXH3_freeState(sum);
+    if (!r) {
         error_nomem(err);
         return NULL;
     }
     r->params = *params;
-    r->sum = sum;
     pthread_mutex_init(&r->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -534,7 +521,6 @@ void channel_receiver_destroy(struct channel_receiver *r)
     if (!r)
         return;
     error_free(r->error);
-    XXH3_freeState(r->sum);
     pthread_cond_destroy(&r->changed);
     pthread_mutex_destroy(&r->lock);
     free(r);

@@ -5,6 +5,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "migrate/channel_sender_state.h"
+#include "migrate/checksum.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -57,7 +58,6 @@ static void free_sender(struct channel_sender *s)
 {
     channel_sender_release(s->head);
     error_free(s->error);
-    XXH3_freeState(s->sum);
     close_fd(&s->stop_fd);
     close_fd(&s->wake_fd);
     close_fd(&s->halt_fd);
@@ -87,10 +87,7 @@ struct channel_sender *channel_sender_create(const struct channel_sender_params 
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
     pthread_cond_init(&s->changed, &attr);
     pthread_condattr_destroy(&attr);
-    s->sum = XXH3_createState();
-    if (!s->sum || start(s, err) < 0) {
-        if (!s->sum)
-            error_nomem(err);
+    if (start(s, err) < 0) {
         free_sender(s);
         return NULL;
     }
@@ -166,14 +163,6 @@ static int check_frame(const struct channel_frame *frame, size_t *ret_payload_le
     return 0;
 }
 
-static uint64_t sum_of_payload(struct channel_sender *s, const struct channel_frame *frame)
-{
-    XXH3_64bits_reset(s->sum);
-    for (int i = 0; i < frame->n_payload; i++)
-        XXH3_64bits_update(s->sum, frame->payload[i].iov_base, frame->payload[i].iov_len);
-    return XXH3_64bits_digest(s->sum);
-}
-
 /* The frame as the queue holds it, but for its number. NULL: out of memory. */
 static struct pending *make_pending(const struct channel_frame *frame, size_t payload_len)
 {
@@ -219,7 +208,7 @@ static int enqueue(struct channel_sender *s, const struct channel_frame *frame, 
     struct channel_header header = {.type = frame->type,
                                     .meta_len = (uint32_t)frame->meta_len,
                                     .payload_len = (uint32_t)payload_len,
-                                    .payload_sum = sum_of_payload(s, frame)};
+                                    .payload_sum = checksum_pieces(frame->payload, frame->n_payload)};
     struct pending *p = make_pending(frame, payload_len);
     if (!p)
         return error_nomem(err);

@@ -15,7 +15,6 @@
 
 #include <pthread.h>
 #include <stdbool.h>
-#include <xxhash.h>
 
 #define CHANNEL_ATTEMPT_MIN_MS 1000 /* to connect and be answered; grows while that is too short */
 #define CHANNEL_ATTEMPT_MAX_MS 10000
@@ -50,7 +49,6 @@ struct channel_sender {
     pthread_t thread;
     int stop_fd, wake_fd;
     int halt_fd; /* epoll: stop_fd or the user's latch */
-    XXH3_state_t *sum; /* of the user's thread */
 
     pthread_mutex_t lock;
     pthread_cond_t changed;

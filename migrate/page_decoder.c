@@ -2,12 +2,12 @@
 #include "migrate/page_decoder.h"
 
 #include "base/clock.h"
+#include "migrate/checksum.h"
 #include "vmm/guest_memory.h"
 
 #include <lz4.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <xxhash.h>
 #include <zstd.h>
 
 /* Where a page is. */
@@ -212,7 +212,7 @@ static int decode_delta(struct page_decoder *dec, const struct page_unit *unit,
                                       (char *)dec->plain, (int)unit->len - PAGE_DELTA_CHECK_SIZE,
                                       GUEST_PAGE_SIZE, (const char *)former, GUEST_PAGE_SIZE);
     if (n != (int)GUEST_PAGE_SIZE ||
-        (uint32_t)XXH3_128bits(dec->plain, GUEST_PAGE_SIZE).low64 != get_le32(packed))
+        (uint32_t)checksum_128(dec->plain, GUEST_PAGE_SIZE).low64 != get_le32(packed))
         return invalid(unit->kind, err);
     return guest_region_write(at->region, at->offset, dec->plain, GUEST_PAGE_SIZE, err);
 }

@@ -2,11 +2,11 @@
 #include "migrate/page_encoder.h"
 
 #include "base/clock.h"
+#include "migrate/checksum.h"
 #include "migrate/page_blocks.h"
 #include "migrate/page_history.h"
 
 #include <lz4.h>
-#include <xxhash.h>
 #include <zstd.h>
 
 /* Compressed at least to this share, or raw: what saves less is not worth decompressing. */
@@ -94,7 +94,7 @@ const struct page_encoder_stats *page_encoder_stats(const struct page_encoder *e
 
 static struct page_hash hash_page(const uint8_t *page)
 {
-    XXH128_hash_t hash = XXH3_128bits(page, GUEST_PAGE_SIZE);
+    XXH128_hash_t hash = checksum_128(page, GUEST_PAGE_SIZE);
     return (struct page_hash){hash.low64, hash.high64};
 }
 
