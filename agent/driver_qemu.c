@@ -72,7 +72,11 @@ static struct guest *sink_start(const struct driver_launch *l, const struct qemu
         maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};
     if (qemu_dest_check(d, &host, err) < 0)
         return NULL;
-    return guest_of(qemu_sink_spawn(&params, err));
+    struct vm_error *failed = NULL;
+    struct qemu *q = qemu_sink_spawn(&params, &failed);
+    if (!q)
+        qemu_dest_explain(d, &host, failed, err);
+    return guest_of(q);
 }
 
 static struct guest *sink_adopt(const struct qemu_definition *d, const char *path,

@@ -176,9 +176,21 @@ int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *hos
 {
     if (access(host->binary, X_OK) < 0)
         return error_errno(err, errno, "cannot run %s", host->binary);
-    return check_accel(d, err) < 0 || check_memory(d, err) < 0 || check_disks(d, host, err) < 0
-               ? -1
-               : probe(d, host, err);
+    return check_accel(d, err) < 0 || check_memory(d, err) < 0 || check_disks(d, host, err) < 0 ? -1
+                                                                                                : 0;
+}
+
+int qemu_dest_explain(const struct qemu_definition *d, const struct qemu_host *host,
+                      struct vm_error *failed, struct vm_error **err)
+{
+    struct vm_error *why = NULL;
+    if (failed->kind == VM_ERROR_VMM_DIED && probe(d, host, &why) < 0 &&
+        why->kind == VM_ERROR_REFUSED) {
+        error_free(failed);
+        return error_propagate(err, why);
+    }
+    error_free(why);
+    return error_propagate(err, failed);
 }
 
 /* The QEMU that waits against the definition. */

@@ -36,13 +36,19 @@ struct qemu_host {
 };
 
 /*
- * Can this host take it? The binary runs and knows the machine type (asked of a short-lived QEMU of that
- * binary), the accelerator is usable, memory (or huge pages) is free, every disk file exists, a disk that goes
+ * Can this host take it? The binary is there, the accelerator is usable, memory (or huge pages) is free, every disk file exists, a disk that goes
  * through the page cache does not come from another host (REFUSED without assume_shared: what one host
- * has cached the other does not see).
+ * has cached the other does not see). Whether QEMU has the machine type it says itself when it is started for the
+ * guest: to ask before would cost every migration the start of one QEMU more.
  */
 int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *host,
                     struct vm_error **err);
+/*
+ * `failed` is why a QEMU started for the guest did not come up. If that binary, run anew without a machine, does not
+ * know the machine type, then *err says so, else it is `failed` itself, which is taken over. Returns -1.
+ */
+int qemu_dest_explain(const struct qemu_definition *d, const struct qemu_host *host,
+                      struct vm_error *failed, struct vm_error **err);
 
 /* Is the QEMU that waits the one of the definition? REFUSED with the first difference. */
 int qemu_verify(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);

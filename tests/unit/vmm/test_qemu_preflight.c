@@ -212,6 +212,16 @@ static void expect_unfit(struct qemu_definition *d, const struct qemu_host *host
     assert_error(&err, kind, message);
 }
 
+/* Of a QEMU that was started for the guest and ended. */
+static void expect_explanation(const struct qemu_definition *d, const struct qemu_host *host,
+                               enum vm_error_kind kind, const char *message)
+{
+    struct vm_error *err = NULL, *failed = NULL;
+    error_set(&failed, VM_ERROR_VMM_DIED, "it ended");
+    assert_int_equal(qemu_dest_explain(d, host, failed, &err), -1);
+    assert_error(&err, kind, message);
+}
+
 static void set(char **field, const char *value)
 {
     free(*field);
@@ -256,8 +266,9 @@ static void test_destination_host(void **state)
     d.ram[0].page_size = 4096;
     d.ram[0].size = d.memory = 64 * MIB;
 
+    expect_explanation(&d, &host, VM_ERROR_VMM_DIED, "it ended");
     set(&d.machine, "pc-q35-99.0");
-    expect_unfit(&d, &host, VM_ERROR_REFUSED, "does not have the machine type pc-q35-99.0");
+    expect_explanation(&d, &host, VM_ERROR_REFUSED, "does not have the machine type pc-q35-99.0");
     live_end(q);
 }
 
