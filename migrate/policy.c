@@ -18,6 +18,8 @@
 #define CHEAPER_SHARE 0.985
 /* Bytes per page that differ by less are the same. */
 #define SAME_BYTES 1.02
+/* A mode has far fewer bytes than another below this share. */
+#define FEWER_BYTES 0.85
 /* Weight of a full batch in the averages; batches below the minimum say too little. */
 #define BATCH_WEIGHT 0.25
 #define PROBE_WEIGHT 0.4
@@ -70,6 +72,18 @@ static bool is_eligible(const struct policy *p, enum page_mode mode)
     return is_allowed(p, mode) && p->modes[mode].barred_until_ns <= p->now_ns;
 }
 
+/* It would fill the link, and one that puts far fewer bytes there promises about as much. */
+static bool wastes_link(const struct policy *p, enum page_mode mode, double enough)
+{
+    if (policy_predict(p, mode) < p->link_rate / p->modes[mode].bytes_per_page)
+        return false;
+    for (unsigned i = mode + 1; i < PAGE_MODE_COUNT; i++)
+        if (is_eligible(p, (enum page_mode)i) && policy_predict(p, (enum page_mode)i) >= enough &&
+            p->modes[i].bytes_per_page < p->modes[mode].bytes_per_page * FEWER_BYTES)
+            return true;
+    return false;
+}
+
 /* The cheapest of those that promise about as much as the best. */
 static enum page_mode best_mode(const struct policy *p)
 {
@@ -81,7 +95,8 @@ static enum page_mode best_mode(const struct policy *p)
     }
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
         if (is_eligible(p, (enum page_mode)i) &&
-            policy_predict(p, (enum page_mode)i) >= best_rate * POLICY_TIE)
+            policy_predict(p, (enum page_mode)i) >= best_rate * POLICY_TIE &&
+            !wastes_link(p, (enum page_mode)i, best_rate * POLICY_TIE))
             return (enum page_mode)i;
     }
     return p->mode;
@@ -110,12 +125,22 @@ static void bar_mode(struct policy *p, enum page_mode mode)
     m->bar_ns = m->bar_ns < POLICY_BAR_MAX ? 2 * m->bar_ns : POLICY_BAR_MAX;
 }
 
-/* `failed` was slower than `than`: then whatever costs more than that is not trusted either. */
+/*
+ * `failed` was slower than `than`: then whatever costs more than that is not trusted either. Or it put more bytes on
+ * the wire and was no faster: nor is a mode that puts still more there.
+ */
 static void bar_failed(struct policy *p, enum page_mode failed, enum page_mode than)
 {
     bar_mode(p, failed);
     for (unsigned i = than + 1; failed > than && i < PAGE_MODE_COUNT; i++)
         bar_mode(p, (enum page_mode)i);
+    for (unsigned i = 0; i < failed && failed < than; i++)
+        bar_mode(p, (enum page_mode)i);
+}
+
+static bool has_more_bytes(const struct policy *p, enum page_mode mode, enum page_mode than)
+{
+    return p->modes[mode].bytes_per_page > p->modes[than].bytes_per_page * SAME_BYTES;
 }
 
 /* A change during a trial goes on with what the trial began with. */
@@ -147,8 +172,7 @@ static void reconsider(struct policy *p)
     if (best == p->mode || (p->trial.active && p->trial.forced))
         return;
     /* The link limits, so the cores do not: a lighter mode would only fill it sooner. */
-    if (p->link_known &&
-        p->modes[best].bytes_per_page > p->modes[p->mode].bytes_per_page * SAME_BYTES)
+    if (p->link_known && has_more_bytes(p, best, p->mode))
         return;
     if (policy_predict(p, best) >= now * share)
         change_mode(p, best);
@@ -189,9 +213,9 @@ void policy_note_batch(struct policy *p, const struct page_sample *sample)
     struct policy_mode *m = &p->modes[sample->mode];
     double pages = sample->pages, weight = BATCH_WEIGHT * pages / PAGE_BATCH_MAX;
 
-    p->seen_encode_ns += sample->wall_ns;
     if (sample->pages < BATCH_PAGES_MIN)
         return;
+    p->seen_encode_ns += sample->wall_ns;
     average(&p->scan_ns_per_page, (double)sample->scan_ns / pages, weight);
     p->wall_ns = p->wall_ns * TIME_FADE + (double)sample->wall_ns;
     p->cpu_ns = p->cpu_ns * TIME_FADE + (double)sample->cpu_ns;
@@ -232,6 +256,12 @@ void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns)
 
 /* ---- the link ---- */
 
+/* Bytes of a raw page for one in the present mode: a link that carries so much more is as good as one without a limit. */
+static double raw_share(const struct policy *p)
+{
+    return p->modes[PAGE_MODE_RAW].bytes_per_page / p->modes[p->mode].bytes_per_page;
+}
+
 static void learn_link_rate(struct policy *p, double blocked_share, bool busy, double rate)
 {
     if (blocked_share >= BLOCKED_SHARE) {
@@ -239,7 +269,8 @@ static void learn_link_rate(struct policy *p, double blocked_share, bool busy, d
             p->link_rate = 2 * rate;
         average(&p->link_rate, rate, LINK_WEIGHT);
         p->link_known = true;
-    } else if (busy && (blocked_share < UNBLOCKED_SHARE || !p->link_known)) {
+    } else if (busy && p->link_rate < rate * raw_share(p) * LINK_GROWTH &&
+               (blocked_share < UNBLOCKED_SHARE || !p->link_known)) {
         p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
         p->link_known = false;
     }
@@ -247,11 +278,14 @@ static void learn_link_rate(struct policy *p, double blocked_share, bool busy, d
         p->link_rate = rate;
 }
 
-/* A mode that brought less than the one before: back, and let it be for a while. */
+/*
+ * A mode that brought less than the one before, or no more for more bytes: back, and let it be for a while. Where a
+ * dearer mode all but fills the link, a lighter one would take the rest of the link for nothing.
+ */
 static void end_trial(struct policy *p, double rate)
 {
-    bool forced = p->trial.forced;
-    if (rate <= p->trial.rate_before * (forced ? 1 : TRIAL_SHARE)) {
+    bool forced = p->trial.forced, more_bytes = has_more_bytes(p, p->mode, p->trial.from);
+    if (rate <= p->trial.rate_before * (forced ? 1 : more_bytes ? POLICY_GAIN : TRIAL_SHARE)) {
         bar_failed(p, p->mode, p->trial.from);
         change_mode(p, p->trial.from);
         return;

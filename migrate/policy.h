@@ -19,13 +19,14 @@
  * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
  * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page
  * are moving averages of what the encoders measured. Of the modes that promise about as much as the
- * best (POLICY_TIE), it takes the cheapest: the core that is spared is the guest's. It changes to a
+ * best (POLICY_TIE), it takes the cheapest: the core that is spared is the guest's; but not one that fills the link
+ * where another has far fewer bytes: others need the link, too. It changes to a
  * dearer mode if that promises POLICY_GAIN times as much, and to a cheaper one as soon as that is as
  * good: compression that would make the migration slower turns itself off, on a fast link as well as
  * for pages that do not compress. While the link is what limits, it takes no mode with more bytes.
  *
  * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
- * fewer pages a second are acknowledged than before, it is taken back, and all modes that cost more
+ * fewer pages a second are acknowledged than before (or hardly more, for more bytes), it is taken back, and all modes that cost more
  * than the former one are barred for POLICY_BAR, each time twice as long. And where compression
  * looks good because the link looks slow, raw is tried in truth now and then: it may be the other
  * end that is slow.
@@ -37,8 +38,8 @@
  * the time passed; so a short migration has none.
  *
  * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
- * While hardly anybody waits and the encoders are busy, the link is faster than believed, and the
- * estimate grows step by step until somebody waits or the mode changes. While pages are lacking
+ * While hardly anybody waits and the encoders are busy with pages, the link is faster than believed, and the
+ * estimate grows step by step until somebody waits, or the mode changes, or raw pages would fit. While pages are lacking
  * nothing is learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
  *
  * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share

@@ -247,6 +247,36 @@ static void lack_of_pages_teaches_nothing(void **state)
     assert_true(w.policy.link_rate < 2 * GBIT);
 }
 
+/* The first pass goes over much memory that is zero: encoders that only look say nothing about the link. */
+static void zero_pages_teach_nothing(void **state)
+{
+    struct world w = new_world(&linux_memory, GBIT, 2, POLICY_AUTO);
+    for (unsigned i = 0; i < 400; i++) {
+        struct page_sample sample = {.mode = policy_choose(&w.policy), .wall_ns = 4 * STEP_NS};
+        policy_note_batch(&w.policy, &sample);
+        policy_note_link(&w.policy,
+                         &(struct policy_link_sample){.interval_ns = STEP_NS, .bytes = 100});
+    }
+    assert_true(w.policy.link_rate < 1.1 * GBIT);
+    assert_true(w.policy.mode >= PAGE_MODE_ZSTD_1);
+}
+
+/* The cores give zstd almost as many pages as the link would take of LZ4: then LZ4 is tried, and not kept. */
+static void more_bytes_must_bring_more_pages(void **state)
+{
+    struct world w = new_world(&linux_memory, GBIT, 0.43, POLICY_AUTO);
+    double bytes = 0, pages = 0;
+    for (unsigned i = 0; i < 2000; i++) {
+        double before = w.pages, each = w.content->bytes[w.policy.mode];
+        run(&w, 0.005);
+        bytes += (w.pages - before) * each;
+        pages += w.pages - before;
+    }
+    assert_true(pages / w.time > 0.94 * best_rate(&w));
+    if (bytes / pages > 1.06 * linux_memory.bytes[PAGE_MODE_ZSTD_1])
+        fail_msg("%.0f bytes per page", bytes / pages);
+}
+
 static void an_outage_is_forgotten_soon(void **state)
 {
     struct world w = new_world(&linux_memory, 10 * GBIT, 2, POLICY_AUTO);
@@ -307,6 +337,8 @@ int main(void)
         cmocka_unit_test(a_link_that_changes_is_followed),
         cmocka_unit_test(contents_that_change_are_followed),
         cmocka_unit_test(lack_of_pages_teaches_nothing),
+        cmocka_unit_test(zero_pages_teach_nothing),
+        cmocka_unit_test(more_bytes_must_bring_more_pages),
         cmocka_unit_test(an_outage_is_forgotten_soon),
         cmocka_unit_test(a_change_that_made_it_slower_is_taken_back),
         cmocka_unit_test(the_cost_of_sending_counts),
