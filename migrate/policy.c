@@ -26,6 +26,8 @@
 #define BATCH_PAGES_MIN 8
 /* What remains of the sums of times with every batch. */
 #define TIME_FADE 0.95
+/* And what they begin with: one batch whose thread had to wait is no busy machine. */
+#define TIME_PRIOR_NS 1e7
 #define CREDIT_MAX_NS 1e9
 
 /* Until they are measured: pages of a Linux guest. */
@@ -109,6 +111,8 @@ void policy_init(struct policy *p, const struct policy_config *config)
         .scan_ns_per_page = SCAN_NS_DEFAULT,
         .link_rate = POLICY_LINK_INITIAL,
         .probe_credit = POLICY_PROBE_CREDIT,
+        .wall_ns = TIME_PRIOR_NS,
+        .cpu_ns = TIME_PRIOR_NS,
     };
     memcpy(p->modes, mode_defaults, sizeof(p->modes));
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++)
