@@ -154,11 +154,6 @@ void attach_holes_renew(struct attach_holes *h, uint64_t page)
     h->probe_start = UINT64_MAX;
 }
 
-bool attach_holes_none(const struct attach_holes *h, uint64_t first, uint64_t n)
-{
-    return h->dense || (first >= h->data_start && first < h->data_end && n <= h->data_end - first);
-}
-
 /* hugetlb answers SEEK_DATA with everything, but reading a hole gives zeros without filling it. */
 static bool probe_has(struct attach_holes *h, uint64_t page)
 {

@@ -100,8 +100,6 @@ int attach_holes_init(struct attach_holes *h, const struct attach_region *r, str
 void attach_holes_finish(struct attach_holes *h);
 /* From this page on. What was data is taken for data still, which is never wrong. */
 void attach_holes_renew(struct attach_holes *h, uint64_t page);
-/* All `n` pages from the first are known to be data. */
-bool attach_holes_none(const struct attach_holes *h, uint64_t first, uint64_t n);
 /* Is there memory behind this page? Pages are asked for in ascending order. */
 bool attach_holes_has(struct attach_holes *h, uint64_t page);
 

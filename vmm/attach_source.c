@@ -107,10 +107,13 @@ static int flush_all(struct attach_source *s, struct vm_error **err)
 }
 
 /* Bounded by the engine's queues: it takes a batch only when it has room. */
-static int add_page(struct attach_source *s, uint64_t addr, const uint8_t *data,
-                    struct vm_error **err)
+static int add_page(struct attach_source *s, const struct attach_region *r, uint64_t addr,
+                    const uint8_t *data, struct vm_error **err)
 {
     unsigned channel = page_stripe_channel(addr, s->channels);
+    if (s->open[channel] && s->open[channel]->file_start != r->region.base &&
+        flush(s, channel, err) < 0)
+        return -1;
     struct page_batch *batch = s->open[channel];
     if (!batch) {
         batch = malloc(sizeof(*batch));
@@ -120,6 +123,9 @@ static int add_page(struct attach_source *s, uint64_t addr, const uint8_t *data,
         batch->release = release_batch;
         batch->channel = channel;
         batch->n = 0;
+        batch->file = r->region.page_size == GUEST_PAGE_SIZE ? r->fd : 0;
+        batch->file_offset = r->offset;
+        batch->file_start = r->region.base;
         s->open[channel] = batch;
     }
     batch->pages[batch->n++] = (struct page_ref){addr, data};
@@ -146,18 +152,6 @@ static uint64_t count_bits(const uint64_t *words, uint64_t n)
     return bits;
 }
 
-/* Have the pages of the piece mapped at once rather than fault by fault; it is well if that cannot be. */
-static void populate(const struct attach_region *r, uint64_t first, uint64_t n,
-                     struct attach_holes *holes)
-{
-#ifdef MADV_POPULATE_READ
-    if (attach_holes_has(holes, first) && attach_holes_none(holes, first, n))
-        madvise(r->region.base + first * GUEST_PAGE_SIZE, n * GUEST_PAGE_SIZE, MADV_POPULATE_READ);
-#else
-    (void)r, (void)first, (void)n, (void)holes;
-#endif
-}
-
 /* Give out the pages of one word of the bitmap. */
 static int give_word(struct attach_source *s, const struct source_region *r, uint64_t word,
                      struct attach_holes *holes, uint64_t *zero, struct vm_error **err)
@@ -172,7 +166,7 @@ static int give_word(struct attach_source *s, const struct source_region *r, uin
             data = NULL;
             ++*zero;
         }
-        if (add_page(s, page_addr(r->number, page), data, err) < 0)
+        if (add_page(s, r->memory, page_addr(r->number, page), data, err) < 0)
             return -1;
     }
     return 0;
@@ -198,10 +192,8 @@ static int give_piece(struct attach_source *s, const struct source_region *r, ui
     bool late = FAULT("attach.clear") == FAULT_DROP;
     if (check_stop(s, err) < 0 || (!late && clear(s, r, first, n, err) < 0))
         return -1;
-    if (holes) {
+    if (holes)
         attach_holes_renew(holes, first);
-        populate(r->memory, first, n, holes);
-    }
     if ((is_paused(s) ? FAULT("attach.paused.run") : FAULT("attach.live.run")) == FAULT_DROP)
         lose_run(r, start, words);
     for (uint64_t i = 0; i < words; i++)

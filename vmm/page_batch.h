@@ -38,6 +38,13 @@ struct page_batch {
     void (*release)(struct page_batch *batch);
     unsigned channel;
     unsigned n;
+    /*
+     * A file that holds the memory behind `data`, from the byte that is mapped at file_start on; 0: none. Who copies
+     * the pages anyway reads them from there: that faults nothing into a mapping, and nothing has to be unmapped.
+     */
+    int file;
+    uint64_t file_offset;
+    const uint8_t *file_start;
     struct page_ref pages[PAGE_BATCH_MAX];
 };
 

@@ -160,6 +160,7 @@ struct pool_batch *page_pool_take_batch(struct page_pool *pool, unsigned channel
     pool->users++;
     batch->base.release = batch_release;
     batch->base.channel = channel;
+    batch->base.file = 0;
     batch->base.n = batch->zero_pages = batch->n_slabs = 0;
     atomic_store_explicit(&batch->base.refs, 1, memory_order_relaxed);
     return batch;

@@ -83,7 +83,7 @@ static int give(struct toy *t, const unsigned *pages, unsigned n, struct vm_erro
 {
     for (unsigned i = 0; i < n;) {
         unsigned stripe = pages[i] / PAGE_STRIPE_PAGES;
-        struct page_batch *b = malloc(sizeof(*b) + PAGE_BATCH_MAX * GUEST_PAGE_SIZE);
+        struct page_batch *b = calloc(1, sizeof(*b) + PAGE_BATCH_MAX * GUEST_PAGE_SIZE);
         uint8_t *copy = (uint8_t *)(b + 1);
         atomic_init(&b->refs, 1);
         b->release = free_batch;
