@@ -7,7 +7,7 @@
 Cases:
     linux-1gbit      Linux with 1 GiB, working, over 1 Gbit/s
     random-unshaped  1 GiB that does not compress, over a link without a limit
-    unmapped         the same, with a destination that the user prepared: its memory is not mapped
+    unmapped         the same, with a destination that the user prepared: none of its memory is the agent's
     modes            vmmig alone, auto beside every --compress: 100 Mbit/s, 1 and 10 Gbit/s and no limit,
                      memory that compresses, does not, and is zero
 
