@@ -594,6 +594,32 @@ static int scrub_image(const struct image *listed, void *arg, struct vm_error **
     return 0;
 }
 
+/* What a lease alone keeps, its image having been deleted or replaced, is named as the lease's. */
+static int scrub_lease(const struct lease *lease, void *arg, struct vm_error **err)
+{
+    struct image_walk *w = arg;
+    struct scrub *s = w->scrub;
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    bool touched, there, same = false, current = false;
+    char what[2 * IMAGE_NAME_MAX + 32];
+    if (!image)
+        return error_nomem(err);
+    *image = lease->image;
+    if (walk_image(w, image, &touched, err) < 0 ||
+        (touched && (is_still_there(s, image, &there, &same, err) < 0 ||
+                     catalogue_root_is_current(s->store, &lease->image, &current, err) < 0)))
+        return -1;
+    if (touched && !same && current) {
+        tell_unreadable(w);
+        s->report.images_touched++;
+        snprintf(what, sizeof(what), "%s, as leased by %s", lease->image.name, lease->holder);
+        s->found(SCRUB_IMAGE, what, s->arg);
+    }
+    forwards_forget(s->forwards);
+    forget_unreadable(s);
+    return 0;
+}
+
 static int scrub_images(struct scrub *s, struct vm_error **err)
 {
     struct recipe_visitor visitor = {.leaf = visit_leaf, .unreadable = visit_unreadable, .arg = s};
@@ -605,6 +631,8 @@ static int scrub_images(struct scrub *s, struct vm_error **err)
     s->forwards = s->footers ? forwards_create(s->store, err) : NULL;
     w->walk = s->forwards ? recipe_walk_create(s->store, &visitor, err) : NULL;
     int result = w->walk ? catalogue_list(s->store, scrub_image, w, err) : -1;
+    if (!result)
+        result = catalogue_leases(s->store, scrub_lease, w, err);
     if (w->walk)
         s->report.nodes = recipe_walk_nodes(w->walk);
     recipe_walk_destroy(w->walk);

@@ -4,7 +4,7 @@
  * index, made anew from what the packs and trees hold.
  *
  * A scrub reads packs whole and compares every record's checksum and every page's SHA-256; then it
- * walks the recipes of all images and compares every page they name with the footer of its pack.
+ * walks the recipes of all images and leases and compares every page they name with the footer of its pack.
  * Images that come, and packs that go, while it runs are no damage. What it finds damaged is
  * quarantined (repo/quarantine.h) before it is told; what is whole again leaves the quarantine.
  *
@@ -23,7 +23,8 @@
 
 enum scrub_kind {
     SCRUB_PACK,  /* something stored is damaged: `what` says what and where */
-    SCRUB_IMAGE, /* an image that refers to damaged or lost data: `what` is its name */
+    SCRUB_IMAGE, /* an image that refers to damaged or lost data: `what` is its name; if only a lease
+                  * keeps it, "NAME, as leased by HOLDER" */
 };
 
 /* Called once per finding, in one thread at a time. */

@@ -612,6 +612,29 @@ static void every_image_that_shares_a_damaged_node_is_named(void **state)
     assert_non_null(strstr(f.text, "image b\n"));
 }
 
+static void what_a_lease_alone_keeps_is_named(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease, other;
+    struct findings f;
+    make_content(content, 3 * MIB, 1);
+    store_image("a", NULL, content, 3 * MIB);
+    catalogue_lease(repo_store(repo), "a", "web1", &lease, &err);
+    assert_ok(err);
+    damage(STORE_PACK, "pack.", FLIP, 5000);
+    assert_int_equal(scrub(&f).images_touched, 1); /* the image's own name tells */
+    assert_null(strstr(f.text, "leased"));
+    catalogue_delete(repo_store(repo), "a", &err);
+    assert_ok(err);
+    assert_int_equal(scrub(&f).images_touched, 1);
+    assert_non_null(strstr(f.text, "image a, as leased by web1\n"));
+    store_image("b", NULL, (const uint8_t *)"other", 5);
+    catalogue_lease(repo_store(repo), "b", "web2", &other, &err);
+    catalogue_lease_drop(repo_store(repo), &lease, &err);
+    assert_ok(err);
+    assert_int_equal(scrub(&f).images_touched, 0);
+}
+
 static void the_index_is_made_anew_from_what_is_there(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -814,6 +837,7 @@ int main(void)
         TEST(a_scrub_of_a_sound_repository_finds_nothing),
         TEST(a_scrub_names_damage_and_the_images_it_touches),
         TEST(every_image_that_shares_a_damaged_node_is_named),
+        TEST(what_a_lease_alone_keeps_is_named),
         TEST(the_index_is_made_anew_from_what_is_there),
         TEST(a_pack_under_anothers_name_is_damage),
         TEST(writers_at_once_share_one_repository),
