@@ -12,7 +12,7 @@ from .test_repository import MIB, disk, same
 @pytest.mark.parametrize('suite', ['store', 'index', 'repo'])
 def test_the_unit_suite_over_rados(ceph, suite):
     """The same tests that run over a folder."""
-    done = subprocess.run([os.path.join(build(), UNIT, f'test_repo_{suite}')], text=True, timeout=120,
+    done = subprocess.run([os.path.join(build(), UNIT, f'test_repo_{suite}')], text=True, timeout=300,
                           env=dict(os.environ, VMMIG_TEST_CEPH_CONF=ceph.conf),
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
