@@ -3,7 +3,8 @@
 
     memory-filled, memory-sparse   total_ms of migrations over an unshaped link, by MiB of guest memory
     images                         milliseconds to import one image more, to list all and to collect, by images
-    unique                         tests/bench/repo_scale.py, by GiB of unique data
+    unique                         tests/bench/repo_scale.c, by GiB of unique data: to delete an image and collect, and to look
+                                   up what is all there
 """
 import json
 import os
@@ -21,10 +22,12 @@ from migrate import Race
 
 from .migrations import once
 
-PLANS = {True: {'filled': (256, 1024, 4096), 'sparse': (256, 1024, 4096), 'images': (1, 10, 100), 'rounds': 2},
+PLANS = {True: {'filled': (256, 1024, 4096), 'sparse': (256, 1024, 4096), 'images': (1, 10, 100), 'unique': (32, 64, 128),
+               'rounds': 2},
          False: {'filled': (256, 1024, 4096, 8192), 'sparse': (256, 1024, 4096, 16384), 'images': (1, 10, 100, 1000),
-                 'rounds': 3}}
+                 'unique': (64, 256, 1024), 'rounds': 3}}
 PEER = 'qemu-multifd'
+LOOKED_UP_GIB = 4
 
 
 def memory(results, plan):
@@ -78,6 +81,18 @@ def images(results, plan):
                             [timed_ms(vmmig, *words, *store) for _ in range(plan['rounds'])])
 
 
+def unique(results, plan):
+    for gib in plan['unique']:
+        with tempfile.TemporaryDirectory(dir='/var/tmp') as folder:
+            for verb, words in (('make', [str(gib)]), ('share', [str(LOOKED_UP_GIB)]), ('collect', [])):
+                said = json.loads(subprocess.run([built('tests/bench/repo_scale'), verb, folder, *words], check=True,
+                                                 capture_output=True, text=True).stdout)
+                print(f'  unique/{gib} {verb}: {said}', file=sys.stderr, flush=True)
+                results.add(f'unique/{gib}', 'vmmig-dir', f'{verb}_s', [said['seconds']])
+                results.add(f'unique/{gib}', 'vmmig-dir', f'{verb}_peak_rss_bytes', [said['rss_kib'] << 10])
+
+
 def run(results, quick, _):
     memory(results, PLANS[quick])
     images(results, PLANS[quick])
+    unique(results, PLANS[quick])

@@ -261,7 +261,7 @@ def plot(suite, folder):
     for name, metrics, xlabel, ylabel in (('memory-filled', ['total_ms'], 'MiB of memory', 'ms'),
                                           ('memory-sparse', ['total_ms'], 'MiB of memory', 'ms'),
                                           ('images', ['import_ms', 'list_ms', 'collect_ms'], 'images', 'ms'),
-                                          ('unique', ['lookup_ms', 'collect_s'], 'GiB of unique data', 'ms, s')):
+                                          ('unique', ['make_s', 'share_s', 'collect_s'], 'GiB of unique data', 's')):
         if lines := growth_lines(suite, name, metrics):
             add('growth', f'growth-{name}', f'Growth: {name}', curves, folder, f'growth-{name}', f'Growth: {name}', xlabel,
                 ylabel, lines)
