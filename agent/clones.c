@@ -2,9 +2,11 @@
 #include "agent/clones.h"
 
 #include "agent/driver.h"
+#include "agent/makings.h"
 #include "agent/repository.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/clone.h"
@@ -266,6 +268,7 @@ struct cloning {
     uid_t uid;
     gid_t gid;
     struct driver_place place; /* of the one that is being started */
+    struct making making;
     char name[VM_NAME_MAX + 16];
     unsigned n; /* that run */
     char names[CONTROL_CLONES_MAX][VM_NAME_MAX + 1];
@@ -312,6 +315,10 @@ static int prepare_launch(void *arg, const char *binary, struct qemu_launch *lau
     if (*config->vm_cgroup &&
         asprintf(&c->place.cgroup, "%s/%s", config->vm_cgroup, c->name) < 0)
         return error_nomem(err);
+    if (making_socket(&c->making, c->place.socket_path, err) < 0)
+        return -1;
+    launch->born = making_born;
+    launch->born_arg = &c->making;
     launch->qmp_path = c->place.socket_path;
     launch->log_path = c->place.log_path;
     launch->cgroup = c->place.cgroup;
@@ -363,6 +370,12 @@ static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
     return -1;
 }
 
+static int note_made(void *arg, const char *path, struct vm_error **err)
+{
+    struct cloning *c = arg;
+    return making_file(&c->making, path, err);
+}
+
 static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **err)
 {
     struct clone made;
@@ -378,15 +391,19 @@ static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **
         .keep_macs = c->keep_macs,
         .disk_size = c->m->disk_size,
         .prepare = prepare_launch,
+        .made = note_made,
         .arg = c,
         .uid = c->uid,
         .gid = c->gid,
     };
-    if (vms_check_free(c->agent->vms, c->name, err) < 0 || clone_start(&params, &made, err) < 0)
+    if (vms_check_free(c->agent->vms, c->name, err) < 0 ||
+        making_begin(&c->making, c->agent->config, c->name, err) < 0 ||
+        clone_start(&params, &made, err) < 0)
         return -1;
     describe(c, &made, asked_ns);
     if (keep(c, &made, err) < 0)
         return -1;
+    (void)FAULT("clone.kept");
     log_info("cloned a VM", "vm=%s template=%s pid=%d start_us=%lld", c->name, c->refs[c->n],
              c->infos[c->n].pid, (long long)(c->infos[c->n].start_ns / 1000));
     c->n++;
@@ -397,7 +414,9 @@ static int clone_one(struct cloning *c, int64_t asked_ns, struct vm_error **err)
 {
     if (vm_name_check(c->name, err) < 0 || job_claim(c->agent->jobs, c->name, "clone", err) < 0)
         return -1;
+    c->making = MAKING_NONE;
     int r = clone_claimed(c, asked_ns, err);
+    making_end(&c->making);
     job_release(c->agent->jobs, c->name);
     return r;
 }

@@ -7,6 +7,7 @@
 #include "agent/clones.h"
 #include "agent/control.h"
 #include "agent/driver.h"
+#include "agent/makings.h"
 #include "agent/repository.h"
 #include "agent/snapshots.h"
 #include "agent/transfer.h"
@@ -226,7 +227,9 @@ static int run_agent(struct config *config, struct vm_error **err)
                               .repository = repository,
                               .mount = mount,
                               .started_ns = clock_wall_ns()};
+        struct makings *makings = makings_settle(&agent);
         r = serve(&agent, err);
+        makings_finish(makings);
     }
     for (size_t i = 0; i < 3; i++)
         loop_watch_destroy(watches[i]);

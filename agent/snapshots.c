@@ -3,9 +3,11 @@
 
 #include "agent/answers.h"
 #include "agent/driver.h"
+#include "agent/makings.h"
 #include "agent/repository.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
+#include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/chain.h"
@@ -352,6 +354,7 @@ struct restore_job {
     char image[IMAGE_NAME_MAX + 1], vm[VM_NAME_MAX + 1];
     char *disk_dir; /* NULL: where they were */
     bool paused;
+    struct making making;
     struct job *job;
     struct job_progress progress;
 };
@@ -415,12 +418,14 @@ static int load(struct restore_job *t, struct restore *r, struct guest *guest,
 static int restore_into(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
     const struct config *config = t->agent->config;
+    struct driver_birth birth = {making_born, &t->making};
     CLEANUP(guest)
     struct guest *guest =
-        driver_sink_start(config, t->vm, restore_definition(r), true, NULL, err);
+        driver_sink_start(config, t->vm, restore_definition(r), true, &birth, err);
     if (!guest)
         return -1;
     if (load(t, r, guest, err) == 0 && keep_restored(t, &guest, err) == 0) {
+        FAULT("restore.kept");
         restore_keep(r);
         return 0;
     }
@@ -431,20 +436,49 @@ static int restore_into(struct restore_job *t, struct restore *r, struct vm_erro
     return -1;
 }
 
+static int note_disks(struct restore_job *t, const struct restore *r, struct vm_error **err)
+{
+    for (unsigned i = 0; i < restore_definition(r)->n_disks; i++) {
+        const char *path = restore_made_disk(r, i);
+        if (path && making_file(&t->making, path, err) < 0)
+            return -1;
+    }
+    FAULT("restore.made");
+    return 0;
+}
+
+static int restore_noted(struct restore_job *t, struct vm_error **err)
+{
+    char holder[IMAGE_NAME_MAX + 1];
+    const struct config *config = t->agent->config;
+    struct uuid unique = uuid_new();
+    cleanup_free char *socket = driver_socket_path(config, t->vm, VM_DRIVER_QEMU);
+    snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
+    if (!socket)
+        return error_nomem(err);
+    if (making_lease(&t->making, holder, err) < 0 || making_socket(&t->making, socket, err) < 0)
+        return -1;
+    CLEANUP(restore) struct restore *r = restore_open(t->repo, t->image, holder, err);
+    if (!r || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
+        restore_make_disks(r, config->vm_user, err) < 0 || note_disks(t, r, err) < 0 ||
+        restore_into(t, r, err) < 0)
+        return -1;
+    t->progress.snapshot.memory_bytes = restore_definition(r)->memory;
+    return 0;
+}
+
 static int restore_run(struct job *job, void *arg, struct vm_error **err)
 {
     struct restore_job *t = arg;
-    char holder[IMAGE_NAME_MAX + 1];
     t->job = job;
+    t->making = MAKING_NONE;
     t->progress.predicted_pause_ns = t->progress.pause_ns = -1;
     strcpy(t->progress.snapshot.image, t->image);
     show_restore(t, JOB_PHASE_PREPARING);
-    snprintf(holder, sizeof(holder), "restore/%s", t->vm);
-    CLEANUP(restore) struct restore *r = restore_open(t->repo, t->image, holder, err);
-    if (!r || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
-        restore_make_disks(r, t->agent->config->vm_user, err) < 0 || restore_into(t, r, err) < 0)
+    int r = making_begin(&t->making, t->agent->config, t->vm, err) < 0 ? -1 : restore_noted(t, err);
+    making_end(&t->making);
+    if (r < 0)
         return error_wrap(err, "restore %s", t->image);
-    t->progress.snapshot.memory_bytes = restore_definition(r)->memory;
     job_update(job, &t->progress);
     return 0;
 }

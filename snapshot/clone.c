@@ -162,6 +162,11 @@ static int copy_bytes(int from, int to, const char *path, struct vm_error **err)
     return n < 0 ? error_errno(err, errno, "cannot read an overlay's model") : 0;
 }
 
+static int tell_made(const struct making *m, const char *path, struct vm_error **err)
+{
+    return m->p->made ? m->p->made(m->p->arg, path, err) : 0;
+}
+
 static int make_overlay(struct making *m, unsigned disk, struct vm_error **err)
 {
     char model[PATH_BYTES], path[PATH_BYTES + 64];
@@ -172,6 +177,8 @@ static int make_overlay(struct making *m, unsigned disk, struct vm_error **err)
     cleanup_close int to = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (from < 0 || to < 0)
         return error_errno(err, errno, "cannot make the overlay %s", path);
+    if (tell_made(m, path, err) < 0)
+        return -1;
     if (FAULT("clone.overlay") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "cannot write the overlay %s", path);
     if (copy_bytes(from, to, path, err) < 0)
@@ -195,6 +202,8 @@ static int make_overlays(struct making *m, struct vm_error **err)
                                m->folder)
                    : error_errno(err, errno, "cannot make %s", m->folder);
     m->folder_made = true;
+    if (tell_made(m, m->folder, err) < 0)
+        return -1;
     if (chown(m->folder, m->p->uid, m->p->gid) < 0)
         return error_errno(err, errno, "cannot give %s to its user", m->folder);
     for (unsigned i = 0; i < m->vm.definition.n_disks; i++)
@@ -253,6 +262,7 @@ static int launch(struct making *m, struct clone *c, struct vm_error **err)
     c->qemu = qemu_clone_spawn(&params, c->argv, &c->timing, err);
     if (!c->qemu)
         return -1;
+    (void)FAULT("clone.spawned");
     c->running = m->vm.definition.state == GUEST_RUNNING;
     if (resize(m, c->qemu, err) == 0)
         return 0;

@@ -36,6 +36,8 @@ struct clone_params {
     /* Fill what launches have in common; called when the binary is known. */
     int (*prepare)(void *arg, const char *binary, struct qemu_launch *launch,
                    struct vm_error **err);
+    /* A file or a folder was made. May be NULL. */
+    int (*made)(void *arg, const char *path, struct vm_error **err);
     void *arg;
     uid_t uid; /* who owns overlays */
     gid_t gid;

@@ -47,6 +47,8 @@ int restore_make_disks(struct restore *r, const char *user, struct vm_error **er
 int restore_fill_disks(struct restore *r, const struct restore_control *c, struct vm_error **err);
 int restore_load(struct restore *r, struct guest *guest, const struct restore_control *c,
                  struct vm_error **err);
+/* The path of disk i of the definition, if it was made here; else NULL. */
+const char *restore_made_disk(const struct restore *r, unsigned i);
 void restore_keep(struct restore *r);
 
 #endif

@@ -26,9 +26,10 @@ def leases(agent):
     return [line.split(' ')[0] for line in done.stdout.splitlines()]
 
 
-def make_agent(cluster):
+def make_agent(cluster, folder=None):
+    """The first host's agent, started, with an empty repository. folder: of the build whose programs it uses."""
     agent = cluster.agents[0]
-    folder = os.path.dirname(os.path.dirname(built('agent/vmmigd')))
+    folder = folder or os.path.dirname(os.path.dirname(built('agent/vmmigd')))
     agent.options.update({
         'nbdkit-plugin': f'{folder}/snapshot/nbdkit-vmmig-plugin.so',
         'libexec-dir': f'{folder}/snapshot',

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * makings: what a clone or a restored VM consists of before it is a VM of this agent: so that nothing of it is left
+ * when the agent dies meanwhile.
+ *
+ *     making_begin(&m, config, "web2", &err)
+ *     making_lease(&m, holder, &err)                     before it is taken
+ *     making_file(&m, path, &err)                        when it was made
+ *     launch.born = making_born, .born_arg = &m          its process, before it becomes a VMM
+ *     ... vms_add: from here on it is a VM ...
+ *     making_end(&m)                                     also when it failed, and everything was taken back
+ *
+ *     makings_settle(agent, &err), makings_finish(...)   at the agent's start, and its end
+ *
+ * A file of notes STATE_DIR/making/NAME, a line each. After a crash of the agent makings_settle kills the process,
+ * unless the VM of that name is it; removes files and folders, if they are the very ones (device and inode), so
+ * never what somebody else put there since; and lets a thread drop the leases, since the repository may be away. What
+ * was made and not yet noted stays: that is better than to remove what is not ours. Notes are not synced: a crash of
+ * the host takes the process along, and may leave files.
+ *
+ * Threads: a making is one thread's.
+ */
+#ifndef VMMIG_AGENT_MAKINGS_H
+#define VMMIG_AGENT_MAKINGS_H
+
+#include "agent/agent.h"
+#include "base/process.h"
+
+struct making {
+    int fd;
+    char path[4096];
+};
+
+#define MAKING_NONE ((struct making){.fd = -1})
+
+int making_begin(struct making *m, const struct config *config, const char *vm,
+                 struct vm_error **err);
+int making_lease(struct making *m, const char *holder, struct vm_error **err);
+/* A file or an empty folder; of several the later goes first. */
+int making_file(struct making *m, const char *path, struct vm_error **err);
+int making_socket(struct making *m, const char *path, struct vm_error **err);
+/* arg is the making (vmm/spawn.h). */
+int making_born(const struct process_identity *process, void *arg, struct vm_error **err);
+/* Of one that was never begun, too. */
+void making_end(struct making *m);
+
+struct makings;
+
+/* Failures are logged. NULL: there is nothing more to do. */
+struct makings *makings_settle(struct agent *agent);
+/* Waits for the thread. */
+void makings_finish(struct makings *m);
+
+#endif

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent is killed while it makes a clone, restores a VM or publishes a template: all of it is there, or nothing."""
+import os
+import signal
+import subprocess
+
+import pytest
+from agents import Cluster, eventually, fault_build
+from lab import BareGuest
+
+from .test_clone import kill, leases, make_agent, tool
+
+
+def restart(agent):
+    """As its supervisor would."""
+    if agent.process.poll() is None:
+        agent.kill()
+    agent.start(build=fault_build())
+
+
+def arm(agent, point):
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=crash')
+
+
+def crash(agent, point, *words):
+    arm(agent, point)
+    failed = agent.vmmig(*words, check=False)
+    assert failed.returncode == 6, failed
+    agent.process.wait(20)
+
+
+@pytest.fixture(scope='module')
+def agent():
+    """With the snapshot web1@first, the template debian12:v1, and a clone of that, `old`, which runs through all of it."""
+    with Cluster(hosts=1, start=False, plain=True) as cluster:
+        agent = make_agent(cluster, fault_build())
+        restart(agent)
+        disk = os.path.join(cluster.shared, 'web1.raw')
+        subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '16M'], check=True)
+        subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
+        vm = BareGuest('web1', mem_mib=64, dirty_mib=4, rate_mbps=1)
+        vm.options = ['-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={disk}',
+                      '-device', 'virtio-blk-pci,drive=d0']
+        console = cluster.console('web1')
+        agent.host.popen(vm.argv(), name='web1')
+        console.wait_for('ready', timeout=60)
+        agent.vmmig('attach', 'web1', '--qmp', vm.qmp_path)
+        agent.vmmig('snapshot', 'web1', 'first')
+        agent.vmmig('template', 'publish', 'web1@first', 'debian12:v1')
+        vm.qmp(agent.host)('quit')
+        eventually('web1 ended', lambda: agent.json('status', 'web1')['state'] == 'ended')
+        agent.vmmig('detach', 'web1')
+        agent.old = cluster.console('old')
+        agent.vmmig('clone', 'debian12:v1', '--as', 'old')
+        yield agent
+
+
+@pytest.fixture(autouse=True)
+def old_clone_runs_on(agent):
+    mark = agent.old.mark()
+    yield
+    agent.old.wait_ticks(3)
+    agent.old.verify()
+    assert agent.old.check(mark) == ['h1']
+
+
+def processes(name):
+    """QEMUs with that name on their command line."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{pid}/cmdline', 'rb') as file:
+                words = file.read().decode(errors='replace').split('\0')
+        except OSError:
+            continue
+        if 'qemu-system' in words[0] and any(name == word or word.startswith(f'{name},') for word in words):
+            found.append(int(pid))
+    return found
+
+
+def nothing_is_left(agent, name):
+    assert [vm['vm'] for vm in agent.json('list')['vms'] if vm['vm'] == name] == []
+    assert processes(name) == []
+    folder = agent.host.path('/var/lib/vmmig/clones')
+    assert not os.path.exists(os.path.join(folder, name))
+    assert os.listdir(agent.host.path('/var/lib/vmmig/making')) == []
+
+
+@pytest.mark.parametrize('point', ['clone.leased', 'clone.overlay', 'clone.spawn', 'clone.spawned'])
+def test_a_clone_that_was_being_made(agent, point):
+    console = agent.cluster.console('c1')
+    crash(agent, point, 'clone', 'debian12:v1', '--as', 'c1')
+    restart(agent)
+    nothing_is_left(agent, 'c1')
+    mark = console.mark()
+    made, = agent.json('clone', 'debian12:v1', '--as', 'c1')['clones']
+    console.wait_for('^hb ', after=mark)
+    kill(agent, made)
+
+
+def test_a_clone_that_was_there(agent):
+    console = agent.cluster.console('c1')
+    crash(agent, 'clone.kept', 'clone', 'debian12:v1', '--as', 'c1')
+    restart(agent)
+    eventually('the VM', lambda: agent.json('status', 'c1')['presence'] == 'present')
+    console.wait_ticks(3)
+    assert os.listdir(agent.host.path('/var/lib/vmmig/making')) == []
+    kill(agent, {'vm': 'c1', 'pid': agent.json('status', 'c1')['pid']})
+
+
+def test_several_clones_are_all_or_those_that_are_whole(agent):
+    for i in (1, 2, 3):
+        agent.cluster.console(f'many-{i}')
+    agent.vmmig('debug', 'faults', '--arm', 'clone.spawn=crash@2')
+    assert agent.vmmig('clone', 'debian12:v1', '--as', 'many', '--count', '3', check=False).returncode == 6
+    agent.process.wait(20)
+    restart(agent)
+    nothing_is_left(agent, 'many-2')
+    nothing_is_left(agent, 'many-3')
+    eventually('the first', lambda: agent.json('status', 'many-1')['state'] == 'running')
+    kill(agent, {'vm': 'many-1', 'pid': agent.json('status', 'many-1')['pid']})
+
+
+@pytest.mark.parametrize('point', ['restore.made', 'restore.filled', 'restore.memory'])
+def test_a_vm_that_was_being_restored(agent, point):
+    folder = os.path.join(agent.cluster.shared, 'restored')
+    os.makedirs(folder, exist_ok=True)
+    words = ['restore', 'web1@first', '--as', 'back', '--disk-dir', folder]
+    crash(agent, point, *words)
+    restart(agent)
+    nothing_is_left(agent, 'back')
+    assert os.listdir(folder) == []
+    eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
+    console = agent.cluster.console('web1')  # which it had
+    mark = console.mark()
+    agent.vmmig(*words)
+    console.wait_for('^hb ', after=mark)
+    os.kill(agent.json('status', 'back')['pid'], signal.SIGKILL)
+    eventually('its end', lambda: agent.json('status', 'back')['state'] == 'ended')
+    agent.vmmig('detach', 'back')
+    os.unlink(os.path.join(folder, 'back-disk0.raw'))
+
+
+def test_what_somebody_else_put_there_is_not_removed(agent):
+    """Where a disk that was being restored lay there is another file when the agent comes back."""
+    folder = os.path.join(agent.cluster.shared, 'precious')
+    os.makedirs(folder)
+    crash(agent, 'restore.made', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    path = os.path.join(folder, 'back-disk0.raw')
+    with open(f'{path}.new', 'w', encoding='ascii') as file:
+        file.write('precious')
+    os.rename(f'{path}.new', path)
+    restart(agent)
+    nothing_is_left(agent, 'back')
+    with open(path, encoding='ascii') as file:
+        assert file.read() == 'precious'
+
+
+@pytest.mark.parametrize('point, there', [('repo.commit', False), ('repo.committed', None)])
+def test_a_template_that_was_being_published(agent, point, there):
+    arm(agent, point)
+    assert agent.vmmig('template', 'publish', 'web1@first', 'other:v1', check=False).returncode == 6
+    agent.process.wait(20)
+    restart(agent)
+    tags = [t['template'] for t in agent.json('template', 'list')['templates']]
+    assert there is None or ('other:v1' in tags) == there
+    agent.vmmig('template', 'publish', 'web1@first', 'other:v1')
+    console = agent.cluster.console('c1')
+    made, = agent.json('clone', 'other:v1', '--as', 'c1')['clones']
+    console.wait_ticks(3)
+    kill(agent, made)
+    agent.vmmig('template', 'delete', 'other:v1')
+    tool(agent, 'collect', '1000')
