@@ -283,6 +283,7 @@ class Harness:
             agent.process.send_signal(signal.SIGSTOP)
         elif kind == 'host':
             agent.host.crash()
+            agent.process.wait(10)  # nobody is to be armed there any more
             eventually('the end of the host', lambda: self.dead(agent))
         elif kind == 'agent':
             agent.kill()
