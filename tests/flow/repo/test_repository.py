@@ -141,7 +141,7 @@ def test_a_broken_qcow2_is_one_clear_line(dir_repository, raw, tmp_path, how):
     (['import', '/dev/null', 'a', 'raw'], 'usage'),
     (['import', '{raw}', '../a'], 'usage'),
     (['import', '{raw}', 'a', 'raw', 'nobody'], 'not-found'),
-    (['export', 'nobody', '/tmp/x'], 'not-found'),
+    (['export', 'nobody', '{raw}.out'], 'not-found'),
     (['export', 'there', '{raw}'], 'conflict'),
     (['export', 'there', '/nonexistent/x'], 'not-found'),
     (['import', '{raw}', 'there'], 'conflict'),
