@@ -92,10 +92,10 @@ static void a_disk_of_two_nodes_and_a_drive(void **state)
     struct qemu_clone_notes notes;
     (void)state;
     cleanup_free char *two = MAKE(&notes, NULL, "-blockdev",
-                                  "driver=file,node-name=f0,filename=/x/web1.raw", "-blockdev",
-                                  "driver=raw,node-name=top,file=f0");
+                                  "driver=file,node-name=lower,filename=/x/web1.raw", "-blockdev",
+                                  "driver=raw,node-name=top,file=lower");
     has(two, "-blockdev qcow2,node-name=top,file.driver=file,file.filename=/c/disk0.qcow2");
-    lacks(two, "f0");
+    lacks(two, "lower"); /* nothing that a random identity could hold */
     cleanup_free char *drive =
         MAKE(&notes, NULL, "-drive", "file=/x/web1.raw,format=raw,if=virtio,cache=none");
     has(drive, "file=/c/disk0.qcow2,format=qcow2,if=virtio,cache=none");
