@@ -105,7 +105,7 @@ class Agent:
             if vm['state'] == 'arriving':
                 self.run('cancel', vm['vm'])
                 continue
-            if vm['presence'] != 'ended':
+            if vm['presence'] != 'ended' and vm['pid']:  # 0 would be this test's own process group
                 os.kill(vm['pid'], signal.SIGKILL)
             self.run('detach', vm['vm'])
 

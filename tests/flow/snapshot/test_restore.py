@@ -25,6 +25,7 @@ def state(agent, name):
 
 def end(agent, name):
     vm = state(agent, name)
+    assert vm['pid'], vm
     os.kill(vm['pid'], 9)
     eventually('the end of the VM', lambda: agent.host.reap() or state(agent, name)['presence'] == 'ended')
     agent.vmmig('detach', name)
