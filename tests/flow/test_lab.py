@@ -481,6 +481,7 @@ def test_linux_moves_with_its_disk_and_network(lab, linux):
     from_qmp, to_qmp = vm.qmp(h1), vm.qmp(h2)
     to_qmp.wait_status('inmigrate')
     mark, heartbeat_mark = console.mark(), heartbeats.mark()
+    console.wait_ticks(2)
     from_qmp('stop')  # QEMU before 9.0 loses writes of a guest that runs under TCG meanwhile
     from_qmp('migrate-set-parameters', max_bandwidth=10 << 30)
     from_qmp('migrate', uri='tcp:h2:4445')
