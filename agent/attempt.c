@@ -457,17 +457,19 @@ static void execute(struct attempt *a, struct handover_action action)
     }
 }
 
-/* Tell those who wait, and let the role take stock once it is settled. */
+/* Tell those who wait, and let the role take stock once of each settled state: what has run here may end. */
 static void publish(struct attempt *a)
 {
     bool settled = handover_is_settled(&a->machine);
     cleanup_error struct vm_error *err = NULL;
-    bool done = settled && (a->settled_done || a->role->settled(a, &err) == 0);
+    bool done = settled && ((a->settled_done && a->settled_in == a->machine.state) ||
+                            a->role->settled(a, &err) == 0);
     if (err)
         log_error("cannot take note of the outcome", "error=%s", log_q(error_message(err)));
     SCOPE_LOCK(&a->lock);
     a->state = a->machine.state;
     a->settled_done = done;
+    a->settled_in = a->machine.state;
     a->is_settled = settled;
     pthread_cond_broadcast(&a->changed);
 }

@@ -124,6 +124,7 @@ struct attempt {
     unsigned first_event, n_events;
     enum handover_state state;
     bool is_settled, settled_done, stop;
+    enum handover_state settled_in; /* the state of which the role has taken stock, if settled_done */
     enum handover_notice notice;
     bool has_notice;
     bool cancelled;          /* the user wished so */

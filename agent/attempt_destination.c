@@ -337,7 +337,8 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
 
 /*
  * Its VMM is dead. The record may wait for the source's last word for as long as that host is away;
- * the guest's memory, which we had mapped, must not.
+ * the guest's memory must not, which we had mapped, or which a later move from here had, of the VM that
+ * this attempt brought.
  */
 static void let_go(struct attempt *a)
 {
@@ -347,6 +348,7 @@ static void let_go(struct attempt *a)
     a->owns_guest = false;
     a->guest = NULL;
     remove_leftovers(a);
+    vm_put(steal_ptr(&a->destination.vm));
 }
 
 static int settled(struct attempt *a, struct vm_error **err)
