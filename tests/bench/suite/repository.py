@@ -152,7 +152,8 @@ class Contest:
 
 
 def one_round(results, plan, inputs, folder, ceph, found):
-    tools = {name: kind(folder / name) for name, kind in TOOLS.items()}
+    (folder / 'stores').mkdir()
+    tools = {name: kind(folder / 'stores' / name) for name, kind in TOOLS.items()}
     tools['vmmig-rados'] = VmmigRados(f'rados:bench/round{len(found.get(("disk", "restic"), []))}?conf={ceph.conf}&id=admin')
     contest = Contest(results, tools, folder)
     contest.found = found
