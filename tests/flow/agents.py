@@ -41,6 +41,16 @@ def eventually(what, condition, timeout=20):
         time.sleep(0.01)
 
 
+def install(folder, library):
+    """Installs vmmig below a folder. Returns the environment of a user who builds with that library of it."""
+    build = os.path.dirname(os.path.dirname(built('tools/vmmig')))
+    subprocess.run(['meson', 'install', '-C', build, '--no-rebuild', '--destdir', folder], check=True,
+                   capture_output=True)
+    found, = folder.rglob(library)
+    return {**os.environ, 'PKG_CONFIG_PATH': str(found.parent / 'pkgconfig'), 'PKG_CONFIG_SYSROOT_DIR': str(folder),
+            'LD_LIBRARY_PATH': str(found.parent)}
+
+
 class Agent:
     """One host's agent."""
 

@@ -5,7 +5,7 @@ import re
 import subprocess
 
 import pytest
-from agents import Cluster
+from agents import Cluster, install
 from lab import VmmGuest
 from lab.guests import ROOT, built
 
@@ -22,12 +22,7 @@ def typed():
 def installed(tmp_path_factory):
     """The environment of a user who has installed vmmig's libraries."""
     folder = tmp_path_factory.mktemp('installed')
-    build = os.path.dirname(os.path.dirname(built('tools/vmmig')))
-    subprocess.run(['meson', 'install', '-C', build, '--no-rebuild', '--destdir', folder], check=True,
-                   capture_output=True)
-    library, = folder.rglob('libvmmig-attach.so')
-    return {**os.environ, 'PKG_CONFIG_PATH': str(library.parent / 'pkgconfig'), 'PKG_CONFIG_SYSROOT_DIR': str(folder),
-            'LD_LIBRARY_PATH': str(library.parent), 'FOLDER': str(folder)}
+    return {**install(folder, 'libvmmig-attach.so'), 'FOLDER': str(folder)}
 
 
 def test_the_example_is_built_with_what_is_installed(installed, tmp_path):

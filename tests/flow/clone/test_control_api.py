@@ -7,9 +7,9 @@ import socket
 import subprocess
 
 import pytest
-from agents import SOCKET, Cluster
+from agents import SOCKET, Cluster, install
 from lab import BareGuest
-from lab.guests import ROOT, built
+from lab.guests import ROOT
 from lab.hosts import inside
 
 from .test_clone import kill, make_agent
@@ -49,13 +49,7 @@ def workers(agent):
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
     """The environment of a user who has installed vmmig's libraries."""
-    folder = tmp_path_factory.mktemp('installed')
-    build = os.path.dirname(os.path.dirname(built('tools/vmmig')))
-    subprocess.run(['meson', 'install', '-C', build, '--no-rebuild', '--destdir', folder], check=True,
-                   capture_output=True)
-    library, = folder.rglob('libvmmig-client.so')
-    return {**os.environ, 'PKG_CONFIG_PATH': str(library.parent / 'pkgconfig'), 'PKG_CONFIG_SYSROOT_DIR': str(folder),
-            'LD_LIBRARY_PATH': str(library.parent)}
+    return install(tmp_path_factory.mktemp('installed'), 'libvmmig-client.so')
 
 
 def test_its_commands_do_what_it_says(agent, workers):

@@ -110,14 +110,20 @@ def test_the_agent_dies_where_memory_is_copied_before(agent, unprivileged, point
     untouched(vm, agent)
 
 
+def held_at(agent, point, name):
+    """A snapshot that is being taken and stands at a fault point. Returns the guard beside it."""
+    arm(agent, point.replace('@', '=hold@') if '@' in point else f'{point}=hold')
+    agent.vmmig('snapshot', 'web1', name, '--background')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    guard, = guards()
+    return guard
+
+
 @pytest.mark.parametrize('point', ['snapshot.paused', 'snapshot.memory@9'])
 def test_the_agent_and_the_snapshots_guard_die(agent, guest, point):
     """Nobody is left who could help: the next agent does."""
     vm, console = guest
-    arm(agent, point.replace('@', '=hold@') if '@' in point else f'{point}=hold')
-    agent.vmmig('snapshot', 'web1', 'nobody', '--background')
-    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
-    guard, = guards()
+    guard = held_at(agent, point, 'nobody')
     os.kill(guard, signal.SIGKILL)
     agent.kill()
     agent.start(faults='snapshot.arrived=delay:0')
@@ -131,10 +137,7 @@ def test_the_agent_and_the_snapshots_guard_die(agent, guest, point):
 
 def test_the_guard_alone_dies(agent, guest):
     vm, console = guest
-    arm(agent, 'snapshot.memory=hold@9')
-    agent.vmmig('snapshot', 'web1', 'unguarded', '--background')
-    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
-    guard, = guards()
+    guard = held_at(agent, 'snapshot.memory@9', 'unguarded')
     os.kill(guard, signal.SIGKILL)
     arm(agent, 'none')
     assert agent.json('watch', 'web1')['state'] == 'done'
@@ -144,10 +147,7 @@ def test_the_guard_alone_dies(agent, guest):
 
 def test_a_snapshot_waits_until_a_dead_agents_one_is_over(agent, guest):
     vm, console = guest
-    arm(agent, 'snapshot.memory=hold@9')
-    agent.vmmig('snapshot', 'web1', 'slow', '--background')
-    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
-    guard, = guards()
+    guard = held_at(agent, 'snapshot.memory@9', 'slow')
     os.kill(guard, signal.SIGSTOP)  # as if there were much to read
     try:
         agent.kill()
