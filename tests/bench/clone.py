@@ -40,6 +40,32 @@ def make_agent(cluster):
     return agent.start()
 
 
+def make_template(cluster, **guest):
+    """An agent with a template bench:v1, the guest that it was made of and which has ended, and the file in
+    which QEMU saved it (beside the snapshot `one` on its disk)."""
+    agent = make_agent(cluster)
+    vm = BareGuest('web1', mem_mib=MEMORY_MIB, dirty_mib=4, rate_mbps=1, **guest)
+    disk = os.path.join(cluster.shared, 'web1.qcow2')
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', disk, '1G'], check=True)
+    vm.options = ['-blockdev', f'driver=qcow2,node-name=d0,file.driver=file,file.filename={disk}',
+                  '-device', 'virtio-blk-pci,drive=d0']
+    console = cluster.console('web1')
+    process = agent.host.popen(vm.argv(), name='web1')
+    console.wait_for('ready', timeout=60)
+    agent.vmmig('attach', 'web1', '--qmp', vm.qmp_path)
+    agent.vmmig('snapshot', 'web1', 'first')
+    agent.vmmig('template', 'publish', 'web1@first', 'bench:v1')
+    q = vm.qmp(agent.host)
+    saved = os.path.join(cluster.shared, 'saved')
+    q('stop')
+    q('human-monitor-command', command_line='savevm one')
+    q('migrate', uri=f'exec:cat > {saved}')
+    eventually('saved', lambda: q('query-migrate').get('status') == 'completed', timeout=60)
+    q('quit')
+    process.wait()
+    return agent, vm, saved
+
+
 def end(agent, clones):
     for clone in clones:
         os.kill(clone['pid'], signal.SIGKILL)
@@ -129,26 +155,7 @@ def main():
     options = parser.parse_args()
     result = {}
     with Cluster(hosts=1, start=False, plain=True) as cluster:
-        agent = make_agent(cluster)
-        vm = BareGuest('web1', mem_mib=MEMORY_MIB, dirty_mib=4, rate_mbps=1)
-        disk = os.path.join(cluster.shared, 'web1.qcow2')
-        subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', disk, '1G'], check=True)
-        vm.options = ['-blockdev', f'driver=qcow2,node-name=d0,file.driver=file,file.filename={disk}',
-                      '-device', 'virtio-blk-pci,drive=d0']
-        console = cluster.console('web1')
-        process = agent.host.popen(vm.argv(), name='web1')
-        console.wait_for('ready', timeout=60)
-        agent.vmmig('attach', 'web1', '--qmp', vm.qmp_path)
-        agent.vmmig('snapshot', 'web1', 'first')
-        agent.vmmig('template', 'publish', 'web1@first', 'bench:v1')
-        q = vm.qmp(agent.host)
-        saved = os.path.join(cluster.shared, 'saved')
-        q('stop')
-        q('human-monitor-command', command_line='savevm one')
-        q('migrate', uri=f'exec:cat > {saved}')
-        eventually('saved', lambda: q('query-migrate').get('status') == 'completed', timeout=60)
-        q('quit')
-        process.wait()
+        agent, vm, saved = make_template(cluster)
         result['clone'] = measure_clones(agent, options.rounds)
         result['sharing'] = measure_sharing(agent, options.clones)
         few = max(3, options.rounds // 4)

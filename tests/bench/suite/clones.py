@@ -9,12 +9,11 @@
 """
 import os
 import re
-import subprocess
 import sys
 import time
 
 import clone
-from agents import Cluster, eventually
+from agents import Cluster
 from lab import BareGuest
 
 REQUEST_MIB = 50
@@ -33,26 +32,8 @@ class Scene:
     """An agent with a template, and the same guest as QEMU itself saved it."""
 
     def __init__(self, cluster):
-        self.cluster, self.agent = cluster, clone.make_agent(cluster)
-        self.vm = BareGuest('web1', mem_mib=clone.MEMORY_MIB, dirty_mib=4, rate_mbps=1, scan_mbps=0)
-        disk = os.path.join(cluster.shared, 'web1.qcow2')
-        subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', disk, '1G'], check=True)
-        self.vm.options = ['-blockdev', f'driver=qcow2,node-name=d0,file.driver=file,file.filename={disk}',
-                           '-device', 'virtio-blk-pci,drive=d0']
-        self.console = cluster.console('web1')
-        process = self.agent.host.popen(self.vm.argv(), name='web1')
-        self.console.wait_for('ready', timeout=60)
-        self.agent.vmmig('attach', 'web1', '--qmp', self.vm.qmp_path)
-        self.agent.vmmig('snapshot', 'web1', 'first')
-        self.agent.vmmig('template', 'publish', 'web1@first', 'bench:v1')
-        self.saved = os.path.join(cluster.shared, 'saved')
-        q = self.vm.qmp(self.agent.host)
-        q('stop')
-        q('human-monitor-command', command_line='savevm one')
-        q('migrate', uri=f'exec:cat > {self.saved}')
-        eventually('saved', lambda: q('query-migrate').get('status') == 'completed', timeout=60)
-        q('quit')
-        process.wait()
+        self.cluster = cluster
+        self.agent, self.vm, self.saved = clone.make_template(cluster, scan_mbps=0)
         self.number = 0
 
     def clone(self, count=1):
