@@ -61,7 +61,7 @@ static uint64_t owner_of(uint64_t image, uint64_t leaf)
     return image % 2 && leaf % SHARED_OF == 0 ? image - 1 : image;
 }
 
-/* The most memory of its own: not the pages of the LMDB file, which the page cache lends. */
+/* The most that was resident, LMDB pages included; repo_scale.py looks at the process's own. */
 static long peak_kib(void)
 {
     cleanup_free char *status = NULL;
