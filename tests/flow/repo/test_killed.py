@@ -8,6 +8,7 @@ import re
 import signal
 
 import pytest
+from agents import eventually
 
 from .conftest import ROOT, Failed, Repository
 from .objects import objects
@@ -79,11 +80,20 @@ def damage(url):
     store.write(pack, bytes(data))
 
 
+def catalogue_keys(store):
+    return [key for shard in range(256) for key in store.pairs(f'cat.{shard:02x}')]
+
+
+def writers(url):
+    return [key for key in catalogue_keys(objects(url)) if key.startswith('w:')]
+
+
 def acknowledge(scene):
     """An import that meets a collection, which it answers."""
     words = ('import', scene.source['second'], 'late')
     late = scene.repository.start(*words, faults=f'repo.register=delay:2000,{scene.point}=crash')
     with late:
+        eventually('the registration of the import', lambda: writers(scene.repository.url))
         scene.repository.run('collect', 20000)
         late.communicate(timeout=60)
     scene.killed += late.returncode == -signal.SIGKILL
@@ -122,8 +132,7 @@ def left_over(url):
     """Everything on the store that only what is stored, or what is at work, needs."""
     store = objects(url)
     rest = store.names('pack.') + store.names('tree.')
-    rest += [key for shard in range(256) for key in store.pairs(f'cat.{shard:02x}')
-             if key[:2] in ('w:', 'p:', 'f:', 'l:')]
+    rest += [key for key in catalogue_keys(store) if key[:2] in ('w:', 'p:', 'f:', 'l:')]
     rest += [key for name in ['quarantine'] + [f'scrub.{i:02x}' for i in range(256)]
              for key in store.pairs(name)]
     return rest
