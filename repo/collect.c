@@ -2,12 +2,14 @@
 #include "repo/collect.h"
 #include "repo/footer_cache.h"
 #include "repo/forwarding.h"
+#include "repo/hints.h"
 #include "repo/holdings.h"
 #include "repo/names.h"
 #include "repo/progress.h"
 #include "repo/quarantine.h"
 #include "repo/repack.h"
 #include "repo/settle.h"
+#include "repo/tree.h"
 #include "repo/verified.h"
 
 #include "base/clock.h"
@@ -33,7 +35,7 @@ struct collection {
     struct object_set listed, marked; /* of the open list, after step 7 */
     struct alive alive;               /* records of listed packs that are marked */
     struct number_set repack;         /* listed packs that stay on the list to be repacked */
-    struct page_hasher hasher;
+    struct hints *hints; /* which erases entries */
     struct progress *progress;
 };
 
@@ -253,51 +255,56 @@ static int wait_or_fence(struct collection *c, struct vm_error **err)
 
 /* ---- step 9: delete ---- */
 
-/* Entries of the index that name the footer's pack, appended. */
-static int add_hints(struct collection *c, const struct footer *f, struct index_entry *entries,
-                     size_t *n, struct vm_error **err)
-{
-    uint8_t value[8];
-    put_le64(value, f->pack);
-    for (uint32_t i = 0; i < f->n_records; i++) {
-        const struct footer_record *r = &f->records[i];
-        struct page_id extent;
-        if (!r->mask)
-            continue;
-        if (page_hasher_extent(&c->hasher, &f->ids[r->first_page], r->mask, &extent, err) < 0)
-            return -1;
-        entries[(*n)++] = index_entry_make(INDEX_EXTENT, &extent, value, sizeof(value));
-    }
-    for (uint32_t i = 0; i < f->n_pages; i++)
-        if (index_samples(&f->ids[i]))
-            entries[(*n)++] = index_entry_make(INDEX_PAGE, &f->ids[i], value, sizeof(value));
-    return 0;
-}
-
-/* Hints: a pack that cannot be read leaves its entries behind. */
-static int erase_hints(struct collection *c, const uint64_t *packs, size_t n, struct vm_error **err)
+static int erase_footers(struct collection *c, const uint64_t *packs, size_t n,
+                         struct vm_error **err)
 {
     struct footer footers[HINTS_BATCH];
     struct vm_error *problems[HINTS_BATCH];
-    size_t n_entries = 0, most = 1;
     if (footer_read_many(c->store, packs, n, footers, problems, err) < 0)
         return -1;
+    int result = 0;
     for (size_t i = 0; i < n; i++) {
         error_free(problems[i]);
-        most += (size_t)footers[i].n_pages + footers[i].n_records;
-    }
-    cleanup_free struct index_entry *entries = calloc(most, sizeof(*entries));
-    int result = entries ? 0 : error_nomem(err);
-    for (size_t i = 0; i < n; i++) {
         if (!result)
-            result = add_hints(c, &footers[i], entries, &n_entries, err);
+            result = hints_add_footer(c->hints, &footers[i], err);
         footer_finish(&footers[i]);
     }
-    return result ? -1 : index_erase(repo_index(c->repo), entries, n_entries, err);
+    return result;
+}
+
+static int erase_node(const struct recipe_ref *ref, const void *node, size_t len, void *arg,
+                      struct vm_error **err)
+{
+    struct collection *c = arg;
+    return hints_add_node(c->hints, ref, node, len, err);
+}
+
+static int erase_nodes(struct collection *c, uint64_t tree, struct vm_error **err)
+{
+    struct vm_error *problem = NULL;
+    if (tree_each_node(c->store, tree, repo_uuid(c->repo), erase_node, c, &problem) == 0)
+        return 0;
+    bool hint = problem->kind == VM_ERROR_CORRUPT || problem->kind == VM_ERROR_NOT_FOUND;
+    error_propagate(hint ? NULL : err, problem);
+    return hint ? 0 : -1;
+}
+
+/* They are hints: an object that cannot be read leaves its entries behind. */
+static int erase_hints(struct collection *c, bool is_pack, const uint64_t *numbers, size_t n,
+                       struct vm_error **err)
+{
+    for (size_t i = 0; is_pack && i < n; i += HINTS_BATCH)
+        if (erase_footers(c, numbers + i, n - i < HINTS_BATCH ? n - i : HINTS_BATCH, err) < 0)
+            return -1;
+    for (size_t i = 0; !is_pack && i < n; i++)
+        if (erase_nodes(c, numbers[i], err) < 0)
+            return -1;
+    return hints_flush(c->hints, err);
 }
 
 /* What is known of packs that are gone. */
-static int forget_packs(struct collection *c, const uint64_t *packs, size_t n, struct vm_error **err)
+static int forget_packs(struct collection *c, const uint64_t *packs, size_t n,
+                        struct vm_error **err)
 {
     uint64_t dead[FORGET_BATCH];
     size_t n_dead = 0;
@@ -324,12 +331,8 @@ static int remove_objects(struct collection *c, bool is_pack, const uint64_t *nu
         removals[i] = sizes[i];
         removals[i].kind = STORE_REMOVE;
     }
-    if (store_run(c->store, sizes, n, err) < 0)
-        return -1;
-    for (size_t i = 0; is_pack && i < n; i += HINTS_BATCH)
-        if (erase_hints(c, numbers + i, n - i < HINTS_BATCH ? n - i : HINTS_BATCH, err) < 0)
-            return -1;
-    if (store_run(c->store, removals, n, err) < 0)
+    if (store_run(c->store, sizes, n, err) < 0 || erase_hints(c, is_pack, numbers, n, err) < 0 ||
+        store_run(c->store, removals, n, err) < 0)
         return -1;
     for (size_t i = 0; i < n; i++) {
         *ret_objects += removals[i].result == STORE_DONE;
@@ -514,8 +517,10 @@ int repo_collect(struct repo *r, const struct collect_options *options,
     struct progress progress;
     struct collection c = {.repo = r, .store = repo_store(r), .options = options,
                            .progress = &progress};
-    if (page_hasher_init(&c.hasher, err) < 0)
+    CLEANUP(hints) struct hints *hints = hints_create(repo_index(r), index_erase, err);
+    if (!hints)
         return -1;
+    c.hints = hints;
     progress_init(&progress, &options->control, 0);
     int result = collect_with_ballast(&c, err);
     if (!result) {
@@ -523,7 +528,6 @@ int repo_collect(struct repo *r, const struct collect_options *options,
         *ret_report = c.report;
     }
     progress_finish(&progress);
-    page_hasher_finish(&c.hasher);
     forget_list(&c);
     return result < 0 ? error_wrap(err, "collection") : 0;
 }

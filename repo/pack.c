@@ -61,7 +61,8 @@ static int parse_records(struct footer *f, struct cursor *c, uint64_t body, stru
         page += r->n_pages;
         if (offset < end || r->len <= RECORD_HEADER || r->len > RECORD_MAX ||
             offset + r->len > body || !r->n_pages || r->n_pages > RECORD_PAGES_MAX ||
-            page > f->n_pages || r->compression > RECORD_ZSTD || (r->mask && __builtin_popcount(r->mask) != r->n_pages))
+            page > f->n_pages || r->compression > RECORD_ZSTD ||
+            (r->mask && __builtin_popcount(r->mask) != r->n_pages))
             return damaged(err, f->pack, "its footer makes no sense");
         r->offset = (uint32_t)offset;
         end = offset + r->len;

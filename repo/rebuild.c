@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/footer_cache.h"
+#include "repo/hints.h"
 #include "repo/names.h"
 #include "repo/progress.h"
 #include "repo/recipe_walk.h"
@@ -7,54 +8,16 @@
 
 #include <stdlib.h>
 
-enum { PACKS_BATCH = 8, ENTRIES_BATCH = 8192 };
+enum { PACKS_BATCH = 8 };
 
 struct rebuild {
     struct repo *repo;
     struct progress progress;
-    struct page_hasher hasher;
+    struct hints *hints;
     struct rebuild_report report;
     uint64_t packs[PACKS_BATCH];
     size_t n_packs;
-    struct index_entry entries[ENTRIES_BATCH];
-    size_t n_entries;
 };
-
-static int flush_entries(struct rebuild *b, struct vm_error **err)
-{
-    b->report.entries += b->n_entries;
-    size_t n = b->n_entries;
-    b->n_entries = 0;
-    return index_insert(repo_index(b->repo), b->entries, n, err);
-}
-
-static int add_entry(struct rebuild *b, enum index_kind kind, const struct page_id *id,
-                     const void *value, size_t len, struct vm_error **err)
-{
-    if (b->n_entries == ENTRIES_BATCH && flush_entries(b, err) < 0)
-        return -1;
-    b->entries[b->n_entries++] = index_entry_make(kind, id, value, len);
-    return 0;
-}
-
-static int enter_footer(struct rebuild *b, const struct footer *f, struct vm_error **err)
-{
-    uint8_t value[8];
-    put_le64(value, f->pack);
-    for (uint32_t i = 0; i < f->n_records; i++) {
-        const struct footer_record *r = &f->records[i];
-        struct page_id extent;
-        if (r->mask && (page_hasher_extent(&b->hasher, &f->ids[r->first_page], r->mask, &extent,
-                                           err) < 0 ||
-                        add_entry(b, INDEX_EXTENT, &extent, value, sizeof(value), err) < 0))
-            return -1;
-    }
-    for (uint32_t i = 0; i < f->n_pages; i++)
-        if (index_samples(&f->ids[i]) &&
-            add_entry(b, INDEX_PAGE, &f->ids[i], value, sizeof(value), err) < 0)
-            return -1;
-    return 0;
-}
 
 static int enter_packs(struct rebuild *b, struct vm_error **err)
 {
@@ -69,7 +32,7 @@ static int enter_packs(struct rebuild *b, struct vm_error **err)
         b->report.unreadable += problems[i] != NULL;
         b->report.packs += footers[i].n_records > 0;
         if (!result && footers[i].n_records)
-            result = enter_footer(b, &footers[i], err);
+            result = hints_add_footer(b->hints, &footers[i], err);
         error_free(problems[i]);
         footer_finish(&footers[i]);
     }
@@ -88,12 +51,7 @@ static int visit_node(const struct recipe_ref *ref, const void *data, size_t len
                       struct vm_error **err)
 {
     struct rebuild *b = arg;
-    struct page_id id;
-    uint8_t value[RECIPE_REF_BYTES];
-    recipe_ref_write(ref, value);
-    if (page_hasher_hash(&b->hasher, data, len, &id, err) < 0)
-        return -1;
-    return add_entry(b, INDEX_NODE, &id, value, sizeof(value), err);
+    return hints_add_node(b->hints, ref, data, len, err);
 }
 
 static int visit_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret_damaged, void *arg,
@@ -117,16 +75,19 @@ static int rebuild(struct rebuild *b, struct vm_error **err)
     struct store *s = repo_store(b->repo);
     struct recipe_visitor visitor = {.node = visit_node, .leaf = visit_leaf, .arg = b};
     CLEANUP(recipe_walk) struct recipe_walk *walk = recipe_walk_create(s, &visitor, err);
-    if (!walk || page_hasher_init(&b->hasher, err) < 0)
+    CLEANUP(hints)
+    struct hints *hints = hints_create(repo_index(b->repo), index_insert, err);
+    if (!walk || !hints)
         return -1;
+    b->hints = hints;
     int result = store_list(s, STORE_PACK, PACK_PREFIX, take_pack, b, err);
     if (!result)
         result = enter_packs(b, err);
     if (!result)
         result = catalogue_list(s, enter_image, walk, err);
     if (!result)
-        result = flush_entries(b, err);
-    page_hasher_finish(&b->hasher);
+        result = hints_flush(hints, err);
+    b->report.entries = hints_applied(hints);
     return result;
 }
 

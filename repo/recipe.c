@@ -4,7 +4,7 @@
 
 #include <xxhash.h>
 
-enum { ZERO_RUN = 0x8000 };
+enum { ZERO_RUN = 0x8000, NODE_HEADER = 8, RUN_BYTES = 11 };
 
 unsigned recipe_depth(uint64_t size)
 {
@@ -205,4 +205,33 @@ int recipe_inner_read(const uint8_t *data, size_t len, unsigned level,
         ret_node->children[i] = ref;
     }
     return 0;
+}
+
+static size_t leaf_len(struct cursor *c)
+{
+    size_t len = cursor_left(c), n_ids = 0;
+    unsigned n_packs, n_runs;
+    cursor_le16(c);
+    n_packs = cursor_le16(c);
+    n_runs = cursor_le16(c);
+    cursor_le16(c);
+    cursor_take(c, 8ul * n_packs);
+    for (unsigned i = 0; i < n_runs && !c->failed; i++) {
+        unsigned head = cursor_le16(c);
+        if (head & ZERO_RUN)
+            continue;
+        n_ids += head;
+        cursor_take(c, RUN_BYTES - 2);
+    }
+    cursor_take(c, n_ids * sizeof(((struct recipe_page *)0)->id));
+    return c->failed ? 0 : len - cursor_left(c);
+}
+
+size_t recipe_node_len(const uint8_t *data, size_t len)
+{
+    struct cursor c = cursor_init(data, len);
+    if (len < NODE_HEADER)
+        return 0;
+    size_t n = data[0] ? NODE_HEADER + (size_t)get_le16(data + 2) * RECIPE_REF_BYTES : leaf_len(&c);
+    return n <= len && n <= RECIPE_NODE_MAX ? n : 0;
 }

@@ -93,4 +93,7 @@ int recipe_leaf_read(const uint8_t *data, size_t len, struct recipe_leaf *ret_le
 int recipe_inner_read(const uint8_t *data, size_t len, unsigned level,
                       struct recipe_inner *ret_node, struct vm_error **err);
 
+/* Bytes of the node that `data` begins with, which other bytes may follow; 0 if there is none. */
+size_t recipe_node_len(const uint8_t *data, size_t len);
+
 #endif

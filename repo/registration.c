@@ -85,7 +85,8 @@ static int look_at_target(struct registration *r, const struct buffer *value, st
         return -1;
     if (value && now.len == value->len && !memcmp(now.data, value->data, now.len))
         return 1;
-    bool same = now.len == r->before.len && (!now.len || !memcmp(now.data, r->before.data, now.len));
+    bool same =
+        now.len == r->before.len && (!now.len || !memcmp(now.data, r->before.data, now.len));
     return same ? 0 : 2;
 }
 

@@ -69,6 +69,46 @@ int tree_read_leaf(struct store *s, const struct recipe_ref *ref, struct recipe_
     return recipe_leaf_read(b.data, b.len, ret_leaf, err);
 }
 
+/* The whole object. */
+static int read_tree(struct store *s, uint64_t tree, struct buffer *out, struct vm_error **err)
+{
+    size_t got = 0;
+    uint8_t *to = buffer_grow(out, TREE_MAX);
+    if (!to)
+        return error_nomem(err);
+    enum store_result r = store_read(s, STORE_BLOB, tree_name(tree), 0, to, TREE_MAX, &got, err);
+    if (r == STORE_MISSING)
+        return error_set(err, VM_ERROR_NOT_FOUND, "tree %016" PRIx64 " is gone", tree);
+    out->len = got;
+    return r == STORE_DONE ? 0 : -1;
+}
+
+int tree_each_node(struct store *s, uint64_t tree, const struct uuid *repository,
+                   int (*visit)(const struct recipe_ref *ref, const void *node, size_t len,
+                                void *arg, struct vm_error **err),
+                   void *arg, struct vm_error **err)
+{
+    cleanup_buffer struct buffer b = {0};
+    if (read_tree(s, tree, &b, err) < 0)
+        return -1;
+    if (b.len < TREE_HEADER)
+        return error_set(err, VM_ERROR_CORRUPT, "tree %016" PRIx64 ": it ends too early", tree);
+    if (tree_header_check(b.data, tree, repository, err) < 0)
+        return -1;
+    for (size_t at = TREE_HEADER, n; at < b.len; at += n) {
+        n = recipe_node_len(b.data + at, b.len - at);
+        if (!n)
+            return error_set(err, VM_ERROR_CORRUPT,
+                             "tree %016" PRIx64 ", node at %zu: it makes no sense",
+                             tree, at);
+        struct recipe_ref ref = {tree, (uint32_t)at, (uint32_t)n,
+                                 recipe_ref_hash(tree, b.data + at, n)};
+        if (visit(&ref, b.data + at, n, arg, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 /* ---- writing nodes ---- */
 
 struct tree_writer {

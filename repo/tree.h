@@ -29,6 +29,14 @@ int tree_read_node(struct store *s, const struct recipe_ref *ref, struct buffer 
                    struct vm_error **err);
 int tree_read_leaf(struct store *s, const struct recipe_ref *ref, struct recipe_leaf *ret_leaf,
                    struct vm_error **err);
+/*
+ * Every node of a tree, in order. CORRUPT if its header, or what would be the next node, makes no
+ * sense; NOT_FOUND; or what `visit` failed with.
+ */
+int tree_each_node(struct store *s, uint64_t tree, const struct uuid *repository,
+                   int (*visit)(const struct recipe_ref *ref, const void *node, size_t len,
+                                void *arg, struct vm_error **err),
+                   void *arg, struct vm_error **err);
 int tree_header_check(const uint8_t header[TREE_HEADER], uint64_t tree,
                       const struct uuid *repository, struct vm_error **err);
 

@@ -12,6 +12,7 @@
  * One JSON object each, with the seconds that it took and the most memory that was resident.
  * tests/bench/repo_scale.py runs all three for several sizes.
  */
+#include "tests/peak.h"
 #include "repo/collect.h"
 #include "repo/names.h"
 
@@ -59,17 +60,6 @@ static struct page_id id_of(uint64_t image, uint64_t page)
 static uint64_t owner_of(uint64_t image, uint64_t leaf)
 {
     return image % 2 && leaf % SHARED_OF == 0 ? image - 1 : image;
-}
-
-/* The most that was resident, LMDB pages included; repo_scale.py looks at the process's own. */
-static long peak_kib(void)
-{
-    cleanup_free char *status = NULL;
-    size_t len;
-    if (io_read_file("/proc/self/status", 1 << 16, &status, &len, NULL) < 0)
-        return -1;
-    const char *line = strstr(status, "VmHWM:");
-    return line ? atol(line + 6) : -1;
 }
 
 /* ---- making ---- */

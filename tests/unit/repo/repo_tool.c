@@ -12,6 +12,7 @@
  * VMMIG_TUNE="CACHE-BYTES RECORDS-MAX" sets what repo_tune does, for measurements. `scatter` tells for
  * the first file of an image how many records a MiB refers to, and how much is read to restore it.
  */
+#include "tests/peak.h"
 #include "repo/collect.h"
 #include "repo/repo.h"
 #include "repo/scrub.h"
@@ -46,17 +47,6 @@ static int diff_one(const struct image_difference *d, void *arg, struct vm_error
     printf("{\"file\": \"%s\", \"offset\": %" PRIu64 ", \"len\": %" PRIu64 "}\n", d->file,
            d->offset, d->len);
     return 0;
-}
-
-/* The most memory that was resident; getrusage would count what the parent had before exec. */
-static long peak_kib(void)
-{
-    cleanup_free char *status = NULL;
-    size_t len;
-    if (io_read_file("/proc/self/status", 1 << 16, &status, &len, NULL) < 0)
-        return -1;
-    const char *line = strstr(status, "VmHWM:");
-    return line ? atol(line + 6) : -1;
 }
 
 static void print_usage(int64_t started_ns)

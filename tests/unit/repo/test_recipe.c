@@ -12,6 +12,18 @@ static void set_page(unsigned i, uint64_t pack, uint32_t record, uint8_t page)
     put_le32(leaf.pages[i].id, i * 2654435761u);
 }
 
+/* Whatever follows it, and not with a byte less. */
+static void assert_length_is_told(const struct buffer *node)
+{
+    cleanup_buffer struct buffer two = {0};
+    buffer_put(&two, node->data, node->len);
+    buffer_put(&two, node->data, node->len);
+    assert_false(two.failed);
+    assert_int_equal(recipe_node_len(two.data, two.len), node->len);
+    for (size_t i = 0; i < node->len; i++)
+        assert_int_equal(recipe_node_len(two.data, i), 0);
+}
+
 static void assert_leaf_comes_back(size_t at_most)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -19,6 +31,7 @@ static void assert_leaf_comes_back(size_t at_most)
     recipe_leaf_write(&leaf, &b);
     assert_false(b.failed);
     assert_true(b.len <= at_most && b.len <= RECIPE_NODE_MAX);
+    assert_length_is_told(&b);
     recipe_leaf_read(b.data, b.len, &got, &err);
     assert_ok(err);
     for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
@@ -73,6 +86,7 @@ static void inner_nodes_come_back(void **state)
     node.children[200] = (struct recipe_ref){UINT64_MAX, 1 << 20, RECIPE_NODE_MAX, 1};
     recipe_inner_write(&node, &b);
     assert_int_equal(b.len, 8 + 201 * RECIPE_REF_BYTES);
+    assert_length_is_told(&b);
     recipe_inner_read(b.data, b.len, 2, &back, &err);
     assert_ok(err);
     assert_int_equal(back.level, 2);

@@ -3,69 +3,15 @@
  * Repacking: what is alive moves to new packs, readers find it by forwardings, recipes are settled,
  * and what is not needed any more goes. Beside that: forwardings as values.
  */
-#include "tests/unit/repo/repo_images.h"
+enum { SIZE = 24 * 1024 * 1024, CONTENT = 2 * SIZE };
+
+#include "tests/unit/repo/repo_collected.h"
 #include "repo/collect.h"
 #include "repo/forwarding.h"
 #include "repo/names.h"
 #include "repo/scrub.h"
-#include "repo/store_fault.h"
 
 #include "base/clock.h"
-
-enum { SIZE = 24 * MIB };
-
-static struct repo *repo;
-static struct repo *gc;
-static struct store *watched;
-static char place[512];
-static uint8_t *content;
-
-static int setup(void **state)
-{
-    struct vm_error *err = NULL;
-    repo_init(test_place(place), NULL, &err);
-    assert_ok(err);
-    repo = repo_open(place, &err);
-    assert_ok(err);
-    watched = store_fault_create(test_store_open(place), &err);
-    gc = repo_open_store(watched, &err);
-    assert_ok(err);
-    content = malloc(2 * SIZE);
-    make_content(content, 2 * SIZE, 1);
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    free(content);
-    repo_close(gc);
-    repo_close(repo);
-    test_place_remove(place);
-    return 0;
-}
-
-static void store_image(const char *name, const uint8_t *from)
-{
-    cleanup_error struct vm_error *err = NULL;
-    put_all(repo, name, NULL, from, SIZE, NULL, &err);
-    assert_ok(err);
-}
-
-static void delete_image(const char *name)
-{
-    cleanup_error struct vm_error *err = NULL;
-    catalogue_delete(repo_store(repo), name, &err);
-    assert_ok(err);
-}
-
-static void assert_image(const char *name, const uint8_t *want)
-{
-    cleanup_error struct vm_error *err = NULL;
-    cleanup_free uint8_t *got = malloc(SIZE);
-    get_all(repo, name, got, SIZE, &err);
-    assert_ok(err);
-    assert_memory_equal(got, want, SIZE);
-}
 
 static const struct collect_options plain = {.fence_after_ns = 60 * NSEC_PER_SEC,
                                              .control.cancel_fd = -1};
