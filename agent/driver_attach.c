@@ -16,7 +16,8 @@ static struct attach_launch make_launch(const struct driver_launch *l)
                                             .cgroup = l->place.cgroup,
                                             .born = l->birth ? l->birth->born : NULL,
                                             .born_arg = l->birth ? l->birth->arg : NULL},
-                                  .socket_path = l->place.socket_path};
+                                  .socket_path = l->place.socket_path,
+                                  .name = l->vm};
 }
 
 static struct guest *guest_of(struct attach *a)

@@ -86,11 +86,11 @@ struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct
     const struct config *config = arg;
     char note[PATH_BYTES];
     make_note_path(config, d->name, note);
-    if (guard_settle_memory(note, &d->process, err) < 0)
+    if (guard_settle_before(note, &d->process, err) < 0)
         return NULL;
     struct guest *guest = driver_connect(d, arg, err);
     if (guest)
-        guard_settle(note, &d->process);
+        guard_settle(note, guest);
     return guest;
 }
 
@@ -111,7 +111,7 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
                                 .guest_agent = t->guest_agent,
                                 .scratch_dir = config->scratch_dir,
                                 .plugin = config->nbdkit_plugin,
-                                .guard = {guard, guard_log, vm->socket_path, vm->process, note},
+                                .guard = {guard, guard_log, vm->socket_path, vm->process, note, false},
                                 .cancel_fd = job_cancel_fd(job),
                                 .progress = on_progress,
                                 .arg = t};
@@ -411,6 +411,7 @@ static int load(struct restore_job *t, struct restore *r, struct guest *guest,
     if (restore_load(r, guest, &c, err) < 0 ||
         job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
         return -1;
+    driver_sink_release(guest);
     return t->paused ? 0 : guest_resume(guest, err);
 }
 
@@ -447,19 +448,23 @@ static int note_disks(struct restore_job *t, const struct restore *r, struct vm_
     return 0;
 }
 
+static int note_socket(struct restore_job *t, const struct restore *r, struct vm_error **err)
+{
+    cleanup_free char *socket = driver_socket_path(t->agent->config, t->vm,
+                                                   driver_of_definition(restore_definition(r)));
+    return socket ? making_socket(&t->making, socket, err) : error_nomem(err);
+}
+
 static int restore_noted(struct restore_job *t, struct vm_error **err)
 {
     char holder[IMAGE_NAME_MAX + 1];
     const struct config *config = t->agent->config;
     struct uuid unique = uuid_new();
-    cleanup_free char *socket = driver_socket_path(config, t->vm, VM_DRIVER_QEMU);
     snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
-    if (!socket)
-        return error_nomem(err);
-    if (making_lease(&t->making, holder, err) < 0 || making_socket(&t->making, socket, err) < 0)
+    if (making_lease(&t->making, holder, err) < 0)
         return -1;
     CLEANUP(restore) struct restore *r = restore_open(t->repo, t->image, holder, err);
-    if (!r || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
+    if (!r || note_socket(t, r, err) < 0 || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
         restore_make_disks(r, config->vm_user, err) < 0 || note_disks(t, r, err) < 0 ||
         restore_into(t, r, err) < 0)
         return -1;

@@ -173,7 +173,9 @@ struct vmmig_config {
     unsigned callback_timeout_ms; /* instead of VMMIG_CALLBACK_SECONDS, if shorter; 0: that */
     /*
      * Command line, ended by NULL, of a VMM that would wait for this guest on any host, VMMIG_SOCKET_WORD standing
-     * where its socket's path belongs; argv[0] a path. Copied. NULL: a destination must be started by hand.
+     * where its socket's path belongs; argv[0] a path. Copied. NULL: a destination must be started by hand, and the
+     * guest cannot be snapshotted. Where the name of the VM belongs, by which vmmig knows it, VMMIG_NAME_WORD may
+     * stand: a VM that is restored under another name, or cloned, then has sockets and files of its own.
      */
     const char *const *incoming_argv;
     struct vmmig_callbacks callbacks;
@@ -182,6 +184,7 @@ struct vmmig_config {
 
 #define VMMIG_CONFIG_SIZE sizeof(struct vmmig_config)
 #define VMMIG_SOCKET_WORD "@socket@"
+#define VMMIG_NAME_WORD "@name@"
 #define VMMIG_SOCKET_FD "fd:"
 
 /*

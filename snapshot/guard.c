@@ -5,6 +5,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/guest_agent.h"
+#include "vmm/attach.h"
 #include "vmm/spawn.h"
 #include "vmm/write_protection.h"
 
@@ -22,6 +23,7 @@ enum { END_TIMEOUT_MS = 5000, NOTE_MAX = 2 * GUARD_PATH_MAX };
 struct guard {
     int socket;
     struct process_identity process, vmm;
+    bool attach;
     char note_path[GUARD_PATH_MAX];
 };
 
@@ -30,13 +32,14 @@ struct guard {
 static int write_note(const struct guard *g, const char *guest_agent, struct vm_error **err)
 {
     char text[NOTE_MAX];
-    int n = snprintf(text, sizeof(text), "%" PRId32 " %" PRIu64 " %" PRId32 " %" PRIu64 "\n%s",
-                     g->vmm.pid, g->vmm.start, g->process.pid, g->process.start, guest_agent);
+    int n = snprintf(text, sizeof(text), "%" PRId32 " %" PRIu64 " %" PRId32 " %" PRIu64 " %d\n%s",
+                     g->vmm.pid, g->vmm.start, g->process.pid, g->process.start, g->attach, guest_agent);
     return io_write_file_durably(g->note_path, text, (size_t)n, 0600, err);
 }
 
 struct note {
     struct process_identity vmm, guard;
+    int attach;
     const char *guest_agent;
     char *text;
 };
@@ -52,22 +55,26 @@ static bool read_note(const char *path, const struct process_identity *vmm, stru
     *ret = (struct note){.vmm = *vmm, .guard = *vmm, .text = text};
     char *line = strchr(text, '\n');
     ret->guest_agent = line ? line + 1 : "";
-    if (sscanf(text, "%" SCNd32 " %" SCNu64 " %" SCNd32 " %" SCNu64, &ret->vmm.pid, &ret->vmm.start,
-               &ret->guard.pid, &ret->guard.start) == 4 &&
+    if (sscanf(text, "%" SCNd32 " %" SCNu64 " %" SCNd32 " %" SCNu64 " %d", &ret->vmm.pid, &ret->vmm.start,
+               &ret->guard.pid, &ret->guard.start, &ret->attach) == 5 &&
         process_identity_equal(&ret->vmm, vmm))
         return true;
     free(text);
     return false;
 }
 
-int guard_settle_memory(const char *note_path, const struct process_identity *process,
+int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err)
 {
     struct note note;
     bool found = false;
+    int r = 0;
     if (!read_note(note_path, process, &note))
         return 0;
-    int r = process_alive(&note.guard) ? 0 : write_protection_lift(process, &found, err);
+    if (note.attach)
+        r = process_alive(&note.guard) ? process_kill(&note.guard, END_TIMEOUT_MS, err) : 0;
+    else if (!process_alive(&note.guard))
+        r = write_protection_lift(process, &found, err);
     free(note.text);
     if (found)
         log_warn("the guest's memory was left write-protected; it is free again", "pid=%d",
@@ -85,11 +92,15 @@ static void thaw(const char *guest_agent)
                   log_q(error_message(err)));
 }
 
-void guard_settle(const char *note_path, const struct process_identity *process)
+void guard_settle(const char *note_path, struct guest *guest)
 {
     struct note note;
-    if (!read_note(note_path, process, &note))
+    cleanup_error struct vm_error *err = NULL;
+    if (!read_note(note_path, &guest->process, &note))
         return;
+    if (note.attach && attach_let_go(attach_from_guest(guest), &err) < 0)
+        log_error("a guest that was paused for a snapshot still stands", "pid=%d error=%s",
+                  guest->process.pid, log_q(error_message(err)));
     if (*note.guest_agent && !process_alive(&note.guard))
         thaw(note.guest_agent);
     free(note.text);
@@ -110,8 +121,9 @@ struct guard *guard_start(const struct guard_params *params, struct vm_error **e
     snprintf(fd, sizeof(fd), "%d", theirs);
     snprintf(pid, sizeof(pid), "%" PRId32, params->process.pid);
     snprintf(start, sizeof(start), "%" PRIu64, params->process.start);
-    const char *argv[] = {params->binary, "--socket", fd,      "--qmp", params->qmp_path,  "--process",
-                          pid,            "--start",  start,   "--note", params->note_path, NULL};
+    const char *argv[] = {params->binary, "--socket", fd,
+                          params->attach ? "--attach" : "--qmp", params->socket_path,
+                          "--process", pid, "--start", start, "--note", params->note_path, NULL};
     struct spawn_params spawn = {.binary = params->binary,
                                  .argv = (char *const *)(uintptr_t)argv,
                                  .log_path = params->log_path,
@@ -123,6 +135,7 @@ struct guard *guard_start(const struct guard_params *params, struct vm_error **e
         return NULL;
     }
     g->vmm = params->process;
+    g->attach = params->attach;
     snprintf(g->note_path, sizeof(g->note_path), "%s", params->note_path);
     if (spawn_process(&spawn, &g->process, err) < 0) {
         free(g);

@@ -20,8 +20,12 @@
  * so that the guest, and with it perhaps QEMU's monitor, waits for ever: the next agent finds the note that the guard
  * was started with, and does what the guard would have done:
  *
- *     guard_settle_memory(note, &process, &err)    before it connects to the VM: lifts the protection
- *     guard_settle(note, &process)                 when it is connected: thaws, and removes the note
+ *     guard_settle_before(note, &process, &err)    before it connects to the VM: lifts the protection
+ *     guard_settle(note, guest)                    when it is connected: thaws, and removes the note
+ *
+ * Beside a VMM that links libvmmig-attach (params.attach) it has less to do: what was tracked is no more when the
+ * agent is gone, and there is no stream; a guest that was paused goes on. The next agent ends that guard before it
+ * connects, and looks for itself: never is there one that sets a guest going which another agent has paused.
  *
  * Its output goes to the log. Memory: a few MiB. Threads: one at a time.
  */
@@ -30,6 +34,7 @@
 
 #include "base/cleanup.h"
 #include "base/process.h"
+#include "vmm/guest.h"
 
 enum { GUARD_PATH_MAX = 4096 };
 
@@ -45,9 +50,10 @@ struct guard;
 struct guard_params {
     const char *binary;   /* path of vmmig-guard */
     const char *log_path; /* appended */
-    const char *qmp_path; /* of the VM that is snapshotted */
+    const char *socket_path; /* of the VM that is snapshotted: QMP, or that of the attach library */
     struct process_identity process; /* its VMM */
     const char *note_path; /* a file that is there as long as the snapshot may have left something */
+    bool attach; /* the VMM links libvmmig-attach, and its guest runs */
 };
 
 struct guard *guard_start(const struct guard_params *params, struct vm_error **err);
@@ -58,11 +64,12 @@ void guard_end(struct guard *g);
 DEFINE_CLEANUP(guard, struct guard *, guard_end)
 
 /*
- * Of that VMM, if there is a note of it and its guard is dead: lift its memory's protection. 0 if there is nothing
- * to be done.
+ * Of that VMM, if there is a note of it: end its guard, if the VMM links libvmmig-attach; else, if the guard is dead, lift
+ * its memory's protection. 0 if there is nothing to be done.
  */
-int guard_settle_memory(const char *note_path, const struct process_identity *process,
+int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err);
-void guard_settle(const char *note_path, const struct process_identity *process);
+/* The rest, and the note is gone. */
+void guard_settle(const char *note_path, struct guest *guest);
 
 #endif

@@ -7,6 +7,7 @@
 #include "base/log.h"
 #include "base/options.h"
 #include "snapshot/guest_agent.h"
+#include "vmm/attach.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_snapshot.h"
 
@@ -26,7 +27,7 @@ enum { DRAIN_BYTES = 1 << 20, ATTACH_MS = 2000, TRY_AGAIN_MS = 50 };
 
 struct watch {
     uint64_t socket, pid, start;
-    char *qmp, *note;
+    char *qmp, *attach, *note; /* qmp or attach: where the VMM answers */
     bool help;
     int stream; /* -1: QEMU writes no memory */
     char guest_agent[GUARD_PATH_MAX]; /* "": nothing is frozen */
@@ -85,15 +86,34 @@ static bool lives(const struct watch *w)
     return process_identify((pid_t)w->pid, &now, NULL) == 0 && now.start == w->start;
 }
 
-static int sweep(struct watch *w, struct vm_error **err)
+static const char *socket_of(const struct watch *w)
+{
+    return w->qmp ? w->qmp : w->attach;
+}
+
+static int check_process(const struct watch *w, const struct guest *g, struct vm_error **err)
+{
+    return g->process.start == w->start
+               ? 0
+               : error_set(err, VM_ERROR_REFUSED, "another process answers at %s", socket_of(w));
+}
+
+static int sweep_qemu(struct watch *w, struct vm_error **err)
 {
     bool found;
     CLEANUP(qemu) struct qemu *q = qemu_attach(w->qmp, ATTACH_MS, err);
-    if (!q)
-        return -1;
-    if (qemu_guest(q)->process.start != w->start)
-        return error_set(err, VM_ERROR_REFUSED, "another process answers at %s", w->qmp);
-    return qemu_snapshot_sweep(q, &found, err);
+    return !q || check_process(w, qemu_guest(q), err) < 0 ? -1 : qemu_snapshot_sweep(q, &found, err);
+}
+
+static int let_go(struct watch *w, struct vm_error **err)
+{
+    CLEANUP(attach) struct attach *a = attach_connect(w->attach, ATTACH_MS, err);
+    return !a || check_process(w, attach_guest(a), err) < 0 ? -1 : attach_let_go(a, err);
+}
+
+static int sweep(struct watch *w, struct vm_error **err)
+{
+    return w->qmp ? sweep_qemu(w, err) : let_go(w, err);
 }
 
 /* If the next agent has QEMU's monitor already, it did the same, and took the note away. */
@@ -103,13 +123,13 @@ static void sweep_soon(struct watch *w)
     for (;;) {
         cleanup_error struct vm_error *err = NULL;
         if (sweep(w, &err) == 0) {
-            log_info("what the snapshot put into QEMU is out again", "qmp=%s", log_q(w->qmp));
+            log_info("nothing of the snapshot is left in the VM", "socket=%s", log_q(socket_of(w)));
             return;
         }
         if (!lives(w) || access(w->note, F_OK) < 0)
             return;
         if (clock_mono_ns() >= deadline) {
-            log_error("what the snapshot put into QEMU stays there", "error=%s",
+            log_error("what the snapshot left in the VM stays there", "error=%s",
                       log_q(error_message(err)));
             return;
         }
@@ -135,7 +155,7 @@ static int take_over(struct watch *w, struct vm_error **err)
     int failed = draining ? pthread_create(&drainer, NULL, drain, w) : 0;
     if (failed)
         return error_errno(err, failed, "cannot start a thread");
-    log_warn("the agent ended while it took a snapshot", "qmp=%s pid=%llu", log_q(w->qmp),
+    log_warn("the agent ended while it took a snapshot", "socket=%s pid=%llu", log_q(socket_of(w)),
              (unsigned long long)w->pid);
     sweep_soon(w);
     if (*w->guest_agent)
@@ -151,11 +171,13 @@ static int take_over(struct watch *w, struct vm_error **err)
 static const struct option rows[] = {
     {"socket", "FD", option_parse_u64, .max = 1024 * 1024, .required = true, MEMBER(socket),
      .text = "The connection to the agent"},
-    {"qmp", "PATH", option_parse_text, .required = true, MEMBER(qmp), .text = "QEMU's monitor"},
+    {"qmp", "PATH", option_parse_text, MEMBER(qmp), .text = "QEMU's monitor"},
+    {"attach", "PATH", option_parse_text, MEMBER(attach),
+     .text = "Or the socket of a VMM that links libvmmig-attach"},
     {"note", "PATH", option_parse_text, .required = true, MEMBER(note),
      .text = "A file that is gone when another agent has taken over"},
     {"process", "PID", option_parse_u64, .max = INT32_MAX, .required = true, MEMBER(pid),
-     .text = "QEMU's process"},
+     .text = "The VMM's process"},
     {"start", "TICKS", option_parse_u64, .max = INT64_MAX, .required = true, MEMBER(start),
      .text = "When that process began"},
     {"help", NULL, option_parse_flag, MEMBER(help), .text = "This text"},
@@ -174,6 +196,8 @@ static int run(int argc, char **argv, struct vm_error **err)
     }
     if (options_parse(rows, argc - 1, argv + 1, &w, &p, err) < 0)
         return -1;
+    if (!w.qmp == !w.attach)
+        return error_set(err, VM_ERROR_USAGE, "either --qmp or --attach is needed");
     signal(SIGPIPE, SIG_IGN);
     listen_to_agent(&w);
     return w.ended ? 0 : take_over(&w, err);

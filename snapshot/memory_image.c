@@ -13,6 +13,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 
 enum { COPY_BYTES = 1 << 20 };
 
@@ -50,32 +51,60 @@ static bool note_page(struct memory_image *m, struct block *b, uint64_t page)
     return first;
 }
 
-static int keep_aside(struct block *b, uint64_t page, const uint8_t *data, struct vm_error **err)
+static int write_aside(struct block *b, uint64_t page, const struct iovec *run, int n, struct vm_error **err)
+{
+    ssize_t want = (ssize_t)n * GUEST_PAGE_SIZE;
+    ssize_t done = pwritev(b->aside, run, n, (off_t)(page * GUEST_PAGE_SIZE));
+    return done == want ? 0
+                        : error_errno(err, done < 0 ? errno : ENOSPC,
+                                      "cannot keep the guest's memory aside");
+}
+
+/* Pages that follow each other in one write. What was never written reads as zeros. */
+static int keep_aside(struct memory_image *m, const struct page_batch *batch, struct vm_error **err)
 {
     static const uint8_t zeros[GUEST_PAGE_SIZE];
-    off_t at = (off_t)(page * GUEST_PAGE_SIZE);
-    ssize_t n = pwrite(b->aside, data ? data : zeros, GUEST_PAGE_SIZE, at);
-    return n == GUEST_PAGE_SIZE ? 0
-                                : error_errno(err, n < 0 ? errno : ENOSPC,
-                                              "cannot keep the guest's memory aside");
+    struct iovec run[PAGE_BATCH_MAX];
+    uint64_t start = 0;
+    int n = 0;
+    for (unsigned i = 0; i < batch->n; i++) {
+        const struct page_ref *p = &batch->pages[i];
+        bool first = note_page(m, &m->blocks[page_addr_region(p->addr)], page_addr_number(p->addr));
+        bool kept = p->data || !first;
+        if (n && (!kept || p->addr != start + (uint64_t)n)) {
+            if (write_aside(&m->blocks[page_addr_region(start)], page_addr_number(start), run, n, err) < 0)
+                return -1;
+            n = 0;
+        }
+        if (!kept)
+            continue;
+        start = n ? start : p->addr;
+        run[n++] = (struct iovec){(void *)(uintptr_t)(p->data ? p->data : zeros), GUEST_PAGE_SIZE};
+    }
+    return n ? write_aside(&m->blocks[page_addr_region(start)], page_addr_number(start), run, n, err) : 0;
+}
+
+static int gather_pages(struct memory_image *m, const struct page_batch *batch, struct vm_error **err)
+{
+    for (unsigned i = 0; i < batch->n; i++) {
+        const struct page_ref *p = &batch->pages[i];
+        struct block *b = &m->blocks[page_addr_region(p->addr)];
+        uint64_t page = page_addr_number(p->addr);
+        note_page(m, b, page);
+        if (gather_page(m->setup.gather, b->file, page, p->data, err) < 0)
+            return -1;
+    }
+    return 0;
 }
 
 static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
 {
     struct memory_image *m = arg;
-    int r = 0;
+    int r;
     if (FAULT("snapshot.memory") == FAULT_ERROR)
         r = error_errno(err, fault_errno(), "cannot take the guest's memory");
-    for (unsigned i = 0; i < batch->n && r == 0; i++) {
-        const struct page_ref *p = &batch->pages[i];
-        struct block *b = &m->blocks[page_addr_region(p->addr)];
-        uint64_t page = page_addr_number(p->addr);
-        bool first = note_page(m, b, page);
-        if (!m->setup.repeats)
-            r = gather_page(m->setup.gather, b->file, page, p->data, err);
-        else if (p->data || !first) /* what was never written reads as zeros */
-            r = keep_aside(b, page, p->data, err);
-    }
+    else
+        r = m->setup.repeats ? keep_aside(m, batch, err) : gather_pages(m, batch, err);
     page_batch_unref(batch);
     return r;
 }
@@ -117,7 +146,7 @@ static void on_done(void *arg, struct vm_error *err)
     uint64_t done = atomic_load(&m->done);
     if (!err && (!m->memory_done || done != m->total))
         error_set(&err, VM_ERROR_REFUSED,
-                  "QEMU gave %" PRIu64 " of %" PRIu64
+                  "the VMM gave %" PRIu64 " of %" PRIu64
                   " bytes of the guest's memory page by page: memory that comes and goes "
                   "(virtio-mem) cannot be snapshotted",
                   done, m->total);

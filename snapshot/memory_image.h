@@ -30,7 +30,7 @@ struct memory_image_setup {
     struct image_session *session;
     struct gather *gather;
     const char *scratch_dir;
-    struct guard *guard; /* gets a copy of the stream */
+    struct guard *guard; /* gets a copy of the stream; NULL if the guest's VMM has none */
     /* Pages come again when they were written: they are kept aside, in scratch_dir, until the last one came. */
     bool repeats;
 };

@@ -16,6 +16,8 @@
  * systems are frozen for as long as that takes, if there is an agent in the guest. A paused guest stays paused, in
  * QEMU's run state `postmigrate`: it goes on with `cont`, but QEMU cannot give its memory away again before.
  *
+ * VMMs that link libvmmig-attach: snapshot/take_attach.h.
+ *
  * Parent: the VM's newest snapshot. Memory is read whole, and shares what did not change. Of disks only what was
  * written since is read, if QEMU noted it since that very snapshot; else they are read whole and `note` says so.
  *

@@ -6,9 +6,11 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/chain.h"
+#include "snapshot/definition_file.h"
 #include "snapshot/disk_target.h"
 #include "snapshot/guest_agent.h"
 #include "snapshot/memory_image.h"
+#include "snapshot/take_attach.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_preflight.h"
 #include "vmm/qemu_snapshot.h"
@@ -423,21 +425,12 @@ static int detach(struct take *t, struct vm_error **err)
     return 0;
 }
 
-static int store_definition(struct take *t, struct vm_error **err)
-{
-    cleanup_free char *text = qemu_json_write(&t->vm, err);
-    if (!text)
-        return -1;
-    size_t n = strlen(text);
-    struct image_file *file = image_session_file(t->session, SNAPSHOT_DEFINITION_FILE, n, err);
-    return file ? gather_write(t->gather, file, n, 0, (const uint8_t *)text, n, err) : -1;
-}
-
 static int commit(struct take *t, struct vm_error **err)
 {
     struct import_report written;
     tell(t, SNAPSHOT_COMMITTING);
-    if ((t->memory && memory_image_store_state(t->memory, err) < 0) || store_definition(t, err) < 0)
+    if ((t->memory && memory_image_store_state(t->memory, err) < 0) ||
+        definition_file_store(&t->vm, t->session, t->gather, err) < 0)
         return -1;
     gather_flush(t->gather);
     FAULT("snapshot.commit");
@@ -480,22 +473,27 @@ static void clean_up(struct take *t, bool committed)
     qemu_json_finish(&t->vm);
 }
 
+static int take_qemu(struct qemu *q, const struct snapshot_params *params, struct snapshot_report *ret_report,
+                     struct vm_error **err)
+{
+    struct snapshot_report report = {.pause_ns = -1};
+    struct take t = {.p = params, .qemu = q, .report = &report, .progress = {.pause_ns = -1}};
+    forget_fds(&t);
+    int r = run(&t, err);
+    clean_up(&t, r == 0);
+    if (r == 0)
+        *ret_report = report;
+    return r;
+}
+
 int snapshot_take(const struct snapshot_params *params, struct snapshot_report *ret_report,
                   struct vm_error **err)
 {
-    struct snapshot_report report = {.pause_ns = -1};
-    struct take t = {.p = params, .report = &report, .progress = {.pause_ns = -1}};
     char image[IMAGE_NAME_MAX + 1];
     if (snapshot_image_name(params->vm, params->name, image, err) < 0)
         return -1;
-    forget_fds(&t);
-    t.qemu = qemu_from_guest(params->guest);
-    if (!t.qemu)
-        return error_set(err, VM_ERROR_REFUSED, "only QEMU's VMs can be snapshotted");
-    int r = run(&t, err);
-    clean_up(&t, r == 0);
-    if (r < 0)
-        return error_wrap(err, "snapshot %s", image);
-    *ret_report = report;
-    return 0;
+    struct qemu *q = qemu_from_guest(params->guest);
+    int r = q ? take_qemu(q, params, ret_report, err)
+              : take_attach(attach_from_guest(params->guest), params, ret_report, err);
+    return r < 0 ? error_wrap(err, "snapshot %s", image) : 0;
 }

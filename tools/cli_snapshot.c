@@ -222,7 +222,9 @@ static const struct cli_command commands[] = {
      "Where QEMU cannot write-protect the guest's memory (it may not use userfaultfd) memory is "
      "copied first, as for a migration, into scratch-dir; the answer says so. So is that of a "
      "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when it is "
-     "resumed, and has to be before its memory can be taken again.",
+     "resumed, and has to be before its memory can be taken again.\n\n"
+     "Memory of a VMM that links libvmmig-attach is copied into scratch-dir while the guest runs, "
+     "and it is paused for what it wrote meanwhile.",
      run_take},
     {"restore", "VM@NAME", 1, 1, false, restore_options, "a VM from a snapshot",
      "Make the VM of a snapshot run again, from the instant at which it was taken: its disks are "

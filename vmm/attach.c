@@ -73,10 +73,34 @@ static int resume(struct guest *g, struct vm_error **err)
     struct attach *a = of(g);
     if (attach_order(&a->client, VMMIG__ATTACH__TYPE__RESUME, NULL, err) < 0)
         return -1;
+    attach_end_copy(a);
+    return 0;
+}
+
+void attach_end_copy(struct attach *a)
+{
     attach_source_release(a);
     if (atomic_exchange(&a->tracking_left_on, false))
         attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, NULL);
+}
+
+int attach_query_held(struct attach *a, bool *ret_held, struct vm_error **err)
+{
+    cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
+    if (attach_request(&a->client, VMMIG__ATTACH__TYPE__STATUS, NULL, -1, VMMIG__ATTACH__TYPE__STATE,
+                       &answer, err) < 0)
+        return -1;
+    *ret_held = answer.message.state->held;
     return 0;
+}
+
+int attach_let_go(struct attach *a, struct vm_error **err)
+{
+    bool held;
+    struct guest_status now;
+    if (attach_query_held(a, &held, err) < 0 || attach_query_state(a, NULL, &now, err) < 0)
+        return -1;
+    return held && now.state == GUEST_PAUSED ? guest_resume(&a->guest, err) : 0;
 }
 
 static int announce(struct guest *g, struct vm_error **err)

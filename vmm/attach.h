@@ -82,6 +82,16 @@ struct guest *attach_guest(struct attach *a);
 struct attach *attach_from_guest(struct guest *g);
 const struct attach_info *attach_info(const struct attach *a);
 
+/* Has an agent paused the guest, and not resumed it since? */
+int attach_query_held(struct attach *a, bool *ret_held, struct vm_error **err);
+/* A guest that an agent paused, and left so, goes on. Nothing if there is none. */
+int attach_let_go(struct attach *a, struct vm_error **err);
+/*
+ * The copy that guest_source_stop left complete is not the last thing that the guest is needed for: tracking
+ * ends, and its memory is unmapped. guest_resume does it, too.
+ */
+void attach_end_copy(struct attach *a);
+
 /*
  * The guest as a definition that can travel: accel "attach", machine as the VMM says, argv its incoming_argv (or its
  * name alone, and binary ATTACH_NO_BINARY), ram its slots, no disks, NICs or devices. qemu_definition_finish it.
@@ -102,6 +112,7 @@ void attach_sink_release(struct attach *a);
 struct attach_launch {
     struct spawn_params spawn; /* fds: none. argv has VMMIG_SOCKET_WORD, as a word or within one */
     const char *socket_path;   /* at most 107 bytes */
+    const char *name;          /* of the VM: stands where VMMIG_NAME_WORD stood */
     int timeout_ms;            /* until it answers; 0: 30 s */
 };
 

@@ -18,36 +18,59 @@ static void free_argv(char ***argv)
     free(*argv);
 }
 
-/* The word with `socket` wherever it says VMMIG_SOCKET_WORD; *ret_found counts these. */
-static char *replace(const char *word, const char *socket, unsigned *found)
+/* What stands for the socket and the VM's name in a VMM's words, and counts of what was found. */
+struct place {
+    const char *mark, *text;
+    unsigned found;
+};
+
+enum { PLACE_SOCKET, PLACE_NAME, PLACES };
+
+/* The first of them in the word; NULL if there is none. */
+static struct place *find_place(struct place *places, const char *word, const char **ret_at)
+{
+    struct place *first = NULL;
+    for (unsigned i = 0; i < PLACES; i++) {
+        const char *at = strstr(word, places[i].mark);
+        if (!at || (first && at > *ret_at))
+            continue;
+        *ret_at = at;
+        first = &places[i];
+    }
+    return first;
+}
+
+static char *replace(const char *word, struct place *places)
 {
     cleanup_buffer struct buffer out = {0};
-    for (const char *at; (at = strstr(word, VMMIG_SOCKET_WORD)); ++*found) {
+    struct place *place;
+    for (const char *at; (place = find_place(places, word, &at)); place->found++) {
         buffer_put(&out, word, (size_t)(at - word));
-        buffer_put(&out, socket, strlen(socket));
-        word = at + strlen(VMMIG_SOCKET_WORD);
+        buffer_put(&out, place->text, strlen(place->text));
+        word = at + strlen(place->mark);
     }
     buffer_put(&out, word, strlen(word) + 1);
     return out.failed ? NULL : (char *)steal_ptr(&out.data);
 }
 
-static int make_argv(char *const *argv, int fd, char ***ret_argv, struct vm_error **err)
+static int make_argv(const struct attach_launch *l, int fd, char ***ret_argv, struct vm_error **err)
 {
-    char name[32];
-    unsigned found = 0;
+    char socket[32];
+    struct place places[PLACES] = {{VMMIG_SOCKET_WORD, socket, 0}, {VMMIG_NAME_WORD, l->name, 0}};
+    char *const *argv = l->spawn.argv;
     size_t n = 0;
-    snprintf(name, sizeof(name), VMMIG_SOCKET_FD "%d", fd);
+    snprintf(socket, sizeof(socket), VMMIG_SOCKET_FD "%d", fd);
     while (argv[n])
         n++;
     __attribute__((cleanup(free_argv))) char **all = calloc(n + 1, sizeof(*all));
     for (size_t i = 0; all && i < n; i++) {
-        all[i] = replace(argv[i], name, &found);
+        all[i] = replace(argv[i], places);
         if (!all[i])
             return error_nomem(err);
     }
     if (!all)
         return error_nomem(err);
-    if (!found)
+    if (!places[PLACE_SOCKET].found)
         return error_set(err, VM_ERROR_REFUSED,
                          "the VMM's command line does not say where its socket is: " VMMIG_SOCKET_WORD
                          " must stand there");
@@ -124,7 +147,7 @@ struct attach *attach_spawn(const struct attach_launch *l, struct vm_error **err
     __attribute__((cleanup(free_argv))) char **argv = NULL;
     if (socket < 0)
         return NULL;
-    struct attach *a = make_argv(l->spawn.argv, socket, &argv, err) < 0
+    struct attach *a = make_argv(l, socket, &argv, err) < 0
                            ? NULL
                            : start(l, argv, socket, err);
     if (!a)

@@ -2,12 +2,18 @@
 #include "vmm/qemu_json.h"
 
 #include "base/cleanup.h"
+#include "vmm/attach.h"
 #include "vmm/qmp.h"
 
 #include <ctype.h>
 #include <string.h>
 
 enum { VERSION = 1 };
+
+static const char *vmm_of(const struct qemu_definition *d)
+{
+    return attach_is_definition(d) ? "attach" : "qemu";
+}
 
 /* ---- names of files ---- */
 
@@ -111,7 +117,7 @@ char *qemu_json_write(const struct qemu_json *vm, struct vm_error **err)
     CLEANUP(json)
     json_t *o = json_pack(
         "{s:s, s:i, s:s, s:s, s:s, s:s, s:s, s:[i,i,i], s:s, s:s, s:s, s:s, s:I, s:s, s:I}",
-        "format", "vmmig-vm", "version", VERSION, "vmm", "qemu", "name", vm->name, "boot",
+        "format", "vmmig-vm", "version", VERSION, "vmm", vmm_of(d), "name", vm->name, "boot",
         uuid_format(&d->boot, boot), "binary", d->binary, "cwd", d->cwd, "qemu_version",
         d->version[0], d->version[1], d->version[2], "machine", d->machine, "accel", d->accel,
         "cpu_model", d->cpu_model, "cpu_features", d->cpu_features, "cpus", (json_int_t)d->n_cpus,
@@ -250,9 +256,9 @@ static int read_object(const json_t *o, struct qemu_json *vm, struct vm_error **
         return error_set(err, VM_ERROR_CORRUPT, "it is not a VM's definition");
     if (qmp_integer(o, "version") != VERSION)
         return error_set(err, VM_ERROR_VERSION, "a later version of vmmig wrote it");
-    if (strcmp(qmp_string(o, "vmm"), "qemu"))
-        return error_set(err, VM_ERROR_REFUSED, "the VM is not QEMU's, but of %.40s",
-                         qmp_string(o, "vmm"));
+    const char *vmm = qmp_string(o, "vmm");
+    if (strcmp(vmm, "qemu") && strcmp(vmm, "attach"))
+        return error_set(err, VM_ERROR_REFUSED, "the VM is of another kind than this vmmig knows: %.40s", vmm);
     size_t disks = json_array_size(json_object_get(o, "disks")),
            ram = json_array_size(json_object_get(o, "ram"));
     if (disks > QEMU_DISKS_MAX || ram > GUEST_REGIONS_MAX ||
@@ -262,6 +268,8 @@ static int read_object(const json_t *o, struct qemu_json *vm, struct vm_error **
     snprintf(vm->name, sizeof(vm->name), "%s", qmp_string(o, "name"));
     if (!read_definition(o, &vm->definition) || make_lists(vm, err) < 0)
         return error_nomem(err);
+    if (strcmp(vmm, vmm_of(&vm->definition)))
+        return error_set(err, VM_ERROR_CORRUPT, "its VMM and its accelerator do not agree");
     if (!uuid_parse(qmp_string(o, "boot"), &vm->definition.boot))
         return error_set(err, VM_ERROR_CORRUPT, "its boot id is none");
     if (qemu_definition_validate(&vm->definition, err) < 0)

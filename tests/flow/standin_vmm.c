@@ -4,10 +4,10 @@
  * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
- *                 [--incoming] [--by-hand] [--fail CALLBACK] [--hang CALLBACK]
+ *                 [--incoming] [--by-hand] [--still] [--fail CALLBACK] [--hang CALLBACK]
  *
  * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
- * started. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
+ * started. --still: the guest is paused, by the VMM itself. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
  * missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
  */
 #include "dirtylog/vmmig-attach.h"
@@ -276,7 +276,7 @@ static uint64_t number(const char *text)
 
 struct options {
     const char *socket, *machine, *memory, *rate, *working, *fail, *hang;
-    bool incoming, by_hand;
+    bool incoming, by_hand, still;
 };
 
 static struct options parse(int argc, char **argv)
@@ -286,7 +286,7 @@ static struct options parse(int argc, char **argv)
         {"rate", required_argument, NULL, 'r'},    {"working", required_argument, NULL, 'w'},
         {"machine", required_argument, NULL, 'M'}, {"incoming", no_argument, NULL, 'i'},
         {"fail", required_argument, NULL, 'f'},    {"hang", required_argument, NULL, 'h'},
-        {"by-hand", no_argument, NULL, 'b'},       {0}};
+        {"by-hand", no_argument, NULL, 'b'}, {"still", no_argument, NULL, 'S'},       {0}};
     struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8", .fail = "", .hang = ""};
     for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
         switch (c) {
@@ -299,6 +299,7 @@ static struct options parse(int argc, char **argv)
         case 'h': o.hang = optarg; break;
         case 'i': o.incoming = true; break;
         case 'b': o.by_hand = true; break;
+        case 'S': o.still = true; break;
         default: exit(2);
         }
     }
@@ -335,14 +336,15 @@ int main(int argc, char **argv)
     if (o.incoming) {
         vmmig_set_state(v.attach, VMMIG_INCOMING, NULL);
         say("ready");
-    } else {
+    } else if (!o.still) {
         for (uint64_t page = 0; page < v.slots[1].size / PAGE; page += 2 + page % 3)
             write_page(&v, page);
         if (on_resume(&v) < 0)
             die("writer");
         vmmig_set_state(v.attach, VMMIG_RUNNING, NULL);
-        say("ready");
     }
+    if (!o.incoming)
+        say("ready");
     for (; !atomic_load(&v.quit); usleep(2000)) {
         if (!retell)
             continue;

@@ -45,10 +45,11 @@ class VmmGuest:
                   f'fill={self.fill} pattern={self.pattern} hb={self.heartbeat_ms} seed={self.seed}')
         if self.writer:
             append += f' writer={self.writer_pages}'
-        return [program or built('tools/vmmig-vmm/vmmig-vmm'), '--attach', socket or self.attach_path, '--memory', f'{self.mem_mib}M',
+        return [program or built('tools/vmmig-vmm/vmmig-vmm'), '--attach', socket or self.attach_path,
+                '--name', self.name, '--memory', f'{self.mem_mib}M',
                 '--below-4g', f'{self.below_4g_mib}M', *(['--hugetlb'] if self.hugetlb else []),
                 '--vcpus', str(self.vcpus), '--tracking', self.tracking,
                 *(['--ring-entries', str(self.ring_entries)] if self.ring_entries else []),
                 *(['--writer', str(self.writer)] if self.writer else []),
-                '--serial', f'unix:{self.console_path}', '--append', append, *self.options,
+                '--serial', 'unix:/run/vmlab/%n.console', '--append', append, *self.options,
                 *(['--incoming'] if incoming else ['--kernel', built('tests/guest/bare/bare_pc.bin')])]

@@ -94,6 +94,8 @@ static const struct option {
 } options[] = {
     {"attach", "SOCKET", parse_text, offsetof(struct options, attach),
      "where vmmig's agent attaches (required)"},
+    {"name", "NAME", parse_text, offsetof(struct options, name),
+     "by which vmmig knows the VM"},
     {"memory", "SIZE", parse_size, offsetof(struct options, memory),
      "MiB, or with suffix K, M or G (256)"},
     {"below-4g", "SIZE", parse_size, offsetof(struct options, below_4g),
@@ -104,7 +106,7 @@ static const struct option {
      "a multiboot kernel with load addresses"},
     {"append", "TEXT", parse_text, offsetof(struct options, append), "its command line"},
     {"serial", "WHERE", parse_text, offsetof(struct options, serial),
-     "stdio, null, file:PATH or unix:PATH (stdio)"},
+     "stdio, null, file:PATH, unix:PATH; %n: the name (stdio)"},
     {"writer", "N", parse_count, offsetof(struct options, writer_rate),
      "a device that writes N pages a second"},
     {"tracking", "KIND", parse_tracking, 0, "auto, bitmap, ring, plain, or trace:FILE (auto)"},
@@ -163,7 +165,7 @@ static const struct option *find(const char *word, const char **ret_value)
 
 /*
  * vmmig: how a VMM is started that waits for this guest, on any host. All is as here, but for the
- * socket, which the agent there chooses, and the kernel, which comes with the memory.
+ * socket, which the agent there chooses, the kernel, which comes with the memory, and the name.
  */
 static void add_incoming(struct options *o, unsigned *n, const struct option *option,
                          const char *value)
@@ -171,10 +173,36 @@ static void add_incoming(struct options *o, unsigned *n, const struct option *op
     char *word = NULL;
     if (!strcmp(option->name, "attach"))
         value = VMMIG_SOCKET_WORD;
+    else if (!strcmp(option->name, "name"))
+        value = VMMIG_NAME_WORD;
     else if (!strcmp(option->name, "kernel") || !strcmp(option->name, "incoming"))
         return;
     if (asprintf(&word, "--%s%s%s", option->name, value ? "=" : "", value ? value : "") > 0)
         o->incoming_argv[(*n)++] = word;
+}
+
+/* `text` with the VM's name for each %n. NULL: no memory, or there is no name. */
+static char *put_name(const char *text, const char *name)
+{
+    size_t n = 1;
+    for (const char *c = text; *c; c++)
+        n += !strncmp(c, "%n", 2) && name ? strlen(name) : 1;
+    char *out = malloc(n), *to = out;
+    while (out && *text) {
+        if (strncmp(text, "%n", 2)) {
+            *to++ = *text++;
+            continue;
+        }
+        if (!name) {
+            free(out);
+            return NULL;
+        }
+        to = stpcpy(to, name);
+        text += 2;
+    }
+    if (out)
+        *to = 0;
+    return out;
 }
 
 int options_parse(int argc, char **argv, struct options *ret_options)
@@ -201,6 +229,9 @@ int options_parse(int argc, char **argv, struct options *ret_options)
         add_incoming(&o, &n, option, value);
     }
     o.incoming_argv[n++] = "--incoming";
+    o.serial = put_name(o.serial, o.name);
+    if (!o.serial)
+        return complain("--serial names the VM (%%n), and there is no --name");
     *ret_options = o;
     return check(&o);
 }

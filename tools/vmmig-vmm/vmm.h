@@ -43,8 +43,9 @@ struct options {
     uint64_t memory, below_4g; /* bytes */
     bool hugetlb;
     unsigned vcpus;
+    const char *name; /* by which vmmig knows the VM; NULL: that does not matter */
     const char *kernel, *append;
-    const char *serial;
+    const char *serial; /* on the heap */
     uint64_t writer_rate; /* pages a second; 0: no such device */
     const char *attach;
     enum vmmig_tracking tracking;

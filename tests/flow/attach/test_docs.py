@@ -49,14 +49,16 @@ def test_static_linking_needs_no_library_of_ours_at_run_time(installed, tmp_path
 def test_its_commands_do_what_it_says():
     vm = VmmGuest('web1', mem_mib=256, vcpus=2)
     lines = [re.split(r'\s{3,}', line)[0] for line in typed() if line.startswith('vmmig')]
-    assert len(lines) == 4
+    assert len(lines) == 5
     names = {'/run/web1.vmm': vm.attach_path, '/run/web1.console': vm.console_path, 'host2': 'h2',
              'guest.bin': built('tests/guest/bare/bare_pc.bin')}
     with Cluster(start=False) as cluster:
         console = cluster.console('web1')
         for agent in cluster.agents:
             agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
+            agent.options['libexec-dir'] = os.path.dirname(built('snapshot/vmmig-guard'))
             agent.start()
+        cluster.agents[0].vmmig('repo', 'init')
         for line in lines:
             for said, real in names.items():
                 line = line.replace(said, real)

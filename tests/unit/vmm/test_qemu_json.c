@@ -73,7 +73,8 @@ static void damage_is_told(void **state)
     } cases[] = {
         {"vmmig-vm", "vmmig-xx", "not a VM's definition"},
         {"\"version\": 1", "\"version\": 2", "later version"},
-        {"\"qemu\"", "\"bhyve\"", "not QEMU's"},
+        {"\"qemu\"", "\"bhyve\"", "another kind"},
+        {"\"qemu\"", "\"attach\"", "do not agree"},
         {"\"memory.raw\"", "\"../../etc\"", "no name of a file"},
         {"\"memory.more.raw\"", "\"memory.raw\"", "twice"},
         {"\"size\": 1048576", "\"size\": 1048577", "impossible size"},
