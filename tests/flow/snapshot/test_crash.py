@@ -51,8 +51,8 @@ def processes_of(program, word=b''):
     return found
 
 
-def names(agent):
-    return [s['name'] for s in agent.json('snapshot', 'list', 'web1')['snapshots']]
+def names(agent, vm='web1'):
+    return [s['name'] for s in agent.json('snapshot', 'list', vm)['snapshots']]
 
 
 def runs_on(agent, vm, console):
@@ -94,17 +94,29 @@ def test_the_agent_dies(agent, guest, point):
     eventually('the end of the guard', lambda: not guards())
 
 
-@pytest.mark.parametrize('point', ['snapshot.memory@9', 'snapshot.paused', 'snapshot.migrated', 'snapshot.switched'])
-def test_the_agent_dies_where_memory_is_copied_before(agent, unprivileged, point):
+# QEMU pauses the guest by itself when what is left is little for the rate at which it gives memory away. With a reader
+# that is slow it never is, for a guest that writes: the pause is the agent's decision then.
+SLOWLY = 'snapshot.memory=delay:20@*'
+
+
+@pytest.mark.parametrize('point, faults', [('memory', 'snapshot.memory=crash@9'),
+                                           ('paused', f'{SLOWLY},snapshot.paused=crash'),
+                                           ('migrated', 'snapshot.migrated=crash'),
+                                           ('switched', 'snapshot.switched=crash')])
+def test_the_agent_dies_where_memory_is_copied_before(agent, unprivileged, point, faults):
     vm, console = unprivileged
-    arm(agent, point.replace('@', '=crash@') if '@' in point else f'{point}=crash')
-    assert agent.vmmig('snapshot', vm.name, 'never', check=False).returncode == 6
+    if agent.process.poll() is not None:  # another step's test has failed
+        agent.start(faults='snapshot.arrived=delay:0')
+    eventually('the VM', lambda: agent.json('status', vm.name)['presence'] == 'present')
+    arm(agent, faults)
+    assert agent.vmmig('snapshot', vm.name, f'{point}-never', check=False).returncode == 6
     agent.process.wait(20)
     console.wait_ticks(3, GOES_ON)
     console.verify(10)
     agent.start(faults='snapshot.arrived=delay:0')
     eventually('the VM', lambda: agent.json('status', vm.name)['presence'] == 'present')
-    agent.vmmig('snapshot', vm.name, f'after-{point.split("@")[0]}')
+    assert f'{point}-never' not in names(agent, vm.name)
+    agent.vmmig('snapshot', vm.name, f'{point}-after')
     console.wait_ticks(3)
     console.verify()
     untouched(vm, agent)
