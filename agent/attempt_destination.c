@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
+#include "agent/clones.h"
 #include "agent/driver.h"
 
 #include "base/cond.h"
@@ -145,7 +146,8 @@ static int prepare(struct attempt *a, struct vm_error **err)
         qemu_wire_unpack(p->definition, &d->definition, err) < 0)
         return -1;
     a->was_running = d->definition.state == GUEST_RUNNING;
-    if (answer_disks(a, err) < 0)
+    if (clones_show_templates(a->transfer->agent, &d->definition, err) < 0 ||
+        answer_disks(a, err) < 0)
         return -1;
     a->guest = make_sink(a, err);
     if (!a->guest)

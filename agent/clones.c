@@ -85,6 +85,36 @@ struct mount *clones_create_mount(const struct config *config, struct vm_error *
     return mount_create(&setup, err);
 }
 
+static int show_file(struct agent *agent, const struct qemu_disk *disk, struct vm_error **err)
+{
+    char image[MOUNT_NAME_MAX + 1], file[MOUNT_FILE_NAME_MAX + 1];
+    if (disk->writable || !mount_parse(agent->mount, disk->file, image, file))
+        return 0;
+    if (!template_is_version(image))
+        return error_set(err, VM_ERROR_REFUSED,
+                         "disk %s lies on image %s of a repository, which may be another one here: only "
+                         "templates stay what they are",
+                         disk->name, image);
+    if (!repository_get(agent->repository, err) || mount_ensure(agent->mount, err) < 0)
+        return error_wrap(err, "disk %s lies on template %s", disk->name, image + 2);
+    if (access(disk->file, R_OK) == 0)
+        return 0;
+    return errno == ENOENT
+               ? error_set(err, VM_ERROR_NOT_FOUND,
+                           "disk %s lies on template %s, which the repository of this host (%s) has not",
+                           disk->name, image + 2, agent->config->repository)
+               : error_errno(err, errno, "disk %s: %s", disk->name, disk->file);
+}
+
+int clones_show_templates(struct agent *agent, const struct qemu_definition *d,
+                          struct vm_error **err)
+{
+    for (unsigned i = 0; i < d->n_disks; i++)
+        if (show_file(agent, &d->disks[i], err) < 0)
+            return -1;
+    return 0;
+}
+
 static int reply_mounted(struct control_session *s, const char *dir, struct vm_error **err)
 {
     struct mount_state state;

@@ -11,9 +11,17 @@
 #include "agent/control.h"
 #include "agent/config.h"
 #include "snapshot/mount.h"
+#include "vmm/qemu_definition.h"
 
 /* The mount as the configuration says; its leases are known by an id in the state folder. */
 struct mount *clones_create_mount(const struct config *config, struct vm_error **err);
+/*
+ * A VM is to arrive here. If its disks are overlays on files of the mount, that is mounted now, and has them: NOT_FOUND
+ * by the template's name if not. From the VMM's start on the template is leased. REFUSED if such a file is of an image
+ * that is no template's version: its content may be another one here.
+ */
+int clones_show_templates(struct agent *agent, const struct qemu_definition *d,
+                          struct vm_error **err);
 
 int clones_handle_publish(struct control_session *s, const struct control_message *m,
                           struct vm_error **err);

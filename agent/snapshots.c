@@ -111,6 +111,7 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
                                 .guest_agent = t->guest_agent,
                                 .scratch_dir = config->scratch_dir,
                                 .plugin = config->nbdkit_plugin,
+                                .mount = t->agent->mount,
                                 .guard = {guard, guard_log, vm->socket_path, vm->process, note, false},
                                 .cancel_fd = job_cancel_fd(job),
                                 .progress = on_progress,

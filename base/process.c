@@ -5,6 +5,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <inttypes.h>
 #include <fcntl.h>
@@ -155,4 +156,22 @@ int process_argv(pid_t pid, char ***ret_argv, struct vm_error **err)
     argv[argc] = NULL;
     *ret_argv = argv;
     return 0;
+}
+
+bool process_has_open(pid_t pid, const struct stat *file)
+{
+    char folder[32];
+    snprintf(folder, sizeof(folder), "/proc/%d/fd", pid);
+    DIR *dir = opendir(folder);
+    if (!dir)
+        return false;
+    bool found = false;
+    struct dirent *entry;
+    while (!found && (entry = readdir(dir))) {
+        struct stat st;
+        found = fstatat(dirfd(dir), entry->d_name, &st, 0) == 0 && st.st_dev == file->st_dev &&
+                st.st_ino == file->st_ino;
+    }
+    closedir(dir);
+    return found;
 }

@@ -11,6 +11,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 
 struct process_identity {
@@ -29,6 +30,8 @@ bool process_alive(const struct process_identity *id);
  * before. TIMEOUT if it is still there (uninterruptible sleep).
  */
 int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err);
+/* Has it that very file open (device and inode)? */
+bool process_has_open(pid_t pid, const struct stat *file);
 bool process_identity_equal(const struct process_identity *a, const struct process_identity *b);
 /*
  * The argument vector of a process from /proc/PID/cmdline: *ret_argv is one allocation (free it)

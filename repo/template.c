@@ -230,6 +230,13 @@ static int recognise(const struct image *image, struct template *ret)
     return kind;
 }
 
+bool template_is_version(const char *image)
+{
+    struct template t;
+    return !strncmp(image, "t:", 2) && split(image + 2, &t, NULL) == 0 &&
+           strlen(t.digest) == TEMPLATE_DIGEST_SIZE - 1;
+}
+
 struct all {
     struct template *list;
     int *kinds;

@@ -35,6 +35,8 @@ struct template {
 
 /* USAGE, with the rule, unless it is NAME:TAG. */
 int template_name_check(const char *name, struct vm_error **err);
+/* Is that the name of an image that is a version? */
+bool template_is_version(const char *image);
 /*
  * Make `source` a version of the template and let the tag stand for it. REFUSED if it is no
  * snapshot of a running VM.

@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "base/process.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -77,6 +78,36 @@ void mount_path(const struct mount *m, const char *image, const char *file, char
     char folder[3 * MOUNT_NAME_MAX + 1];
     mount_escape(image, folder);
     snprintf(out, 4096, "%s/%s/%s", m->setup.folder, folder, file);
+}
+
+/* "IMAGE/FILE", as it stands below the mount. */
+static bool split(const char *below, char ret_image[MOUNT_NAME_MAX + 1],
+                  char ret_file[MOUNT_FILE_NAME_MAX + 1])
+{
+    char folder[3 * MOUNT_NAME_MAX + 1];
+    const char *slash = strchr(below, '/');
+    if (!slash || (size_t)(slash - below) >= sizeof(folder) || strlen(slash + 1) > MOUNT_FILE_NAME_MAX ||
+        strchr(slash + 1, '/'))
+        return false;
+    snprintf(folder, sizeof(folder), "%.*s", (int)(slash - below), below);
+    strcpy(ret_file, slash + 1);
+    return mount_unescape(folder, ret_image) == 0;
+}
+
+bool mount_parse(const struct mount *m, const char *path, char ret_image[MOUNT_NAME_MAX + 1],
+                 char ret_file[MOUNT_FILE_NAME_MAX + 1])
+{
+    size_t n = strlen(m->setup.folder);
+    return !strncmp(path, m->setup.folder, n) && path[n] == '/' &&
+           split(path + n + 1, ret_image, ret_file);
+}
+
+bool mount_has(const struct mount *m, const char *path, pid_t pid, char ret_image[MOUNT_NAME_MAX + 1],
+               char ret_file[MOUNT_FILE_NAME_MAX + 1])
+{
+    struct stat file;
+    return mount_parse(m, path, ret_image, ret_file) && stat(path, &file) == 0 &&
+           process_has_open(pid, &file);
 }
 
 /* ---- asking the holder ---- */

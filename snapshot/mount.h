@@ -52,6 +52,14 @@ int mount_status(struct mount *m, struct mount_state *ret_state, struct vm_error
 int mount_stop(struct mount *m, struct vm_error **err);
 /* The path of a file of an image below the mount. */
 void mount_path(const struct mount *m, const char *image, const char *file, char out[4096]);
+/* The other direction: would that be the path of a file of an image? */
+bool mount_parse(const struct mount *m, const char *path, char ret_image[MOUNT_NAME_MAX + 1],
+                 char ret_file[MOUNT_FILE_NAME_MAX + 1]);
+/*
+ * And has process `pid` that very file open? A name that got another image since is another file.
+ */
+bool mount_has(const struct mount *m, const char *path, pid_t pid, char ret_image[MOUNT_NAME_MAX + 1],
+               char ret_file[MOUNT_FILE_NAME_MAX + 1]);
 /* `dir` must be an empty folder. */
 int mount_bind(struct mount *m, const char *dir, struct vm_error **err);
 

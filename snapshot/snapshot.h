@@ -21,6 +21,8 @@
  * Parent: the VM's newest snapshot. Memory is read whole, and shares what did not change. Of disks only what was
  * written since is read, if QEMU noted it since that very snapshot; else they are read whole and `note` says so.
  *
+ * A clone that was never snapshotted: its parent is the template, and of disks only what lies in its overlays is read.
+ *
  * Failure, of whatever: the guest runs on, nothing is visible, nothing is left in QEMU. The first cause is reported: a
  * full repository, an nbdkit that died, a scratch file system without room. A failed or cancelled snapshot of memory is
  * read to its end, which takes seconds: QEMU 7.2, whose stream breaks off, leaves the memory write-protected.
@@ -41,6 +43,7 @@
 #include "proto/fields.h"
 #include "repo/repo.h"
 #include "snapshot/guard.h"
+#include "snapshot/mount.h"
 #include "vmm/guest.h"
 
 #define SNAPSHOT_STATE_FILE "device.state"
@@ -76,6 +79,7 @@ struct snapshot_params {
     const char *guest_agent; /* its socket; NULL: that of the command line, if there is one */
     const char *scratch_dir; /* a folder of the agent's */
     const char *plugin;      /* path of nbdkit-vmmig-plugin.so */
+    const struct mount *mount; /* where clones' templates are; NULL: nowhere */
     struct guard_params guard;
     int cancel_fd;
     /* Called often, by the calling thread. */

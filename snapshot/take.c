@@ -5,6 +5,7 @@
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "repo/template.h"
 #include "snapshot/chain.h"
 #include "snapshot/definition_file.h"
 #include "snapshot/disk_target.h"
@@ -48,6 +49,7 @@ struct take {
     bool precopy; /* memory is copied before the instant, since it cannot be write-protected */
     int nbd_fds[QEMU_SNAPSHOT_DISKS_MAX]; /* QEMU's ends, until it has them */
     char prefix[QEMU_SNAPSHOT_PREFIX_MAX], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX];
+    bool layers[QEMU_SNAPSHOT_DISKS_MAX]; /* disks that are overlays upon the parent's, and read as such */
 };
 
 static void tell(struct take *t, enum snapshot_phase phase)
@@ -138,7 +140,84 @@ static bool sizes_fit(const struct take *t, const struct image *parent)
     return true;
 }
 
-/* *ret_prefix stays empty if the disks have to be read whole. */
+/* Is the disk of a clone: an overlay on a file of a template's version, whose content never changes? */
+static bool is_cloned(const struct take *t, const struct qemu_snapshot_disk *disk,
+                      char ret_image[IMAGE_NAME_MAX + 1], char ret_file[IMAGE_FILE_NAME_MAX + 1])
+{
+    return t->p->mount && *disk->backing &&
+           mount_has(t->p->mount, disk->backing, t->p->guest->process.pid, ret_image, ret_file) &&
+           template_is_version(ret_image);
+}
+
+/* A clone's disks have the names that they have in the template. */
+static void name_cloned(struct take *t)
+{
+    unsigned n;
+    const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    char image[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1];
+    for (unsigned i = 0; i < n; i++) {
+        char *name = t->vm.disk_files[disks[i].number];
+        if (!is_cloned(t, &disks[i], image, file) || strlen(file) > QEMU_JSON_FILE_MAX)
+            continue;
+        for (unsigned k = 0; k < t->vm.definition.n_disks; k++)
+            if (k != disks[i].number && !strcmp(t->vm.disk_files[k], file))
+                strcpy(t->vm.disk_files[k], name);
+        memmove(name, file, strlen(file) + 1);
+    }
+}
+
+/* Does the disk differ from what that image has in its file of the same name by its overlay alone? */
+static bool is_layer_upon(const struct take *t, const struct qemu_snapshot_disk *disk,
+                          const struct image *image)
+{
+    char found[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1];
+    if (!is_cloned(t, disk, found, file) || strcmp(found, image->name) ||
+        strcmp(file, t->vm.disk_files[disk->number]))
+        return false;
+    const struct image_entry *e = image_find_file(image, file);
+    return e && e->size == disk->backing_size && e->size <= disk->size;
+}
+
+/* *ret_template: the version that the first of its cloned disks is upon; its name is "" if there is none. */
+static int find_template(struct take *t, struct image *ret_template, struct vm_error **err)
+{
+    unsigned n;
+    const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    char image[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1];
+    cleanup_error struct vm_error *gone = NULL;
+    ret_template->name[0] = 0;
+    for (unsigned i = 0; i < n; i++) {
+        if (!is_cloned(t, &disks[i], image, file))
+            continue;
+        if (catalogue_find(repo_store(t->p->repo), image, ret_template, &gone) == 0)
+            return 0;
+        ret_template->name[0] = 0;
+        if (gone->kind != VM_ERROR_NOT_FOUND)
+            return error_propagate(err, steal_ptr(&gone));
+        note(t, "disks were read whole: their template was deleted");
+        return 0;
+    }
+    return 0;
+}
+
+/* Without a note of what was written since the last snapshot: what is known from the template. 1: something is. */
+static int choose_layers(struct take *t, struct image *parent, struct vm_error **err)
+{
+    unsigned n, found = 0;
+    const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    cleanup_free struct image *template = malloc(sizeof(*template));
+    if (!template)
+        return error_nomem(err);
+    if (find_template(t, template, err) < 0)
+        return -1;
+    for (unsigned i = 0; *template->name && i < n; i++)
+        found += t->layers[i] = is_layer_upon(t, &disks[i], template);
+    if (found)
+        *parent = *template;
+    return found > 0;
+}
+
+/* *ret_prefix stays empty if the disks have to be read whole, or by their layers. */
 static int choose_parent(struct take *t, struct image *parent,
                          char ret_prefix[QEMU_SNAPSHOT_PREFIX_MAX], struct vm_error **err)
 {
@@ -146,12 +225,15 @@ static int choose_parent(struct take *t, struct image *parent,
     ret_prefix[0] = 0;
     if (snapshot_newest(t->p->repo, t->p->vm, parent, err) < 0)
         return -1;
-    if (!parent->name[0])
-        return 0;
     bitmap_prefix(t->p->repo, parent->writer, prefix);
-    if (qemu_snapshot_has_bitmap(t->disks, prefix) && sizes_fit(t, parent))
+    if (parent->name[0] && qemu_snapshot_has_bitmap(t->disks, prefix) && sizes_fit(t, parent)) {
         memcpy(ret_prefix, prefix, sizeof(prefix));
-    else if (t->n_disks)
+        return 0;
+    }
+    int r = choose_layers(t, parent, err);
+    if (r)
+        return r < 0 ? -1 : 0;
+    if (parent->name[0] && t->n_disks)
         note(t, "disks were read whole: QEMU has no note of what was written since the last "
                 "snapshot");
     return 0;
@@ -180,6 +262,7 @@ static struct qemu_snapshot_params disk_params(const struct take *t)
     return (struct qemu_snapshot_params){.nbd_fds = t->nbd_fds,
                                          .scratch_dir = t->p->scratch_dir,
                                          .bitmap = t->prefix,
+                                         .layers = t->layers,
                                          .parent = *t->parent_prefix ? t->parent_prefix : NULL};
 }
 
@@ -199,6 +282,7 @@ static int begin_image(struct take *t, struct vm_error **err)
         !(t->disks = qemu_snapshot_create(t->qemu, &t->vm.definition, err)))
         return -1;
     qemu_snapshot_disks(t->disks, &t->n_disks);
+    name_cloned(t);
     if (choose_parent(t, parent, t->parent_prefix, err) < 0 ||
         !(t->session = image_session_begin(t->p->repo, image, *parent->name ? parent->name : NULL,
                                            err)) ||

@@ -5,7 +5,6 @@
 #include "base/io.h"
 #include "vmm/qemu_internal.h"
 
-#include <dirent.h>
 #include <errno.h>
 #include <poll.h>
 #include <stdio.h>
@@ -353,25 +352,6 @@ static int check_version(struct qemu *q, struct vm_error **err)
                      v->major, v->minor, v->micro);
 }
 
-/* Has the process that very file open? */
-static bool has_file_open(pid_t pid, const struct stat *file)
-{
-    char folder[32];
-    snprintf(folder, sizeof(folder), "/proc/%d/fd", pid);
-    DIR *dir = opendir(folder);
-    if (!dir)
-        return false;
-    bool found = false;
-    struct dirent *entry;
-    while (!found && (entry = readdir(dir))) {
-        struct stat st;
-        found = fstatat(dirfd(dir), entry->d_name, &st, 0) == 0 && st.st_dev == file->st_dev &&
-                st.st_ino == file->st_ino;
-    }
-    closedir(dir);
-    return found;
-}
-
 /* The kernel's word on who listens may mean a relay; a descriptor arrives only at QEMU itself. */
 static int prove_process(struct qemu *q, pid_t pid, struct vm_error **err)
 {
@@ -382,7 +362,7 @@ static int prove_process(struct qemu *q, pid_t pid, struct vm_error **err)
         return error_errno(err, errno, "cannot make a memfd");
     if (qemu_give_fd(q, name, fd, err) < 0)
         return -1;
-    bool found = has_file_open(pid, &st);
+    bool found = process_has_open(pid, &st);
     qemu_forget_fd(q, name);
     if (!found)
         return error_set(err, VM_ERROR_REFUSED,

@@ -38,6 +38,7 @@ struct qemu_disk {
     char *format;   /* of the image: "raw", "qcow2", ... */
     bool writable;
     bool cached;    /* goes through the host's page cache */
+    bool backing;   /* a file behind another disk's image, which names it; known on the VM's own host alone */
 };
 
 struct qemu_nic {

@@ -282,7 +282,8 @@ static int take_node(const struct qemu_argv *argv, const json_t *node, const jso
     const json_t *backend = find_backend(backends, file, &behind);
     if (fill_disk(disk, node, backend, err) < 0)
         return -1;
-    if (behind && !disk->writable)
+    disk->backing = behind && !disk->writable;
+    if (disk->backing)
         return 0; /* the image names it */
     struct search s = {d, file, driver, disk->node, false};
     int found = is_on_command_line(argv, &s, err);

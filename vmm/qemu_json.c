@@ -52,8 +52,9 @@ int qemu_json_name_files(struct qemu_json *vm, struct vm_error **err)
                              "memory backend %.64s has too long a name to be saved",
                              vm->definition.ram[i].backend);
     }
-    for (unsigned i = 0; i < vm->definition.n_disks; i++)
-        snprintf(vm->disk_files[i], QEMU_JSON_FILE_MAX + 1, "disk%u.raw", i);
+    for (unsigned i = 0, n = 0; i < vm->definition.n_disks; i++)
+        if (!vm->definition.disks[i].backing)
+            snprintf(vm->disk_files[i], QEMU_JSON_FILE_MAX + 1, "disk%u.raw", n++);
     return 0;
 }
 
@@ -73,6 +74,7 @@ static json_t *write_lists(const struct qemu_json *vm)
     const struct qemu_definition *d = &vm->definition;
     json_t *argv = json_array(), *ram = json_array(), *disks = json_array(), *nics = json_array(),
            *devices = json_array();
+    size_t n_disks = 0;
     for (char *const *a = d->argv; *a; a++)
         json_array_append_new(argv, json_string(*a));
     for (unsigned i = 0; i < d->n_ram; i++)
@@ -83,6 +85,9 @@ static json_t *write_lists(const struct qemu_json *vm)
                                              vm->ram_files[i]));
     for (unsigned i = 0; i < d->n_disks; i++) {
         const struct qemu_disk *k = &d->disks[i];
+        if (k->backing)
+            continue;
+        n_disks++;
         json_array_append_new(
             disks, json_pack("{s:s, s:s, s:s, s:s, s:s, s:b, s:b, s:s}", "name", k->name, "node",
                              k->node, "file", k->file, "driver", k->driver, "format", k->format,
@@ -99,7 +104,7 @@ static json_t *write_lists(const struct qemu_json *vm)
     while (d->argv[n_argv])
         n_argv++;
     bool whole = json_array_size(argv) == n_argv && json_array_size(ram) == d->n_ram &&
-                 json_array_size(disks) == d->n_disks && json_array_size(nics) == d->n_nics &&
+                 json_array_size(disks) == n_disks && json_array_size(nics) == d->n_nics &&
                  json_array_size(devices) == d->n_devices;
     json_t *all = json_pack("{s:o, s:o, s:o, s:o, s:o}", "argv", argv, "ram", ram, "disks", disks,
                             "nics", nics, "devices", devices);

@@ -28,7 +28,8 @@ struct qemu_json {
 
 /*
  * Give the files their names: memory.raw is the block of the machine's own RAM (the first), others
- * are memory.BACKEND.raw; disks are disk0.raw, disk1.raw, ... in the order of the definition.
+ * are memory.BACKEND.raw; disks are disk0.raw, disk1.raw, ... in the order of the definition. A backing file has no
+ * name, and is not written: who saves a disk saves what the guest sees of it.
  */
 int qemu_json_name_files(struct qemu_json *vm, struct vm_error **err);
 char *qemu_json_write(const struct qemu_json *vm, struct vm_error **err);

@@ -28,6 +28,7 @@ struct disk {
 struct qemu_snapshot {
     struct qemu *q;
     bool was_running, marked, prepared;
+    bool layers[QEMU_SNAPSHOT_DISKS_MAX];
     char bitmap[QEMU_SNAPSHOT_PREFIX_MAX + 1], parent[QEMU_SNAPSHOT_PREFIX_MAX + 1];
     unsigned n;
     struct qemu_snapshot_disk disks[QEMU_SNAPSHOT_DISKS_MAX];
@@ -84,6 +85,19 @@ static const json_t *find_backend(const json_t *backends, const char *file)
     return NULL;
 }
 
+/* Plain cases only: QEMU's name of anything else is no path. */
+static void look_behind(struct qemu_snapshot_disk *disk, const json_t *image)
+{
+    const json_t *behind = json_object_get(image, "backing-image");
+    const char *file = qmp_string(behind, "filename");
+    json_int_t size = qmp_integer(behind, "virtual-size");
+    if (*file != '/' || size <= 0 || strcmp(qmp_string(behind, "format"), "raw") ||
+        json_object_get(behind, "backing-image"))
+        return;
+    snprintf(disk->backing, sizeof(disk->backing), "%s", file);
+    disk->backing_size = (uint64_t)size;
+}
+
 static int take_disk(struct qemu_snapshot *s, const struct qemu_definition *d, unsigned which,
                      const json_t *backends, struct vm_error **err)
 {
@@ -107,7 +121,8 @@ static int take_disk(struct qemu_snapshot *s, const struct qemu_definition *d, u
     snprintf(place->device, sizeof(place->device), "%s", device);
     snprintf(place->node, sizeof(place->node), "%s", node);
     snprintf(place->name, sizeof(place->name), "%.60s", disk->name);
-    s->disks[s->n++] = (struct qemu_snapshot_disk){.number = which, .size = (uint64_t)size};
+    s->disks[s->n] = (struct qemu_snapshot_disk){.number = which, .size = (uint64_t)size};
+    look_behind(&s->disks[s->n++], json_object_get(inserted, "image"));
     return 0;
 }
 
@@ -270,6 +285,8 @@ int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_pa
     s->prepared = true;
     snprintf(s->bitmap, sizeof(s->bitmap), "%s", p->bitmap);
     snprintf(s->parent, sizeof(s->parent), "%s", p->parent ? p->parent : "");
+    if (p->layers)
+        memcpy(s->layers, p->layers, s->n * sizeof(*s->layers));
     int r = qemu_snapshot_mark(s, err);
     for (unsigned i = 0; i < s->n && r == 0; i++)
         r = prepare_disk(s, i, p, &fds[i], err);
@@ -359,7 +376,10 @@ static int begin_job(struct qemu_snapshot *s, unsigned i, struct vm_error **err)
 {
     json_t *job = json_pack("{s:s, s:s, s:s, s:s, s:b}", "device", NAME(ACCESS, i), "target",
                             NAME(TARGET, i), "job-id", NAME(JOB, i), "sync",
-                            s->disks[i].incremental ? "bitmap" : "full", "auto-dismiss", 0);
+                            s->disks[i].incremental ? "bitmap"
+                            : s->layers[i]          ? "top"
+                                                    : "full",
+                            "auto-dismiss", 0);
     if (job && s->disks[i].incremental) {
         json_object_set_new(job, "bitmap", json_string("changed"));
         json_object_set_new(job, "bitmap-mode", json_string("never"));

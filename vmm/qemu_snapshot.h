@@ -28,6 +28,9 @@
  * notes what is written. When the snapshot was committed, the bitmaps of all others go, else this one's do. A later snapshot that names it as
  * `parent` reads what is noted. Bitmaps are lost when QEMU ends, or the guest moves: qemu_snapshot_has_bitmap.
  *
+ * Overlays. Of a disk whose image is one (`backing`) the caller may ask for what it has of its own (`layers`), if it has
+ * the rest already.
+ *
  * Crash of the agent: QEMU's jobs fail since their targets are gone, and filters stay. qemu_snapshot_sweep takes them
  * out, and lets a guest go on that was paused for the switch: called by who sees the agent die, and when a QEMU is
  * adopted.
@@ -48,6 +51,9 @@ struct qemu_snapshot;
 struct qemu_snapshot_disk {
     unsigned number; /* in definition.disks */
     uint64_t size;   /* bytes, as the guest sees it */
+    /* The raw file, with none behind it, upon which the disk's image is an overlay; "" if it is on no such file. */
+    char backing[QEMU_STRING_MAX];
+    uint64_t backing_size;
     bool incremental; /* set by prepare: only what changed since the parent is pushed */
 };
 
@@ -56,6 +62,7 @@ struct qemu_snapshot_params {
     const char *scratch_dir; /* a folder on a file system with O_TMPFILE */
     const char *bitmap;      /* prefix of the new bitmaps' names */
     const char *parent;      /* prefix of the former ones'; NULL: whole disks are read */
+    const bool *layers;      /* per disk: push what its image itself has, and not what is behind it; NULL: none */
 };
 
 struct qemu_snapshot_progress {

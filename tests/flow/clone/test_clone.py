@@ -14,21 +14,33 @@ MIB = 1 << 20
 REPO = '/var/lib/vmmig/repo'
 
 
+def repository(agent):
+    return agent.options.get('repository') or 'dir:' + agent.host.path(REPO)
+
+
 def tool(agent, *words):
-    return subprocess.run([built('tests/unit/repo/repo_tool'), 'dir:' + agent.host.path(REPO), *words],
+    return subprocess.run([built('tests/unit/repo/repo_tool'), repository(agent), *words],
                           check=True, capture_output=True, text=True).stdout
 
 
+def export(agent, image, name):
+    path = os.path.join(agent.cluster.folder, 'exported')
+    tool(agent, 'export', image, path, name)
+    with open(path, 'rb') as file:
+        found = file.read()
+    os.unlink(path)
+    return found
+
+
 def leases(agent):
-    url = 'dir:' + agent.host.path(REPO)
+    url = repository(agent)
     done = subprocess.run([built('tests/unit/snapshot/mount_tool'), 'leases', url], check=True,
                           capture_output=True, text=True)
     return [line.split(' ')[0] for line in done.stdout.splitlines()]
 
 
-def make_agent(cluster, folder=None):
-    """The first host's agent, started, with an empty repository. folder: of the build whose programs it uses."""
-    agent = cluster.agents[0]
+def start_agent(agent, folder=None):
+    """Starts it with what clones need. folder: of the build whose programs it uses."""
     folder = folder or os.path.dirname(os.path.dirname(built('agent/vmmigd')))
     agent.options.update({
         'nbdkit-plugin': f'{folder}/snapshot/nbdkit-vmmig-plugin.so',
@@ -36,8 +48,13 @@ def make_agent(cluster, folder=None):
         'cache-dir': '/var/lib/vmmig/cache',
         'record-time': '1000',
     })
-    tool(agent, 'init')
     return agent.start()
+
+
+def make_agent(cluster, folder=None):
+    """The first host's agent, started, with an empty repository."""
+    tool(cluster.agents[0], 'init')
+    return start_agent(cluster.agents[0], folder)
 
 
 @pytest.fixture(scope='module')
@@ -110,6 +127,57 @@ def test_several_at_once_share_what_they_do_not_write(agent, template):
     kill(agent, *made)
 
 
+def write(agent, name, words):
+    """As if the guest wrote to its first disk."""
+    monitor = BareGuest(name, mem_mib=64).qmp(agent.host)
+    monitor.hmp(f'qemu-io -d {monitor("query-block")[0]["qdev"]} "write {words}"')
+
+
+def content(agent, overlay):
+    """What a disk has, read on that host through the mount."""
+    path = os.path.join(agent.cluster.folder, 'converted')
+    agent.host.run(['qemu-img', 'convert', '-U', '-O', 'raw', overlay, path])
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def test_the_first_snapshot_of_a_clone_reads_its_overlay_alone(agent, template):
+    made, _ = clone(agent, 'debian12:v1', 'c4', '--disk-size', '80M')
+    write(agent, 'c4', '-P 0x66 8M 256k')
+    write(agent, 'c4', '-z 1M 64k')
+    write(agent, 'c4', f'-P 0x67 {80 * MIB - 65536} 64k')  # beyond the template's end
+    first = agent.json('snapshot', 'c4', 'first')['snapshot']
+    assert first['parent'] == f't:debian12@{template["digest"]}'
+    assert first['disk_read_bytes'] == (256 + 64 + 64) << 10
+    write(agent, 'c4', '-P 0x68 9M 64k')
+    second = agent.json('snapshot', 'c4', 'second')['snapshot']
+    assert second['parent'] == 'c4@first' and second['disk_read_bytes'] == 64 << 10
+    kill(agent, made)
+    expected = bytearray(80 * MIB)
+    expected[MIB + (64 << 10):4 * MIB] = b'\x11' * (3 * MIB - (64 << 10))
+    expected[8 * MIB:8 * MIB + (256 << 10)] = b'\x66' * (256 << 10)
+    expected[80 * MIB - (64 << 10):] = b'\x67' * (64 << 10)
+    assert export(agent, 'c4@first', 'disk0.raw') == expected
+    expected[9 * MIB:9 * MIB + (64 << 10)] = b'\x68' * (64 << 10)
+    assert export(agent, 'c4@second', 'disk0.raw') == expected
+    # It is a snapshot like any other: without the template, too.
+    agent.vmmig('template', 'publish', 'c4@second', 'derived:v1')
+    made, console = clone(agent, 'derived:v1', 'c5')
+    console.wait_ticks(3)
+    console.verify()
+    assert content(agent, agent.host.path('/var/lib/vmmig/clones/c5/disk0.qcow2')) == expected
+    kill(agent, made)
+    agent.vmmig('template', 'delete', 'derived:v1')
+    folder = os.path.join(agent.cluster.shared, 'c6')
+    os.mkdir(folder)
+    console = agent.cluster.console('c4')  # which it had
+    mark = console.mark()
+    agent.vmmig('restore', 'c4@second', '--as', 'c6', '--disk-dir', folder)
+    console.wait_for('^hb ', after=mark)
+    assert b'backing' not in agent.host.run(['qemu-img', 'info', '-U', f'{folder}/c6-disk0.qcow2']).encode()
+    kill(agent, {'vm': 'c6', 'pid': agent.json('status', 'c6')['pid']})
+
+
 def test_the_template_is_deleted_under_a_clone(agent, template):
     digest = template['digest']
     made, console = clone(agent, 'debian12:v1', 'c2')
@@ -119,6 +187,9 @@ def test_the_template_is_deleted_under_a_clone(agent, template):
     tool(agent, 'collect', '1000')
     console.wait_ticks(10)
     console.verify()  # every page, also those that were never read before
+    taken = agent.json('snapshot', 'c2', 'alone')
+    assert 'template was deleted' in taken['note'] and not taken['snapshot']['parent']
+    assert taken['snapshot']['disk_read_bytes'] == 64 * MIB
     # The clone's own disk still reads through.
     disk = f'/run/vmmig/images/t:debian12@{digest}/disk0.raw'
     read = agent.host.run(['sh', '-c', f'dd if={disk} bs=1M skip=1 count=3 2>/dev/null | sha256sum'])

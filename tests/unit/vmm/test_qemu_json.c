@@ -39,6 +39,8 @@ static void fill(struct qemu_json *vm)
     d->memory = 3 << 20;
     *qemu_definition_add_ram(d) = (struct qemu_ram){copy("pc.ram"), copy("pc.ram"), 1 << 20, 4096};
     *qemu_definition_add_ram(d) = (struct qemu_ram){copy("/objects/more"), copy("more"), 2 << 20, 4096};
+    *qemu_definition_add_disk(d) = (struct qemu_disk){.name = copy("disk"), .node = copy("#b0"),
+        .file = copy("/behind"), .driver = copy("file"), .format = copy(""), .backing = true};
     *qemu_definition_add_disk(d) = (struct qemu_disk){
         copy("disk"), copy("#b1"), copy("/x \"y\""), copy("file"), copy("qcow2"), true, false};
     *qemu_definition_add_nic(d) = (struct qemu_nic){copy("net0"), copy("tap"), copy("tap0")};
@@ -60,6 +62,9 @@ static void comes_back_as_it_was(void **state)
     assert_string_equal(text, again);
     assert_string_equal(back.ram_files[0], "memory.raw");
     assert_string_equal(back.ram_files[1], "memory.more.raw");
+    /* A backing file is neither numbered nor written. */
+    assert_string_equal(vm.disk_files[0], "");
+    assert_int_equal(back.definition.n_disks, 1);
     assert_string_equal(back.disk_files[0], "disk0.raw");
     assert_string_equal(back.definition.disks[0].file, "/x \"y\"");
 }
