@@ -122,10 +122,10 @@ def test_the_agent_dies_where_memory_is_copied_before(agent, unprivileged, point
     untouched(vm, agent)
 
 
-def held_at(agent, point, name):
+def held_at(agent, point, name, vm='web1'):
     """A snapshot that is being taken and stands at a fault point. Returns the guard beside it."""
     arm(agent, point.replace('@', '=hold@') if '@' in point else f'{point}=hold')
-    agent.vmmig('snapshot', 'web1', name, '--background')
+    agent.vmmig('snapshot', vm, name, '--background')
     eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
     guard, = guards()
     return guard
@@ -269,3 +269,28 @@ def test_nbdkit_dies(agent, guest):
     assert failed.returncode in (1, 5, 6) and 'web1@nbdkit' in failed.stderr.strip().splitlines()[-1], failed
     runs_on(agent, vm, console)
     assert 'nbdkit' not in names(agent)
+
+
+@pytest.mark.parametrize('way, point', [
+    ('protected', 'snapshot.waiting'), ('protected', 'snapshot.switched'), ('protected', 'snapshot.memory@9'),
+    ('protected', 'snapshot.copied'), ('copied', 'snapshot.memory@9'), ('copied', 'snapshot.migrated')])
+def test_qemu_dies(agent, way, point):
+    """Its VM has ended; nothing of the snapshot is visible, or left anywhere, and the name is free again."""
+    if agent.process.poll() is not None:  # another step's test has failed
+        agent.start(faults='snapshot.arrived=delay:0')
+    vm = BareGuest(f'{way}-{point.split(".")[1].split("@")[0]}', mem_mib=64, dirty_mib=4, rate_mbps=1)
+    disks(agent.cluster, vm)
+    start(agent, vm, unprivileged=way == 'copied')
+    held_at(agent, point, 'half', vm.name)
+    os.kill(agent.json('status', vm.name)['pid'], signal.SIGKILL)
+    agent.host.reap()
+    arm(agent, 'none')
+    failed = agent.vmmig('watch', vm.name, check=False)
+    assert failed.returncode == 13 and f'{vm.name}@half' in failed.stderr.strip().splitlines()[-1], failed
+    eventually('the end of the VM', lambda: agent.host.reap() or
+               agent.json('status', vm.name)['presence'] == 'ended')
+    assert names(agent, vm.name) == []
+    eventually('the end of nbdkit and the guard', lambda: not guards() and not nbdkits())
+    assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []
+    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.snapshot')] == []
+    agent.vmmig('detach', vm.name)
