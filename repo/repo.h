@@ -123,8 +123,11 @@ int image_export(struct repo *r, const char *name, const char *file, const char 
 /*
  * The same on descriptors that somebody opened already, with rights that may be less than ours: no
  * path is opened. `fd` of an import is one of source_prepare (repo/source.h), of an export one of
- * image_export_target; both stay the caller's. `path`: what messages call it. After a failed export
- * image_export_undo removes the file.
+ * image_export_target; both stay the caller's. `path`: what messages call it.
+ *
+ * A target that is a file has no name until image_export_keep gives it one: whoever dies before
+ * leaves nothing. Where a file system makes no files without a name (NFS) it has it from the start,
+ * and image_export_undo removes it after a failure. CONFLICT if the name is taken, also by then.
  */
 int image_import_fd(struct repo *r, int fd, const char *path, const char *name,
                     const struct import_options *options, struct import_report *ret_report,
@@ -132,6 +135,7 @@ int image_import_fd(struct repo *r, int fd, const char *path, const char *name,
 int image_export_target(const char *path, int *ret_fd, struct vm_error **err);
 int image_export_fd(struct repo *r, const char *name, const char *file, int fd, const char *path,
                     const struct repo_control *control, struct vm_error **err);
+int image_export_keep(const char *path, int fd, struct vm_error **err);
 void image_export_undo(const char *path, int fd);
 
 struct image_sizes {

@@ -108,8 +108,8 @@ static const struct cli_command commands[] = {
      "    vmmig image import debian12.qcow2 debian12",
      run_import},
     {"image export", "NAME FILE", 2, 2, false, export_options, "get a disk image out, as a raw file",
-     "Write an image as a raw file with holes, which must not exist, or onto a block device. After "
-     "a failure no file remains.\n\n"
+     "Write an image as a raw file with holes, which must not exist, or onto a block device. The "
+     "file appears once it is whole.\n\n"
      "    vmmig image export debian12 /tmp/debian12.raw",
      run_export},
     {"image list", "", 0, 0, false, image_options, "the images of the repository",

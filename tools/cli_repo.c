@@ -3,12 +3,23 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "repo/repo.h"
 #include "repo/service.h"
 #include "client/client.h"
 #include "tools/cli_follow.h"
 #include "tools/cli_print.h"
 
 #include <string.h>
+
+/* An export's file gets its name before anybody is told that it is there. */
+static int end(struct cli_repo_view *view, int64_t elapsed_ns, struct vm_error **err)
+{
+    const Vmmig__Control__Repo *m = view->request;
+    if (m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_EXPORT &&
+        image_export_keep(m->path, view->fd, err) < 0)
+        return -1;
+    return cli_repo_end(view, elapsed_ns, err);
+}
 
 /* ---- in this process ---- */
 
@@ -42,8 +53,7 @@ static int take_direct(const Vmmig__Control__RepoResult *part, void *arg, struct
     return cli_repo_part(d->view, part, err);
 }
 
-static int run_direct(const struct cli *c, struct cli_repo_view *view, int fd,
-                      struct vm_error **err)
+static int run_direct(const struct cli *c, struct cli_repo_view *view, struct vm_error **err)
 {
     struct direct d = {.view = view, .started_ns = clock_mono_ns()};
     bool is_long = repo_service_is_long(view->request->verb);
@@ -51,7 +61,7 @@ static int run_direct(const struct cli *c, struct cli_repo_view *view, int fd,
     cleanup_close int signal_fd = is_long ? cli_follow_prepare(err) : -1;
     if (is_long && signal_fd < 0)
         return -1;
-    struct repo_service service = {.fd = fd, .control = {show_direct, &d, signal_fd},
+    struct repo_service service = {.fd = view->fd, .control = {show_direct, &d, signal_fd},
                                    .emit = take_direct, .arg = &d};
     if (fault_init(err) < 0)
         return -1;
@@ -59,7 +69,7 @@ static int run_direct(const struct cli *c, struct cli_repo_view *view, int fd,
     cli_progress_close(&d.progress);
     if (result < 0)
         return -1;
-    return cli_repo_end(view, is_long ? clock_mono_ns() - d.started_ns : -1, err);
+    return end(view, is_long ? clock_mono_ns() - d.started_ns : -1, err);
 }
 
 /* ---- through the agent ---- */
@@ -70,11 +80,11 @@ static int conclude(const Vmmig__Control__Job *job, void *arg, struct vm_error *
         return error_set(err, VM_ERROR_PROTOCOL, "the agent does not say what came of it");
     if (cli_repo_part(arg, job->result, err) < 0)
         return -1;
-    return cli_repo_end(arg, job->elapsed_ns, err);
+    return end(arg, job->elapsed_ns, err);
 }
 
 static int run_job(const struct cli *c, struct client *client, struct cli_repo_view *view,
-                   int fd, struct vm_error **err)
+                   struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     struct cli_follow_hooks hooks = {
@@ -82,7 +92,8 @@ static int run_job(const struct cli *c, struct client *client, struct cli_repo_v
         .conclude = conclude, .arg = view};
     cleanup_close int signal_fd = cli_follow_prepare(err);
     if (signal_fd < 0 ||
-        client_send_fd(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, fd, err) < 0 ||
+        client_send_fd(client, VMMIG__CONTROL__TYPE__REPO, &view->request->base, view->fd,
+                       err) < 0 ||
         client_receive(client, VMMIG__CONTROL__TYPE__JOB, INT64_MAX, -1, &answer, err) < 0)
         return -1;
     return cli_follow_with(c, client, answer.job, &hooks, signal_fd, err);
@@ -102,23 +113,23 @@ static int run_answered(struct client *client, struct cli_repo_view *view,
             return -1;
         more = answer.repo_result->more;
     }
-    return cli_repo_end(view, -1, err);
+    return end(view, -1, err);
 }
 
 int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int fd,
                  struct vm_error **err)
 {
-    struct cli_repo_view view = {.cli = c, .request = request};
+    struct cli_repo_view view = {.cli = c, .request = request, .fd = fd};
     int result = -1;
     if (control_check(VMMIG__CONTROL__TYPE__REPO, &request->base, err) < 0)
         return error_set_kind(err, VM_ERROR_USAGE);
     if (c->repo) {
-        result = run_direct(c, &view, fd, err);
+        result = run_direct(c, &view, err);
     } else {
         CLEANUP(client) struct client *client = client_open(c->socket, err);
         if (!client)
             return error_wrap(err, "without --repo URL");
-        result = repo_service_is_long(request->verb) ? run_job(c, client, &view, fd, err)
+        result = repo_service_is_long(request->verb) ? run_job(c, client, &view, err)
                                                      : run_answered(client, &view, err);
     }
     json_decref(view.object);

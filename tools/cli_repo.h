@@ -25,6 +25,7 @@ int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int f
 struct cli_repo_view {
     const struct cli *cli;
     const Vmmig__Control__Repo *request;
+    int fd;
     json_t *object;        /* with --json */
     uint64_t differing, n; /* bytes and stretches of a diff, images of a list, so far */
     bool damaged;

@@ -16,6 +16,7 @@ import subprocess
 import time
 
 import pytest
+from agents import eventually
 
 from .conftest import ROOT, build, fault_build
 from .test_repository import MIB, broken_qcow2, disk
@@ -353,6 +354,29 @@ def test_a_job_of_the_agent_outlives_its_command(tmp_path):
             time.sleep(0.05)
         assert next(j for j in jobs() if j['job'] == job['job'])['state'] == 'cancelled'
         assert way.names() == ['survivor']
+
+
+def opens_below(pid, folder):
+    """Does that process hold a file open there?"""
+    fds = f'/proc/{pid}/fd'
+    return any(os.readlink(f'{fds}/{fd}').startswith(f'{folder}/') for fd in os.listdir(fds))
+
+
+def test_an_export_that_is_killed_leaves_nothing(tmp_path, raw):
+    out = tmp_path / 'exports'
+    out.mkdir()
+    with Agent(tmp_path, f'dir:{tmp_path}/repo') as agent:
+        way = Way(['--socket', agent.socket], '')
+        way.run('repo', 'init')
+        way.run('image', 'import', raw, 'a')
+        agent.process.send_signal(signal.SIGSTOP)  # the export cannot end
+        with subprocess.Popen(way.argv('image', 'export', 'a', out / 'a.raw'), stderr=subprocess.DEVNULL) as client:
+            eventually('the target of the export', lambda: opens_below(client.pid, out))
+            client.kill()
+        agent.process.send_signal(signal.SIGCONT)
+        assert not list(out.iterdir())
+        way.run('image', 'export', 'a', out / 'a.raw')
+        assert filecmp.cmp(raw, out / 'a.raw', shallow=False)
 
 
 def test_a_group_member_gets_no_file_of_others(tmp_path, raw):
