@@ -31,6 +31,7 @@ import uuid
 
 TOOLS = ["ceph-mon", "ceph-mgr", "ceph-osd", "ceph-authtool", "monmaptool"]
 PR_SET_PDEATHSIG = 1
+CLONE_NEWNET = 0x40000000
 
 CONF = """[global]
 fsid = {fsid}
@@ -86,6 +87,13 @@ def _die_with_parent():
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _enter_network(pid):
+    """This thread, and what it starts, is in the network of that process."""
+    with open(f"/proc/{pid}/ns/net", encoding="ascii") as network:
+        if ctypes.CDLL(None, use_errno=True).setns(network.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter the network of process {pid}")
+
+
 def _free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -93,19 +101,22 @@ def _free_port():
 
 
 class CephCluster:
-    def __init__(self, folder, osds=3, osd_size=6 << 30):
+    def __init__(self, folder, osds=3, osd_size=6 << 30, network_of=None):
+        """network_of: a process in whose network namespace it is, and can be reached, at 127.0.0.1."""
         self.dir = os.path.abspath(folder)
         self.n_osds = osds
         self.osd_size = osd_size
         self.conf = os.path.join(self.dir, "ceph.conf")
         self.keyring = os.path.join(self.dir, "keyring")
         self.daemons = {}
-        self.starter = concurrent.futures.ThreadPoolExecutor(max_workers=1)  # lives as long as they do
+        enter = (lambda: _enter_network(network_of)) if network_of else None
+        self.starter = concurrent.futures.ThreadPoolExecutor(1, initializer=enter)  # lives as long as they do
+        self.maker = concurrent.futures.ThreadPoolExecutor(1, initializer=enter)  # its threads are where it is
         self.rados = None
 
     def __enter__(self):
         try:
-            self.start()
+            self.maker.submit(self.start).result()
         except BaseException:
             self.stop()
             raise
@@ -198,6 +209,7 @@ class CephCluster:
         while self.daemons:
             self.kill(next(iter(self.daemons)))
         self.starter.shutdown()
+        self.maker.shutdown()
 
     # -- using
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Templates and clones, as their user sees them."""
+import contextlib
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
+import time
 
 import pytest
 from agents import Cluster, eventually
@@ -127,10 +130,95 @@ def test_several_at_once_share_what_they_do_not_write(agent, template):
     kill(agent, *made)
 
 
+def mount(agent):
+    return agent.json('mount', '/run/vmmig/images')
+
+
+def cold(agent):
+    """As on a host where nothing was cloned yet: nothing is cached. Who still had files open has ended."""
+    os.makedirs(agent.host.path('/run/vmmig/images'), exist_ok=True)
+    eventually('nobody uses the mount', lambda: agent.vmmig('unmount', '/run/vmmig/images', check=False).returncode == 0)
+
+
+def test_where_a_clone_was_made_before_the_next_one_waits_less(agent, template):
+    cold(agent)
+    waits = []
+    for name in ('w1', 'w2'):
+        made, console = clone(agent, 'debian12:v1', name)
+        console.wait_ticks(10)
+        waits.append(mount(agent)['waits'])
+        eventually('the working set', lambda: agent.json('template', 'show', 'debian12:v1')['working_set'])
+        console.verify()  # every page, also those that are read by the way
+        kill(agent, made)
+        seen = mount(agent)
+        cold(agent)
+    assert waits[1] * 3 < waits[0], waits
+    assert seen['prefetched_bytes'] > 0 and seen['failed_reads'] == 0
+
+
 def write(agent, name, words):
     """As if the guest wrote to its first disk."""
     monitor = BareGuest(name, mem_mib=64).qmp(agent.host)
-    monitor.hmp(f'qemu-io -d {monitor("query-block")[0]["qdev"]} "write {words}"')
+    for command in (f'write {words}', 'flush'):
+        monitor.hmp(f'qemu-io -d {monitor("query-block")[0]["qdev"]} "{command}"')
+
+
+def fetchers(agent):
+    return [pid for pid, argv in agent.host.processes().items() if os.path.basename(argv[0]) == 'vmmig-fetch']
+
+
+def test_a_clone_runs_on_though_fetchers_die(agent, template):
+    cold(agent)
+    made, console = clone(agent, 'debian12:v1', 'k1')
+    killed = 0
+    mark = console.mark()
+    console.send('verify')
+    while not any(line.text.startswith('verified') for line in console.lines[mark:]):
+        for pid in fetchers(agent):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+        time.sleep(.2)  # some of its work is done before the next one dies
+    assert killed > 1 and console.wait_for('^verified', after=mark).text.endswith('errors=0')
+    assert mount(agent)['failed_reads'] == 0
+    kill(agent, made)
+
+
+def test_vmmig_is_upgraded_under_a_clone(agent, template):
+    """The process that holds the mount stays, with what it has; the fetchers are new ones."""
+    cold(agent)
+    real = agent.options['libexec-dir']
+    libexec = os.path.join(agent.cluster.folder, 'libexec')
+    shutil.copytree(real, libexec, ignore=shutil.ignore_patterns('*.p', '*.a'))
+    with open(f'{libexec}/vmmig-mount', 'r+b') as file:
+        program = file.read()
+        assert b'vmmig 0.' in program
+        file.seek(0)
+        file.write(program.replace(b'vmmig 0.', b'vmmig /.'))  # the version that it says it is
+    agent.stop()
+    agent.options['libexec-dir'] = libexec
+    agent.start()
+    made, console = clone(agent, 'debian12:v1', 'u1')
+    console.wait_ticks(3)
+    before, old = mount(agent), fetchers(agent)
+    assert before['pid'] and len(old) == 1
+    agent.kill()
+    console.wait_ticks(3)
+    shutil.copy(f'{real}/vmmig-mount', f'{libexec}/vmmig-mount.new')
+    os.rename(f'{libexec}/vmmig-mount.new', f'{libexec}/vmmig-mount')
+    agent.start()
+    second, other = clone(agent, 'debian12:v1', 'u2')
+    eventually('new fetchers', lambda: fetchers(agent) and not set(old) & set(fetchers(agent)))
+    for one in (console, other):
+        one.wait_ticks(3)
+        one.verify()
+    after = mount(agent)
+    assert after['pid'] == before['pid'] and after['failed_reads'] == 0
+    kill(agent, made, second)
+    cold(agent)
+    agent.stop()
+    agent.options['libexec-dir'] = real
+    agent.start()
 
 
 def content(agent, overlay):
