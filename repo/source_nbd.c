@@ -6,6 +6,8 @@
 #include "repo/source_driver.h"
 
 #include "base/bytes.h"
+#include "base/clock.h"
+#include "base/fault.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -21,7 +23,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { INFO_MAX = 1 << 20, READ_MAX = 1 << 20 };
+enum { INFO_MAX = 1 << 20, READ_MAX = 1 << 20, ANSWER_MS = 60 * 1000 };
 
 extern char **environ;
 
@@ -161,6 +163,8 @@ int source_probe(const char *path, const char *format, char **ret_format, struct
 
 /* ---- reading through qemu-nbd ---- */
 
+static const nbd_completion_callback no_completion;
+
 struct source_nbd {
     struct source source;
     struct nbd_handle *nbd;
@@ -179,12 +183,38 @@ static int fail(struct source_nbd *n, const char *what, struct vm_error **err)
 static void nbd_source_close(struct source *s)
 {
     struct source_nbd *n = (struct source_nbd *)s;
-    if (n->nbd) {
-        nbd_shutdown(n->nbd, 0);
-        nbd_close(n->nbd); /* its qemu-nbd ends with the connection */
-    }
+    nbd_close(n->nbd); /* its qemu-nbd ends with the connection */
     free(n->path);
     free(n);
+}
+
+/* The server may be anybody's: it answers, or is given up. 1 once `done` says so. */
+static int wait_for(struct source_nbd *n, int (*done)(struct source_nbd *n, int64_t arg),
+                    int64_t arg, const char *what, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + fault_patience_ns(ANSWER_MS);
+    for (;;) {
+        int r = done(n, arg);
+        if (r)
+            return r < 0 ? fail(n, what, err) : 0;
+        int64_t left = deadline - clock_mono_ns();
+        if (left <= 0)
+            return error_set(err, VM_ERROR_TIMEOUT, "%s %s: qemu-nbd does not answer", what, n->path);
+        if (nbd_poll(n->nbd, (int)(left / NSEC_PER_MSEC) + 1) < 0)
+            return fail(n, what, err);
+    }
+}
+
+static int is_answered(struct source_nbd *n, int64_t cookie)
+{
+    return nbd_aio_command_completed(n->nbd, (uint64_t)cookie);
+}
+
+/* `cookie` is that of a command that was just given. */
+static int wait_for_answer(struct source_nbd *n, int64_t cookie, const char *what,
+                           struct vm_error **err)
+{
+    return cookie < 0 ? fail(n, what, err) : wait_for(n, is_answered, cookie, what, err);
 }
 
 static int take_extents(void *arg, const char *context, uint64_t offset, uint32_t *entries,
@@ -218,8 +248,9 @@ static int nbd_source_extent(struct source *s, uint64_t offset, uint64_t *ret_le
         uint64_t ask = s->size - offset < (1u << 30) ? s->size - offset : 1u << 30;
         nbd_extent_callback callback = {.callback = take_extents, .user_data = n};
         n->start = n->end = 0;
-        if (nbd_block_status(n->nbd, ask, offset, callback, 0) < 0)
-            return fail(n, "cannot ask for the extents of", err);
+        int64_t cookie = nbd_aio_block_status(n->nbd, ask, offset, callback, no_completion, 0);
+        if (wait_for_answer(n, cookie, "cannot ask for the extents of", err) < 0)
+            return -1;
         if (offset < n->start || offset >= n->end)
             return error_set(err, VM_ERROR_FAILED, "qemu-nbd does not describe %s at %llu", n->path,
                              (unsigned long long)offset);
@@ -237,8 +268,10 @@ static int nbd_source_read(struct source *s, uint64_t offset, void *out, size_t 
     struct source_nbd *n = (struct source_nbd *)s;
     for (size_t done = 0; done < len;) {
         size_t step = len - done < READ_MAX ? len - done : READ_MAX;
-        if (nbd_pread(n->nbd, (char *)out + done, step, offset + done, 0) < 0)
-            return fail(n, "cannot read", err);
+        int64_t cookie = nbd_aio_pread(n->nbd, (char *)out + done, step, offset + done,
+                                       no_completion, 0);
+        if (wait_for_answer(n, cookie, "cannot read", err) < 0)
+            return -1;
         done += step;
     }
     return 0;
@@ -247,13 +280,20 @@ static int nbd_source_read(struct source *s, uint64_t offset, void *out, size_t 
 static const struct source_driver nbd_driver = {nbd_source_close, nbd_source_extent,
                                                 nbd_source_read};
 
+static int is_connected(struct source_nbd *n, int64_t arg)
+{
+    return nbd_aio_is_dead(n->nbd) || nbd_aio_is_closed(n->nbd) ? -1 : nbd_aio_is_ready(n->nbd);
+}
+
 static int connect_server(struct source_nbd *n, int fd, struct vm_error **err)
 {
     n->nbd = nbd_create();
     int own = n->nbd ? fcntl(fd, F_DUPFD_CLOEXEC, 3) : -1;
     if (own < 0 || nbd_add_meta_context(n->nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) < 0 ||
-        nbd_connect_socket(n->nbd, own) < 0)
+        nbd_aio_connect_socket(n->nbd, own) < 0)
         return fail(n, "qemu-nbd does not serve", err);
+    if (wait_for(n, is_connected, 0, "qemu-nbd does not serve", err) < 0)
+        return -1;
     int64_t size = nbd_get_size(n->nbd);
     if (size < 0)
         return fail(n, "cannot tell the size of", err);

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vmmig repo` and `vmmig image` as their user types them: with --repo on both stores, and through an agent."""
 import array
+import contextlib
 import filecmp
 import grp
 import json
@@ -12,7 +13,9 @@ import re
 import select
 import signal
 import socket
+import struct
 import subprocess
+import threading
 import time
 
 import pytest
@@ -71,8 +74,10 @@ class Way:
 class Agent:
     """A vmmigd that keeps a repository and no VMs."""
 
-    def __init__(self, folder, url, **options):
+    def __init__(self, folder, url, impatient=False, **options):
         self.folder = folder
+        self.program = f'{fault_build() if impatient else build()}/agent/vmmigd'
+        self.env = dict(os.environ, VMMIG_PATIENCE='60') if impatient else None  # minutes become seconds
         self.socket = f'{folder}/run/control.sock'
         lines = {'state-dir': f'{folder}/state', 'runtime-dir': f'{folder}/run', 'log-dir': f'{folder}/log',
                  'listen': 'none', 'insecure-plain': 'yes', 'repository': url, **options}
@@ -80,7 +85,7 @@ class Agent:
 
     def __enter__(self):
         self.log = open(f'{self.folder}/err', 'wb')  # pylint: disable=consider-using-with
-        self.process = subprocess.Popen([f'{build()}/agent/vmmigd', '--config', f'{self.folder}/conf'],
+        self.process = subprocess.Popen([self.program, '--config', f'{self.folder}/conf'], env=self.env,
                                         stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log)
         deadline = time.monotonic() + 20
         while b'msg="ready"' not in (text := pathlib.Path(self.folder, 'err').read_bytes()):
@@ -445,6 +450,58 @@ def send_import(path, fd):
             return job['error'] and job['error']['kind']
         time.sleep(0.02)
     return 'still running'
+
+
+def serve_nothing(server):
+    """Until the other end gives up."""
+    with contextlib.suppress(ConnectionResetError):
+        while server.recv(4096):
+            pass
+
+
+def serve_garbage(server):
+    server.sendall(b'\xff' * 4096)
+    serve_nothing(server)
+
+
+def negotiate(server, size):
+    """As an NBD server that knows no more than it must."""
+    server.sendall(b'NBDMAGICIHAVEOPT' + struct.pack('>H', 1))
+    server.recv(4, socket.MSG_WAITALL)
+    while True:
+        _, option, length = struct.unpack('>8sII', server.recv(16, socket.MSG_WAITALL))
+        server.recv(length, socket.MSG_WAITALL)
+        answers = [(3, struct.pack('>HQH', 0, size, 1)), (1, b'')] if option == 7 else [(1 << 31 | 1, b'')]
+        for kind, body in answers:
+            server.sendall(struct.pack('>QIII', 0x3e889045565a9, option, kind, len(body)) + body)
+        if option == 7:
+            return
+
+
+def serve_no_command(server):
+    negotiate(server, 1 << 20)
+    serve_nothing(server)
+
+
+def serve_too_much(server):
+    negotiate(server, (1 << 63) - 1)
+    serve_nothing(server)
+
+
+@pytest.mark.parametrize('serve, kind', [(serve_nothing, 'timeout'), (serve_garbage, 'failed'),
+                                         (serve_no_command, 'timeout'), (serve_too_much, 'refused')])
+def test_a_socket_that_serves_no_disk(tmp_path, serve, kind):
+    """It comes from a client, who may be anybody: the import fails, and the agent's job with it."""
+    with Agent(tmp_path, f'dir:{tmp_path}/repo', impatient=True) as agent:
+        way = Way(['--socket', agent.socket], '')
+        way.run('repo', 'init')
+        ours, theirs = socket.socketpair()
+        server = threading.Thread(target=serve, args=[ours])
+        server.start()
+        assert send_import(agent.socket, theirs.detach()) == kind
+        server.join(10)
+        assert not server.is_alive()
+        assert way.names() == []
 
 
 @pytest.mark.parametrize('pair', ['dir-dir', 'dir-rados', 'rados-dir'])
