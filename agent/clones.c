@@ -325,20 +325,16 @@ static int take_settings(struct cloning *c, struct vm_error **err)
 }
 
 /* What all launches on this host have in common. */
-static int prepare_launch(void *arg, const char *binary, struct qemu_launch *launch,
+static int prepare_launch(void *arg, const struct qemu_definition *d, struct qemu_launch *launch,
                           struct vm_error **err)
 {
     struct cloning *c = arg;
     const struct config *config = c->agent->config;
-    *launch = (struct qemu_launch){.binary = driver_qemu.find_binary(config, binary),
-                                   .user = config->vm_user};
+    *launch = (struct qemu_launch){.binary = driver_find_binary(config, d, err), .user = config->vm_user};
     if (!launch->binary)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "%.256s is not among the binaries that may be run as a VM (`vmm` in the "
-                         "agent's configuration)",
-                         binary);
+        return -1;
     driver_place_finish(&c->place);
-    c->place.socket_path = driver_socket_path(config, c->name, VM_DRIVER_QEMU);
+    c->place.socket_path = driver_socket_path(config, c->name, driver_of_definition(d));
     if (!c->place.socket_path ||
         asprintf(&c->place.log_path, "%s/%s.log", config->log_dir, c->name) < 0)
         return error_nomem(err);
@@ -366,7 +362,7 @@ static void describe(struct cloning *c, const struct clone *made, int64_t asked_
     for (unsigned k = 0; k < made->notes.n; k++)
         c->note_list[i][k] = c->notes[i].text[k];
     info->vm = c->names[i];
-    info->pid = qemu_guest(made->qemu)->process.pid;
+    info->pid = made->guest->process.pid;
     info->template_ = c->refs[i];
     info->start_ns = made->timing.running_ns - made->timing.spawned_ns;
     info->total_ns = clock_mono_ns() - asked_ns;
@@ -379,10 +375,10 @@ static void describe(struct cloning *c, const struct clone *made, int64_t asked_
 static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
 {
     cleanup_vm_definition struct vm_definition copy = {0};
-    struct guest *guest = qemu_guest(made->qemu);
+    struct guest *guest = made->guest;
     struct vm_definition d = {.origin = VM_ORIGIN_RUN,
                               .argv = made->argv,
-                              .driver = VM_DRIVER_QEMU,
+                              .driver = driver_of(guest),
                               .socket_path = c->place.socket_path,
                               .process = guest->process,
                               .since_ns = clock_wall_ns()};

@@ -168,6 +168,15 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
     return 0;
 }
 
+const char *driver_find_binary(const struct config *config, const struct qemu_definition *d, struct vm_error **err)
+{
+    enum vm_driver kind = driver_of_definition(d);
+    const char *binary = drivers[kind]->find_binary(config, d->binary);
+    if (!binary)
+        not_allowed(d->binary, kind == VM_DRIVER_QEMU ? "`vmm`" : "`attach-vmm`", err);
+    return binary;
+}
+
 struct guest *driver_sink_start(const struct config *config, const char *name,
                                 const struct qemu_definition *d, bool assume_shared,
                                 const struct driver_birth *birth, struct vm_error **err)
@@ -175,12 +184,8 @@ struct guest *driver_sink_start(const struct config *config, const char *name,
     enum vm_driver kind = driver_of_definition(d);
     const struct driver *driver = drivers[kind];
     struct driver_launch launch = {
-        .config = config, .vm = name, .binary = driver->find_binary(config, d->binary), .birth = birth};
-    if (!launch.binary) {
-        not_allowed(d->binary, kind == VM_DRIVER_QEMU ? "`vmm`" : "`attach-vmm`", err);
-        return NULL;
-    }
-    if (make_place(config, name, kind, &launch.place, err) < 0)
+        .config = config, .vm = name, .binary = driver_find_binary(config, d, err), .birth = birth};
+    if (!launch.binary || make_place(config, name, kind, &launch.place, err) < 0)
         return NULL;
     cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
     return driver->sink_start(&launch, d, assume_shared, err);

@@ -165,6 +165,7 @@ static int take_slots(struct attach_memory *m, const struct vmmig_slot *slots, u
         s->slot = slots[i];
         s->page_size = page_sizes[i];
         s->marks = NULL;
+        s->maps_file = false;
         s->slot.memfd = fcntl(slots[i].memfd, F_DUPFD_CLOEXEC, 0);
         if (s->slot.memfd < 0)
             return error_errno(err, errno, "cannot keep the memfd of memory slot %s", slots[i].name);
@@ -245,6 +246,8 @@ int attach_memory_track(struct attach_memory *m, const char *record_path, struct
     SCOPE_LOCK(&m->memory_lock);
     if (!m->n_slots)
         return error_set(err, VM_ERROR_REFUSED, "the VMM has not told its memory slots");
+    if (attach_memory_check_own(m, err) < 0)
+        return -1;
     if (atomic_load(&m->tracking))
         return error_set(err, VM_ERROR_CONFLICT, "dirty pages are being tracked already");
     if (record_path && dirtylog_record(m->log, record_path, err) < 0)
@@ -341,6 +344,39 @@ int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, 
     if (dirtylog_clear(m->log, slot, first, n, bitmap, err) < 0)
         return -1;
     memset(bitmap + first / 64, 0, (n + 63) / 64 * 8);
+    return 0;
+}
+
+/* ---- Memory that is shared with other guests ---- */
+
+int attach_memory_check_own(const struct attach_memory *m, struct vm_error **err)
+{
+    for (unsigned i = 0; i < m->n_slots; i++)
+        if (m->slots[i].maps_file)
+            return error_set(err, VM_ERROR_REFUSED,
+                             "this guest is a clone, whose memory is its template's until it is written: that "
+                             "of such a VMM can be neither moved nor snapshotted");
+    return 0;
+}
+
+int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err)
+{
+    struct stat st;
+    SCOPE_LOCK(&m->memory_lock);
+    if (slot >= m->n_slots)
+        return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
+    struct attach_slot *s = &m->slots[slot];
+    if (s->page_size != DIRTYLOG_PAGE)
+        return error_set(err, VM_ERROR_REFUSED, "memory slot %s has huge pages: it cannot be a template's",
+                         s->slot.name);
+    if (fd < 0 || fstat(fd, &st) < 0 || !S_ISREG(st.st_mode) || (uint64_t)st.st_size != s->slot.size)
+        return error_set(err, VM_ERROR_PROTOCOL, "the file for memory slot %s is none, or not as large as it",
+                         s->slot.name);
+    /* From here on it is not what its memfd says, whether that works or not. */
+    s->maps_file = true;
+    if (mmap(s->slot.host, s->slot.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd,
+             0) == MAP_FAILED)
+        return error_errno(err, errno, "cannot map a file as memory slot %s", s->slot.name);
     return 0;
 }
 

@@ -202,6 +202,7 @@ static int handle_hello(const struct request *r, struct vm_error **err)
     m.incoming_argv = (char **)(uintptr_t)c->incoming_argv;
     while (c->incoming_argv && c->incoming_argv[m.n_incoming_argv])
         m.n_incoming_argv++;
+    m.takes_files = c->takes_files;
     if (answer(r->connection, VMMIG__ATTACH__TYPE__WELCOME, &m.base, err) < 0)
         return -1;
     r->connection->greeted = true;
@@ -236,6 +237,8 @@ static int handle_get_memory(const struct request *r, struct vm_error **err)
     SCOPE_LOCK(&m->memory_lock);
     if (!m->n_slots)
         return error_set(err, VM_ERROR_REFUSED, "the VMM has not told its memory slots");
+    if (attach_memory_check_own(m, err) < 0)
+        return -1;
     for (unsigned i = 0; i < m->n_slots; i++) {
         struct attach_slot *s = &m->slots[i];
         vmmig__attach__slot__init(&slots[i]);
@@ -357,6 +360,19 @@ static int handle_save(const struct request *r, struct vm_error **err)
     return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__SAVED, &m.base, &fd, 1, err);
 }
 
+static int handle_map_file(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    bool held;
+    if (state_of(a, &held) != VMMIG_INCOMING)
+        return out_of_order(r, "this VMM does not wait for a guest", err);
+    if (!a->config.takes_files)
+        return error_set(err, VM_ERROR_REFUSED, "this VMM does not let the guest's memory be a template's");
+    return attach_memory_map_file(&a->memory, r->message->map_file->slot, r->fd, err) < 0
+               ? -1
+               : answer_ok(r->connection, err);
+}
+
 static int handle_load(const struct request *r, struct vm_error **err)
 {
     struct vmmig_attach *a = r->attach;
@@ -392,6 +408,7 @@ static const struct {
     {VMMIG__ATTACH__TYPE__PAUSE, handle_pause},       {VMMIG__ATTACH__TYPE__RESUME, handle_resume},
     {VMMIG__ATTACH__TYPE__QUIT, handle_quit},
     {VMMIG__ATTACH__TYPE__SAVE, handle_save},         {VMMIG__ATTACH__TYPE__LOAD, handle_load},
+    {VMMIG__ATTACH__TYPE__MAP_FILE, handle_map_file},
 };
 
 static int handle(const struct request *r, struct vm_error **err)

@@ -180,6 +180,14 @@ struct vmmig_config {
     const char *const *incoming_argv;
     struct vmmig_callbacks callbacks;
     void *arg;                   /* of all callbacks */
+    /*
+     * Templates: while the VMM waits for a guest, the library may put a private mapping of a template's file in place of
+     * the memory at `host` of a slot, the file descriptor of which the VMM then has no use for. So a clone begins at
+     * once, and shares with others what it does not write. Only for a VMM that reaches guest memory through `host`
+     * alone: not for one whose memfds others map (vhost-user), or that has huge pages. Such a guest can be neither
+     * moved nor snapshotted.
+     */
+    bool takes_files;
 };
 
 #define VMMIG_CONFIG_SIZE sizeof(struct vmmig_config)

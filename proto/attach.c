@@ -146,6 +146,11 @@ static int check_load(const Vmmig__Attach__Load *m, struct vm_error **err)
     return m->size > ATTACH_STATE_BYTES_MAX ? out_of_range("the state's size", err) : 0;
 }
 
+static int check_map_file(const Vmmig__Attach__MapFile *m, struct vm_error **err)
+{
+    return m->slot >= ATTACH_SLOTS_MAX ? out_of_range("the memory slot", err) : 0;
+}
+
 /* One table: a type, its descriptor, its check. */
 
 #define X(id, member, Name)                                                                        \

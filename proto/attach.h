@@ -57,6 +57,7 @@
     X(PAUSE, empty, Empty)                                                                         \
     X(SAVE, empty, Empty)                                                                          \
     X(LOAD, load, Load)                                                                            \
+    X(MAP_FILE, map_file, MapFile)                                                                 \
     X(RESUME, empty, Empty)                                                                        \
     X(QUIT, empty, Empty)                                                                          \
     X(STATE, state, State)                                                                         \
@@ -77,6 +78,7 @@
     X(PAUSE)                                                                                       \
     X(SAVE)                                                                                        \
     X(LOAD)                                                                                        \
+    X(MAP_FILE)                                                                                    \
     X(RESUME)                                                                                      \
     X(QUIT)
 
@@ -90,6 +92,7 @@ struct attach_message {
         Vmmig__Attach__Clear *clear;
         Vmmig__Attach__Throttle *throttle;
         Vmmig__Attach__Load *load;
+        Vmmig__Attach__MapFile *map_file;
         Vmmig__Attach__State *state;
         Vmmig__Attach__Memory *memory;
         Vmmig__Attach__Harvested *harvested;

@@ -5,6 +5,7 @@
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "vmm/attach_clone.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -189,8 +190,18 @@ static int make_overlay(struct making *m, unsigned disk, struct vm_error **err)
     return m->disk_paths[disk] ? 0 : error_nomem(err);
 }
 
+static bool has_disks(const struct making *m)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < m->vm.definition.n_disks; i++)
+        n += *m->vm.disk_files[i] != 0;
+    return n;
+}
+
 static int make_overlays(struct making *m, struct vm_error **err)
 {
+    if (!has_disks(m))
+        return 0;
     snprintf(m->folder, sizeof(m->folder), "%s/%s", m->p->disk_dir, m->p->name);
     if (io_make_folders(m->p->disk_dir, 0755, err) < 0)
         return -1;
@@ -243,7 +254,8 @@ static int resize(struct making *m, struct qemu *q, struct vm_error **err)
     return qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err);
 }
 
-static int launch(struct making *m, struct clone *c, struct vm_error **err)
+static int launch_qemu(struct making *m, const struct qemu_launch *common, struct clone *c,
+                       struct vm_error **err)
 {
     struct qemu_clone_params params = {
         .name = m->p->name,
@@ -254,21 +266,74 @@ static int launch(struct making *m, struct clone *c, struct vm_error **err)
         .n_taps = m->p->n_taps,
         .keep_macs = m->p->keep_macs,
         .state_fd = m->state_fd,
+        .launch = *common,
     };
-    if (m->p->prepare(m->p->arg, m->vm.definition.binary, &params.launch, err) < 0 ||
-        qemu_clone_argv(&params, &c->notes, &c->argv, err) < 0)
+    if (qemu_clone_argv(&params, &c->notes, &c->argv, err) < 0)
         return -1;
     (void)FAULT("clone.spawn");
-    c->qemu = qemu_clone_spawn(&params, c->argv, &c->timing, err);
-    if (!c->qemu)
+    struct qemu *q = qemu_clone_spawn(&params, c->argv, &c->timing, err);
+    if (!q)
         return -1;
+    c->guest = qemu_guest(q);
     (void)FAULT("clone.spawned");
-    c->running = m->vm.definition.state == GUEST_RUNNING;
-    if (resize(m, c->qemu, err) == 0)
+    return resize(m, q, err);
+}
+
+/* Of such a VMM's command line only its name is known to belong to the clone. */
+static int check_attach(const struct making *m, struct vm_error **err)
+{
+    const struct clone_params *p = m->p;
+    if (p->n_taps)
+        return error_set(err, VM_ERROR_REFUSED, "--set %s: nothing is known of NICs of template %s",
+                         p->taps[0].from, p->template);
+    return p->disk_size ? error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger", p->template)
+                        : 0;
+}
+
+static int launch_attach(struct making *m, const struct qemu_launch *common, struct clone *c,
+                         struct vm_error **err)
+{
+    struct attach_clone_params params = {
+        .definition = &m->vm.definition,
+        .launch = {.spawn = {.binary = common->binary,
+                             .log_path = common->log_path,
+                             .user = common->user,
+                             .cgroup = common->cgroup,
+                             .born = common->born,
+                             .born_arg = common->born_arg},
+                   .socket_path = common->qmp_path,
+                   .name = m->p->name},
+        .ram_fds = m->fds, /* the first of them */
+        .state_fd = m->state_fd,
+    };
+    if (check_attach(m, err) < 0)
+        return -1;
+    (void)FAULT("clone.spawn");
+    struct attach *a = attach_clone_spawn(&params, &c->timing, err);
+    if (!a)
+        return -1;
+    c->guest = attach_guest(a);
+    (void)FAULT("clone.spawned");
+    snprintf(c->notes.text[c->notes.n++], QEMU_CLONE_NOTE_MAX,
+             "the guest keeps what else it has of an identity: %s gets a name of its own",
+             attach_info(a)->vmm);
+    return process_argv(c->guest->process.pid, &c->argv, err);
+}
+
+static int launch(struct making *m, struct clone *c, struct vm_error **err)
+{
+    struct qemu_launch common = {.binary = NULL};
+    const struct qemu_definition *d = &m->vm.definition;
+    if (m->p->prepare(m->p->arg, d, &common, err) < 0)
+        return -1;
+    c->running = d->state == GUEST_RUNNING;
+    if ((attach_is_definition(d) ? launch_attach : launch_qemu)(m, &common, c, err) == 0)
         return 0;
-    guest_kill(qemu_guest(c->qemu), KILL_TIMEOUT_MS, NULL);
-    unlink(params.launch.qmp_path);
-    qemu_destroy(steal_ptr(&c->qemu));
+    if (!c->guest)
+        return -1;
+    guest_kill(c->guest, KILL_TIMEOUT_MS, NULL);
+    unlink(common.qmp_path);
+    guest_destroy(steal_ptr(&c->guest));
     return -1;
 }
 
@@ -304,7 +369,7 @@ static void finish(struct making *m)
 int clone_start(const struct clone_params *params, struct clone *ret_clone, struct vm_error **err)
 {
     struct making m = {.p = params, .state_fd = -1};
-    struct clone c = {.qemu = NULL};
+    struct clone c = {.guest = NULL};
     int r = make(&m, &c, err);
     if (r < 0) {
         free(c.argv);

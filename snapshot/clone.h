@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * clone: a running VM from a template, in a blink: its disks are qcow2 overlays upon the mounted
- * template's, its memory a private mapping of the mounted template's.
+ * template's, its memory a private mapping of the mounted template's. One of a VMM that links libvmmig-attach has no disks: it gets its memory and a name.
  *
  *     clone_start(&params, &clone, &err)
  *
@@ -12,7 +12,7 @@
  *
  * Failure: nothing is left, neither process nor overlay nor lease. NOT_FOUND: no such template;
  * CONFLICT: DIR/NAME is there already; NO_SPACE: no room for the overlay; REFUSED: vmm/qemu_clone.h,
- * or a disk that was not saved. Threads: any.
+ * vmm/attach_clone.h, or a disk that was not saved. Threads: any.
  */
 #ifndef VMMIG_SNAPSHOT_CLONE_H
 #define VMMIG_SNAPSHOT_CLONE_H
@@ -33,8 +33,8 @@ struct clone_params {
     unsigned n_taps;
     bool keep_macs;
     uint64_t disk_size;   /* of disk 0; 0: as it was */
-    /* Fill what launches have in common; called when the binary is known. */
-    int (*prepare)(void *arg, const char *binary, struct qemu_launch *launch,
+    /* Fill what launches have in common, of either kind of VMM; qmp_path is where its socket goes. */
+    int (*prepare)(void *arg, const struct qemu_definition *d, struct qemu_launch *launch,
                    struct vm_error **err);
     /* A file or a folder was made. May be NULL. */
     int (*made)(void *arg, const char *path, struct vm_error **err);
@@ -45,10 +45,10 @@ struct clone_params {
 
 struct clone {
     struct template template;
-    struct qemu *qemu;  /* the caller's */
+    struct guest *guest; /* the caller's */
     char **argv;        /* free it */
     struct qemu_clone_notes notes;
-    struct qemu_clone_timing timing;
+    struct clone_timing timing;
     bool running;
 };
 

@@ -271,7 +271,8 @@ static const struct cli_command commands[] = {
      "Start a VM that goes on where the template's snapshot was taken. It shares memory and disk "
      "with the template and all its clones until it writes. It gets a new UUID, a new VM "
      "generation ID where the guest has the device, and new MAC addresses; what the running guest "
-     "does not notice of that is said.\n\n"
+     "does not notice of that is said. One of a VMM that links libvmmig-attach gets a name of its "
+     "own, if its command line has one, and can be neither sent nor snapshotted.\n\n"
      "    vmmig clone debian12:v3 --as web2\n"
      "    vmmig clone debian12:v3 --as worker --count 8",
      run_clone},

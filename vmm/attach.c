@@ -189,7 +189,7 @@ bool attach_is_definition(const struct qemu_definition *d)
 }
 
 /* Slots, from the VMM's answer: nothing is mapped for that. */
-static int define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
+int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
     if (attach_request(&a->client, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL, -1,
@@ -235,7 +235,7 @@ int attach_define(struct attach *a, struct qemu_definition *ret_definition, stru
     cleanup_qemu_definition struct qemu_definition d = {.state = GUEST_PAUSED};
     const struct attach_info *info = attach_info(a);
     struct guest_status now;
-    if (attach_query_state(a, NULL, &now, err) < 0 || define_memory(a, &d, err) < 0 ||
+    if (attach_query_state(a, NULL, &now, err) < 0 || attach_define_memory(a, &d, err) < 0 ||
         define_argv(a, &d, err) < 0)
         return -1;
     if (now.state != GUEST_RUNNING && now.state != GUEST_PAUSED)

@@ -66,6 +66,7 @@ struct attach_info {
     char *tracking; /* "bitmap", "ring" ... */
     unsigned n_vcpus;
     char **incoming_argv; /* ended by NULL; empty: destinations are started by hand */
+    bool takes_files;     /* its guest's memory can be a template's */
 }; /* constant as long as the handle lives */
 
 /*

@@ -178,6 +178,7 @@ static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, st
                             .machine = strdup(w->machine),
                             .tracking = strdup(w->tracking),
                             .n_vcpus = w->n_vcpus,
+                            .takes_files = w->takes_files,
                             .incoming_argv = attach_copy_argv(w->n_incoming_argv, w->incoming_argv)};
     if (!i.vmm || !i.machine || !i.tracking || !i.incoming_argv) {
         info_finish(&i);

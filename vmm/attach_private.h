@@ -8,6 +8,7 @@
  *     attach_source.c   the source
  *     attach_spawn.c    starting a VMM
  *     attach_sink.c     the sink
+ *     attach_clone.c    a VMM whose guest's memory is a template's
  */
 #ifndef VMMIG_VMM_ATTACH_PRIVATE_H
 #define VMMIG_VMM_ATTACH_PRIVATE_H
@@ -128,6 +129,13 @@ void attach_source_release(struct attach *a);
 /* The engine has paused the guest. */
 void attach_source_paused(struct attach *a);
 
+/* Is it the VMM of the definition, waiting? */
+int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
+/* Are these memory slots those of the definition? */
+int attach_check_slots(const struct guest_region *slots, unsigned n, const struct qemu_definition *d,
+                       struct vm_error **err);
+/* Ask for the slots, and add them to a definition's `ram`. */
+int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err);
 /* Is it the VMM of the definition, and does it wait? Then it is a sink from now on. */
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
 void attach_sink_destroy(struct attach_sink *s);

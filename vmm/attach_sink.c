@@ -35,7 +35,7 @@ static int get_sink(struct guest *g, struct attach_sink **ret, struct vm_error *
 }
 
 /* The same machine, waiting. */
-static int check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
+int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
     Vmmig__Attach__RunState state;
     const char *machine = attach_info(a)->machine;
@@ -51,14 +51,14 @@ static int check_waits(struct attach *a, const struct qemu_definition *d, struct
     return 0;
 }
 
-static int check_memory(const struct attach_memory_map *m, const struct qemu_definition *d,
-                        struct vm_error **err)
+int attach_check_slots(const struct guest_region *slots, unsigned n, const struct qemu_definition *d,
+                       struct vm_error **err)
 {
-    if (m->n != d->n_ram)
+    if (n != d->n_ram)
         return error_set(err, VM_ERROR_REFUSED, "the VMM prepared for the guest has %u memory slots, "
-                         "the guest %u", m->n, d->n_ram);
-    for (unsigned i = 0; i < m->n; i++)
-        if (strcmp(m->list[i].name, d->ram[i].block) || m->list[i].size != d->ram[i].size)
+                         "the guest %u", n, d->n_ram);
+    for (unsigned i = 0; i < n; i++)
+        if (strcmp(slots[i].name, d->ram[i].block) || slots[i].size != d->ram[i].size)
             return error_set(err, VM_ERROR_REFUSED,
                              "memory slot %s of the guest is not that of the VMM prepared for it",
                              d->ram[i].block);
@@ -83,8 +83,8 @@ static int begin(struct attach *a, struct vm_error **err)
 
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
-    return check_waits(a, d, err) < 0 || begin(a, err) < 0 ||
-                   check_memory(&a->sink->memory, d, err) < 0
+    return attach_check_waits(a, d, err) < 0 || begin(a, err) < 0 ||
+                   attach_check_slots(a->sink->memory.list, a->sink->memory.n, d, err) < 0
                ? -1
                : 0;
 }

@@ -364,10 +364,10 @@ static int wait_loaded(struct qemu *q, struct vm_error **err)
 }
 
 struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *const *argv,
-                              struct qemu_clone_timing *ret_timing, struct vm_error **err)
+                              struct clone_timing *ret_timing, struct vm_error **err)
 {
     struct qemu_launch launch = params->launch;
-    struct qemu_clone_timing timing = {.spawned_ns = clock_mono_ns()};
+    struct clone_timing timing = {.spawned_ns = clock_mono_ns()};
     launch.argv = argv;
     launch.fds = &params->state_fd;
     launch.n_fds = 1;

@@ -23,6 +23,7 @@
 #ifndef VMMIG_VMM_QEMU_CLONE_H
 #define VMMIG_VMM_QEMU_CLONE_H
 
+#include "vmm/clone_timing.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_json.h"
 
@@ -46,16 +47,12 @@ struct qemu_clone_notes {
     unsigned n;
 };
 
-struct qemu_clone_timing {
-    int64_t spawned_ns, running_ns; /* monotonic: before fork; when QEMU said that it runs */
-};
-
 /* *ret_argv: one allocation, NULL at the end; free it. */
 int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_notes *ret_notes,
                     char ***ret_argv, struct vm_error **err);
 /* When it fails nothing is left. */
 struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *const *argv,
-                              struct qemu_clone_timing *ret_timing, struct vm_error **err);
+                              struct clone_timing *ret_timing, struct vm_error **err);
 /* A larger disk: the running guest is told. */
 int qemu_clone_resize(struct qemu *q, const char *disk_path, uint64_t size, struct vm_error **err);
 

@@ -116,7 +116,8 @@ static int attach(struct vmm *vmm)
                                                 .kick = on_vcpu_kick,
                                                 .quit = on_quit,
                                                 .log = on_log},
-                                  .arg = vmm};
+                                  .arg = vmm,
+                                  .takes_files = !o->hugetlb};
     if (vmmig_create(&config, &vmm->attach, &error) < 0 ||
         vmmig_set_slots(vmm->attach, vmm->memory.slots, vmm->memory.n_slots, &error) < 0)
         return complain("%s", error.text);

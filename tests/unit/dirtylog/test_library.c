@@ -396,6 +396,74 @@ static void messages_out_of_order_are_answered(void **state)
     toy_vmm_destroy(v);
 }
 
+/* Has slot `slot` become a mapping of a file of that size? Asks without one if it is 0. */
+static int ask_to_map(int fd, unsigned slot, uint64_t size)
+{
+    cleanup_buffer struct buffer out = {0};
+    Vmmig__Attach__MapFile m = VMMIG__ATTACH__MAP_FILE__INIT;
+    int file = memfd_create("template", MFD_CLOEXEC);
+    m.slot = slot;
+    assert_return_code(ftruncate(file, (off_t)size), 0);
+    assert_int_equal(pwrite(file, "template", 8, 0), 8);
+    assert_int_equal(attach_pack(VMMIG__ATTACH__TYPE__MAP_FILE, &m.base, &out, NULL), 0);
+    assert_int_equal(io_send_fds(fd, out.data, out.len, &file, size ? 1 : 0, NULL), 0);
+    return file;
+}
+
+static int greet(const struct toy_vmm *v)
+{
+    int fd = dial(v->path);
+    hello(fd);
+    expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
+    return fd;
+}
+
+static void memory_of_a_template_is_private_and_stays_here(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    char byte = 0;
+    int fd = greet(v);
+    close(ask_to_map(fd, 7, v->sizes[0]));
+    expect_error(fd, "usage: there is no memory slot 7");
+    int file = ask_to_map(fd, 0, v->sizes[0]);
+    expect_type(fd, VMMIG__ATTACH__TYPE__OK);
+    assert_memory_equal(v->memory[0], "template", 8);
+    v->memory[0][0] = 'T';
+    assert_int_equal(pread(file, &byte, 1, 0), 1);
+    assert_int_equal(byte, 't');
+    static const unsigned forbidden[] = {VMMIG__ATTACH__TYPE__GET_MEMORY, VMMIG__ATTACH__TYPE__TRACK};
+    for (unsigned i = 0; i < 2; i++) {
+        ask(fd, forbidden[i], NULL);
+        expect_error(fd, "refused: this guest is a clone, whose memory is its template's until it is written: that of "
+                         "such a VMM can be neither moved nor snapshotted");
+    }
+    close(file);
+    close(ask_to_map(fd, 1, 0));
+    expect_error(fd, "protocol: the file for memory slot high is none, or not as large as it");
+    expect_end(fd);
+    fd = greet(v);
+    close(ask_to_map(fd, 1, v->sizes[1] + 4096));
+    expect_error(fd, "protocol: the file for memory slot high is none, or not as large as it");
+    expect_end(fd);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    fd = greet(v);
+    close(ask_to_map(fd, 1, v->sizes[1]));
+    expect_error(fd, "conflict: MAP_FILE is out of order: this VMM does not wait for a guest");
+    close(fd);
+    toy_vmm_destroy(v);
+}
+
+static void a_vmm_that_takes_no_files_says_so(void **state)
+{
+    struct toy_vmm like = {.sizes = {MIB, 4 * MIB}, .params = {.takes_no_files = true}};
+    struct toy_vmm *v = toy_vmm_create_incoming(&like);
+    int fd = greet(v);
+    close(ask_to_map(fd, 0, v->sizes[0]));
+    expect_error(fd, "refused: this VMM does not let the guest's memory be a template's");
+    close(fd);
+    toy_vmm_destroy(v);
+}
+
 static void garbage_ends_its_connection_only(void **state)
 {
     struct toy_vmm *v = new_vmm();
@@ -689,6 +757,8 @@ int main(void)
         cmocka_unit_test(an_inherited_socket_is_used),
         cmocka_unit_test(what_is_no_socket_for_packets_is_refused),
         cmocka_unit_test(messages_out_of_order_are_answered),
+        cmocka_unit_test(memory_of_a_template_is_private_and_stays_here),
+        cmocka_unit_test(a_vmm_that_takes_no_files_says_so),
         cmocka_unit_test(garbage_ends_its_connection_only),
         cmocka_unit_test(versions_are_negotiated),
         cmocka_unit_test(other_users_are_turned_away),

@@ -180,7 +180,8 @@ static void open_library(struct toy_vmm *v)
                       .load = on_load,
                       .quit = on_quit,
                       .kick = on_kick},
-        .arg = v};
+        .arg = v,
+        .takes_files = !v->params.takes_no_files};
     must(vmmig_create(&config, &v->attach, &error), &error);
     for (unsigned i = 0; i < 2; i++) {
         v->slots[i] = (struct vmmig_slot){.kvm_slot = i,

@@ -33,6 +33,7 @@ struct toy_params {
     unsigned callback_timeout_ms;
     bool device, forget_marks; /* let the device run; without marking */
     bool write_on_save, forget_mark_on_save;
+    bool takes_no_files;
     const char *socket; /* instead of a path of its own */
 };
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates of guests whose VMM links libvmmig-attach, and their clones: vmmig-vmm's guest numbers its signs of life and
+checks all of its memory."""
+import os
+import re
+import signal
+
+import pytest
+from agents import Cluster, eventually, fault_build
+from lab import VmmGuest
+from lab.guests import built
+
+from .test_clone import leases, make_agent, tool
+
+HEARTBEAT = re.compile(r'^hb (\d+) ')
+STANDIN = 'tests/flow/standin_vmm'
+
+
+def heartbeats(console):
+    return [int(found.group(1)) for line in console.lines if (found := HEARTBEAT.match(line.text))]
+
+
+def end(agent, name):
+    vm = agent.json('status', name)
+    if vm['presence'] != 'ended':
+        os.kill(vm['pid'], signal.SIGKILL)
+        eventually('the end of the VMM', lambda: agent.host.reap() or agent.json('status', name)['presence'] == 'ended')
+    agent.vmmig('detach', name)
+
+
+@pytest.fixture(scope='module')
+def agent():
+    with Cluster(hosts=1, start=False, plain=True) as cluster:
+        cluster.agents[0].options['attach-vmm'] = \
+            f'{built("tools/vmmig-vmm/vmmig-vmm")}\nattach-vmm = {built(STANDIN)}'
+        agent = make_agent(cluster, fault_build())
+        restart(agent)
+        yield agent
+
+
+def restart(agent):
+    if agent.process.poll() is None:
+        agent.kill()
+    agent.start(build=fault_build())
+    eventually('no VM that is not known yet',
+               lambda: not [vm for vm in agent.json('list')['vms'] if vm['presence'] not in ('present', 'ended')])
+
+
+@pytest.fixture(scope='module')
+def template(agent):
+    """busy:v1, of a guest in two slots of memory that is gone since, and between which signs of life it was taken."""
+    vm = VmmGuest('busy', mem_mib=96, below_4g_mib=64, vcpus=2, dirty_mib=8, rate_mbps=100, writer=500)
+    console = agent.cluster.console('busy')
+    agent.host.popen(vm.argv(), name='busy')
+    console.wait_for('ready', timeout=60)
+    agent.vmmig('attach', 'busy', '--socket', vm.attach_path)
+    console.wait_ticks(1)
+    before = heartbeats(console)[-1]
+    agent.vmmig('snapshot', 'busy', 'first')
+    console.wait_ticks(2)
+    published = agent.json('template', 'publish', 'busy@first', 'busy:v1')
+    published['instant'] = before, heartbeats(console)[-1]
+    end(agent, 'busy')
+    return published
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(agent):
+    yield
+    if agent.process.poll() is not None:
+        restart(agent)
+    for vm in agent.json('list')['vms']:
+        end(agent, vm['vm'])
+    eventually('no lease', lambda: leases(agent) == [])
+
+
+def shared_memory(pid):
+    """The files that a process maps as memory which is its own only when written."""
+    with open(f'/proc/{pid}/maps', encoding='ascii') as maps:
+        return sorted(os.path.basename(line.split()[-1]) for line in maps if 'rw-p' in line and line.rstrip().endswith('.raw'))
+
+
+def test_clones_go_on_where_the_snapshot_was(agent, template):
+    consoles = [agent.cluster.console(f'many-{i}') for i in (1, 2)]
+    made = agent.json('clone', 'busy:v1', '--as', 'many', '--count', '2')['clones']
+    before, after = template['instant']
+    for clone, console in zip(made, consoles):
+        console.wait_ticks(10)
+        assert before <= heartbeats(console)[0] <= after
+        console.verify()
+        assert console.check() == ['h1']
+        assert shared_memory(clone['pid']) == ['memory.high.raw', 'memory.raw']
+        assert ['a name of its own' in note for note in clone['notes']] == [True]
+        status = agent.json('status', clone['vm'])
+        assert (status['state'], status['socket']) == ('running', f'/run/vmmig/{clone["vm"]}.vmm')
+
+
+def test_one_runs_on_whatever_becomes_of_template_and_agent(agent, template):
+    console = agent.cluster.console('lives')
+    agent.vmmig('template', 'publish', 'busy@first', 'other:v1')
+    agent.vmmig('clone', 'other:v1', '--as', 'lives')
+    agent.vmmig('template', 'delete', 'other:v1')
+    tool(agent, 'collect', '1000')
+    agent.kill()
+    console.wait_ticks(5)
+    restart(agent)
+    assert agent.json('status', 'lives')['state'] == 'running'
+    console.verify()  # every page, also those that were never read before
+    assert console.check() == ['h1']
+
+
+@pytest.mark.parametrize('words', [['snapshot', 'stays', 'never'], ['send', 'stays', '--to', 'h1']])
+def test_a_clone_can_be_neither_moved_nor_snapshotted(agent, template, words):
+    console = agent.cluster.console('stays')
+    agent.vmmig('clone', 'busy:v1', '--as', 'stays')
+    refused = agent.vmmig(*words, check=False)
+    assert refused.returncode == 5, refused
+    assert "this guest is a clone, whose memory is its template's" in refused.stderr.strip().splitlines()[-1]
+    console.wait_ticks(3)
+    assert agent.json('status', 'stays')['state'] == 'running'
+
+
+@pytest.mark.parametrize('words, says', [
+    (['--disk-size', '1G'], 'no disk to make larger'),
+    (['--set', 'net0=tap7'], 'nothing is known of NICs'),
+])
+def test_what_it_has_not_is_refused(agent, template, words, says):
+    refused = agent.vmmig('clone', 'busy:v1', '--as', 'never', *words, check=False)
+    assert refused.returncode == 5 and says in refused.stderr, refused
+    assert agent.json('list')['vms'] == []
+
+
+def test_a_vmm_that_takes_no_files(agent):
+    """It can be restored, and not cloned; nothing of the attempt is left."""
+    path = '/run/vmlab/plain.vmm'
+    vmm = agent.host.popen([built(STANDIN), '--socket', path], name='plain')
+
+    def ready():
+        with open(vmm.log, encoding='utf-8') as file:
+            return 'ready\n' in file.read()
+    eventually('the VMM', ready)
+    agent.vmmig('attach', 'plain', '--socket', path)
+    agent.vmmig('snapshot', 'plain', 'first')
+    agent.vmmig('template', 'publish', 'plain@first', 'plain:v1')
+    end(agent, 'plain')
+    refused = agent.vmmig('clone', 'plain:v1', '--as', 'never', check=False)
+    assert refused.returncode == 5 and "cannot run on a template's memory" in refused.stderr, refused
+    assert agent.json('list')['vms'] == []
+    assert [argv for argv in agent.host.processes().values() if 'standin' in argv[0]] == []
+    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.vmm')] == []
+
+
+@pytest.mark.parametrize('point', ['clone.leased', 'clone.spawn', 'clone.spawned', 'clone.kept'])
+def test_the_agent_dies(agent, template, point):
+    """There is a whole clone, or none."""
+    console = agent.cluster.console(f'dies-{point}')
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=crash')
+    assert agent.vmmig('clone', 'busy:v1', '--as', f'dies-{point}', check=False).returncode == 6
+    agent.process.wait(20)
+    restart(agent)
+    if point == 'clone.kept':
+        console.wait_ticks(3)
+        console.verify()
+        return
+    assert agent.json('list')['vms'] == []
+    eventually('no VMM', lambda: agent.host.reap() or [argv for argv in agent.host.processes().values()
+                                                       if 'vmmig-vmm' in argv[0]] == [])
+    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.vmm')] == []
+    assert not os.path.exists(agent.host.path(f'/var/lib/vmmig/clones/dies-{point}'))
