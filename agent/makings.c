@@ -5,6 +5,7 @@
 #include "agent/vms.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "snapshot/rbd_image.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -70,6 +71,11 @@ int making_file(struct making *m, const char *path, struct vm_error **err)
                 (uint64_t)st.st_ino, path);
 }
 
+int making_image(struct making *m, const char *name, const char *id, struct vm_error **err)
+{
+    return LINE(m, err, "image %s %s\n", id, name);
+}
+
 int making_socket(struct making *m, const char *path, struct vm_error **err)
 {
     return LINE(m, err, "socket %s\n", path);
@@ -93,8 +99,8 @@ void making_end(struct making *m)
 
 struct notes {
     struct process_identity process; /* pid 0: none */
-    char *files[LINES_MAX], *sockets[LINES_MAX], *leases[LINES_MAX];
-    unsigned n_files, n_sockets, n_leases;
+    char *files[LINES_MAX], *sockets[LINES_MAX], *leases[LINES_MAX], *images[LINES_MAX];
+    unsigned n_files, n_sockets, n_leases, n_images;
 };
 
 static void keep_line(char **list, unsigned *n, char *line)
@@ -122,6 +128,8 @@ static void parse(char *text, struct notes *ret)
             keep_line(ret->leases, &ret->n_leases, line + 6);
         else if (!strncmp(line, "file ", 5))
             keep_line(ret->files, &ret->n_files, line + 5);
+        else if (!strncmp(line, "image ", 6))
+            keep_line(ret->images, &ret->n_images, line + 6);
         else if (!strncmp(line, "socket ", 7))
             keep_line(ret->sockets, &ret->n_sockets, line + 7);
         else if (!strncmp(line, "process ", 8))
@@ -163,13 +171,15 @@ static void undo(const char *name, const struct notes *notes)
         remove_file(notes->files[i - 1]);
 }
 
-/* ---- leases ---- */
+/* ---- what may take long: leases, and images in Ceph ---- */
 
 struct makings {
     struct agent *agent;
     pthread_t thread;
     char *holders[LINES_MAX], *paths[LINES_MAX]; /* and the notes that they are from */
     unsigned n;
+    char *images[LINES_MAX]; /* of VMs that are no more: "ID NAME" */
+    unsigned n_images;
 };
 
 static int drop_if_listed(const struct lease *lease, void *arg, struct vm_error **err)
@@ -182,17 +192,36 @@ static int drop_if_listed(const struct lease *lease, void *arg, struct vm_error 
     return 0;
 }
 
-static void *drop_leases(void *arg)
+/* False: one stays, and so do the notes, for the next start. */
+static bool remove_images(struct makings *m)
+{
+    bool all = true;
+    for (unsigned i = 0; i < m->n_images; i++) {
+        cleanup_error struct vm_error *err = NULL;
+        char *name = strchr(m->images[i], ' ');
+        if (!name)
+            continue;
+        *name++ = 0;
+        if (rbd_image_remove(name, m->images[i], &err) == 0)
+            continue;
+        all = false;
+        log_warn("what a VM that was being made left stays there", "error=%s", log_q(error_message(err)));
+    }
+    return all;
+}
+
+static void *settle_slowly(void *arg)
 {
     struct makings *m = arg;
     cleanup_error struct vm_error *err = NULL;
+    bool all = remove_images(m);
     struct repo *repo = repository_get(m->agent->repository, &err);
     if (!repo || catalogue_leases(repo_store(repo), drop_if_listed, m, &err) < 0) {
         log_warn("leases of VMs that were being made stay in the repository", "error=%s",
                  log_q(error_message(err)));
         return NULL; /* the notes stay for the next start */
     }
-    for (unsigned i = 0; i < m->n; i++)
+    for (unsigned i = 0; i < m->n && all; i++)
         unlink(m->paths[i]);
     return NULL;
 }
@@ -212,8 +241,12 @@ static void settle_one(struct makings *m, const char *folder, const char *name)
         return;
     }
     parse(text, &notes);
-    if (!notes.process.pid || !is_vm(m->agent, name, &notes.process))
+    if (!notes.process.pid || !is_vm(m->agent, name, &notes.process)) {
         undo(name, &notes);
+        for (unsigned i = 0; i < notes.n_images && m->n_images < LINES_MAX; i++)
+            if ((m->images[m->n_images] = strdup(notes.images[i])))
+                m->n_images++;
+    }
     if (!notes.n_leases) {
         unlink(path);
         return;
@@ -240,7 +273,7 @@ struct makings *makings_settle(struct agent *agent)
         if (*e->d_name != '.')
             settle_one(m, folder, e->d_name);
     closedir(dir);
-    if (m && m->n && pthread_create(&m->thread, NULL, drop_leases, m) == 0)
+    if (m && m->n && pthread_create(&m->thread, NULL, settle_slowly, m) == 0)
         return m;
     free(m);
     return NULL;
@@ -255,5 +288,7 @@ void makings_finish(struct makings *m)
         free(m->holders[i]);
         free(m->paths[i]);
     }
+    for (unsigned i = 0; i < m->n_images; i++)
+        free(m->images[i]);
     free(m);
 }

@@ -14,7 +14,8 @@
  *
  * A file of notes STATE_DIR/making/NAME, a line each. After a crash of the agent makings_settle kills the process,
  * unless the VM of that name is it; removes files and folders, if they are the very ones (device and inode), so
- * never what somebody else put there since; and lets a thread drop the leases, since the repository may be away. What
+ * never what somebody else put there since; and lets a thread remove images in Ceph and drop the leases, since Ceph and the
+ * repository may be away. What
  * was made and not yet noted stays: that is better than to remove what is not ours. Notes are not synced: a crash of
  * the host takes the process along, and may leave files.
  *
@@ -38,6 +39,8 @@ int making_begin(struct making *m, const struct config *config, const char *vm,
 int making_lease(struct making *m, const char *holder, struct vm_error **err);
 /* A file or an empty folder; of several the later goes first. */
 int making_file(struct making *m, const char *path, struct vm_error **err);
+/* An image in Ceph, and its id (snapshot/rbd_image.h). */
+int making_image(struct making *m, const char *name, const char *id, struct vm_error **err);
 int making_socket(struct making *m, const char *path, struct vm_error **err);
 /* arg is the making (vmm/spawn.h). */
 int making_born(const struct process_identity *process, void *arg, struct vm_error **err);

@@ -13,10 +13,11 @@
 #include "snapshot/chain.h"
 #include "snapshot/restore.h"
 
+#include <poll.h>
 #include <string.h>
 #include <unistd.h>
 
-enum { RESTORE_KILL_MS = 10000, PATH_BYTES = 4096 };
+enum { RESTORE_KILL_MS = 10000, RESTORE_QUIT_MS = 1000, PATH_BYTES = 4096 };
 
 /* ---- taking one ---- */
 
@@ -432,6 +433,9 @@ static int restore_into(struct restore_job *t, struct restore *r, struct vm_erro
         return 0;
     }
     cleanup_free char *socket = driver_socket_path(config, t->vm, driver_of(guest));
+    guest_quit(guest, NULL); /* which closes its disks; Ceph counts a dead user for a while */
+    for (int i = 0; i < RESTORE_QUIT_MS && process_alive(&guest->process); i++)
+        poll(NULL, 0, 1);
     guest_kill(guest, RESTORE_KILL_MS, NULL);
     if (socket)
         unlink(socket);
@@ -441,8 +445,9 @@ static int restore_into(struct restore_job *t, struct restore *r, struct vm_erro
 static int note_disks(struct restore_job *t, const struct restore *r, struct vm_error **err)
 {
     for (unsigned i = 0; i < restore_definition(r)->n_disks; i++) {
-        const char *path = restore_made_disk(r, i);
-        if (path && making_file(&t->making, path, err) < 0)
+        const char *path = restore_made_disk(r, i), *image = restore_made_image(r, i);
+        if (path && (image ? making_image(&t->making, path, image, err)
+                           : making_file(&t->making, path, err)) < 0)
             return -1;
     }
     FAULT("restore.made");

@@ -250,7 +250,10 @@ static int check_restore(const Vmmig__Control__Restore *m, struct vm_error **err
 {
     if (check_word("the snapshot", m->image, err) < 0 || (*m->as && check_name(m->as, err) < 0))
         return -1;
-    return *m->disk_dir ? field_check_path("the folder for disks", m->disk_dir, err) : 0;
+    return !*m->disk_dir                       ? 0
+           : !strncmp(m->disk_dir, "rbd:", 4) ? field_check_text("the pool for disks", m->disk_dir, 5,
+                                                                FIELD_PATH_MAX, err)
+                                              : field_check_path("the folder for disks", m->disk_dir, err);
 }
 
 static int check_snapshot_info(const Vmmig__Control__SnapshotInfo *m, struct vm_error **err)

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/disk_file.h"
 
+#include "snapshot/rbd_image.h"
+#include "snapshot/run_tool.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <libnbd.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 struct disk_file {
@@ -21,26 +22,18 @@ struct disk_file {
 static int make_formatted(const char *path, const char *format, uint64_t size,
                           struct vm_error **err)
 {
-    extern char **environ;
-    char bytes[32];
-    int status;
-    pid_t pid;
+    char bytes[32], what[256];
+    const char *argv[] = {"qemu-img", "create", "-q", "-f", format, "--", path, bytes, NULL};
     snprintf(bytes, sizeof(bytes), "%" PRIu64, size);
-    char *argv[] = {(char[]){"qemu-img"}, (char[]){"create"}, (char[]){"-q"}, (char[]){"-f"},
-                    (char *)(uintptr_t)format, (char[]){"--"}, (char *)(uintptr_t)path, bytes, NULL};
-    int rc = posix_spawnp(&pid, argv[0], NULL, NULL, argv, environ);
-    if (rc)
-        return error_errno(err, rc, "cannot run qemu-img, which makes %s images", format);
-    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-        ;
-    return WIFEXITED(status) && !WEXITSTATUS(status)
-               ? 0
-               : error_set(err, VM_ERROR_FAILED, "qemu-img cannot make the %s image %s", format,
-                           path);
+    snprintf(what, sizeof(what), "make the %s image %.180s", format, path);
+    cleanup_free char *said = run_tool(argv, what, err);
+    return said ? 0 : -1;
 }
 
 int disk_file_make(const char *path, const char *format, uint64_t size, struct vm_error **err)
 {
+    if (rbd_image_is(path)) /* exclusive by itself */
+        return make_formatted(path, format, size, err);
     /* Exclusive in either case: qemu-img would write over what is there. */
     cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -86,7 +79,7 @@ struct disk_file *disk_file_open(const char *path, const char *format, struct vm
         return NULL;
     }
     f->fd = -1;
-    if (strcmp(format, "raw") != 0)
+    if (strcmp(format, "raw") != 0 || rbd_image_is(path))
         return connect_server(f, format, err) < 0 ? NULL : steal_ptr(&f);
     f->fd = open(path, O_WRONLY | O_CLOEXEC);
     if (f->fd < 0) {

@@ -2,12 +2,13 @@
 /*
  * disk_file: a disk image that is made and then written once.
  *
- *     disk_file_make(path, "qcow2", size, &err)        CONFLICT if there is a file already
+ *     disk_file_make(path, "qcow2", size, &err)        fails if there is a file already
  *     f = disk_file_open(path, "qcow2", &err)
  *     disk_file_write(f, offset, data, len, &err)      zeros where nothing was written
  *     disk_file_finish(f, &err)                        all of it is on its way to the disk; frees f
  *
- * raw: a sparse file. Other formats: made by qemu-img, written through a qemu-nbd of ours. Threads: one.
+ * raw: a sparse file. Other formats, and RADOS block images ("rbd:POOL/IMAGE" for a path): made by qemu-img, written
+ * through a qemu-nbd of ours. Threads: one.
  */
 #ifndef VMMIG_SNAPSHOT_DISK_FILE_H
 #define VMMIG_SNAPSHOT_DISK_FILE_H

@@ -6,10 +6,12 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/disk_file.h"
+#include "snapshot/rbd_image.h"
 #include "snapshot/snapshot.h"
 #include "vmm/guest_memory.h"
 #include "vmm/qemu_disk_move.h"
 #include "vmm/qemu_json.h"
+#include "vmm/rbd_name.h"
 
 #include <errno.h>
 #include <pwd.h>
@@ -28,6 +30,7 @@ struct restore {
     bool leased, keep;
     struct qemu_json vm;
     bool made[QEMU_DISKS_MAX]; /* by us */
+    char (*ids)[RBD_IMAGE_ID_MAX]; /* of those that are images in Ceph, else "" */
     uint64_t done, total;
     uint8_t *buffer;
 };
@@ -108,7 +111,24 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
     if (catalogue_lease(repo_store(repo), image, holder, &r->lease, err) < 0)
         return NULL;
     r->leased = true;
-    return read_definition(r, err) < 0 || check_files(r, err) < 0 ? NULL : steal_ptr(&r);
+    if (read_definition(r, err) < 0 || check_files(r, err) < 0)
+        return NULL;
+    r->ids = calloc(r->vm.definition.n_disks + 1, sizeof(*r->ids));
+    if (r->ids)
+        return steal_ptr(&r);
+    error_nomem(err);
+    return NULL;
+}
+
+static void remove_disk(const struct restore *r, unsigned i)
+{
+    const char *file = r->vm.definition.disks[i].file;
+    cleanup_error struct vm_error *failed = NULL;
+    if (!rbd_image_is(file))
+        unlink(file);
+    else if (rbd_image_remove(file, r->ids[i], &failed) < 0)
+        log_warn("an image of a VM that was not restored stays there", "error=%s",
+                 log_q(error_message(failed)));
 }
 
 void restore_close(struct restore *r)
@@ -118,11 +138,12 @@ void restore_close(struct restore *r)
         return;
     for (unsigned i = 0; i < r->vm.definition.n_disks && !r->keep; i++)
         if (r->made[i])
-            unlink(r->vm.definition.disks[i].file);
+            remove_disk(r, i);
     if (r->leased && catalogue_lease_drop(repo_store(r->repo), &r->lease, &failed) < 0)
         log_warn("a lease stays in the repository", "image=%s error=%s",
                  log_q(r->lease.image.name), log_q(error_message(failed)));
     qemu_json_finish(&r->vm);
+    free(r->ids);
     free(r->buffer);
     free(r);
 }
@@ -137,6 +158,11 @@ const char *restore_made_disk(const struct restore *r, unsigned i)
     return r->made[i] ? r->vm.definition.disks[i].file : NULL;
 }
 
+const char *restore_made_image(const struct restore *r, unsigned i)
+{
+    return r->made[i] && *r->ids[i] ? r->ids[i] : NULL;
+}
+
 void restore_keep(struct restore *r)
 {
     r->keep = true;
@@ -144,36 +170,94 @@ void restore_keep(struct restore *r)
 
 /* ---- disks ---- */
 
+/* VM-diskN in "rbd:POOL[/NAMESPACE]", before its options; .FORMAT behind it if that is not raw. */
+static char *place_in_ceph(const char *folder, const char *vm, unsigned i, const char *format)
+{
+    char *to;
+    size_t n = strlen("rbd:");
+    while (folder[n] && folder[n] != ':')
+        n += folder[n] == '\\' && folder[n + 1] ? 2 : 1;
+    bool raw = !strcmp(format, "raw");
+    return asprintf(&to, "%.*s/%s-disk%u%s%s%s", (int)n, folder, vm, i, raw ? "" : ".", raw ? "" : format,
+                    folder + n) < 0
+               ? NULL
+               : to;
+}
+
+static char *place_of(const struct restore *r, unsigned i, const char *vm, const char *folder)
+{
+    const struct qemu_disk *k = &r->vm.definition.disks[i];
+    const char *format = *k->format ? k->format : "raw";
+    char *to = NULL;
+    if (folder && rbd_image_is(folder))
+        return place_in_ceph(folder, vm, i, format);
+    int n = folder            ? asprintf(&to, "%s/%s-disk%u.%s", folder, vm, i, format)
+            : *k->file == '/' ? asprintf(&to, "%s", k->file)
+                              : asprintf(&to, "%s/%s", r->vm.definition.cwd, k->file);
+    return n < 0 ? NULL : to;
+}
+
+static int check_nothing_there(const struct qemu_disk *k, struct vm_error **err)
+{
+    struct stat st;
+    char id[RBD_IMAGE_ID_MAX];
+    cleanup_error struct vm_error *absent = NULL;
+    bool there;
+    if (!rbd_image_is(k->file)) {
+        there = lstat(k->file, &st) == 0;
+    } else {
+        there = rbd_image_id(k->file, id, &absent) == 0;
+        if (!there && absent->kind != VM_ERROR_NOT_FOUND)
+            return error_propagate(err, steal_ptr(&absent));
+    }
+    return there ? error_set(err, VM_ERROR_CONFLICT,
+                             "disk %s: there is %s already: remove it, or say --disk-dir", k->name, k->file)
+                 : 0;
+}
+
+/* One that was in Ceph and shall be there again: the command line names it, and we do as QEMU and `rbd` do. */
+static int keep_in_ceph(struct qemu_disk *k, struct vm_error **err)
+{
+    struct rbd_name name;
+    char text[RBD_NAME_TEXT_MAX];
+    if (!rbd_name_parse(k->file, &name) || *name.snapshot || !rbd_name_format(&name, text))
+        return error_set(err, VM_ERROR_REFUSED, "disk %s (%s) is no image that could be made: say --disk-dir",
+                         k->name, k->file);
+    char *file = strdup(text);
+    if (!file)
+        return error_nomem(err);
+    free(k->file);
+    k->file = file;
+    return check_nothing_there(k, err);
+}
+
 static int place_disk(struct restore *r, unsigned i, const char *vm, const char *folder,
                       struct vm_error **err)
 {
     struct qemu_disk *k = &r->vm.definition.disks[i];
-    const char *format = *k->format ? k->format : "raw";
-    cleanup_free char *to = NULL;
-    struct stat st;
-    int n = folder                ? asprintf(&to, "%s/%s-disk%u.%s", folder, vm, i, format)
-            : *k->file == '/'     ? asprintf(&to, "%s", k->file)
-                                  : asprintf(&to, "%s/%s", r->vm.definition.cwd, k->file);
-    if (n < 0) {
-        to = NULL;
+    if (!folder && !strcmp(k->driver, "rbd"))
+        return keep_in_ceph(k, err);
+    cleanup_free char *to = place_of(r, i, vm, folder);
+    if (!to)
         return error_nomem(err);
-    }
-    if (qemu_disk_move(&r->vm.definition, i, to, err) < 0)
-        return -1;
-    if (lstat(to, &st) == 0)
-        return error_set(err, VM_ERROR_CONFLICT,
-                         "disk %s: there is %s already: remove it, or say --disk-dir", k->name, to);
-    return 0;
+    return qemu_disk_move(&r->vm.definition, i, to, err) < 0 ? -1 : check_nothing_there(k, err);
+}
+
+static int check_folder(const char *folder, struct vm_error **err)
+{
+    struct stat st;
+    if (!folder || rbd_image_is(folder))
+        return 0;
+    if (stat(folder, &st) < 0)
+        return error_errno(err, errno, "--disk-dir %s", folder);
+    return S_ISDIR(st.st_mode) ? 0 : error_set(err, VM_ERROR_USAGE, "--disk-dir %s is not a folder", folder);
 }
 
 int restore_place_disks(struct restore *r, const char *vm, const char *folder,
                         struct vm_error **err)
 {
-    struct stat st;
-    if (folder && stat(folder, &st) < 0)
-        return error_errno(err, errno, "--disk-dir %s", folder);
-    if (folder && !S_ISDIR(st.st_mode))
-        return error_set(err, VM_ERROR_USAGE, "--disk-dir %s is not a folder", folder);
+    if (check_folder(folder, err) < 0)
+        return -1;
     for (unsigned i = 0; i < r->vm.definition.n_disks; i++)
         if (*r->vm.disk_files[i] && place_disk(r, i, vm, folder, err) < 0)
             return -1;
@@ -202,8 +286,11 @@ int restore_make_disks(struct restore *r, const char *user, struct vm_error **er
             continue;
         if (disk_file_make(k->file, *k->format ? k->format : "raw", e->size, err) < 0)
             return -1;
+        bool ceph = rbd_image_is(k->file);
+        if (ceph && rbd_image_id(k->file, r->ids[i], err) < 0)
+            return -1;
         r->made[i] = true;
-        if (give_to(k->file, user, err) < 0)
+        if (!ceph && give_to(k->file, user, err) < 0)
             return -1;
     }
     return 0;

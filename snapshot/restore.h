@@ -11,9 +11,10 @@
  *     restore_keep(r)                                                  the disks stay
  *     restore_close(r)                                                 always; without keep they are removed
  *
- * What is read from the repository is verified there, and the definition is validated. Disks are files: raw ones
- * sparse, others made by qemu-img and written through a qemu-nbd of ours. With a folder they are called
- * VM-diskN.FORMAT there. REFUSED by name: a disk that is no file, a snapshot without memory. A lease keeps the
+ * What is read from the repository is verified there, and the definition is validated. Disks are files or RADOS
+ * block images (snapshot/disk_file.h), wherever they were before. With a folder they are called VM-diskN.FORMAT there; with
+ * "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]" for a folder they are images VM-diskN there. REFUSED by name: a disk that is
+ * neither, a snapshot without memory. A lease keeps the
  * snapshot readable meanwhile, though it be deleted.
  *
  * Memory: 1 MiB, and what a file_reader takes. Threads: one.
@@ -47,8 +48,10 @@ int restore_make_disks(struct restore *r, const char *user, struct vm_error **er
 int restore_fill_disks(struct restore *r, const struct restore_control *c, struct vm_error **err);
 int restore_load(struct restore *r, struct guest *guest, const struct restore_control *c,
                  struct vm_error **err);
-/* The path of disk i of the definition, if it was made here; else NULL. */
+/* The path or name of disk i of the definition, if it was made here; else NULL. */
 const char *restore_made_disk(const struct restore *r, unsigned i);
+/* Of one in Ceph: its id (snapshot/rbd_image.h); else NULL. */
+const char *restore_made_image(const struct restore *r, unsigned i);
 void restore_keep(struct restore *r);
 
 #endif

@@ -136,7 +136,10 @@ static int run_restore(const struct cli *c, struct vm_error **err)
     char *folder = NULL;
     if (c->as && vm_name_check(c->as, err) < 0)
         return error_wrap(err, "--as '%.80s'", c->as);
-    if (c->disk_dir && !(folder = realpath(c->disk_dir, NULL)))
+    bool in_ceph = c->disk_dir && !strncmp(c->disk_dir, "rbd:", 4);
+    if (in_ceph)
+        m.disk_dir = client_word(c->disk_dir);
+    else if (c->disk_dir && !(folder = realpath(c->disk_dir, NULL)))
         return error_errno(err, errno, "--disk-dir %s", c->disk_dir);
     m.image = client_word(c->args.list[0]);
     m.as = client_word(c->as ? c->as : "");
@@ -179,7 +182,8 @@ static const struct option restore_options[] = {
     {"as", "NAME", option_parse_text, MEMBER(as),
      .text = "What the VM is to be called. As it was, if it is not given"},
     {"disk-dir", "DIR", option_parse_text, MEMBER(disk_dir),
-     .text = "Where its disks go, as NAME-diskN.FORMAT. Where they were, if it is not given"},
+     .text = "Where its disks go, as NAME-diskN.FORMAT: a folder, or a pool of Ceph as "
+             "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if it is not given"},
     {"paused", NULL, option_parse_flag, MEMBER(paused), .text = "Do not let it run yet"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
@@ -231,7 +235,8 @@ static const struct cli_command commands[] = {
      "written, its memory and devices loaded. It keeps its identity, MAC addresses too: do not run "
      "it beside the one that it was taken of in one network. Nothing is overwritten: disks that "
      "are there already are refused.\n\n"
-     "    vmmig restore web1@nightly --as web1b --disk-dir /srv/disks",
+     "    vmmig restore web1@nightly --as web1b --disk-dir /srv/disks\n"
+     "    vmmig restore web1@nightly --as web1c --disk-dir rbd:vms",
      run_restore},
     {NULL}};
 

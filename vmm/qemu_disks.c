@@ -179,10 +179,10 @@ static const json_t *find_backend(const json_t *backends, const char *file, bool
         const json_t *inserted = json_object_get(b, "inserted");
         const json_t *image = json_object_get(inserted, "image");
         *ret_behind = false;
-        if (!strcmp(qmp_string(inserted, "file"), file))
+        if (rbd_name_same_file(qmp_string(inserted, "file"), file))
             return b;
         for (; image; image = json_object_get(image, "backing-image"), *ret_behind = true)
-            if (!strcmp(qmp_string(image, "filename"), file))
+            if (rbd_name_same_file(qmp_string(image, "filename"), file))
                 return b;
     }
     return NULL;
@@ -249,7 +249,7 @@ static int fill_disk(struct qemu_disk *disk, const json_t *node, const json_t *b
     char name[256];
     const char *file = qmp_string(node, "file");
     const json_t *inserted = json_object_get(backend, "inserted");
-    bool top = !strcmp(qmp_string(inserted, "file"), file);
+    bool top = rbd_name_same_file(qmp_string(inserted, "file"), file);
     name_disk(backend, qmp_string(node, "node-name"), file, name);
     disk->writable = !qmp_bool(node, "ro");
     disk->cached = !qmp_bool(json_object_get(node, "cache"), "direct");
@@ -351,10 +351,120 @@ int qemu_disks_compare(const struct qemu_argv *argv, const json_t *nodes, const 
 
 /* ---- another place for a disk ---- */
 
-static bool same_path(const struct qemu_definition *d, const char *x, const char *y)
+struct move {
+    const struct qemu_definition *d;
+    const struct qemu_disk *disk;
+    const char *to;
+    struct rbd_name from_rbd, to_rbd; /* pool "": it is a path */
+    unsigned moved;
+};
+
+static bool is_path_to_path(const struct move *m)
+{
+    return !*m->from_rbd.pool && !*m->to_rbd.pool;
+}
+
+static bool names_disk(const struct move *m, const char *file)
 {
     char a[QEMU_STRING_MAX], b[QEMU_STRING_MAX];
-    return normal_path(d->cwd, x, a) && normal_path(d->cwd, y, b) && !strcmp(a, b);
+    struct rbd_name name;
+    if (*m->from_rbd.pool)
+        return !strncmp(file, "rbd:", 4) && rbd_name_parse(file, &name) &&
+               rbd_name_equal(&name, &m->from_rbd);
+    return normal_path(m->d->cwd, file, a) && normal_path(m->d->cwd, m->disk->file, b) && !strcmp(a, b);
+}
+
+/* Of a node that has a file or an image open: what says which, and how that kind is opened. */
+static bool is_of_place(const char *member)
+{
+    static const char *const names[] = {
+        "filename", "aio",      "locking", "pr-manager", "drop-cache", "x-check-cache-dropped", "aio-max-batch",
+        "pool",     "namespace", "image",  "snapshot",   "conf",       "user",                  "key-secret",
+        "size"};
+    static const char *const groups[] = {"server.", "encrypt.", "auth-client-required"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
+        if (!strcmp(member, names[i]))
+            return true;
+    for (size_t i = 0; i < sizeof(groups) / sizeof(*groups); i++)
+        if (!strncmp(member, groups[i], strlen(groups[i])))
+            return true;
+    return false;
+}
+
+static int put_member(struct qemu_props *p, const char *prefix, const char *member, const char *value,
+                      struct vm_error **err)
+{
+    char key[256];
+    snprintf(key, sizeof(key), "%.100s%s", prefix, member);
+    return *value ? qemu_props_set(p, key, value, err) : 0;
+}
+
+/* The node whose members begin with `prefix` has `to` open. */
+static int set_place(struct move *m, struct qemu_props *p, const char *prefix, struct vm_error **err)
+{
+    const struct rbd_name *to = &m->to_rbd;
+    size_t n = strlen(prefix);
+    for (unsigned i = p->n; i > 0; i--) {
+        char key[256];
+        snprintf(key, sizeof(key), "%s", p->list[i - 1].key);
+        if (!strncmp(key, prefix, n) && is_of_place(key + n)) {
+            qemu_props_remove(p, key);
+            i = p->n + 1; /* several may have gone */
+        }
+    }
+    m->moved++;
+    if (!*to->pool)
+        return put_member(p, prefix, "driver", "file", err) < 0 ? -1
+                                                                 : put_member(p, prefix, "filename", m->to, err);
+    return put_member(p, prefix, "driver", "rbd", err) < 0 || put_member(p, prefix, "pool", to->pool, err) < 0 ||
+                   put_member(p, prefix, "namespace", to->space, err) < 0 ||
+                   put_member(p, prefix, "image", to->image, err) < 0 ||
+                   put_member(p, prefix, "user", to->user, err) < 0
+               ? -1
+               : put_member(p, prefix, "conf", to->conf, err);
+}
+
+/* The members of the node to which `key` belongs begin with that. */
+static void prefix_of(const char *key, char out[128])
+{
+    const char *dot = strrchr(key, '.');
+    snprintf(out, 128, "%.*s", dot ? (int)(dot + 1 - key) : 0, key);
+}
+
+/* Does this property say that its node is the disk's? *ret_whole: its value alone has to be replaced. */
+static bool is_disk(const struct move *m, const char *option, const struct qemu_props *p, unsigned i,
+                    bool *ret_whole)
+{
+    char prefix[128];
+    struct rbd_name name;
+    const struct qemu_prop *prop = &p->list[i];
+    const char *file = prop_file(option, prop);
+    *ret_whole = file && (is_path_to_path(m) || !is_last_part(prop->key, "filename"));
+    if (file)
+        return names_disk(m, file);
+    prefix_of(prop->key, prefix);
+    return *m->from_rbd.pool && is_last_part(prop->key, "driver") && rbd_name_from_props(p, prefix, &name) &&
+           rbd_name_equal(&name, &m->from_rbd);
+}
+
+static int move_props(struct move *m, const char *option, struct qemu_props *p, struct vm_error **err)
+{
+    for (unsigned i = 0; i < p->n; i++) {
+        bool whole;
+        char prefix[128];
+        if (!is_disk(m, option, p, i, &whole))
+            continue;
+        prefix_of(p->list[i].key, prefix);
+        if (!whole)
+            return set_place(m, p, prefix, err);
+        char *value = strdup(m->to);
+        if (!value)
+            return error_nomem(err);
+        free(p->list[i].value);
+        p->list[i].value = value;
+        m->moved++;
+    }
+    return 0;
 }
 
 static int set_option(struct qemu_argv *a, unsigned i, char *text, struct vm_error **err)
@@ -365,54 +475,45 @@ static int set_option(struct qemu_argv *a, unsigned i, char *text, struct vm_err
     return 0;
 }
 
-/* Of one option: *ret_moved counts what was changed. */
-static int move_option(const struct qemu_definition *d, struct qemu_argv *a, unsigned i,
-                       const char *from, const char *to, unsigned *ret_moved, struct vm_error **err)
+static int move_option(struct move *m, struct qemu_argv *a, unsigned i, struct vm_error **err)
 {
     const struct qemu_option *o = &a->options[i];
-    unsigned moved = 0;
+    unsigned before = m->moved;
     if (is_image_option(o->name)) {
-        if (!same_path(d, o->value, from))
+        if (!names_disk(m, o->value))
             return 0;
-        ++*ret_moved;
-        return set_option(a, i, strdup(to), err);
+        m->moved++;
+        return set_option(a, i, strdup(m->to), err);
     }
     if (strcmp(o->name, "drive") && strcmp(o->name, "blockdev"))
         return 0;
     cleanup_qemu_props struct qemu_props p = {0};
-    if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0)
+    if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0 ||
+        move_props(m, o->name, &p, err) < 0)
         return -1;
-    for (unsigned k = 0; k < p.n; k++) {
-        const char *file = prop_file(o->name, &p.list[k]);
-        if (!file || !same_path(d, file, from))
-            continue;
-        char *value = strdup(to);
-        if (!value)
-            return error_nomem(err);
-        free(p.list[k].value);
-        p.list[k].value = value;
-        moved++;
-    }
-    *ret_moved += moved;
-    return moved ? set_option(a, i, qemu_props_format(&p, qemu_option_implied_key(o->name)), err)
-                 : 0;
+    return m->moved > before
+               ? set_option(a, i, qemu_props_format(&p, qemu_option_implied_key(o->name)), err)
+               : 0;
 }
 
 int qemu_disk_move(struct qemu_definition *d, unsigned disk, const char *to, struct vm_error **err)
 {
     struct qemu_disk *k = &d->disks[disk];
+    struct move m = {.d = d, .disk = k, .to = to};
     cleanup_qemu_argv struct qemu_argv a = {0};
-    unsigned moved = 0;
-    if (strcmp(k->driver, "file"))
+    bool from_rbd = !strcmp(k->driver, "rbd");
+    if (*to != '/' && !rbd_name_parse(to, &m.to_rbd))
+        return error_set(err, VM_ERROR_USAGE, "%s is neither a path nor a RADOS block image", to);
+    if (from_rbd ? !rbd_name_parse(k->file, &m.from_rbd) : strcmp(k->driver, "file"))
         return error_set(err, VM_ERROR_REFUSED,
                          "disk %s (%s) cannot be put elsewhere: it is no file, but a %s", k->name,
                          k->file, k->driver);
     if (qemu_argv_parse(d->argv, &a, err) < 0)
         return -1;
     for (unsigned i = 0; i < a.n; i++)
-        if (move_option(d, &a, i, k->file, to, &moved, err) < 0)
+        if (move_option(&m, &a, i, err) < 0)
             return -1;
-    if (!moved)
+    if (!m.moved)
         return error_set(err, VM_ERROR_REFUSED,
                          "disk %s (%s) cannot be put elsewhere: the command line does not name it "
                          "plainly",
@@ -422,5 +523,7 @@ int qemu_disk_move(struct qemu_definition *d, unsigned disk, const char *to, str
         return error_nomem(err);
     free(d->argv);
     d->argv = argv;
-    return qemu_set_text(&k->file, to, err);
+    return qemu_set_text(&k->file, to, err) < 0
+               ? -1
+               : qemu_set_text(&k->driver, *to == '/' ? "file" : "rbd", err);
 }

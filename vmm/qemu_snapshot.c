@@ -6,6 +6,7 @@
 #include "base/io.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_snapshot_sweep.h"
+#include "vmm/rbd_name.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -79,7 +80,7 @@ static const json_t *find_backend(const json_t *backends, const char *file)
     json_t *b;
     json_array_foreach((json_t *)(uintptr_t)backends, i, b)
     {
-        if (!strcmp(qmp_string(json_object_get(b, "inserted"), "file"), file))
+        if (rbd_name_same_file(qmp_string(json_object_get(b, "inserted"), "file"), file))
             return b;
     }
     return NULL;

@@ -29,6 +29,9 @@ static bool take_options(const char *at, struct rbd_name *name)
         if (!strncmp(option, "conf=", 5) &&
             snprintf(name->conf, sizeof(name->conf), "%s", option + 5) >= (int)sizeof(name->conf))
             return false;
+        if (!strncmp(option, "id=", 3) &&
+            snprintf(name->user, sizeof(name->user), "%s", option + 3) >= (int)sizeof(name->user))
+            return false;
     }
     return !*at;
 }
@@ -72,7 +75,8 @@ bool rbd_name_from_props(const struct qemu_props *p, const char *prefix, struct 
         !copy_prop(p, prefix, "namespace", name.space, sizeof(name.space)) ||
         !copy_prop(p, prefix, "image", name.image, sizeof(name.image)) ||
         !copy_prop(p, prefix, "snapshot", name.snapshot, sizeof(name.snapshot)) ||
-        !copy_prop(p, prefix, "conf", name.conf, sizeof(name.conf)) || !*name.pool || !*name.image)
+        !copy_prop(p, prefix, "conf", name.conf, sizeof(name.conf)) ||
+        !copy_prop(p, prefix, "user", name.user, sizeof(name.user)) || !*name.pool || !*name.image)
         return false;
     *ret = name;
     return true;
@@ -95,8 +99,40 @@ bool rbd_name_parse(const char *filename, struct rbd_name *ret)
     return rbd_name_from_props(&p, "", ret) || rbd_name_from_props(&p, "file.", ret);
 }
 
+/* Append `before` and the text, with backslashes before what would end it; nothing if it is "". */
+static bool append(char *out, size_t *at, const char *before, const char *text)
+{
+    size_t n = *at;
+    if (!*text)
+        return true;
+    for (; *before && n + 1 < RBD_NAME_TEXT_MAX; before++)
+        out[n++] = *before;
+    for (; *text && n + 2 < RBD_NAME_TEXT_MAX; text++) {
+        if (strchr("/@:\\", *text))
+            out[n++] = '\\';
+        out[n++] = *text;
+    }
+    out[n] = 0;
+    *at = n;
+    return !*before && !*text;
+}
+
+bool rbd_name_format(const struct rbd_name *name, char out[RBD_NAME_TEXT_MAX])
+{
+    size_t at = 0;
+    return append(out, &at, "rbd:", name->pool) && append(out, &at, "/", name->space) &&
+           append(out, &at, "/", name->image) && append(out, &at, "@", name->snapshot) &&
+           append(out, &at, ":id=", name->user) && append(out, &at, ":conf=", name->conf);
+}
+
 bool rbd_name_equal(const struct rbd_name *a, const struct rbd_name *b)
 {
     return !strcmp(a->pool, b->pool) && !strcmp(a->space, b->space) &&
            !strcmp(a->image, b->image) && !strcmp(a->snapshot, b->snapshot);
+}
+
+bool rbd_name_same_file(const char *a, const char *b)
+{
+    struct rbd_name x, y;
+    return !strcmp(a, b) || (rbd_name_parse(a, &x) && rbd_name_parse(b, &y) && rbd_name_equal(&x, &y));
 }

@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * rbd_image: RADOS block images under the names that QEMU has for them (vmm/rbd_name.h), by the program `rbd`.
+ *
+ * An image has an id of its own, which no other of its pool ever has: so one that was made here is told from another that
+ * somebody put under its name since. Each call may take RUN_TOOL_SECONDS. Threads: any.
+ */
+#ifndef VMMIG_SNAPSHOT_RBD_IMAGE_H
+#define VMMIG_SNAPSHOT_RBD_IMAGE_H
+
+#include "base/error.h"
+
+#include <stdbool.h>
+
+#define RBD_IMAGE_ID_MAX 128
+
+/* "rbd:" at its beginning. */
+bool rbd_image_is(const char *name);
+/* NOT_FOUND if there is none of that name. */
+int rbd_image_id(const char *name, char ret_id[RBD_IMAGE_ID_MAX], struct vm_error **err);
+/*
+ * Remove it if its id is that one. One that is not there is fine. Whoever had it open and died counts as a user
+ * for half a minute: that long it is tried.
+ */
+int rbd_image_remove(const char *name, const char *id, struct vm_error **err);
+
+#endif

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "snapshot/run_tool.h"
+
+#include "base/cleanup.h"
+#include "base/clock.h"
+#include "proto/fields.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { NOT_THERE = 2, REASON_MAX = 256 };
+
+extern char **environ;
+
+static int start(const char *const *argv, int out, int errors, pid_t *ret_pid)
+{
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", 0, 0);
+    posix_spawn_file_actions_adddup2(&actions, out, 1);
+    posix_spawn_file_actions_adddup2(&actions, errors, 2);
+    posix_spawn_file_actions_addclosefrom_np(&actions, 3);
+    int failed = posix_spawnp(ret_pid, argv[0], &actions, NULL, (char **)(uintptr_t)argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    return failed;
+}
+
+/* Its status; -1 when it had to be killed. */
+static int wait_for(pid_t pid)
+{
+    int status = 0;
+    cleanup_close int fd = (int)syscall(SYS_pidfd_open, pid, 0);
+    struct pollfd ended = {.fd = fd, .events = POLLIN};
+    bool late = fd >= 0 && poll(&ended, 1, RUN_TOOL_SECONDS * 1000) == 0;
+    if (late)
+        kill(pid, SIGKILL);
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    return late ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+}
+
+static char *read_all(int fd)
+{
+    char *text = calloc(1, RUN_TOOL_OUTPUT_MAX + 1);
+    if (text && pread(fd, text, RUN_TOOL_OUTPUT_MAX, 0) < 0)
+        *text = 0;
+    return text;
+}
+
+/* The last line, made fit for an error. */
+static const char *last_line(char *text)
+{
+    char *end = text + strlen(text);
+    while (end > text && end[-1] == '\n')
+        *--end = 0;
+    char *line = strrchr(text, '\n');
+    line = line ? line + 1 : text;
+    field_make_text(line, REASON_MAX);
+    return line;
+}
+
+char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
+{
+    pid_t pid;
+    cleanup_close int out = memfd_create("output", MFD_CLOEXEC), errors = memfd_create("errors", MFD_CLOEXEC);
+    if (out < 0 || errors < 0) {
+        error_errno(err, errno, "cannot run %s", argv[0]);
+        return NULL;
+    }
+    int failed = start(argv, out, errors, &pid);
+    if (failed) {
+        error_errno(err, failed, "cannot run %s, which would %s", argv[0], what);
+        return NULL;
+    }
+    int status = wait_for(pid);
+    cleanup_free char *text = read_all(status ? errors : out);
+    if (!text)
+        error_nomem(err);
+    else if (status < 0)
+        error_set(err, VM_ERROR_TIMEOUT, "%s did not %s within %d s", argv[0], what, RUN_TOOL_SECONDS);
+    else if (status)
+        error_set(err, status == NOT_THERE ? VM_ERROR_NOT_FOUND : VM_ERROR_FAILED, "%s cannot %s: %s", argv[0],
+                  what, last_line(text));
+    else
+        return steal_ptr(&text);
+    return NULL;
+}

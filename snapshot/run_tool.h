@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * run_tool: a program that does one thing and ends: qemu-img, rbd.
+ *
+ *     char *out = run_tool(argv, "make the image /x", &err)
+ *
+ * Returns what it said on standard output (free it), up to RUN_TOOL_OUTPUT_MAX bytes. When it fails the last line of its
+ * standard error is the reason: NOT_FOUND for exit status 2 (which is rbd's for an image that is not there), else FAILED.
+ * One that takes longer than RUN_TOOL_SECONDS is killed: TIMEOUT. Threads: any.
+ */
+#ifndef VMMIG_SNAPSHOT_RUN_TOOL_H
+#define VMMIG_SNAPSHOT_RUN_TOOL_H
+
+#include "base/error.h"
+
+enum { RUN_TOOL_SECONDS = 60, RUN_TOOL_OUTPUT_MAX = 64 << 10 };
+
+char *run_tool(const char *const *argv, const char *what, struct vm_error **err);
+
+#endif
