@@ -282,11 +282,22 @@ void channel_sender_set_window_time(struct channel_sender *s, unsigned ms, size_
     pthread_cond_broadcast(&s->changed);
 }
 
+/* 0: the thread has ended. */
+static int64_t thread_cpu_ns(const struct channel_sender *s)
+{
+    clockid_t clock;
+    struct timespec t;
+    if (pthread_getcpuclockid(s->thread, &clock) || clock_gettime(clock, &t) < 0)
+        return 0;
+    return t.tv_sec * NSEC_PER_SEC + t.tv_nsec;
+}
+
 void channel_sender_get_stats(struct channel_sender *s, struct channel_sender_stats *ret_stats)
 {
     SCOPE_LOCK(&s->lock);
     *ret_stats = s->stats;
     ret_stats->window = window_now(s);
     ret_stats->rate = s->meter.rate;
+    ret_stats->cpu_ns = thread_cpu_ns(s);
     ret_stats->outage_ns = s->disconnected_since ? clock_mono_ns() - s->disconnected_since : 0;
 }

@@ -12,6 +12,8 @@
 #define BUSY_SHARE 0.5
 #define LINK_GROWTH 1.5
 #define LINK_WEIGHT 0.5
+/* What was believed before was a guess. */
+#define FIRST_LINK_WEIGHT 0.8
 /* A change of mode is taken back below this share of the former page rate. */
 #define TRIAL_SHARE 0.92
 /* A cheaper mode is as good as the one in use from this share of its page rate on. */
@@ -20,6 +22,9 @@
 #define SAME_BYTES 1.02
 /* A mode has far fewer bytes than another below this share. */
 #define FEWER_BYTES 0.85
+#define THIRD_OF_BYTES 0.33
+/* The link is full from this share of its rate on. */
+#define FULL_SHARE 0.9
 /* Weight of a full batch in the averages; batches below the minimum say too little. */
 #define BATCH_WEIGHT 0.25
 #define PROBE_WEIGHT 0.4
@@ -74,16 +79,42 @@ static bool is_eligible(const struct policy *p, enum page_mode mode)
     return is_allowed(p, mode) && p->modes[mode].barred_until_ns <= p->now_ns;
 }
 
-/* It would fill the link, and one that puts far fewer bytes there promises about as much. */
-static bool wastes_link(const struct policy *p, enum page_mode mode, double enough)
+/* How many of the pages a second of `mode` are enough of one that puts fewer bytes on the wire. */
+static double share_for_bytes(const struct policy *p, enum page_mode mode, enum page_mode fewer)
+{
+    bool cheap = mode == PAGE_MODE_RAW &&
+                 p->modes[fewer].bytes_per_page > p->modes[mode].bytes_per_page * THIRD_OF_BYTES;
+    return cheap ? POLICY_TIE : POLICY_BYTES_SHARE;
+}
+
+/* It would fill the link, and one that puts far fewer bytes there promises enough. */
+static bool wastes_link(const struct policy *p, enum page_mode mode, double best_rate)
 {
     if (policy_predict(p, mode) < p->link_rate / p->modes[mode].bytes_per_page)
         return false;
-    for (unsigned i = mode + 1; i < PAGE_MODE_COUNT; i++)
+    for (unsigned i = mode + 1; i < PAGE_MODE_COUNT; i++) {
+        double enough = best_rate * share_for_bytes(p, mode, (enum page_mode)i);
         if (is_eligible(p, (enum page_mode)i) && policy_predict(p, (enum page_mode)i) >= enough &&
             p->modes[i].bytes_per_page < p->modes[mode].bytes_per_page * FEWER_BYTES)
             return true;
+    }
     return false;
+}
+
+/* All that are good enough waste the link: the best of the others. */
+static enum page_mode frugal_mode(const struct policy *p, double best_rate)
+{
+    enum page_mode best = p->mode;
+    double rate = 0;
+    for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
+        double promised = policy_predict(p, (enum page_mode)i);
+        if (is_eligible(p, (enum page_mode)i) && promised > rate &&
+            !wastes_link(p, (enum page_mode)i, best_rate)) {
+            best = (enum page_mode)i;
+            rate = promised;
+        }
+    }
+    return best;
 }
 
 /* The cheapest of those that promise about as much as the best. */
@@ -98,10 +129,10 @@ static enum page_mode best_mode(const struct policy *p)
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++) {
         if (is_eligible(p, (enum page_mode)i) &&
             policy_predict(p, (enum page_mode)i) >= best_rate * POLICY_TIE &&
-            !wastes_link(p, (enum page_mode)i, best_rate * POLICY_TIE))
+            !wastes_link(p, (enum page_mode)i, best_rate))
             return (enum page_mode)i;
     }
-    return p->mode;
+    return frugal_mode(p, best_rate);
 }
 
 void policy_init(struct policy *p, const struct policy_config *config)
@@ -117,6 +148,7 @@ void policy_init(struct policy *p, const struct policy_config *config)
     memcpy(p->modes, mode_defaults, sizeof(p->modes));
     for (unsigned i = 0; i < PAGE_MODE_COUNT; i++)
         p->modes[i].bar_ns = POLICY_BAR;
+    p->doubtful = PAGE_MODE_COUNT;
     p->mode = best_mode(p);
 }
 
@@ -169,26 +201,41 @@ static void change_mode(struct policy *p, enum page_mode mode)
     p->mode = mode;
 }
 
+/* Raw pages are alike: what is known of them stays true. */
+static bool is_fresh(const struct policy *p, enum page_mode mode)
+{
+    const struct policy_mode *m = &p->modes[mode];
+    return mode == PAGE_MODE_RAW ||
+           (m->measured_batch && p->batches - m->measured_batch <= POLICY_FRESH);
+}
+
 static void reconsider(struct policy *p)
 {
     enum page_mode best = best_mode(p);
     double now = policy_predict(p, p->mode), share = best < p->mode ? CHEAPER_SHARE : POLICY_GAIN;
+    p->doubtful = PAGE_MODE_COUNT;
     if (best == p->mode || (p->trial.active && p->trial.forced))
         return;
     /* The link limits, so the cores do not: a lighter mode would only fill it sooner. */
     if (p->link_known && has_more_bytes(p, best, p->mode))
         return;
-    if (policy_predict(p, best) >= now * share)
+    if (best > p->mode && wastes_link(p, p->mode, now))
+        share = share_for_bytes(p, p->mode, best);
+    if (policy_predict(p, best) < now * share)
+        return;
+    if (is_fresh(p, best))
         change_mode(p, best);
+    else
+        p->doubtful = best;
 }
 
-/* The mode whose figures are oldest, if its turn has come and the credit pays for it. */
+/* The mode that a change waits for; else that whose figures are oldest, if its turn has come. */
 bool policy_wants_probe(struct policy *p, enum page_mode *ret_mode)
 {
-    int oldest = -1;
-    if (p->batches < p->next_probe || p->probe_credit <= 0)
+    int oldest = p->doubtful < PAGE_MODE_COUNT ? (int)p->doubtful : -1;
+    if (p->probe_credit <= 0 || (oldest < 0 && p->batches < p->next_probe))
         return false;
-    for (int i = PAGE_MODE_RAW + 1; i < PAGE_MODE_COUNT; i++) {
+    for (int i = PAGE_MODE_RAW + 1; p->doubtful == PAGE_MODE_COUNT && i < PAGE_MODE_COUNT; i++) {
         if (i != (int)p->mode && is_allowed(p, (enum page_mode)i) &&
             (oldest < 0 || p->modes[i].last_batch < p->modes[oldest].last_batch))
             oldest = i;
@@ -227,7 +274,7 @@ void policy_note_batch(struct policy *p, const struct page_sample *sample)
     average(&m->ns_per_page, (double)(sample->cpu_ns - sample->scan_ns) / pages,
             m->measured ? weight : 1);
     m->measured = true;
-    m->last_batch = p->batches;
+    m->last_batch = m->measured_batch = p->batches;
     reconsider(p);
 }
 
@@ -249,13 +296,14 @@ void policy_note_probe(struct policy *p, const struct page_sample *used,
     average(&m->bytes_per_page, bytes, m->measured ? PROBE_WEIGHT : 1);
     average(&m->ns_per_page, ns, m->measured ? PROBE_WEIGHT : 1);
     m->measured = true;
+    m->measured_batch = p->batches;
     reconsider(p);
 }
 
 void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns)
 {
     if (bytes >= BATCH_PAGES_MIN * GUEST_PAGE_SIZE)
-        average(&p->send_ns_per_byte, (double)cpu_ns / (double)bytes, BATCH_WEIGHT / 4);
+        average(&p->send_ns_per_byte, (double)cpu_ns / (double)bytes, BATCH_WEIGHT);
 }
 
 /* ---- the link ---- */
@@ -266,20 +314,46 @@ static double raw_share(const struct policy *p)
     return p->modes[PAGE_MODE_RAW].bytes_per_page / p->modes[p->mode].bytes_per_page;
 }
 
+/* Nobody waits for the link, and the encoders are busy. */
+static void doubt_link_rate(struct policy *p, double rate)
+{
+    p->link_known = false;
+    if (rate > p->link_measured * POLICY_LINK_SURPRISE)
+        p->link_measured = 0;
+    if (p->link_measured > 0 && p->now_ns < p->link_trusted_ns + POLICY_LINK_TRUST)
+        return;
+    p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
+    p->link_trusted_ns = p->now_ns;
+}
+
 static void learn_link_rate(struct policy *p, double blocked_share, bool busy, double rate)
 {
     if (blocked_share >= BLOCKED_SHARE) {
         if (p->link_rate > 2 * rate)
             p->link_rate = 2 * rate;
-        average(&p->link_rate, rate, LINK_WEIGHT);
+        average(&p->link_rate, rate, p->link_known ? LINK_WEIGHT : FIRST_LINK_WEIGHT);
         p->link_known = true;
+        p->link_measured = p->link_rate;
+        p->link_trusted_ns = p->now_ns;
     } else if (busy && p->link_rate < rate * raw_share(p) * LINK_GROWTH &&
                (blocked_share < UNBLOCKED_SHARE || !p->link_known)) {
-        p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
-        p->link_known = false;
+        doubt_link_rate(p, rate);
     }
     if (p->link_rate < rate)
         p->link_rate = rate;
+}
+
+/* Of the pages a second before, what the mode on trial must bring. */
+static double trial_share(const struct policy *p, double rate)
+{
+    enum page_mode from = p->trial.from;
+    bool full = rate * p->modes[p->mode].bytes_per_page > p->link_rate * FULL_SHARE;
+    if (has_more_bytes(p, p->mode, from))
+        return full && share_for_bytes(p, p->mode, from) < POLICY_TIE ? 1 / POLICY_BYTES_SHARE
+                                                                       : POLICY_GAIN;
+    return has_more_bytes(p, from, p->mode) && from < p->mode
+               ? TRIAL_SHARE * share_for_bytes(p, from, p->mode)
+               : TRIAL_SHARE;
 }
 
 /*
@@ -288,8 +362,8 @@ static void learn_link_rate(struct policy *p, double blocked_share, bool busy, d
  */
 static void end_trial(struct policy *p, double rate)
 {
-    bool forced = p->trial.forced, more_bytes = has_more_bytes(p, p->mode, p->trial.from);
-    if (rate <= p->trial.rate_before * (forced ? 1 : more_bytes ? POLICY_GAIN : TRIAL_SHARE)) {
+    bool forced = p->trial.forced;
+    if (rate <= p->trial.rate_before * (forced ? 1 : trial_share(p, rate))) {
         bar_failed(p, p->mode, p->trial.from);
         change_mode(p, p->trial.from);
         return;

@@ -12,18 +12,21 @@
  *         if (policy_wants_probe(&policy, &other))
  *             page_encoder_probe(enc, mode, &a), page_encoder_probe(enc, other, &b),
  *             policy_note_probe(&policy, &a, &b);
- *         policy_note_send(&policy, bytes, cpu_ns);
  *     and now and then (each acknowledgement, or a timer):
+ *         policy_note_send(&policy, bytes, cpu_ns);
  *         policy_note_link(&policy, &(struct policy_link_sample){...});
  *
- * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page) or
- * as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per page
- * are moving averages of what the encoders measured. Of the modes that promise about as much as the
- * best (POLICY_TIE), it takes the cheapest: the core that is spared is the guest's; but not one that fills the link
- * where another has far fewer bytes: others need the link, too. It changes to a
- * dearer mode if that promises POLICY_GAIN times as much, and to a cheaper one as soon as that is as
- * good: compression that would make the migration slower turns itself off, on a fast link as well as
- * for pages that do not compress. While the link is what limits, it takes no mode with more bytes.
+ * Prediction. For each mode: pages a second, as the link takes them (link rate / bytes per page)
+ * or as the cores yield them (cores / CPU time per page), whichever is less. Bytes and times per
+ * page are moving averages of what the encoders measured. Of the modes that promise about as much
+ * as the best (POLICY_TIE), it takes the cheapest: the core that is spared is the guest's; but not
+ * one that fills the link where another has far fewer bytes: others need the link, too. LZ4 that
+ * fills it must even promise a third more than zstd (POLICY_BYTES_SHARE), and so must raw pages
+ * where those would shrink to a third: the bytes are certain, the share of the cores is not. It
+ * changes to a dearer mode if that promises POLICY_GAIN times as much, and to a cheaper one as
+ * soon as that is as good: compression that would make the migration slower turns itself off, on a
+ * fast link as well as for pages that do not compress. While the link is what limits, it takes no
+ * mode with more bytes.
  *
  * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
  * fewer pages a second are acknowledged than before (or hardly more, for more bytes), it is taken back, and all modes that cost more
@@ -37,10 +40,18 @@
  * both figures are of the same pages. Trials of raw are paid from a credit of POLICY_TRIAL_SHARE of
  * the time passed; so a short migration has none.
  *
- * The link's rate is known only while the link is what limits: while workers wait for it (blocked).
- * While hardly anybody waits and the encoders are busy with pages, the link is faster than believed, and the
- * estimate grows step by step until somebody waits, or the mode changes, or raw pages would fit. While pages are lacking
- * nothing is learnt but a lower bound. It begins with POLICY_LINK_INITIAL.
+ * The link's rate is known only while the link is what limits: while workers wait for it
+ * (blocked). While hardly anybody waits and the encoders are busy with pages, the link is faster
+ * than believed, and the estimate grows step by step until somebody waits, or the mode changes, or
+ * raw pages would fit. Not so soon if the link was what limited before: then pages have come that
+ * compress better or more slowly, and the link is still what was measured, unless more gets
+ * through than that (POLICY_LINK_SURPRISE) or POLICY_LINK_TRUST has passed; to find out costs the
+ * bytes of a mode that is too light. While pages are lacking nothing is learnt but a lower bound.
+ * It begins with POLICY_LINK_INITIAL.
+ *
+ * Figures age: what lies in a guest's memory changes from one batch to the next, and those of a
+ * mode that was not used or probed for POLICY_FRESH batches are of other pages. They are no reason
+ * for a change: that mode is probed first.
  *
  * State without I/O, clock or allocation. Threads: one at a time; the workers of a migration share
  * one policy under a lock of the caller's.
@@ -60,10 +71,14 @@
 #define POLICY_LINK_INTERVAL_MAX 2000000000
 #define POLICY_GAIN 1.04           /* a change to a dearer mode must promise this */
 #define POLICY_TIE 0.97            /* from this share of the best on, a mode is as good */
+#define POLICY_BYTES_SHARE 0.75    /* of the pages that are promised, for fewer bytes */
 #define POLICY_TRIAL_SHARE 0.025   /* of the time, for trials of raw */
 #define POLICY_PROBE_SHARE 0.01    /* of the workers' time */
 #define POLICY_PROBE_CREDIT 1e6    /* ns */
 #define POLICY_PROBE_GAP 4         /* batches between two probes, at least */
+#define POLICY_FRESH 12            /* batches */
+#define POLICY_LINK_TRUST 1000000000 /* ns */
+#define POLICY_LINK_SURPRISE 1.25
 #define POLICY_TRIAL_SETTLE 1      /* intervals after a change that are not judged, */
 #define POLICY_TRIAL_LENGTH 4      /* and after which the trial ends */
 #define POLICY_BAR 2000000000      /* ns */
@@ -91,6 +106,7 @@ struct policy_mode {
     double ns_per_page;              /* CPU time beyond the scan, which is the same in every mode */
     bool measured;                   /* else these are defaults */
     uint64_t last_batch;             /* number of the batch that was last encoded or probed in it */
+    uint64_t measured_batch;         /* and of that from which the figures are; counts from 1 */
     int64_t barred_until_ns, bar_ns; /* the next bar lasts bar_ns */
 };
 
@@ -102,6 +118,9 @@ struct policy {
     double wall_ns, cpu_ns; /* of encoding, sums that fade */
     double link_rate; /* bytes a second */
     bool link_known;  /* was the limit when last judged */
+    double link_measured;        /* the rate when it last was; 0: never, or it has changed since */
+    int64_t link_trusted_ns;     /* from then on */
+    enum page_mode doubtful;     /* is probed before anything changes; PAGE_MODE_COUNT: none */
     uint64_t batches;
     uint64_t next_probe; /* not before this batch */
     double probe_credit, trial_credit; /* ns */
@@ -131,7 +150,7 @@ bool policy_wants_probe(struct policy *p, enum page_mode *ret_mode);
 /* The same pages in the mode of a batch, and in another. */
 void policy_note_probe(struct policy *p, const struct page_sample *used,
                        const struct page_sample *other);
-/* CPU time that it took to encrypt and send so many bytes. Optional. */
+/* CPU time that it took to encrypt and send so many bytes. */
 void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns);
 void policy_note_link(struct policy *p, const struct policy_link_sample *sample);
 /* Pages a second that a mode promises, for logs and tests. */

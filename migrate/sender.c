@@ -371,12 +371,16 @@ struct pilot {
     uint64_t last_acked_pages, last_acked_bytes;
     int64_t last_blocked_ns;
     double drain_rate; /* bytes of non-zero guest memory a second */
+    uint64_t last_sent;
+    int64_t last_send_cpu_ns;
     enum page_mode mode;
     bool paused;
+    bool ahead; /* channels may hold more */
 };
 
 struct link_totals {
-    uint64_t rate, unacked, acked;
+    uint64_t rate, unacked, acked, sent;
+    int64_t send_cpu_ns;
     int64_t outage_ns;
 };
 
@@ -392,6 +396,8 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
         ret->rate += i ? st.rate : 0;
         ret->unacked += st.bytes_unacked;
         ret->acked += st.bytes_acked;
+        ret->sent += st.bytes_sent;
+        ret->send_cpu_ns += st.cpu_ns;
         if (st.outage_ns > ret->outage_ns)
             ret->outage_ns = st.outage_ns;
         p->wire_bytes += st.bytes_sent;
@@ -425,7 +431,8 @@ static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
     pilot->last_ns = now;
 }
 
-static void tell_policy(struct sender *s, struct pilot *pilot, int64_t interval_ns)
+static void tell_policy(struct sender *s, struct pilot *pilot, const struct link_totals *link,
+                        int64_t interval_ns)
 {
     uint64_t pages = atomic_load(&s->pages_acked), bytes = atomic_load(&s->page_bytes_acked);
     int64_t blocked = (int64_t)atomic_load(&s->blocked_ns);
@@ -436,12 +443,35 @@ static void tell_policy(struct sender *s, struct pilot *pilot, int64_t interval_
     pilot->last_acked_bytes = bytes;
     pilot->last_acked_pages = pages;
     pilot->last_blocked_ns = blocked;
+    uint64_t sent = link->sent - pilot->last_sent;
+    int64_t send_cpu_ns = link->send_cpu_ns - pilot->last_send_cpu_ns;
+    pilot->last_sent = link->sent;
+    pilot->last_send_cpu_ns = link->send_cpu_ns;
     SCOPE_LOCK(&s->policy_lock);
+    if (send_cpu_ns > 0) /* not when a channel's thread has just ended */
+        policy_note_send(&s->policy, sent, send_cpu_ns);
     policy_note_link(&s->policy, &sample);
     if (pilot->mode != s->policy.mode)
         log_debug("pages go in another way", "mode=%s link_mbps=%.0f",
                   page_mode_name(s->policy.mode), s->policy.link_rate * 8 / 1e6);
     pilot->mode = s->policy.mode;
+}
+
+/* While the link's rate is not known, what waits for it shows whether it limits. */
+static void set_windows(struct sender *s, struct pilot *pilot,
+                        const struct guest_source_progress *source)
+{
+    pthread_mutex_lock(&s->policy_lock);
+    bool known = s->policy.link_measured > 0;
+    pthread_mutex_unlock(&s->policy_lock);
+    bool far = (double)source->remaining > pilot->drain_rate * SENDER_FAR_MS / 1000;
+    bool ahead = known && far && source->round < 2 && !pilot->paused;
+    if (ahead == pilot->ahead)
+        return;
+    pilot->ahead = ahead;
+    unsigned ms = ahead ? SENDER_AHEAD_MS : SENDER_IN_FLIGHT_MS;
+    for (unsigned i = 1; i <= s->params.channels; i++)
+        channel_sender_set_window_time(s->channels[i], ms, SENDER_WINDOW_MIN, SENDER_WINDOW_MAX);
 }
 
 static int64_t in_flight_ns(const struct link_totals *link)
@@ -504,7 +534,8 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     read_channels(s, &link, &p);
     pilot->paused |= source.paused_at_ns != 0;
     measure_drain(s, pilot, clock_mono_ns());
-    tell_policy(s, pilot, interval_ns);
+    tell_policy(s, pilot, &link, interval_ns);
+    set_windows(s, pilot, &source);
     if (judge(s, pilot, &source, &link, err) < 0)
         return -1;
     SCOPE_LOCK(&s->lock);

@@ -15,7 +15,9 @@
  *     VMM -> driver -> queue per channel -> encoder -> channel -> peer
  *
  * Every arrow is bounded and pushes back, so the VMM waits for the link. What lies between the VMM
- * and the peer adds to the pause, so channels are kept to SENDER_IN_FLIGHT_MS of the link's rate.
+ * and the peer adds to the pause, so channels are kept to SENDER_IN_FLIGHT_MS of the link's rate. In
+ * the first pass, while its end is far, they may hold SENDER_AHEAD_MS: where the link limits the
+ * encoders get ahead, and what they gained keeps the link busy where memory takes them longer.
  *
  * Channel 0 carries, besides bytes, a barrier: "all pages up to these numbers of the other channels
  * must be in place before the bytes behind me are loaded" (migrate/stream_frames.h).
@@ -37,6 +39,9 @@
 #include <stdint.h>
 
 #define SENDER_IN_FLIGHT_MS 20
+/* Far from the end of the first pass: more than so long at the present rate. */
+#define SENDER_AHEAD_MS 80
+#define SENDER_FAR_MS 300
 #define SENDER_WINDOW_MIN (256u << 10)
 #define SENDER_WINDOW_MAX (4u << 20)
 #define SENDER_CHANNELS_MAX 8

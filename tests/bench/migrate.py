@@ -21,6 +21,10 @@ both hosts sent; cpu_s of both agents and both VMMs without their vCPUs' threads
 destination_cpu_s each side's; others_pct how much of the machine's CPU time went elsewhere meanwhile, or was
 stolen by the machine's host: above a few percent, the row says little.
 
+A machine that is a virtual one itself may give free memory back to its host, 2 s after it became free, and to take it
+again costs a destination more CPU time than the rest of its work. So each migration begins only when what the last one
+freed has gone: every tool finds the machine alike.
+
 Another program may use Race: with limit_s, a migration that takes longer is cancelled, and Unfinished raised.
 """
 import argparse
@@ -58,6 +62,7 @@ VMMIG = {
 }
 MORE_METRICS = {'source_cpu_s': 's', 'destination_cpu_s': 's'}
 METRICS = {'total_ms': 'ms', 'copy_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's', 'others_pct': '%'}
+SETTLE_S = 3
 HZ = os.sysconf('SC_CLK_TCK')
 
 
@@ -150,6 +155,7 @@ class Race:
             lambda: self.native(*{**MODES, **OTHER_MODES}[tool])
         mark = self.console.mark()
         agents = [agent.process.pid for agent in (self.here, self.there)]
+        time.sleep(SETTLE_S)
         before = [cpu_of(pid) for pid in agents]
         sent = sum(agent.host.bytes_sent() for agent in (self.here, self.there))
         began, busy, ours = time.monotonic(), machine_cpu(), family_cpu(os.getpid())

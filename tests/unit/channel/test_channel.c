@@ -230,6 +230,7 @@ static void test_the_rate_is_measured_and_the_window_follows(void **state)
     channel_sender_get_stats(p->sender, &stats);
     assert_in_range(stats.rate, 7000000, 13000000);
     assert_in_range(stats.window, 350000, 650000);
+    assert_in_range(stats.cpu_ns, 100 * NSEC_PER_USEC, NSEC_PER_SEC); /* 13 MB through a socket */
     pair_end(p);
     pair_destroy(p);
 }

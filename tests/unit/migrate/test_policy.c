@@ -277,6 +277,83 @@ static void more_bytes_must_bring_more_pages(void **state)
         fail_msg("%.0f bytes per page", bytes / pages);
 }
 
+/*
+ * Memory in stretches: such that the link limits, and such that zstd takes one core all its time.
+ * That the link has room then does not make it faster, and figures from the stretch before say
+ * nothing about this one.
+ */
+static void a_link_that_was_measured_is_not_tried_with_more_bytes(void **state)
+{
+    static const struct content dense = {{4112, 3200, 2900, 2850, 2750},
+                                         {60, 5000, 11000, 12000, 14000}};
+    static const struct content light = {{4112, 1446, 609, 605, 600},
+                                         {60, 3200, 7000, 8000, 9500}};
+    struct world w = new_world(&dense, GBIT, 1, POLICY_AUTO);
+    double bytes = 0, least = 0;
+    for (unsigned i = 0; i < 240; i++) {
+        w.content = i % 80 < 20 ? &dense : &light;
+        double before = w.pages, each = w.content->bytes[w.policy.mode];
+        run(&w, 0.005);
+        if (w.content == &dense)
+            continue;
+        bytes += (w.pages - before) * each;
+        least += (w.pages - before) * w.content->bytes[PAGE_MODE_ZSTD_1];
+    }
+    if (bytes > 1.03 * least)
+        fail_msg("%.3f of the bytes of zstd-1", bytes / least);
+}
+
+static void note_batch_of(struct policy *p, enum page_mode mode, unsigned bytes, unsigned ns)
+{
+    policy_choose(p);
+    struct page_sample sample = {.mode = mode,
+                                 .pages = BATCH,
+                                 .bytes = BATCH * bytes,
+                                 .scan_ns = BATCH * 250,
+                                 .cpu_ns = BATCH * (250 + ns),
+                                 .wall_ns = BATCH * (250 + ns)};
+    policy_note_batch(p, &sample);
+}
+
+/* LZ4 did well, on pages that were sent long ago. */
+static void figures_of_other_pages_are_no_reason_for_a_change(void **state)
+{
+    enum page_mode asked = PAGE_MODE_COUNT;
+    struct policy p;
+    policy_init(&p, &(struct policy_config){.workers = 2, .cores = 2});
+    note_batch_of(&p, PAGE_MODE_LZ4, 100, 500);
+    for (unsigned i = 0; i < 2 * POLICY_FRESH; i++) {
+        p.mode = PAGE_MODE_ZSTD_1;
+        note_batch_of(&p, PAGE_MODE_ZSTD_1, 2900, 11000);
+    }
+    assert_true(policy_predict(&p, PAGE_MODE_LZ4) > 2 * policy_predict(&p, p.mode));
+    assert_int_equal(p.mode, PAGE_MODE_ZSTD_1);
+    assert_true(policy_wants_probe(&p, &asked));
+    assert_int_equal(asked, PAGE_MODE_LZ4);
+    struct page_sample used = {
+        .mode = p.mode, .pages = 16, .bytes = 16 * 2900, .cpu_ns = 16 * 11000};
+    struct page_sample other = {
+        .mode = asked, .pages = 16, .bytes = 16 * 1400, .cpu_ns = 16 * 2000};
+    policy_note_probe(&p, &used, &other);
+    assert_int_equal(p.mode, PAGE_MODE_LZ4);
+}
+
+/* LZ4 would bring a fifth more pages and fill the link with half as many bytes again. */
+static void a_few_pages_more_are_not_worth_a_full_link(void **state)
+{
+    static const struct content easy = {{4112, 1490, 1060, 1010, 970},
+                                        {60, 2000, 5500, 6500, 8500}};
+    struct world w = new_world(&easy, GBIT, 0.39, POLICY_AUTO);
+    unsigned lz4 = 0;
+    run(&w, 0.3); /* until it is known what the link takes */
+    for (unsigned i = 0; i < 1000; i++) {
+        run(&w, 0.005);
+        lz4 += w.policy.mode < PAGE_MODE_ZSTD_1;
+    }
+    if (lz4 > 100) /* now and then it is looked whether the link is faster meanwhile */
+        fail_msg("%u of 1000 steps with LZ4", lz4);
+}
+
 static void an_outage_is_forgotten_soon(void **state)
 {
     struct world w = new_world(&linux_memory, 10 * GBIT, 2, POLICY_AUTO);
@@ -339,6 +416,9 @@ int main(void)
         cmocka_unit_test(lack_of_pages_teaches_nothing),
         cmocka_unit_test(zero_pages_teach_nothing),
         cmocka_unit_test(more_bytes_must_bring_more_pages),
+        cmocka_unit_test(a_link_that_was_measured_is_not_tried_with_more_bytes),
+        cmocka_unit_test(figures_of_other_pages_are_no_reason_for_a_change),
+        cmocka_unit_test(a_few_pages_more_are_not_worth_a_full_link),
         cmocka_unit_test(an_outage_is_forgotten_soon),
         cmocka_unit_test(a_change_that_made_it_slower_is_taken_back),
         cmocka_unit_test(the_cost_of_sending_counts),
