@@ -138,6 +138,21 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
     return 0;
 }
 
+/* What the registry will know of the VM when it runs here. */
+static struct vm_definition future_vm(const struct attempt *a,
+                                      const struct process_identity *process)
+{
+    const struct destination_part *d = &a->destination;
+    struct vm_definition def = {.origin = VM_ORIGIN_RECEIVED,
+                                .argv = d->argv,
+                                .driver = d->driver,
+                                .socket_path = d->socket_path,
+                                .process = *process,
+                                .since_ns = clock_wall_ns()};
+    snprintf(def.name, sizeof(def.name), "%s", a->vm_name);
+    return def;
+}
+
 static int prepare(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
@@ -156,6 +171,9 @@ static int prepare(struct attempt *a, struct vm_error **err)
     d->process = a->guest->process;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
         attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0)
+        return -1;
+    struct vm_definition def = future_vm(a, &d->process);
+    if (vms_reserve(a->transfer->agent->vms, &def, err) < 0)
         return -1;
     return make_prepared(a, err) < 0 ? -1 : make_receiver(a, err);
 }
@@ -273,13 +291,7 @@ static int register_vm(struct attempt *a, struct vm_error **err)
     struct vms *vms = a->transfer->agent->vms;
     if (use_registered(a))
         return 0;
-    struct vm_definition def = {.origin = VM_ORIGIN_RECEIVED,
-                                .argv = d->argv,
-                                .driver = d->driver,
-                                .socket_path = d->socket_path,
-                                .process = a->record.vmm,
-                                .since_ns = clock_wall_ns()};
-    snprintf(def.name, sizeof(def.name), "%s", a->vm_name);
+    struct vm_definition def = future_vm(a, &a->record.vmm);
     struct guest *guest = a->guest;
     if (vms_add(vms, &def, &guest, err) < 0)
         return -1;
@@ -316,6 +328,8 @@ static bool name_is_anothers(struct attempt *a)
 static void remove_leftovers(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
+    if (d->argv) /* else it came to no VMM, and whatever is kept is another attempt's */
+        vms_release(a->transfer->agent->vms, a->vm_name);
     if (d->socket_path && !d->prepared_by_user && !name_is_anothers(a))
         unlink(d->socket_path);
 }

@@ -15,13 +15,23 @@
 
 enum { MAGIC_SIZE = sizeof(VM_RECORD_MAGIC) - 1, HEADER_SIZE = MAGIC_SIZE + 8 };
 
-static char *record_path(const char *folder, const char *name, struct vm_error **err)
+/* A record that is written later may be longer by this: its numbers have grown. */
+#define ROOM_SLACK 64
+static const char room_suffix[] = VM_RECORD_SUFFIX ".room";
+
+static char *path_of(const char *folder, const char *name, const char *suffix,
+                     struct vm_error **err)
 {
     char *path;
-    if (asprintf(&path, "%s/%s" VM_RECORD_SUFFIX, folder, name) >= 0)
+    if (asprintf(&path, "%s/%s%s", folder, name, suffix) >= 0)
         return path;
     error_nomem(err);
     return NULL;
+}
+
+static char *record_path(const char *folder, const char *name, struct vm_error **err)
+{
+    return path_of(folder, name, VM_RECORD_SUFFIX, err);
 }
 
 static size_t count(char *const *argv)
@@ -32,7 +42,7 @@ static size_t count(char *const *argv)
     return n;
 }
 
-int vm_record_write(const char *folder, const struct vm_definition *d, struct vm_error **err)
+static int pack(const struct vm_definition *d, struct buffer *out, struct vm_error **err)
 {
     Vmmig__Record__Vm m = VMMIG__RECORD__VM__INIT;
     m.name = (char *)(uintptr_t)d->name;
@@ -46,20 +56,65 @@ int vm_record_write(const char *folder, const struct vm_definition *d, struct vm
     m.start = d->process.start;
     m.since_ns = d->since_ns;
     m.driver = d->driver;
-    cleanup_buffer struct buffer out = {.limit = VM_RECORD_MAX};
-    buffer_put(&out, VM_RECORD_MAGIC, MAGIC_SIZE);
-    buffer_put_le64(&out, 0);
-    uint8_t *payload = buffer_grow(&out, vmmig__record__vm__get_packed_size(&m));
+    out->limit = VM_RECORD_MAX;
+    buffer_put(out, VM_RECORD_MAGIC, MAGIC_SIZE);
+    buffer_put_le64(out, 0);
+    uint8_t *payload = buffer_grow(out, vmmig__record__vm__get_packed_size(&m));
     if (!payload)
         return error_set(err, VM_ERROR_NO_SPACE, "the record of VM %s is too large", d->name);
     size_t n = vmmig__record__vm__pack(&m, payload);
-    put_le64(out.data + MAGIC_SIZE, XXH3_64bits(payload, n));
+    put_le64(out->data + MAGIC_SIZE, XXH3_64bits(payload, n));
+    return 0;
+}
+
+int vm_record_reserve(const char *folder, const struct vm_definition *d, struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {0};
+    cleanup_free char *path = path_of(folder, d->name, room_suffix, err);
+    if (!path || pack(d, &out, err) < 0)
+        return -1;
+    cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    int failed = fd < 0 ? errno : posix_fallocate(fd, 0, (off_t)(out.len + ROOM_SLACK));
+    if (failed) {
+        unlink(path);
+        return error_errno(err, failed, "no room for the record of VM %s in %s", d->name, folder);
+    }
+    return 0;
+}
+
+void vm_record_release(const char *folder, const char *name)
+{
+    cleanup_free char *path = path_of(folder, name, room_suffix, NULL);
+    if (path)
+        unlink(path);
+}
+
+/* 1: it was written where there was room for it; 0: there is none; -1. */
+static int write_into_room(const char *room, const char *path, const struct buffer *record,
+                           struct vm_error **err)
+{
+    cleanup_close int fd = open(room, O_WRONLY | O_CLOEXEC);
+    if (fd < 0)
+        return 0;
+    if (io_write_full(fd, record->data, record->len, INT64_MAX, -1, err) < 0)
+        return error_wrap(err, "cannot write %s", room);
+    if (ftruncate(fd, (off_t)record->len) < 0 || fsync(fd) < 0 || rename(room, path) < 0)
+        return error_errno(err, errno, "cannot write %s", path);
+    return io_sync_folder_of(path, err) < 0 ? -1 : 1;
+}
+
+int vm_record_write(const char *folder, const struct vm_definition *d, struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {0};
     cleanup_free char *path = record_path(folder, d->name, err);
-    if (!path)
+    cleanup_free char *room = path_of(folder, d->name, room_suffix, err);
+    if (!path || !room || pack(d, &out, err) < 0)
         return -1;
     if (FAULT("vms.record") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "cannot write %s", path);
-    return io_write_file_durably(path, out.data, out.len, 0600, err);
+    int written = write_into_room(room, path, &out, err);
+    return written ? (written < 0 ? -1 : 0)
+                   : io_write_file_durably(path, out.data, out.len, 0600, err);
 }
 
 int vm_record_remove(const char *folder, const char *name, struct vm_error **err)
@@ -168,7 +223,7 @@ static int read_one(const char *folder, const char *file, struct vm_definition *
     size_t len;
     if (asprintf(&path, "%s/%s", folder, file) < 0)
         return error_nomem(err);
-    if (ends_with(file, ".tmp")) {
+    if (ends_with(file, ".tmp") || ends_with(file, room_suffix)) {
         unlink(path);
         return 0;
     }

@@ -16,6 +16,14 @@
 #define VM_RECORD_MAX (1u << 20)
 
 int vm_record_write(const char *folder, const struct vm_definition *d, struct vm_error **err);
+/*
+ * Keep room on the disk for the record that this definition will have: vm_record_write then does
+ * not fail because others filled the disk meanwhile. A file beside the record, which the write
+ * turns into it; a crash leaves it to the next vm_record_read_all, which removes it.
+ */
+int vm_record_reserve(const char *folder, const struct vm_definition *d, struct vm_error **err);
+/* The record will not be written after all. */
+void vm_record_release(const char *folder, const char *name);
 /* NOT_FOUND is not an error: nothing to remove. */
 int vm_record_remove(const char *folder, const char *name, struct vm_error **err);
 /*

@@ -571,6 +571,16 @@ int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest
     return 0;
 }
 
+int vms_reserve(struct vms *vms, const struct vm_definition *d, struct vm_error **err)
+{
+    return vm_name_check(d->name, err) < 0 ? -1 : vm_record_reserve(vms->folder, d, err);
+}
+
+void vms_release(struct vms *vms, const char *name)
+{
+    vm_record_release(vms->folder, name);
+}
+
 int vms_remove(struct vms *vms, const char *name, struct vm_error **err)
 {
     bool found;

@@ -113,6 +113,12 @@ bool vms_settle(struct vms *vms, int timeout_ms);
  */
 int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
             struct vm_error **err);
+/*
+ * Keep room on the disk for the record of a VM that vms_add will add; NO_SPACE now rather than
+ * then. vms_release if it will not. An agent's end forgets it.
+ */
+int vms_reserve(struct vms *vms, const struct vm_definition *d, struct vm_error **err);
+void vms_release(struct vms *vms, const char *name);
 /* Forget it. The VMM is not touched. */
 int vms_remove(struct vms *vms, const char *name, struct vm_error **err);
 /* Is the name free for vms_add? CONFLICT, or NO_SPACE when the table is full. */

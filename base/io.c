@@ -155,7 +155,7 @@ int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
     return 0;
 }
 
-static int sync_folder_of(const char *path, struct vm_error **err)
+int io_sync_folder_of(const char *path, struct vm_error **err)
 {
     cleanup_free char *folder = strdup(path);
     if (!folder)
@@ -188,7 +188,7 @@ int io_write_file_durably(const char *path, const void *data, size_t len, mode_t
         unlink(temporary);
         return -1;
     }
-    return sync_folder_of(path, err);
+    return io_sync_folder_of(path, err);
 }
 
 int io_make_folders(const char *path, mode_t mode, struct vm_error **err)

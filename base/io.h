@@ -42,6 +42,8 @@ int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
  */
 int io_write_file_durably(const char *path, const void *data, size_t len, mode_t mode,
                           struct vm_error **err);
+/* fsync of the folder that a path is in: a rename there is on disk then. */
+int io_sync_folder_of(const char *path, struct vm_error **err);
 /* Make the folder and those above it. An existing folder is fine. */
 int io_make_folders(const char *path, mode_t mode, struct vm_error **err);
 

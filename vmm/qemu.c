@@ -35,10 +35,11 @@ int qemu_explain(struct qemu *q, struct vm_error **err)
     char line[SPAWN_MESSAGE_MAX] = "";
     if (q->log_path)
         spawn_log_last_line(q->log_path, q->log_offset, line);
-    if (!*line)
+    if (!q->log_path)
         return -1;
     error_clear(err);
-    return error_set(err, VM_ERROR_VMM_DIED, "QEMU ended: %s", line);
+    return error_set(err, VM_ERROR_VMM_DIED, "QEMU ended%s%s", *line ? ": " : " and said nothing",
+                     line);
 }
 
 int qemu_command(struct qemu *q, const char *command, json_t *args, json_t **ret,

@@ -55,9 +55,31 @@ size_t spawn_log_size(const char *log_path)
     return stat(log_path, &st) == 0 ? (size_t)st.st_size : 0;
 }
 
+/* "program: ...", as programs begin what they have to complain of. */
+static bool is_complaint(const char *line)
+{
+    size_t word = strcspn(line, " :");
+    return word && line[word] == ':' && line[word + 1] == ' ';
+}
+
+/* The last line of the text that says why; cuts the text into lines. */
+static const char *find_reason(char *text)
+{
+    static const char generic[] = "load of migration failed"; /* the reason stands before it */
+    const char *last = "", *complaint = NULL;
+    char *rest = NULL;
+    for (char *line = strtok_r(text, "\r\n", &rest); line; line = strtok_r(NULL, "\r\n", &rest)) {
+        if (strstr(line, generic) && *last)
+            continue;
+        last = line;
+        if (is_complaint(line))
+            complaint = line;
+    }
+    return complaint ? complaint : last;
+}
+
 void spawn_log_last_line(const char *log_path, size_t offset, char out[SPAWN_MESSAGE_MAX])
 {
-    static const char generic[] = "load of migration failed";
     char tail[LOG_TAIL + 1];
     out[0] = 0;
     cleanup_close int fd = open(log_path, O_RDONLY | O_CLOEXEC);
@@ -66,18 +88,10 @@ void spawn_log_last_line(const char *log_path, size_t offset, char out[SPAWN_MES
         return;
     size_t from = size - offset > LOG_TAIL ? size - LOG_TAIL : offset;
     ssize_t n = pread(fd, tail, LOG_TAIL, (off_t)from);
-    while (n > 0 && (tail[n - 1] == '\n' || tail[n - 1] == '\r'))
-        n--;
     if (n <= 0)
         return;
     tail[n] = 0;
-    char *line = strrchr(tail, '\n');
-    if (line && strstr(line, generic)) { /* the reason stands before it */
-        *line = 0;
-        line = strrchr(tail, '\n');
-    }
-    snprintf(out, SPAWN_MESSAGE_MAX, "%.*s", SPAWN_MESSAGE_MAX - 1,
-             line ? line + 1 : tail);
+    snprintf(out, SPAWN_MESSAGE_MAX, "%.*s", SPAWN_MESSAGE_MAX - 1, find_reason(tail));
     for (char *c = out; *c; c++)
         if ((unsigned char)*c < ' ' || *c == 0x7f)
             *c = '?';

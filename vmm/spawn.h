@@ -59,8 +59,9 @@ int spawn_process(const struct spawn_params *params, struct process_identity *re
 int spawn_bind(const char *path, int type, struct vm_error **err);
 
 /*
- * The last line of the log from offset on that says something (before "load of migration failed"),
- * control characters replaced; "" if there is none.
+ * The last line of the log from offset on that says why the program ended: of those that begin with
+ * a program's name if there are any (hints follow them without it), and before "load of migration
+ * failed". Control characters replaced; "" if there is none.
  */
 void spawn_log_last_line(const char *log_path, size_t offset, char out[SPAWN_MESSAGE_MAX]);
 /* Bytes in the log now, 0 if there is none. */

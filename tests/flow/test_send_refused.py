@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A send that cannot be: one clear line, the exit status of its kind, nothing left at the other host, and a guest that
 runs on. What the command itself is told wrongly is the matter of test_cli.py."""
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 from agents import PKI, Cluster, eventually
-from lab import BareGuest, judge
-from lab.guests import built
+from lab import BareGuest, huge_pages, judge
+from lab.guests import QEMU, built
 
 # An agent that is none: takes connections at a port, with the certificate files that it is given or without TLS, and
 # answers the preamble and what follows with these bytes (hexadecimal).
@@ -81,18 +83,18 @@ def guest(cluster):
     return console
 
 
-def refused(cluster, console, to, status, pattern, *options):
+def refused(cluster, console, to, status, pattern, *options, vm='web1'):
     a1, a2 = cluster.agents
     mark = console.mark()
-    done = a1.vmmig('send', 'web1', '--to', to, *options, check=False)
+    done = a1.vmmig('send', vm, '--to', to, *options, check=False)
     complaints = [line for line in done.stderr.splitlines() if line.startswith('vmmig: ')]
     assert len(complaints) == 1 and done.stderr.splitlines()[-1] == complaints[0], done.stderr
     assert re.search(pattern, complaints[0]), complaints[0]
     assert done.returncode == status, done
     console.wait_ticks(2)
     assert console.check(after=mark) == ['h1']
-    assert a1.json('status', 'web1')['state'] == 'running'
-    eventually('nothing left', lambda: not [what for what in judge.leftovers(a2.host, 'web1', [a2.process.pid])
+    assert a1.json('status', vm)['state'] == 'running'
+    eventually('nothing left', lambda: not [what for what in judge.leftovers(a2.host, vm, [a2.process.pid])
                                             if not what.endswith('web1.raw')])
 
 
@@ -188,9 +190,10 @@ def restart(agent, **options):
 
 def test_a_destination_without_the_disk(cluster, guest):
     refused(cluster, guest, 'h2', 3, 'the peer: cannot look at /run/vmlab/web1.raw')
-    with open(cluster.hosts[1].path('/run/vmlab/web1.raw'), 'wb') as file:
-        file.truncate(1 << 20)
-    refused(cluster, guest, 'h2', 5, '/run/vmlab/web1.raw')  # the same name, but another disk
+
+
+def test_a_destination_with_another_disk_of_that_name(cluster, guest, disk):
+    refused(cluster, guest, 'h2', 5, '/run/vmlab/web1.raw')
 
 
 def test_a_destination_without_the_binary(cluster, guest):
@@ -200,3 +203,144 @@ def test_a_destination_without_the_binary(cluster, guest):
         refused(cluster, guest, 'h2', 3, 'the peer: cannot run /usr/lib/nowhere/qemu-system-x86_64', '--assume-shared')
     finally:
         restart(a2)
+
+
+@pytest.fixture
+def disk(cluster):
+    """h2 has a disk of the guest's name, which --assume-shared takes for the guest's."""
+    path = cluster.hosts[1].path('/run/vmlab/web1.raw')
+    with open(path, 'wb') as file:
+        file.truncate(1 << 20)
+    yield
+    os.unlink(path)
+
+
+@contextlib.contextmanager
+def other_vmm(cluster, contents):
+    """h2 has another QEMU than h1, at the same place."""
+    h2 = cluster.hosts[1]
+    path, there = os.path.join(cluster.folder, 'qemu'), shutil.which(QEMU)
+    with open(path, 'wb') as file:
+        file.write(contents)
+    os.chmod(path, 0o755)
+    h2.run(['mount', '--bind', path, there])
+    try:
+        yield
+    finally:
+        h2.run(['umount', there])
+
+
+def test_a_destination_without_the_machine_type(cluster, guest, disk):
+    """Its QEMU knows a machine of another version instead."""
+    machine = BareGuest('web1').qmp(cluster.hosts[0])('qom-get', path='/machine', property='type')
+    machine = machine.removesuffix('-machine')
+    with open(shutil.which(QEMU), 'rb') as file:
+        code = file.read()
+    assert machine.encode() in code
+    with other_vmm(cluster, code.replace(machine.encode(), machine[:-1].encode() + b'x')):
+        refused(cluster, guest, 'h2', 5, f'the peer: .*does not have the machine type {machine} ', '--assume-shared')
+
+
+def test_a_destination_whose_vmm_ends_at_once(cluster, guest, disk):
+    with other_vmm(cluster, b'#!/bin/sh\nexit 1\n'):
+        refused(cluster, guest, 'h2', 13, 'the peer: cannot start .*: QEMU ended and said nothing', '--assume-shared')
+
+
+def test_a_destination_with_too_little_memory(cluster, guest, disk):
+    """As its kernel says."""
+    h2 = cluster.hosts[1]
+    with open('/proc/meminfo', encoding='ascii') as file:
+        said = re.sub(r'(MemAvailable:\s+)\d+', r'\g<1>20480', file.read())
+    path = os.path.join(cluster.folder, 'meminfo')
+    with open(path, 'w', encoding='ascii') as file:
+        file.write(said)
+    h2.run(['mount', '--bind', path, '/proc/meminfo'])
+    try:
+        refused(cluster, guest, 'h2', 11, 'the peer: the VM needs 64 MiB of memory, 20 MiB are available',
+                '--assume-shared')
+    finally:
+        h2.run(['umount', '/proc/meminfo'])
+
+
+def test_a_destination_with_too_few_huge_pages(cluster):
+    """The machine has as many as the guest takes: none is left for the other host."""
+    try:
+        pages = huge_pages(64)
+        pages.__enter__()
+    except MemoryError as why:
+        pytest.skip(str(why))
+    vm = BareGuest('huge1', mem_mib=64, dirty_mib=4, memory='hugetlb')
+    a1, a2 = cluster.agents
+    console = cluster.console(vm.name)
+    try:
+        process = a1.host.popen(vm.argv(), name=vm.name)
+        console.wait_for('ready')
+        a1.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+        refused(cluster, console, 'h2', 11, r'the peer: the VM needs 32 huge pages of 2048 KiB, \d+ are free',
+                vm=vm.name)
+        a1.vmmig('detach', vm.name)
+        process.kill()
+        process.wait()
+    finally:
+        pages.__exit__()
+
+
+@contextlib.contextmanager
+def small_file_system(cluster, path, options):
+    """h2 has a small one there. Yields a call that fills it."""
+    h2 = cluster.hosts[1]
+    h2.run(['mount', '-t', 'tmpfs', '-o', options, 'none', path])
+    try:
+        yield lambda: h2.run(['sh', '-c', f'cd {path}; (for i in $(seq 99); do true > full.$i; done) 2>/dev/null; '
+                                          'cat /dev/zero > full.0 2>/dev/null; true'])
+    finally:
+        h2.run(['umount', '-l', path])
+
+
+def test_an_agent_does_not_start_where_its_journal_has_no_room(cluster, guest):
+    _, a2 = cluster.agents
+    a2.stop()
+    with small_file_system(cluster, '/var/lib/vmmig', 'size=1M'):
+        with pytest.raises(RuntimeError, match='vmmigd: /var/lib/vmmig/journal: .*No space left on device$'):
+            a2.start()
+        assert a2.process.wait() == 11
+    a2.start()
+
+
+def test_a_destination_without_space_for_its_sockets(cluster, guest, disk):
+    _, a2 = cluster.agents
+    a2.stop()
+    with small_file_system(cluster, '/run/vmmig', 'size=1M,nr_inodes=64') as fill:
+        a2.start()
+        fill()
+        refused(cluster, guest, 'h2', 11, 'the peer: .*No space left on device', '--assume-shared')
+        a2.stop()
+    a2.start()
+
+
+def test_a_destination_whose_disk_is_full(cluster, guest, disk):
+    """Full before: refused. Full only when it is prepared: what it has to write has its room."""
+    a1, a2 = cluster.agents
+    h1, h2 = cluster.hosts
+    a2.stop()
+    with small_file_system(cluster, '/var/lib/vmmig', 'size=40M') as fill:
+        h2.run(['mkdir', '/var/lib/vmmig/log'])
+        a2.start()
+        fill()
+        refused(cluster, guest, 'h2', 11, 'the peer: .*No space left on device', '--assume-shared')
+        h2.run(['sh', '-c', 'rm /var/lib/vmmig/full.*'])
+        mark = guest.mark()
+        h1.set_rate('10mbit')
+        a1.vmmig('send', 'web1', '--to', 'h2', '--assume-shared', '--background')
+        eventually('some memory', lambda: a1.json('status', 'web1')['job']['wire_bytes'] > 100000)
+        fill()
+        h1.set_rate(None)
+        a1.vmmig('watch', 'web1')
+        eventually('the VM at h2', lambda: a2.json('status', 'web1')['state'] == 'running')
+        guest.wait_ticks(2)
+        h2.run(['sh', '-c', 'rm /var/lib/vmmig/full.*'])
+        a2.vmmig('send', 'web1', '--to', 'h1', '--assume-shared')
+        guest.wait_ticks(2)
+        assert guest.check(after=mark) == ['h1', 'h2', 'h1']
+        a2.stop()
+    a2.start()

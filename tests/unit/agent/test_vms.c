@@ -427,6 +427,41 @@ static void a_write_that_was_cut_off_leaves_nothing(void **state)
     vms_close(vms);
 }
 
+static off_t size_of(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) < 0 ? -1 : st.st_size;
+}
+
+/* The record comes to stand in the room that was kept for it, which is gone afterwards. */
+static void room_for_a_record_is_kept(void **state)
+{
+    struct fixture *f = *state;
+    char path[128], room[128];
+    struct stat before, after;
+    struct vms *vms = open_registry(f);
+    struct vm_definition d = define("web1", f->child);
+    record_path(f, path);
+    snprintf(room, sizeof(room), "%s/vms/web1.vm.room", f->dir);
+    assert_int_equal(vms_reserve(vms, &d, NULL), 0);
+    vms_release(vms, "web1");
+    assert_int_equal(size_of(room), -1);
+    assert_int_equal(vms_reserve(vms, &d, NULL), 0);
+    assert_int_equal(stat(room, &before), 0);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    assert_int_equal(stat(path, &after), 0);
+    assert_int_equal(after.st_ino, before.st_ino);
+    assert_true(after.st_size <= before.st_size);
+    assert_int_equal(size_of(room), -1);
+    assert_int_equal(vms_reserve(vms, &d, NULL), 0);
+    vms_close(vms);
+    vms = open_registry(f); /* an agent that ended in between keeps none */
+    assert_int_equal(size_of(room), -1);
+    CLEANUP(vm) struct vm *vm = vms_get_present(vms, "web1", NULL);
+    assert_non_null(vm);
+    vms_close(vms);
+}
+
 /*
  * kill -9 while VMs are added and removed in a loop: the next agent finds each record whole or not
  * at all, and those that were reported as added are there.
@@ -487,6 +522,7 @@ int main(void)
         WITH_FIXTURE(damaged_records_are_put_aside),
         WITH_FIXTURE(a_record_under_another_name_is_not_that_vm),
         WITH_FIXTURE(a_write_that_was_cut_off_leaves_nothing),
+        WITH_FIXTURE(room_for_a_record_is_kept),
         WITH_FIXTURE(a_crash_loses_nothing_that_was_reported),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
