@@ -15,7 +15,6 @@
 #include <grp.h>
 #include <pwd.h>
 #include <string.h>
-#include <sys/mount.h>
 
 enum { KILL_TIMEOUT_MS = 10000, OWNER_BYTES = 128, REF_BYTES = 128 };
 
@@ -157,13 +156,9 @@ int clones_handle_unmount(struct control_session *s, const struct control_messag
     struct agent *agent = control_agent(s);
     const char *dir = m->unmount->dir;
     Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
-    if (!strcmp(dir, agent->config->mount_dir)) {
-        if (mount_stop(agent->mount, err) < 0)
-            return -1;
-    } else if (umount2(dir, UMOUNT_NOFOLLOW) < 0) {
-        return errno == EBUSY ? error_set(err, VM_ERROR_CONFLICT, "%s is in use", dir)
-                              : error_errno(err, errno, "cannot unmount %s", dir);
-    }
+    if ((!strcmp(dir, agent->config->mount_dir) ? mount_stop(agent->mount, err)
+                                                : mount_unbind(dir, err)) < 0)
+        return -1;
     return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
 }
 

@@ -9,6 +9,7 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <mntent.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -22,7 +23,7 @@
 #include <sys/wait.h>
 
 #define START_TIMEOUT_NS (20 * NSEC_PER_SEC)
-enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512 };
+enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512, MOUNTS_LINE_MAX = 3 * 4096 };
 
 struct mount {
     struct mount_setup setup; /* with copies */
@@ -345,4 +346,29 @@ int mount_bind(struct mount *m, const char *dir, struct vm_error **err)
     if (mount(m->setup.folder, dir, NULL, MS_BIND, NULL) < 0)
         return error_errno(err, errno, "cannot mount at %s", dir);
     return 0;
+}
+
+/* The uppermost of what is mounted there. Its holder may be dead, so it is not looked into. */
+static bool is_images(const char *dir)
+{
+    char text[MOUNTS_LINE_MAX];
+    struct mntent entry;
+    bool found = false;
+    FILE *mounts = setmntent("/proc/self/mounts", "re");
+    while (mounts && getmntent_r(mounts, &entry, text, sizeof(text)))
+        if (!strcmp(entry.mnt_dir, dir))
+            found = !strcmp(entry.mnt_type, "fuse.vmmig");
+    if (mounts)
+        endmntent(mounts);
+    return found;
+}
+
+int mount_unbind(const char *dir, struct vm_error **err)
+{
+    if (!is_images(dir))
+        return error_set(err, VM_ERROR_REFUSED, "no images are mounted at %s", dir);
+    if (umount2(dir, UMOUNT_NOFOLLOW) == 0)
+        return 0;
+    return errno == EBUSY ? error_set(err, VM_ERROR_CONFLICT, "%s is in use", dir)
+                          : error_errno(err, errno, "cannot unmount %s", dir);
 }

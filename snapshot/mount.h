@@ -62,5 +62,7 @@ bool mount_has(const struct mount *m, const char *path, pid_t pid, char ret_imag
                char ret_file[MOUNT_FILE_NAME_MAX + 1]);
 /* `dir` must be an empty folder. */
 int mount_bind(struct mount *m, const char *dir, struct vm_error **err);
+/* What was bound there goes. REFUSED if that is no tree of images; CONFLICT while it is in use. */
+int mount_unbind(const char *dir, struct vm_error **err);
 
 #endif
