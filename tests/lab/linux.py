@@ -133,11 +133,16 @@ def check_disk(path):
     the number of its lines."""
     said = run(['fsck.ext4', '-f', '-n', path])
     assert 'journal recovery' not in said, f'{path}: not unmounted: {said}'
-    log = subprocess.run(['debugfs', '-R', 'cat /log', path], text=True, check=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()
+    log = disk_log(path)
     numbers = [int(line.split()[1]) for line in log]
     assert numbers == list(range(len(log))), f'{path}: the log has a hole or a line twice'
     return len(numbers)
+
+
+def disk_log(path):
+    """The lines of the guest's log on its disk."""
+    return subprocess.run(['debugfs', '-R', 'cat /log', path], text=True, check=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout.splitlines()
 
 
 @dataclass
