@@ -411,6 +411,7 @@ static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **
         .n_taps = c->n_taps,
         .keep_macs = c->keep_macs,
         .disk_size = c->m->disk_size,
+        .memory = c->m->memory,
         .prepare = prepare_launch,
         .made = note_made,
         .arg = c,

@@ -98,6 +98,26 @@ static int open_files(struct making *m, struct vm_error **err)
     return 0;
 }
 
+/* Said before anything is made. */
+static int check_disk_size(struct making *m, struct vm_error **err)
+{
+    struct stat st;
+    char path[PATH_BYTES];
+    if (!m->p->disk_size)
+        return 0;
+    if (!m->vm.definition.n_disks || !*m->vm.disk_files[0])
+        return error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger",
+                         m->p->template);
+    mount_path(m->p->mount, m->template.image, m->vm.disk_files[0], path);
+    if (stat(path, &st) < 0)
+        return error_errno(err, errno, "%s", path);
+    if (m->p->disk_size < (uint64_t)st.st_size)
+        return error_set(err, VM_ERROR_USAGE,
+                         "--disk-size: the disk of template %s cannot become smaller than it is",
+                         m->p->template);
+    return 0;
+}
+
 /* ---- overlays ---- */
 
 static int run_qemu_img(const char *backing, const char *path, struct vm_error **err)
@@ -237,23 +257,6 @@ void clone_remove_disks(const char *disk_dir, const char *name)
 
 /* ---- starting ---- */
 
-static int resize(struct making *m, struct qemu *q, struct vm_error **err)
-{
-    if (!m->p->disk_size)
-        return 0;
-    if (!m->vm.definition.n_disks || !m->disk_paths[0])
-        return error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger",
-                         m->p->template);
-    struct stat st;
-    char path[PATH_BYTES];
-    mount_path(m->p->mount, m->template.image, m->vm.disk_files[0], path);
-    if (stat(path, &st) < 0 || m->p->disk_size < (uint64_t)st.st_size)
-        return error_set(err, VM_ERROR_USAGE,
-                         "--disk-size: the disk of template %s cannot become smaller than it is",
-                         m->p->template);
-    return qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err);
-}
-
 static int launch_qemu(struct making *m, const struct qemu_launch *common, struct clone *c,
                        struct vm_error **err)
 {
@@ -265,6 +268,7 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
         .taps = m->p->taps,
         .n_taps = m->p->n_taps,
         .keep_macs = m->p->keep_macs,
+        .memory = m->p->memory,
         .state_fd = m->state_fd,
         .launch = *common,
     };
@@ -276,7 +280,11 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
         return -1;
     c->guest = qemu_guest(q);
     (void)FAULT("clone.spawned");
-    return resize(m, q, err);
+    return (m->p->disk_size &&
+            qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err) < 0) ||
+                   (m->p->memory && qemu_clone_grow(q, m->p->memory, err) < 0)
+               ? -1
+               : 0;
 }
 
 /* Of such a VMM's command line only its name is known to belong to the clone. */
@@ -286,8 +294,10 @@ static int check_attach(const struct making *m, struct vm_error **err)
     if (p->n_taps)
         return error_set(err, VM_ERROR_REFUSED, "--set %s: nothing is known of NICs of template %s",
                          p->taps[0].from, p->template);
-    return p->disk_size ? error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger", p->template)
-                        : 0;
+    return p->memory ? error_set(err, VM_ERROR_REFUSED,
+                                 "--memory: template %s is not of QEMU, and keeps the memory it has",
+                                 p->template)
+                     : 0;
 }
 
 static int launch_attach(struct making *m, const struct qemu_launch *common, struct clone *c,
@@ -346,7 +356,8 @@ static int make(struct making *m, struct clone *c, struct vm_error **err)
     if (m->state_fd < 0)
         return -1;
     (void)FAULT("clone.leased");
-    return read_definition(m, err) < 0 || open_files(m, err) < 0 || make_overlays(m, err) < 0
+    return read_definition(m, err) < 0 || open_files(m, err) < 0 || check_disk_size(m, err) < 0 ||
+                   make_overlays(m, err) < 0
                ? -1
                : launch(m, c, err);
 }

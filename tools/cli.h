@@ -45,7 +45,7 @@ struct cli {
     uint64_t fence_after_s, older_than_h;
     bool repack, heal;
     const char *set;
-    uint64_t count, disk_size;
+    uint64_t count, disk_size, memory;
 };
 
 struct cli_command {

@@ -168,6 +168,7 @@ static int run_clone(const struct cli *c, struct vm_error **err)
     m.as = word(c->as);
     m.count = (uint32_t)c->count;
     m.disk_size = c->disk_size;
+    m.memory = c->memory;
     int r = parse_settings(c->set, &s, err);
     m.sets = s.pointers;
     m.n_sets = s.n;
@@ -249,6 +250,10 @@ static const struct option clone_options[] = {
              "tap that it is to be on"},
     {"disk-size", "SIZE", option_parse_size, .offset = offsetof(struct cli, disk_size), .min = 1,
      .max = 1ULL << 56, .text = "Make the first disk larger; the running guest is told"},
+    {"memory", "SIZE", option_parse_size, .offset = offsetof(struct cli, memory), .min = 1,
+     .max = 1ULL << 56,
+     .text = "What the guest has then: more is plugged into it, in steps of 128 MiB, if its command "
+             "line has slots and room for that (-m ...,slots=N,maxmem=SIZE)"},
     {NULL}};
 
 static const struct cli_command commands[] = {

@@ -16,6 +16,7 @@ struct making {
     const struct qemu_clone_params *params;
     struct qemu_clone_notes *notes;
     struct qemu_argv a;
+    bool *tap_used; /* of params->taps */
     bool has_generation, has_uuid, has_name;
     unsigned n_nics;
 };
@@ -232,7 +233,7 @@ static int place_netdev(struct making *m, struct qemu_props *p, bool *ret_change
         return 0;
     for (unsigned i = 0; i < m->params->n_taps; i++)
         if (!strcmp(m->params->taps[i].from, id)) {
-            *ret_changed = true;
+            *ret_changed = m->tap_used[i] = true;
             return qemu_props_set(p, "ifname", m->params->taps[i].to, err);
         }
     return error_set(err, VM_ERROR_REFUSED,
@@ -319,16 +320,51 @@ static int add_rest(struct making *m, struct vm_error **err)
     return 0;
 }
 
+static bool has_room(const struct making *m)
+{
+    for (unsigned i = 0; i < m->a.n; i++) {
+        cleanup_qemu_props struct qemu_props p = {0};
+        if (!strcmp(m->a.options[i].name, "m") && m->a.options[i].value &&
+            qemu_props_parse(m->a.options[i].value, "size", &p, NULL) == 0 &&
+            qemu_props_get(&p, "maxmem"))
+            return true;
+    }
+    return false;
+}
+
+static int check_memory(const struct making *m, struct vm_error **err)
+{
+    uint64_t wanted = m->params->memory, has = m->params->vm->definition.memory;
+    if (!wanted || wanted == has)
+        return 0;
+    if (wanted < has || (wanted - has) % QEMU_CLONE_MEMORY_STEP)
+        return error_set(err, VM_ERROR_USAGE,
+                         "--memory: a clone has the %" PRIu64 " MiB of its template, and may get "
+                         "multiples of %llu MiB more",
+                         has >> 20, QEMU_CLONE_MEMORY_STEP >> 20);
+    return has_room(m) ? 0
+                       : error_set(err, VM_ERROR_REFUSED,
+                                   "--memory: the template's VM was not started so that memory can be plugged "
+                                   "in (-m ...,slots=N,maxmem=SIZE)");
+}
+
 int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_notes *ret_notes,
                     char ***ret_argv, struct vm_error **err)
 {
     struct qemu_clone_notes notes = {.n = 0};
     struct making m = {.params = params, .notes = &notes};
-    int r = qemu_argv_parse(params->vm->definition.argv, &m.a, err);
+    cleanup_free bool *used = m.tap_used = calloc(params->n_taps + 1, sizeof(bool));
+    int r = used ? qemu_argv_parse(params->vm->definition.argv, &m.a, err) : error_nomem(err);
     if (r == 0)
         r = qemu_argv_check_movable(&m.a, err);
+    if (r == 0)
+        r = check_memory(&m, err);
     for (unsigned i = 0; r == 0 && i < m.a.n; i++)
         r = place_option(&m, &i, err);
+    for (unsigned i = 0; r == 0 && i < params->n_taps; i++)
+        if (!used[i])
+            r = error_set(err, VM_ERROR_USAGE, "--set %.40s: the template has no NIC of that name on a tap",
+                          params->taps[i].from);
     if (r == 0)
         r = add_rest(&m, err);
     if (r == 0 && !m.has_generation)
@@ -415,4 +451,34 @@ int qemu_clone_resize(struct qemu *q, const char *disk_path, uint64_t size, stru
         return -1;
     json_object_set_new(args, "size", json_integer((json_int_t)size));
     return qemu_command(q, "block_resize", args, NULL, err);
+}
+
+static int plug_dimm(struct qemu *q, uint64_t size, struct vm_error **err)
+{
+    struct uuid unique = uuid_new();
+    char memory[32], dimm[32];
+    snprintf(memory, sizeof(memory), "memory-%.8s", uuid_text(&unique));
+    snprintf(dimm, sizeof(dimm), "dimm-%.8s", uuid_text(&unique));
+    return qemu_command(q, "object-add",
+                        json_pack("{s:s, s:s, s:I}", "qom-type", "memory-backend-ram", "id", memory,
+                                  "size", (json_int_t)size),
+                        NULL, err) < 0 ||
+                   qemu_command(q, "device_add",
+                                json_pack("{s:s, s:s, s:s}", "driver", "pc-dimm", "id", dimm,
+                                          "memdev", memory),
+                                NULL, err) < 0
+               ? -1
+               : 0;
+}
+
+int qemu_clone_grow(struct qemu *q, uint64_t size, struct vm_error **err)
+{
+    CLEANUP(json) json_t *summary = NULL;
+    if (qemu_command(q, "query-memory-size-summary", NULL, &summary, err) < 0)
+        return -1;
+    uint64_t has = (uint64_t)(qmp_integer(summary, "base-memory") +
+                              qmp_integer(summary, "plugged-memory"));
+    if (size > has && plug_dimm(q, size - has, err) < 0)
+        return error_wrap(err, "--memory: %" PRIu64 " MiB cannot be plugged in", (size - has) >> 20);
+    return 0;
 }

@@ -11,7 +11,10 @@
  * output files of its own: the former VM's name in a path's last part becomes the clone's; where it
  * is not in it, sockets that QEMU makes and files that it writes get "NAME-" before it; NICs on taps by
  * the names that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot
- * share it), and what cannot move (vmm/qemu_portable.h).
+ * share it), and what cannot move (vmm/qemu_portable.h). USAGE: a name in `taps` that no NIC on a tap has.
+ *
+ * USAGE: `memory` is not more than it has by a multiple of QEMU_CLONE_MEMORY_STEP. REFUSED: the command line does not
+ * say that memory can be plugged in (-m ...,slots=N,maxmem=SIZE).
  *
  * `notes` tells what the running guest does not notice of its new identity: a guest without a
  * vmgenid device is not told that it is a clone, and no guest looks at a NIC's MAC again before its
@@ -29,6 +32,7 @@
 
 #define QEMU_CLONE_NOTE_MAX 256
 #define QEMU_CLONE_NOTES_MAX 8
+#define QEMU_CLONE_MEMORY_STEP (128ull << 20) /* what Linux takes at once on x86 */
 
 struct qemu_clone_params {
     const char *name;
@@ -38,6 +42,7 @@ struct qemu_clone_params {
     const struct qemu_name_map *taps; /* id of the netdev, name of the tap */
     unsigned n_taps;
     bool keep_macs;
+    uint64_t memory;            /* what qemu_clone_grow will be asked for; 0: it will not be */
     int state_fd;               /* stays the caller's */
     struct qemu_launch launch;  /* argv and fds are ignored */
 };
@@ -55,5 +60,10 @@ struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *cons
                               struct clone_timing *ret_timing, struct vm_error **err);
 /* A larger disk: the running guest is told. */
 int qemu_clone_resize(struct qemu *q, const char *disk_path, uint64_t size, struct vm_error **err);
+/*
+ * More memory, as one DIMM that is plugged into the running guest: `size` is what it has then. REFUSED with QEMU's
+ * reason where it has no slot or no room for it. Whether the guest makes use of it is its own affair.
+ */
+int qemu_clone_grow(struct qemu *q, uint64_t size, struct vm_error **err);
 
 #endif

@@ -45,6 +45,7 @@ static const struct {
     const char *prefix, *why;
 } unmovable_types[] = {
     {"vfio-", "a device of this host is passed through (VFIO)"},
+    {"usb-host", "a USB device of this host is passed through"},
     {"ivshmem", "memory is shared with others on this host"},
     {"nvdimm", "persistent memory of this host"},
     {"sev-", "memory is encrypted by this host (SEV)"},

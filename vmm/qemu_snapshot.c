@@ -108,7 +108,10 @@ static int take_disk(struct qemu_snapshot *s, const struct qemu_definition *d, u
     const char *device = qmp_string(b, "qdev"), *node = qmp_string(inserted, "node-name");
     json_int_t size = qmp_integer(json_object_get(inserted, "image"), "virtual-size");
     if (!b)
-        return cannot(disk, "it is written beside a disk of the guest (an external data file?)", err);
+        return cannot(disk,
+                      "it is open for writing, and no disk of the guest is that file (a node without a device, or "
+                      "the data file of another image?)",
+                      err);
     if (!*device)
         return cannot(disk, "no device of the guest has it", err);
     if (size <= 0 || !*node)

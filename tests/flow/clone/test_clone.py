@@ -69,7 +69,7 @@ def agent():
 @pytest.fixture(scope='module')
 def template(agent):
     """debian12:v1, of a guest with a disk that is gone since."""
-    vm = BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1)
+    vm = BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1, dimm_slots=1)
     disk = os.path.join(agent.cluster.shared, 'web1.raw')
     subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '64M'], check=True)
     subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
@@ -264,6 +264,92 @@ def test_the_first_snapshot_of_a_clone_reads_its_overlay_alone(agent, template):
     console.wait_for('^hb ', after=mark)
     assert b'backing' not in agent.host.run(['qemu-img', 'info', '-U', f'{folder}/c6-disk0.qcow2']).encode()
     kill(agent, {'vm': 'c6', 'pid': agent.json('status', 'c6')['pid']})
+
+
+@pytest.mark.parametrize('words, status, says', [
+    (['clone', 'nope:v1', '--as', 'bad'], 3, 'nope:v1'),
+    (['clone', 'debian12:v9', '--as', 'bad'], 3, 'debian12:v9'),
+    (['clone', 'debian12@00000000', '--as', 'bad'], 3, 'debian12@00000000'),
+    (['clone', 'debian12@12', '--as', 'bad'], 2, 'NAME@DIGEST'),
+    (['clone', '../x:v1', '--as', 'bad'], 2, 'no name of a template'),
+    (['clone', 'web1@first', '--as', 'bad'], 2, 'no name of a template'),
+    (['clone', 'debian12:v1', '--as', 'a/b'], 2, 'a/b'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--count', '65'], 2, '--count'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--set', 'mac=foo'], 2, 'auto or keep'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--set', 'nic7=tap0'], 2, 'nic7'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--set', 'mac'], 2, 'KEY=VALUE'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--disk-size', '1M'], 2, 'smaller'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--memory', '128M'], 2, '--memory'),
+    (['clone', 'debian12:v1', '--as', 'bad', '--memory', '300M'], 2, '128 MiB'),
+    (['template', 'publish', 'web1@nope', 'x:v1'], 3, 'web1@nope'),
+    (['template', 'publish', 'web1@first', 'x'], 2, 'NAME:TAG'),
+    (['template', 'publish', 'web1@first', 'x:a/b'], 2, 'no name of a template'),
+    (['template', 'show', 'x:v1'], 3, 'x:v1'),
+    (['template', 'delete', 'x:v1'], 3, 'x:v1'),
+    (['mount', '/etc'], 4, 'not an empty folder'),
+    (['mount', '/nonexistent'], 3, '/nonexistent'),
+    (['unmount', '/proc'], 5, 'no images are mounted at /proc'),
+])
+def test_bad_input_is_one_clear_line(agent, template, words, status, says):
+    said = agent.vmmig(*words, check=False)
+    assert (said.returncode, said.stderr.count('\n')) == (status, 1) and says in said.stderr, said
+    assert not os.path.exists(agent.host.path('/var/lib/vmmig/clones/bad'))
+    assert not [argv for argv in agent.host.processes().values() if 'qemu' in argv[0]]
+    assert agent.json('list')['vms'] == []
+
+
+def test_a_clone_gets_more_memory(agent, template):
+    made, console = clone(agent, 'debian12:v1', 'g1', '--memory', '384M')
+    monitor = BareGuest('g1', mem_mib=256).qmp(agent.host)
+    assert sum(monitor('query-memory-size-summary').values()) == 384 * MIB
+    dimm, = monitor('query-memory-devices')
+    mark = console.mark()
+    console.send(f'add {dimm["data"]["addr"]:#x} {128 * MIB:#x}')
+    console.wait_for('^added', after=mark)
+    console.wait_ticks(3)
+    console.verify()
+    # It is snapshotted, published and cloned with it.
+    agent.vmmig('snapshot', 'g1', 'larger')
+    agent.vmmig('template', 'publish', 'g1@larger', 'larger:v1')
+    kill(agent, made)
+    made, console = clone(agent, 'larger:v1', 'g2')
+    console.wait_ticks(3)
+    console.verify()
+    agent.cluster.console('g3')
+    refused = agent.vmmig('clone', 'larger:v1', '--as', 'g3', '--memory', '512M', check=False)
+    assert refused.returncode == 5 and refused.stderr.count('\n') == 1 and '--memory' in refused.stderr, refused
+    assert not os.path.exists(agent.host.path('/var/lib/vmmig/clones/g3'))
+    agent.vmmig('template', 'delete', 'larger:v1')
+    kill(agent, made)
+
+
+def test_the_images_at_one_more_place(agent, template):
+    path = agent.host.path('/run/more')
+    os.makedirs(path)
+    agent.vmmig('mount', '/run/more')
+    assert f't:debian12@{template["digest"]}' in agent.host.run(['ls', '/run/more']).split()
+    agent.vmmig('unmount', '/run/more')
+    assert agent.host.run(['ls', '-A', '/run/more']) == ''
+
+
+def test_no_space_for_the_overlay(agent, template):
+    folder = '/var/lib/vmmig/full'
+    os.makedirs(agent.host.path(folder))
+    agent.host.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'full', folder])
+    agent.stop()
+    agent.options['clone-dir'] = folder
+    agent.start()
+    try:
+        said = agent.vmmig('clone', 'debian12:v1', '--as', 'bad', '--count', '2', check=False)
+        assert said.returncode == 11 and said.stderr.count('\n') == 1 and 'overlay' in said.stderr, said
+        assert agent.host.run(['ls', '-A', folder]) == ''
+        assert agent.json('list')['vms'] == []
+        eventually('no lease', lambda: leases(agent) == [])
+    finally:
+        agent.stop()
+        del agent.options['clone-dir']
+        agent.start()
+        agent.host.run(['umount', folder])
 
 
 def test_the_template_is_deleted_under_a_clone(agent, template):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent is killed while it makes a clone, restores a VM or publishes a template: all of it is there, or nothing."""
+import json
 import os
 import signal
 import subprocess
@@ -96,6 +97,23 @@ def test_a_clone_that_was_being_made(agent, point):
     made, = agent.json('clone', 'debian12:v1', '--as', 'c1')['clones']
     console.wait_for('^hb ', after=mark)
     kill(agent, made)
+
+
+def test_its_template_is_deleted_while_a_clone_is_made(agent):
+    """It has it, from the first of its files on."""
+    agent.vmmig('template', 'publish', 'web1@first', 'short:v1')
+    console = agent.cluster.console('c1')
+    agent.vmmig('debug', 'faults', '--arm', 'clone.leased=hold')
+    cloning = agent.popen('clone', 'short:v1', '--as', 'c1', '--json')
+    eventually('the lease', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    agent.vmmig('template', 'delete', 'short:v1')
+    tool(agent, 'collect', '1000')
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = cloning.communicate(timeout=60)
+    assert cloning.returncode == 0, out
+    console.wait_ticks(3)
+    console.verify()
+    kill(agent, *json.loads(out)['clones'])
 
 
 def test_a_clone_that_was_there(agent):

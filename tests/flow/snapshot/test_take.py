@@ -126,6 +126,25 @@ def test_bad_input_is_one_clear_line(agent, web1, words, status, says):
     untouched(web1[0], agent)
 
 
+@pytest.mark.parametrize('options, says', [
+    (['-blockdev', 'driver=raw,node-name=spare,file.driver=file,file.filename={disk}'], ['{disk}', 'no disk of the guest']),
+    (['-device', 'qemu-xhci', '-device', 'usb-host,vendorid=0x1234,productid=0x5678'], ['usb-host', 'passed through']),
+])
+def test_what_cannot_be_snapshotted_is_said(agent, options, says):
+    disk = os.path.join(agent.cluster.shared, 'spare.raw')
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '1M'], check=True)
+    vm = BareGuest('odd' + says[0][:1].strip('{'), mem_mib=64, dirty_mib=4, rate_mbps=1)
+    vm.options = [word.format(disk=disk) for word in options]
+    console = start(agent, vm)
+    said = agent.vmmig('snapshot', vm.name, 'never', check=False)
+    assert said.returncode == 5 and said.stderr.count('vmmig: ') == 1, said
+    assert all(word.format(disk=disk) in said.stderr for word in says), said
+    console.wait_ticks(3)
+    untouched(vm, agent)
+    monitor = vm.qmp(agent.host)
+    monitor('quit')
+
+
 def test_a_paused_guest_is_not_set_going(agent, web1):
     vm, console, _, _, _ = web1
     monitor = vm.qmp(agent.host)
