@@ -2,6 +2,7 @@
 """The agent is killed while it makes a clone, restores a VM or publishes a template: all of it is there, or nothing."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 
@@ -97,6 +98,41 @@ def test_a_clone_that_was_being_made(agent, point):
     made, = agent.json('clone', 'debian12:v1', '--as', 'c1')['clones']
     console.wait_for('^hb ', after=mark)
     kill(agent, made)
+
+
+@pytest.mark.parametrize('name, point, words', [
+    ('c1', 'clone.spawned', ['clone', 'debian12:v1', '--as', 'c1']),
+    ('back', 'restore.filled', ['restore', 'web1@first', '--as', 'back', '--disk-dir']),
+    ('back', 'restore.memory', ['restore', 'web1@first', '--as', 'back', '--disk-dir'])])
+def test_qemu_dies_while_its_vm_is_made(agent, name, point, words):
+    """What there was of it goes; the next one comes."""
+    folder = os.path.join(agent.cluster.shared, 'dies')
+    os.makedirs(folder, exist_ok=True)
+    words = words + [folder] * (words[-1] == '--disk-dir')
+    console = agent.cluster.console('c1' if name == 'c1' else 'web1')
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=hold')
+    making = agent.popen(*words)
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    pid, = processes('c1' if name == 'c1' else 'web1')
+    os.kill(pid, signal.SIGKILL)
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = making.communicate(timeout=60)
+    said = [line for line in out.splitlines() if line.startswith('vmmig: ')]
+    if name == 'c1':  # it ran already, and has ended
+        assert making.returncode in (0, 13), out
+        if making.returncode == 0:
+            eventually('its end', lambda: agent.json('status', name)['state'] == 'ended')
+            agent.vmmig('detach', name)
+            subprocess.run(['rm', '-rf', agent.host.path(f'/var/lib/vmmig/clones/{name}')], check=True)
+    else:
+        assert making.returncode == 13 and len(said) == 1, out
+    nothing_is_left(agent, name)
+    assert os.listdir(folder) == []
+    mark = console.mark()
+    agent.vmmig(*words)
+    console.wait_for('^hb ', after=mark)
+    kill(agent, {'vm': name, 'pid': agent.json('status', name)['pid']})
+    shutil.rmtree(folder)
 
 
 def test_its_template_is_deleted_while_a_clone_is_made(agent):
