@@ -402,6 +402,18 @@ static int keep_restored(struct restore_job *t, struct guest **guest, struct vm_
     return vms_add(t->agent->vms, &d, guest, err);
 }
 
+static int go_on(struct restore_job *t, struct restore *r, struct guest *guest, struct vm_error **err)
+{
+    cleanup_error struct vm_error *frozen = NULL;
+    if (guest_resume(guest, err) < 0)
+        return -1;
+    if (restore_thaw(r, &frozen) < 0) {
+        log_warn("a restored guest is not thawed", "vm=%s error=%s", t->vm, log_q(error_message(frozen)));
+        snprintf(t->progress.note, sizeof(t->progress.note), "%s", error_message(frozen));
+    }
+    return 0;
+}
+
 static int load(struct restore_job *t, struct restore *r, struct guest *guest,
                 struct vm_error **err)
 {
@@ -414,7 +426,10 @@ static int load(struct restore_job *t, struct restore *r, struct guest *guest,
         job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
         return -1;
     driver_sink_release(guest);
-    return t->paused ? 0 : guest_resume(guest, err);
+    if (t->paused && restore_is_frozen(r))
+        snprintf(t->progress.note, sizeof(t->progress.note), "the guest's file systems are frozen, as they were "
+                 "when it was snapshotted: thaw them when it runs (guest-fsfreeze-thaw)");
+    return t->paused ? 0 : go_on(t, r, guest, err);
 }
 
 /* A VMM that waits, and everything into it; when it fails it is gone. */

@@ -5,6 +5,7 @@
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "snapshot/guest_agent.h"
 #include "vmm/attach_clone.h"
 
 #include <errno.h>
@@ -257,6 +258,15 @@ void clone_remove_disks(const char *disk_dir, const char *name)
 
 /* ---- starting ---- */
 
+/* Only a note: the clone runs. */
+static int thaw(const struct making *m, struct clone *c)
+{
+    cleanup_error struct vm_error *frozen = NULL;
+    if (m->vm.frozen && guest_agent_thaw_restored(c->argv, m->vm.definition.cwd, &frozen) < 0)
+        snprintf(c->notes.text[c->notes.n++], QEMU_CLONE_NOTE_MAX, "%s", error_message(frozen));
+    return 0;
+}
+
 static int launch_qemu(struct making *m, const struct qemu_launch *common, struct clone *c,
                        struct vm_error **err)
 {
@@ -284,7 +294,7 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
             qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err) < 0) ||
                    (m->p->memory && qemu_clone_grow(q, m->p->memory, err) < 0)
                ? -1
-               : 0;
+               : thaw(m, c);
 }
 
 /* Of such a VMM's command line only its name is known to belong to the clone. */

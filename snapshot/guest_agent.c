@@ -16,6 +16,7 @@
 
 static const char port_name[] = "org.qemu.guest_agent.0";
 #define CLOSE_TIMEOUT_NS (5 * NSEC_PER_SEC)
+#define RESTORED_TIMEOUT_NS (10 * NSEC_PER_SEC)
 
 struct guest_agent {
     int fd;
@@ -186,6 +187,22 @@ int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_erro
         return -1;
     ga->frozen = false;
     return 0;
+}
+
+int guest_agent_thaw_restored(char *const *argv, const char *cwd, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + RESTORED_TIMEOUT_NS;
+    cleanup_free char *path = guest_agent_find(argv, cwd);
+    struct vm_error *why = NULL;
+    CLEANUP(guest_agent)
+    struct guest_agent *ga = path ? guest_agent_open(path, deadline, &why) : NULL;
+    if (ga && guest_agent_thaw(ga, deadline, &why) == 0)
+        return 0;
+    if (!path)
+        error_set(&why, VM_ERROR_NOT_FOUND, "its command line names no socket of its agent");
+    error_propagate(err, why);
+    return error_wrap(err, "the guest's file systems are frozen, as they were when it was snapshotted, and could "
+                           "not be thawed");
 }
 
 void guest_agent_close(struct guest_agent *ga)

@@ -29,6 +29,11 @@ struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, stru
 int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
                        struct vm_error **err);
 int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err);
+/*
+ * Of a guest that goes on from a saved state in which its file systems stood frozen: nobody within it has thawed them,
+ * and all that writes there waits. Its command line names the agent's socket.
+ */
+int guest_agent_thaw_restored(char *const *argv, const char *cwd, struct vm_error **err);
 void guest_agent_close(struct guest_agent *ga);
 DEFINE_CLEANUP(guest_agent, struct guest_agent *, guest_agent_close)
 

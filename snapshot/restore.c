@@ -6,6 +6,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/disk_file.h"
+#include "snapshot/guest_agent.h"
 #include "snapshot/rbd_image.h"
 #include "snapshot/snapshot.h"
 #include "vmm/guest_memory.h"
@@ -161,6 +162,17 @@ const char *restore_made_disk(const struct restore *r, unsigned i)
 const char *restore_made_image(const struct restore *r, unsigned i)
 {
     return r->made[i] && *r->ids[i] ? r->ids[i] : NULL;
+}
+
+bool restore_is_frozen(const struct restore *r)
+{
+    return r->vm.frozen;
+}
+
+int restore_thaw(const struct restore *r, struct vm_error **err)
+{
+    const struct qemu_definition *d = &r->vm.definition;
+    return r->vm.frozen ? guest_agent_thaw_restored(d->argv, d->cwd, err) : 0;
 }
 
 void restore_keep(struct restore *r)

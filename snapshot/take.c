@@ -447,6 +447,7 @@ static int switch_over(struct take *t, struct vm_error **err)
     if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
     thaw(t);
+    t->vm.frozen = t->report->frozen > 0;
     t->report->pause_ns = t->was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
     t->progress.pause_ns = t->report->pause_ns;
     return 0;

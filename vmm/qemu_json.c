@@ -121,13 +121,13 @@ char *qemu_json_write(const struct qemu_json *vm, struct vm_error **err)
     CLEANUP(json) json_t *lists = write_lists(vm);
     CLEANUP(json)
     json_t *o = json_pack(
-        "{s:s, s:i, s:s, s:s, s:s, s:s, s:s, s:[i,i,i], s:s, s:s, s:s, s:s, s:I, s:s, s:I}",
+        "{s:s, s:i, s:s, s:s, s:s, s:s, s:s, s:[i,i,i], s:s, s:s, s:s, s:s, s:I, s:s, s:I, s:b}",
         "format", "vmmig-vm", "version", VERSION, "vmm", vmm_of(d), "name", vm->name, "boot",
         uuid_format(&d->boot, boot), "binary", d->binary, "cwd", d->cwd, "qemu_version",
         d->version[0], d->version[1], d->version[2], "machine", d->machine, "accel", d->accel,
         "cpu_model", d->cpu_model, "cpu_features", d->cpu_features, "cpus", (json_int_t)d->n_cpus,
         "state", d->state == GUEST_RUNNING ? "running" : "paused", "memory",
-        (json_int_t)d->memory);
+        (json_int_t)d->memory, "frozen", vm->frozen);
     if (!lists || !o || json_object_update(o, lists) < 0) {
         error_set(err, VM_ERROR_REFUSED,
                   "the VM's command line or a name in it is not UTF-8 and cannot be saved");
@@ -271,6 +271,7 @@ static int read_object(const json_t *o, struct qemu_json *vm, struct vm_error **
         json_array_size(json_object_get(o, "devices")) > QEMU_DEVICES_MAX)
         return error_set(err, VM_ERROR_CORRUPT, "its lists are too long");
     snprintf(vm->name, sizeof(vm->name), "%s", qmp_string(o, "name"));
+    vm->frozen = qmp_bool(o, "frozen");
     if (!read_definition(o, &vm->definition) || make_lists(vm, err) < 0)
         return error_nomem(err);
     if (strcmp(vmm, vmm_of(&vm->definition)))

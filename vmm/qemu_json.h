@@ -20,6 +20,7 @@
 
 struct qemu_json {
     char name[65];                     /* of the VM when it was saved; "" if not known */
+    bool frozen; /* file systems stood frozen at the instant: who lets the guest go on has to thaw them */
     struct qemu_definition definition; /* owned */
     /* Parallel to definition.ram and definition.disks; owned; "" for a disk that is not saved. */
     char (*ram_files)[QEMU_JSON_FILE_MAX + 1];

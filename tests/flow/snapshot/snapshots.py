@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
+import threading
 
 from agents import fault_build
 from lab.guests import built
@@ -17,6 +19,7 @@ def make_agent(cluster, faults=None):
     folder = fault_build() if faults else os.path.dirname(os.path.dirname(built('agent/vmmigd')))
     agent.options['nbdkit-plugin'] = os.path.join(folder, 'snapshot/nbdkit-vmmig-plugin.so')
     agent.options['libexec-dir'] = os.path.join(folder, 'snapshot')
+    agent.options['cache-dir'] = '/var/lib/vmmig/cache'
     tool(agent, 'init')
     return agent.start(faults=faults)
 
@@ -92,3 +95,33 @@ def untouched(vm, agent):
     assert [line for line in agent.host.processes() if 'nbdkit' in str(line)] == []
     assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.snapshot')] == []
     assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []
+
+
+class GuestAgent(threading.Thread):
+    """What a guest's agent says, at a socket of its own; `frozen` is how its file systems are."""
+
+    def __init__(self, path):
+        super().__init__(daemon=True)
+        self.frozen, self.said = False, []
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)
+        self.listener.listen()
+        self.start()
+
+    def run(self):
+        while True:
+            connection, _ = self.listener.accept()
+            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        with connection, connection.makefile('rb') as lines, contextlib.suppress(OSError):
+            for line in lines:
+                connection.sendall(self.answer(json.loads(line.strip(b'\xff'))))
+
+    def answer(self, asked):
+        name = asked['execute']
+        self.said.append(name)
+        if name == 'guest-sync-delimited':
+            return b'\xff' + json.dumps({'return': asked['arguments']['id']}).encode() + b'\n'
+        self.frozen = name == 'guest-fsfreeze-freeze'
+        return b'{"return": 2}\n'

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something dies or fails while a snapshot is taken: the guest runs on, no half snapshot is visible, nothing is left."""
 import contextlib
-import json
 import os
 import signal
-import socket
-import threading
 
 import pytest
 from agents import Cluster, eventually
 from lab import BareGuest
-from snapshots import disks, make_agent, start, untouched
+from snapshots import GuestAgent, disks, make_agent, start, untouched
 
 # Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
 BEFORE = ['snapshot.prepared', 'snapshot.waiting', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting',
@@ -171,33 +168,6 @@ def test_a_snapshot_waits_until_a_dead_agents_one_is_over(agent, guest):
         os.kill(guard, signal.SIGCONT)
     assert agent.json('watch', 'web1')['state'] == 'done'
     runs_on(agent, vm, console)
-
-
-class GuestAgent(threading.Thread):
-    """What a guest's agent says, at a socket of its own; `frozen` is how its file systems are."""
-
-    def __init__(self, path):
-        super().__init__(daemon=True)
-        self.frozen, self.said = False, []
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)
-        self.listener.listen()
-        self.start()
-
-    def run(self):
-        while True:
-            connection, _ = self.listener.accept()
-            with connection, connection.makefile('rb') as lines, contextlib.suppress(OSError):
-                for line in lines:
-                    connection.sendall(self.answer(json.loads(line.strip(b'\xff'))))
-
-    def answer(self, asked):
-        name = asked['execute']
-        self.said.append(name)
-        if name == 'guest-sync-delimited':
-            return b'\xff' + json.dumps({'return': asked['arguments']['id']}).encode() + b'\n'
-        self.frozen = name == 'guest-fsfreeze-freeze'
-        return b'{"return": 2}\n'
 
 
 def test_file_systems_hold_still_for_the_instant(agent, guest):

@@ -5,9 +5,9 @@ import os
 import subprocess
 
 import pytest
-from agents import Cluster
+from agents import Cluster, eventually
 from lab import BareGuest
-from snapshots import disks, export, export_file, image_file, left_in_qemu, make_agent, start, untouched
+from snapshots import GuestAgent, disks, export, export_file, image_file, left_in_qemu, make_agent, start, untouched
 
 MIB = 1 << 20
 
@@ -164,6 +164,30 @@ def test_a_paused_guest_is_not_set_going(agent, web1):
     monitor('cont')
     console.wait_ticks(3)
     console.verify()
+
+
+def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
+    """They stood frozen at the instant: restored or cloned, the guest would wait for ever."""
+    vm = BareGuest('still', mem_mib=64, dirty_mib=4, rate_mbps=1)
+    path = os.path.join(agent.cluster.shared, 'qga')
+    inside = GuestAgent(path)
+    vm.options = ['-chardev', f'socket,id=qga,path={path}', '-device', 'virtio-serial',
+                  '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0']
+    start(agent, vm)
+    assert agent.json('snapshot', 'still', 'one')['snapshot']['frozen'] == 2 and not inside.frozen
+    agent.vmmig('template', 'publish', 'still@one', 'still:v1')
+    vm.qmp(agent.host)('quit')
+    agent.cluster.console('still-c')
+    for words in (['restore', 'still@one', '--as', 'still-b'], ['clone', 'still:v1', '--as', 'still-c']):
+        inside.frozen = True
+        done = agent.json(*words)
+        assert not inside.frozen, done
+        eventually('the guest', lambda name=words[-1]: agent.json('status', name)['state'] == 'running')
+        os.kill(agent.json('status', words[-1])['pid'], 9)
+    inside.frozen = True
+    done = agent.json('restore', 'still@one', '--as', 'still-p', '--paused')  # who lets it go on is told
+    assert inside.frozen and 'thaw' in done['note'], done
+    os.kill(agent.json('status', 'still-p')['pid'], 9)
 
 
 @pytest.mark.parametrize('tcg', [False, True])
