@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -119,12 +120,24 @@ int io_set_nonblocking(int fd, bool on, struct vm_error **err)
     return 0;
 }
 
-int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
-                 struct vm_error **err)
+int io_open_type(const char *path, mode_t type, struct vm_error **err)
 {
-    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    char self[64];
+    struct stat st;
+    cleanup_close int place = open(path, O_PATH | O_CLOEXEC);
+    if (place < 0 || fstat(place, &st) < 0)
         return error_errno(err, errno, "cannot open %s", path);
+    if ((st.st_mode & S_IFMT) != type)
+        return error_set(err, VM_ERROR_REFUSED, "%s is not a %s", path,
+                         type == S_IFBLK ? "block device" : "file");
+    snprintf(self, sizeof(self), "/proc/self/fd/%d", place);
+    int fd = open(self, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    return fd < 0 ? error_errno(err, errno, "cannot open %s", path) : fd;
+}
+
+int io_read_all(int fd, const char *path, size_t max, char **ret_data, size_t *ret_len,
+                struct vm_error **err)
+{
     size_t cap = 4096, len = 0;
     cleanup_free char *data = malloc(cap + 1);
     if (!data)
@@ -153,6 +166,15 @@ int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
     if (ret_len)
         *ret_len = len;
     return 0;
+}
+
+int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
+                 struct vm_error **err)
+{
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot open %s", path);
+    return io_read_all(fd, path, max, ret_data, ret_len, err);
 }
 
 int io_sync_folder_of(const char *path, struct vm_error **err)

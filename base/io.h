@@ -33,7 +33,15 @@ int io_writev_full(int fd, struct iovec *iov, int n, int64_t deadline_ns, int ca
                    struct vm_error **err);
 
 int io_set_nonblocking(int fd, bool on, struct vm_error **err);
-/* A whole file of at most `max` bytes, NUL behind it; free *ret_data. */
+/*
+ * A descriptor to read from of a path that somebody else named. What is not of that type (S_IFREG,
+ * S_IFBLK) is refused without being opened: a device may act on that, a FIFO may wait for ever.
+ */
+int io_open_type(const char *path, mode_t type, struct vm_error **err);
+/* All of a file of at most `max` bytes, NUL behind it; free *ret_data. `path`: for messages. */
+int io_read_all(int fd, const char *path, size_t max, char **ret_data, size_t *ret_len,
+                struct vm_error **err);
+/* The same by its path. */
 int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
                  struct vm_error **err);
 /*

@@ -227,12 +227,10 @@ static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
 static int describe_device(const char *path, struct disk_answer *a, struct vm_error **err)
 {
     struct stat st;
-    cleanup_close int fd = open(path, O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &st) < 0)
-        return error_errno(err, errno, "cannot open %s", path);
-    if (!S_ISBLK(st.st_mode))
-        return error_set(err, VM_ERROR_REFUSED, "%s is not a block device", path);
-    if (ioctl(fd, BLKGETSIZE64, &a->size) < 0)
+    cleanup_close int fd = io_open_type(path, S_IFBLK, err);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, &st) < 0 || ioctl(fd, BLKGETSIZE64, &a->size) < 0)
         return error_errno(err, errno, "cannot ask the size of %s", path);
     a->device = st.st_rdev;
     device_identifier(st.st_rdev, a->text);
@@ -270,8 +268,10 @@ static int describe_rbd(const struct qemu_disk *disk, const char *root, struct d
     if (!rbd_name_parse(disk->file, &name))
         return error_set(err, VM_ERROR_REFUSED, "disk %s: cannot tell which RBD image %s is",
                          disk->name, disk->file);
+    cleanup_close int fd = -1;
     if (full_path(root, "", *name.conf ? name.conf : DEFAULT_CEPH_CONF, path, err) < 0 ||
-        io_read_file(path, CONF_MAX, &conf, &n, err) < 0)
+        (fd = io_open_type(path, S_IFREG, err)) < 0 ||
+        io_read_all(fd, path, CONF_MAX, &conf, &n, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
     if (!find_fsid(conf, &fsid))
         return error_set(
@@ -309,7 +309,7 @@ static int read_nonce(const struct qemu_disk *disk, const char *cwd, const struc
     if (folder < 0)
         return -1;
     nonce_name(&offer->nonce, name);
-    cleanup_close int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
+    cleanup_close int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0)
         return error_set(
             err, VM_ERROR_REFUSED,

@@ -11,6 +11,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <cmocka.h>
@@ -133,6 +134,31 @@ static void files_are_replaced_whole(void **state)
     assert_int_equal(system(command), 0); /* no temporary file was left */
 }
 
+/* A device may act on being opened, and a FIFO waits for somebody who writes. */
+static void what_is_of_another_type_is_not_opened(void **state)
+{
+    (void)state;
+    char fifo[] = "/tmp/vmmig-test-fifo.XXXXXX", event[4096];
+    close(mkstemp(fifo));
+    unlink(fifo);
+    assert_int_equal(mkfifo(fifo, 0600), 0);
+    const char *const paths[] = {fifo, "/dev/zero", "/dev"};
+    int seen = inotify_init1(IN_NONBLOCK | IN_CLOEXEC);
+    for (size_t i = 0; i < sizeof(paths) / sizeof(*paths); i++) {
+        cleanup_error struct vm_error *err = NULL, *also = NULL;
+        assert_true(inotify_add_watch(seen, paths[i], IN_OPEN) >= 0);
+        assert_int_equal(io_open_type(paths[i], S_IFREG, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_REFUSED);
+        assert_int_equal(io_open_type(paths[i], S_IFBLK, &also), -1);
+        assert_int_equal(also->kind, VM_ERROR_REFUSED);
+        assert_int_equal(read(seen, event, sizeof(event)), -1);
+    }
+    close(seen);
+    unlink(fifo);
+    cleanup_close int fd = io_open_type("/proc/self/status", S_IFREG, NULL);
+    assert_true(read(fd, event, sizeof(event)) > 0);
+}
+
 static void descriptors_travel(void **state)
 {
     (void)state;
@@ -170,6 +196,7 @@ int main(void)
         cmocka_unit_test(waits_end_at_the_deadline_and_on_the_latch),
         cmocka_unit_test(an_end_of_file_is_unreachable_and_no_signal),
         cmocka_unit_test(files_are_replaced_whole),
+        cmocka_unit_test(what_is_of_another_type_is_not_opened),
         cmocka_unit_test(descriptors_travel),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -439,7 +439,11 @@ static void test_rbd_identity(void **state)
         disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("b", ".conf")));
     struct qemu_disk unknown =
         disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("c", ".conf")));
+    assert_int_equal(mkfifo(live_path("d", ".conf"), 0600), 0);
+    struct qemu_disk waits =
+        disk_named("rbd", text("rbd:vms/web1:conf=%s", live_path("d", ".conf")));
     assert_ok(prove(&a, &same, why));
+    expect_other(&a, &waits, "is not a file");
     expect_other(&a, &image, "cluster, pool or image differ");
     expect_other(&a, &space, "cluster, pool or image differ");
     expect_other(&a, &cluster, "cluster, pool or image differ");
