@@ -5,7 +5,6 @@
 
 #include <string.h>
 
-#define LINK_MAX 1e11
 /* Judging an interval: share of the workers' time that waiting, or encoding, must have taken. */
 #define BLOCKED_SHARE 0.3
 #define UNBLOCKED_SHARE 0.1
@@ -140,7 +139,7 @@ void policy_init(struct policy *p, const struct policy_config *config)
     *p = (struct policy){
         .config = *config,
         .scan_ns_per_page = SCAN_NS_DEFAULT,
-        .link_rate = POLICY_LINK_INITIAL,
+        .link_rate = config->link_rate > 0 ? config->link_rate : POLICY_LINK_INITIAL,
         .probe_credit = POLICY_PROBE_CREDIT,
         .wall_ns = TIME_PRIOR_NS,
         .cpu_ns = TIME_PRIOR_NS,
@@ -322,7 +321,7 @@ static void doubt_link_rate(struct policy *p, double rate)
         p->link_measured = 0;
     if (p->link_measured > 0 && p->now_ns < p->link_trusted_ns + POLICY_LINK_TRUST)
         return;
-    p->link_rate = min_double(LINK_MAX, p->link_rate * LINK_GROWTH);
+    p->link_rate = min_double(POLICY_LINK_FASTEST, p->link_rate * LINK_GROWTH);
     p->link_trusted_ns = p->now_ns;
 }
 

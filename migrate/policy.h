@@ -47,7 +47,8 @@
  * compress better or more slowly, and the link is still what was measured, unless more gets
  * through than that (POLICY_LINK_SURPRISE) or POLICY_LINK_TRUST has passed; to find out costs the
  * bytes of a mode that is too light. While pages are lacking nothing is learnt but a lower bound.
- * It begins with POLICY_LINK_INITIAL.
+ * It begins with POLICY_LINK_INITIAL, or with what the user believes: with POLICY_LINK_FASTEST pages
+ * go raw until the link shows its rate, which takes a few batches.
  *
  * Figures age: what lies in a guest's memory changes from one batch to the next, and those of a
  * mode that was not used or probed for POLICY_FRESH batches are of other pages. They are no reason
@@ -65,6 +66,7 @@
 #include <stdint.h>
 
 #define POLICY_LINK_INITIAL 125e6 /* bytes a second: 1 Gbit/s */
+#define POLICY_LINK_FASTEST 1e11
 /* The link is judged after so many ns and batches, or after the longer time. */
 #define POLICY_LINK_INTERVAL 20000000
 #define POLICY_LINK_BATCHES 4
@@ -90,6 +92,7 @@ struct policy_config {
     enum policy_compress compress; /* POLICY_ZSTD chooses among the levels */
     unsigned workers;              /* threads that encode and send */
     double cores;                  /* that they may use together */
+    double link_rate;              /* bytes a second, believed until measured; 0: POLICY_LINK_INITIAL */
 };
 
 /* What happened on the link in an interval. */

@@ -6,6 +6,7 @@
 #include "base/log.h"
 #include "base/queue.h"
 #include "migrate/converge.h"
+#include "migrate/cores.h"
 #include "migrate/stream_frames.h"
 
 #include <lz4.h>
@@ -370,6 +371,7 @@ struct pilot {
     uint64_t last_pages, last_zero;
     uint64_t last_acked_pages, last_acked_bytes;
     int64_t last_blocked_ns;
+    struct cores_watch cores;
     double drain_rate; /* bytes of non-zero guest memory a second */
     uint64_t last_sent;
     int64_t last_send_cpu_ns;
@@ -431,6 +433,15 @@ static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
     pilot->last_ns = now;
 }
 
+/*
+ * Workers that wait while every core is busy with this migration do not wait for the link: bytes that were saved would
+ * cost more of what is lacking. Not asked where a QEMU writes its stream on the same cores.
+ */
+static bool waits_for_cores(struct sender *s, struct pilot *pilot)
+{
+    return s->params.guest->ops->mapped_source && cores_are_full(&pilot->cores);
+}
+
 static void tell_policy(struct sender *s, struct pilot *pilot, const struct link_totals *link,
                         int64_t interval_ns)
 {
@@ -439,7 +450,9 @@ static void tell_policy(struct sender *s, struct pilot *pilot, const struct link
     struct policy_link_sample sample = {.interval_ns = interval_ns,
                                         .bytes = bytes - pilot->last_acked_bytes,
                                         .pages = pages - pilot->last_acked_pages,
-                                        .blocked_ns = blocked - pilot->last_blocked_ns};
+                                        .blocked_ns = waits_for_cores(s, pilot)
+                                                          ? 0
+                                                          : blocked - pilot->last_blocked_ns};
     pilot->last_acked_bytes = bytes;
     pilot->last_acked_pages = pages;
     pilot->last_blocked_ns = blocked;
@@ -613,7 +626,10 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
     rate_limit_init(&s->limit, params->max_bandwidth);
     policy_init(&s->policy, &(struct policy_config){.compress = params->compress,
                                                     .workers = params->channels,
-                                                    .cores = params->cores});
+                                                    .cores = params->cores,
+                                                    .link_rate = params->guest->ops->mapped_source
+                                                                     ? POLICY_LINK_FASTEST
+                                                                     : 0});
     s->cancel = io_latch_new(err);
     s->chunks = s->cancel < 0 ? NULL : queue_create(QUEUE_CHUNKS, free, err);
     if (!s->chunks)

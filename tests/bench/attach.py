@@ -9,7 +9,9 @@ dirtying 1 MiB/s, then 200 MiB/s. vmmig and QEMU's multifd (2 channels, no TLS) 
 test hosts of one machine, which a veth pair connects. The guest that is not moved is stopped meanwhile.
     total_ms     from the command until the user is told that it is done, starting the destination included
     copy_ms      the same from when the destination waits
-    pause_ms     as the guest's console shows it
+    pause_ms     of the hand-over, as the guest's console shows it
+    stall_ms     the longest time at all for which the guest did not run: for lack of a core, it may be, while memory
+                 was copied
     MiB_per_s    guest memory by copy_ms
     cpu_s_per_GiB    CPU of both agents and both VMMs without their vCPUs, by guest memory
     others_pct   what everything else on the machine used of its CPUs meanwhile: above a few, do not trust the run
@@ -37,14 +39,26 @@ from migrate import Race, cpu_of  # noqa: E402
 
 MEMORY_MIB = 2048
 DIRTY = {1: {'dirty_mib': 64, 'rate_mbps': 1}, 200: {'dirty_mib': 256, 'rate_mbps': 210}}
-METRICS = ('total_ms', 'copy_ms', 'pause_ms', 'MiB_per_s', 'cpu_s_per_GiB', 'wire_MB', 'others_pct')
+METRICS = ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'MiB_per_s', 'cpu_s_per_GiB', 'wire_MB', 'others_pct')
 DRIVERS = ('bitmap', 'ring', 'plain')
 # What is promised: metric, dirty rate, how vmmig compares with QEMU (or with a number).
 PROMISES = (('MiB_per_s', None, '>=', 2, 'QEMU'), ('cpu_s_per_GiB', None, '<=', 0.5, 'QEMU'),
             ('pause_ms', 1, '<=', 10, None), ('pause_ms', 200, '<=', 1, 'QEMU'))
 
 
-class AttachRace(Race):
+class HandOverRace(Race):
+    """A race whose pause is that of the hand-over."""
+
+    def judge(self, tool, mark):
+        self.stall = super().judge(tool, mark)
+        return max(self.console.hand_overs(after=mark), default=float('nan'))
+
+    def run(self, tool):
+        run = super().run(tool)
+        return {**run, 'stall_ms': self.stall * 1000}
+
+
+class AttachRace(HandOverRace):
     """A guest of vmmig-vmm that vmmig moves."""
 
     def boot(self):
@@ -66,7 +80,7 @@ class AttachRace(Race):
 
 def per_guest(run):
     gib = MEMORY_MIB / 1024
-    return {**{metric: run[metric] for metric in ('total_ms', 'copy_ms', 'pause_ms', 'others_pct')},
+    return {**{metric: run[metric] for metric in ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'others_pct')},
             'MiB_per_s': MEMORY_MIB * 1000 / run['copy_ms'], 'cpu_s_per_GiB': run['cpu_s'] / gib,
             'wire_MB': run['wire_bytes'] / 1e6}
 
@@ -83,7 +97,7 @@ def side_by_side(rounds=3, rates=(1, 200)):
             guest = {'mem_mib': MEMORY_MIB, 'scan_mbps': 0, 'fill': 'half', **DIRTY[rate]}
             races = {'vmmig': AttachRace(cluster, VmmGuest(f'attach{rate}', **guest))}
             races['vmmig'].let_run(False)
-            races['qemu'] = Race(cluster, BareGuest(f'qemu{rate}', **guest))
+            races['qemu'] = HandOverRace(cluster, BareGuest(f'qemu{rate}', **guest))
             races['qemu'].let_run(False)
             tools = {'vmmig': 'vmmig-qemu', 'qemu': 'qemu-multifd'}
             found[rate] = {name: [] for name in races}

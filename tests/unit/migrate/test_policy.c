@@ -208,6 +208,22 @@ static void compression_turns_itself_off_at_once(void **state)
     assert_true(w.pages > 0.85 * best_rate(&w));
 }
 
+/* Who believes in a fast link compresses nothing until the link was heard of, and soon what it needs. */
+static void one_may_begin_with_a_fast_link(void **state)
+{
+    struct world w = new_world(&linux_memory, 1e11, 2, POLICY_AUTO);
+    policy_init(&w.policy, &(struct policy_config){
+                               .workers = w.workers, .cores = 2, .link_rate = POLICY_LINK_FASTEST});
+    run(&w, 1);
+    assert_int_equal(w.policy.mode, PAGE_MODE_RAW);
+    assert_int_equal(w.changes, 0);
+    w = new_world(&linux_memory, GBIT, 2, POLICY_AUTO);
+    policy_init(&w.policy, &(struct policy_config){
+                               .workers = w.workers, .cores = 2, .link_rate = POLICY_LINK_FASTEST});
+    run(&w, 0.2);
+    assert_true(w.policy.mode >= PAGE_MODE_ZSTD_1);
+}
+
 static void a_link_that_changes_is_followed(void **state)
 {
     static const double links[] = {10 * GBIT, 100 * MBIT, 40 * GBIT, GBIT, 10 * MBIT, 10 * GBIT};
@@ -411,6 +427,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(each_link_gets_its_mode),
         cmocka_unit_test(compression_turns_itself_off_at_once),
+        cmocka_unit_test(one_may_begin_with_a_fast_link),
         cmocka_unit_test(a_link_that_changes_is_followed),
         cmocka_unit_test(contents_that_change_are_followed),
         cmocka_unit_test(lack_of_pages_teaches_nothing),
