@@ -100,6 +100,12 @@ int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, 
 int attach_memory_check_own(const struct attach_memory *m, struct vm_error **err);
 /* Put a private mapping of the file where the slot's memory is. */
 int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err);
+/*
+ * Have memory behind these pages. This thread gets it, so it is charged to this process's cgroup, where a page that an
+ * agent writes first is charged to the agent's.
+ */
+int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+                           struct vm_error **err);
 void attach_memory_mark(struct attach_memory *m, uint64_t guest_address, uint64_t size);
 
 /* attach_callbacks.c */

@@ -380,6 +380,25 @@ int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struc
     return 0;
 }
 
+/* ---- Memory that is to be there ---- */
+
+int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+                           struct vm_error **err)
+{
+    SCOPE_LOCK(&m->memory_lock);
+    if (slot >= m->n_slots)
+        return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
+    const struct vmmig_slot *s = &m->slots[slot].slot;
+    uint64_t pages = s->size / DIRTYLOG_PAGE;
+    if (first >= pages || n > pages - first)
+        return error_set(err, VM_ERROR_USAGE, "memory slot %s ends before page %llu", s->name,
+                         (unsigned long long)(first + n));
+    if (fallocate(s->memfd, FALLOC_FL_KEEP_SIZE, (off_t)(s->memfd_offset + first * DIRTYLOG_PAGE),
+                  (off_t)(n * DIRTYLOG_PAGE)) < 0)
+        return error_errno(err, errno, "there is no memory for %s", s->name);
+    return 0;
+}
+
 static void mark_range(struct attach_slot *s, uint64_t first, uint64_t last)
 {
     for (uint64_t page = first; page <= last; page++)

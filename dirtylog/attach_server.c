@@ -203,6 +203,7 @@ static int handle_hello(const struct request *r, struct vm_error **err)
     while (c->incoming_argv && c->incoming_argv[m.n_incoming_argv])
         m.n_incoming_argv++;
     m.takes_files = c->takes_files;
+    m.populates = true;
     if (answer(r->connection, VMMIG__ATTACH__TYPE__WELCOME, &m.base, err) < 0)
         return -1;
     r->connection->greeted = true;
@@ -387,6 +388,19 @@ static int handle_load(const struct request *r, struct vm_error **err)
     return answer_ok(r->connection, err);
 }
 
+static int handle_populate(const struct request *r, struct vm_error **err)
+{
+    const Vmmig__Attach__Populate *m = r->message->populate;
+    bool held;
+    if (state_of(r->attach, &held) != VMMIG_INCOMING)
+        return out_of_order(r, "this VMM does not wait for a guest", err);
+    for (size_t i = 0; i < m->n_runs; i++)
+        if (attach_memory_populate(&r->attach->memory, m->runs[i]->slot, m->runs[i]->first,
+                                   m->runs[i]->pages, err) < 0)
+            return -1;
+    return answer_ok(r->connection, err);
+}
+
 static int handle_quit(const struct request *r, struct vm_error **err)
 {
     bool held;
@@ -406,7 +420,7 @@ static const struct {
     {VMMIG__ATTACH__TYPE__HARVEST, handle_harvest},   {VMMIG__ATTACH__TYPE__CLEAR, handle_clear},
     {VMMIG__ATTACH__TYPE__UNTRACK, handle_untrack},   {VMMIG__ATTACH__TYPE__THROTTLE, handle_throttle},
     {VMMIG__ATTACH__TYPE__PAUSE, handle_pause},       {VMMIG__ATTACH__TYPE__RESUME, handle_resume},
-    {VMMIG__ATTACH__TYPE__QUIT, handle_quit},
+    {VMMIG__ATTACH__TYPE__QUIT, handle_quit},         {VMMIG__ATTACH__TYPE__POPULATE, handle_populate},
     {VMMIG__ATTACH__TYPE__SAVE, handle_save},         {VMMIG__ATTACH__TYPE__LOAD, handle_load},
     {VMMIG__ATTACH__TYPE__MAP_FILE, handle_map_file},
 };

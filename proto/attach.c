@@ -131,6 +131,18 @@ static int check_clear(const Vmmig__Attach__Clear *m, struct vm_error **err)
     return 0;
 }
 
+static int check_populate(const Vmmig__Attach__Populate *m, struct vm_error **err)
+{
+    if (!m->n_runs || m->n_runs > ATTACH_RUNS_MAX)
+        return out_of_range("the number of runs", err);
+    for (size_t i = 0; i < m->n_runs; i++)
+        if (m->runs[i]->slot >= ATTACH_SLOTS_MAX || !m->runs[i]->pages ||
+            m->runs[i]->first > ATTACH_SLOT_BYTES_MAX / ATTACH_PAGE ||
+            m->runs[i]->pages > ATTACH_SLOT_BYTES_MAX / ATTACH_PAGE)
+            return out_of_range("a run of pages", err);
+    return 0;
+}
+
 static int check_throttle(const Vmmig__Attach__Throttle *m, struct vm_error **err)
 {
     return m->percent > ATTACH_THROTTLE_MAX ? out_of_range("the throttling", err) : 0;

@@ -37,6 +37,7 @@
 #define ATTACH_ARGV_BYTES (64u << 10)
 #define ATTACH_VCPUS_MAX 256
 #define ATTACH_THROTTLE_MAX 99
+#define ATTACH_RUNS_MAX 256
 #define ATTACH_STATE_BYTES_MAX (256ULL << 20)
 #define ATTACH_SOCKET_WORD "@socket@"
 #define ATTACH_PAGE 4096u
@@ -60,6 +61,7 @@
     X(MAP_FILE, map_file, MapFile)                                                                 \
     X(RESUME, empty, Empty)                                                                        \
     X(QUIT, empty, Empty)                                                                          \
+    X(POPULATE, populate, Populate)                                                                \
     X(STATE, state, State)                                                                         \
     X(MEMORY, memory, Memory)                                                                      \
     X(HARVESTED, harvested, Harvested)                                                             \
@@ -80,7 +82,8 @@
     X(LOAD)                                                                                        \
     X(MAP_FILE)                                                                                    \
     X(RESUME)                                                                                      \
-    X(QUIT)
+    X(QUIT)                                                                                        \
+    X(POPULATE)
 
 struct attach_message {
     Vmmig__Attach__Type type;
@@ -91,6 +94,7 @@ struct attach_message {
         Vmmig__Attach__Error *error;
         Vmmig__Attach__Clear *clear;
         Vmmig__Attach__Throttle *throttle;
+        Vmmig__Attach__Populate *populate;
         Vmmig__Attach__Load *load;
         Vmmig__Attach__MapFile *map_file;
         Vmmig__Attach__State *state;

@@ -137,6 +137,7 @@ static const struct guest_ops attach_ops = {.driver = accel,
                                             .source_stop = attach_source_stop,
                                             .announce = announce,
                                             .quit = quit,
+                                            .sink_populate = attach_sink_populate,
                                             .sink_regions = attach_sink_regions,
                                             .sink_bytes = attach_sink_bytes,
                                             .sink_finish = attach_sink_finish};

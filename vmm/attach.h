@@ -65,6 +65,7 @@ struct attach_info {
     char *machine;  /* equal at both ends */
     char *tracking; /* "bitmap", "ring" ... */
     unsigned n_vcpus;
+    bool populates;   /* its library gets memory when it is asked to */
     char **incoming_argv; /* ended by NULL; empty: destinations are started by hand */
     bool takes_files;     /* its guest's memory can be a template's */
 }; /* constant as long as the handle lives */

@@ -140,6 +140,7 @@ int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
 void attach_sink_destroy(struct attach_sink *s);
 int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions, unsigned *ret_n);
+int attach_sink_populate(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err);
 int attach_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
                       int cancel_fd, struct vm_error **err);
 int attach_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd, struct vm_error **err);

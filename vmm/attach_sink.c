@@ -118,6 +118,43 @@ int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions
     return 0;
 }
 
+/* The VMM's library gets the memory: what it gets is charged to the VMM. */
+static int populate(struct attach *a, const Vmmig__Attach__Run *runs, unsigned n, struct vm_error **err)
+{
+    Vmmig__Attach__Populate m = VMMIG__ATTACH__POPULATE__INIT;
+    Vmmig__Attach__Run *list[ATTACH_RUNS_MAX];
+    for (unsigned i = 0; i < n; i++)
+        list[i] = (Vmmig__Attach__Run *)(uintptr_t)&runs[i];
+    m.runs = list;
+    m.n_runs = n;
+    return attach_order(&a->client, VMMIG__ATTACH__TYPE__POPULATE, &m.base, err);
+}
+
+int attach_sink_populate(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err)
+{
+    struct attach *a = attach_from_guest(g);
+    Vmmig__Attach__Run runs[ATTACH_RUNS_MAX];
+    unsigned n_runs = 0;
+    if (!attach_info(a)->populates)
+        return error_set(err, VM_ERROR_VERSION, "the VMM links an older libvmmig-attach");
+    for (unsigned i = 0; i < n; i++) {
+        Vmmig__Attach__Run *last = n_runs ? &runs[n_runs - 1] : NULL;
+        if (last && last->slot == page_addr_region(addrs[i]) &&
+            last->first + last->pages == page_addr_number(addrs[i])) {
+            last->pages++;
+            continue;
+        }
+        if (n_runs == ATTACH_RUNS_MAX && populate(a, runs, n_runs, err) < 0)
+            return -1;
+        n_runs %= ATTACH_RUNS_MAX;
+        vmmig__attach__run__init(&runs[n_runs]);
+        runs[n_runs].slot = page_addr_region(addrs[i]);
+        runs[n_runs].first = page_addr_number(addrs[i]);
+        runs[n_runs++].pages = 1;
+    }
+    return n_runs ? populate(a, runs, n_runs, err) : 0;
+}
+
 int attach_sink_bytes(struct guest *g, const void *data, size_t n, int64_t deadline_ns,
                       int cancel_fd, struct vm_error **err)
 {

@@ -519,6 +519,47 @@ static void versions_are_negotiated(void **state)
     toy_vmm_destroy(v);
 }
 
+static void populate(int fd, unsigned slot, uint64_t first, uint64_t pages)
+{
+    Vmmig__Attach__Populate m = VMMIG__ATTACH__POPULATE__INIT;
+    Vmmig__Attach__Run run = VMMIG__ATTACH__RUN__INIT, *runs[] = {&run};
+    run.slot = slot;
+    run.first = first;
+    run.pages = pages;
+    m.runs = runs;
+    m.n_runs = 1;
+    ask(fd, VMMIG__ATTACH__TYPE__POPULATE, &m.base);
+}
+
+static uint64_t pages_of(int memfd)
+{
+    struct stat st;
+    assert_return_code(fstat(memfd, &st), errno);
+    return (uint64_t)st.st_blocks * 512 / 4096;
+}
+
+static void memory_is_got_by_a_vmm_that_waits(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    int fd = dial(v->path);
+    hello(fd);
+    expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
+    assert_int_equal(pages_of(v->memfds[1]), 0);
+    populate(fd, 1, 100, 256);
+    expect_type(fd, VMMIG__ATTACH__TYPE__OK);
+    assert_int_equal(pages_of(v->memfds[1]), 256);
+    populate(fd, 1, 1024 - 10, 11);
+    expect_error(fd, "usage: memory slot high ends before page 1025");
+    populate(fd, 2, 0, 1);
+    expect_error(fd, "usage: there is no memory slot 2");
+    assert_int_equal(pages_of(v->memfds[1]), 256);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    populate(fd, 0, 0, 1);
+    expect_error(fd, "conflict: POPULATE is out of order: this VMM does not wait for a guest");
+    close(fd);
+    toy_vmm_destroy(v);
+}
+
 static void other_users_are_turned_away(void **state)
 {
     if (geteuid() != 0) {
@@ -761,6 +802,7 @@ int main(void)
         cmocka_unit_test(a_vmm_that_takes_no_files_says_so),
         cmocka_unit_test(garbage_ends_its_connection_only),
         cmocka_unit_test(versions_are_negotiated),
+        cmocka_unit_test(memory_is_got_by_a_vmm_that_waits),
         cmocka_unit_test(other_users_are_turned_away),
         cmocka_unit_test(no_more_than_four_agents_attach),
         cmocka_unit_test(callbacks_that_fail_are_reported),
