@@ -318,7 +318,8 @@ static enum handover_event try_resume(struct attempt *a)
     struct guest_status status;
     if (!process_alive(&a->record.vmm))
         return HANDOVER_EV_VM_GONE;
-    if (!a->was_running)
+    /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
+    if (!a->was_running || a->role->never_paused(a))
         return HANDOVER_EV_RESUMED;
     if (!a->guest)
         a->role->reconnect(a);

@@ -49,6 +49,8 @@ struct attempt_role {
     int (*settled)(struct attempt *a, struct vm_error **err);
     /* a->guest is NULL: connect to the VMM of the record, if it answers by now. */
     void (*reconnect)(struct attempt *a);
+    /* This agent began the copy, and nothing that has been done in it can have stopped the guest. */
+    bool (*never_paused)(struct attempt *a);
     /* Every second: is the peer, or the copy, later than can be borne? */
     void (*tick)(struct attempt *a);
     /* Free the role's part. */

@@ -406,6 +406,12 @@ static void reconnect(struct attempt *a)
     a->owns_guest = true;
 }
 
+static bool never_paused(struct attempt *a)
+{
+    (void)a; /* it waits, paused */
+    return false;
+}
+
 static void tick(struct attempt *a)
 {
     if (a->machine.state != HANDOVER_DST_PREPARING && a->machine.state != HANDOVER_DST_PREPARED)
@@ -445,6 +451,7 @@ const struct attempt_role attempt_destination_role = {.start_vm = start_vm,
                                                       .before_record = before_record,
                                                       .settled = settled,
                                                       .reconnect = reconnect,
+                                                      .never_paused = never_paused,
                                                       .tick = tick,
                                                       .finish = finish};
 

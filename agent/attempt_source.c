@@ -247,6 +247,17 @@ static void reconnect(struct attempt *a)
         a->guest = vm_guest(a->source.vm);
 }
 
+/* Asked when the copy has ended. */
+static bool never_paused(struct attempt *a)
+{
+    struct sender_progress p = {0};
+    const struct guest *guest = a->source.params.guest; /* NULL: another agent began it */
+    SCOPE_LOCK(&a->lock);
+    if (a->source.sender)
+        sender_progress(a->source.sender, &p);
+    return guest && !guest->ops->pauses_by_itself && !p.paused_at_ns;
+}
+
 static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__Handover *out)
 {
     if (message == HANDOVER_MSG_PREPARE)
@@ -363,6 +374,7 @@ const struct attempt_role attempt_source_role = {.start_vm = start_vm,
                                                  .settled = settled,
                                                  .tick = tick,
                                                  .reconnect = reconnect,
+                                                 .never_paused = never_paused,
                                                  .finish = finish};
 
 /* ---- Beginning ---- */

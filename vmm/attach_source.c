@@ -480,15 +480,14 @@ static int begin(struct attach_source *s, const struct guest_source_params *p, s
 static int end_tracking(struct attach_source *s, struct vm_error **err)
 {
     struct attach *a = s->attach;
-    attach_client_pin(&a->client, false);
-    if (!s->tracks)
-        return 0;
-    s->tracks = false;
-    if (s->complete) {
+    int r = 0;
+    if (s->tracks && s->complete)
         atomic_store(&a->tracking_left_on, true);
-        return 0;
-    }
-    return attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, err);
+    else if (s->tracks) /* while pinned: over a new connection there is nothing to end */
+        r = attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, err);
+    s->tracks = false;
+    attach_client_pin(&a->client, false);
+    return r;
 }
 
 int attach_source_start(struct guest *g, const struct guest_source_params *params,

@@ -148,6 +148,8 @@ struct guest_ops {
      * copies it first. A page that changed is dirty again, and comes again.
      */
     bool mapped_source;
+    /* While it is a source the VMM may stop its guest without being told to (struct guest_source_progress: one_round). */
+    bool pauses_by_itself;
     void (*destroy)(struct guest *g);
     int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
     int (*pause)(struct guest *g, struct vm_error **err);

@@ -282,6 +282,7 @@ static void destroy(struct guest *g)
 
 static const struct guest_ops ops = {
     .driver = "qemu",
+    .pauses_by_itself = true,
     .destroy = destroy,
     .status = qemu_status,
     .pause = qemu_pause,

@@ -7,11 +7,12 @@ import signal
 
 import pytest
 from agents import Cluster, eventually, fault_build
-from lab import VmmGuest, huge_pages
+from lab import VmmGuest, huge_pages, judge
 from lab.guests import built
 
 DRIVERS = ['bitmap', 'ring', 'plain']
 MIB = 1 << 20
+PROGRAM = 'tools/vmmig-vmm/vmmig-vmm'
 
 
 def at_full_speed(name, **options):
@@ -23,7 +24,7 @@ def at_full_speed(name, **options):
 def cluster():
     with Cluster(start=False) as made:
         for agent in made.agents:
-            agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
+            agent.options['attach-vmm'] = built(PROGRAM)
             agent.start()
         yield made
 
@@ -33,10 +34,10 @@ def boot(cluster):
     """Starts guests and has the first agent adopt them; ends them with the test, wherever they are."""
     started = []
 
-    def start(vm):
+    def start(vm, program=None, **options):
         agent = cluster.agents[0]
         console = cluster.console(vm.name)
-        started.append(agent.host.popen(vm.argv(), name=vm.name))
+        started.append(agent.host.popen(vm.argv(program=program), name=vm.name, **options))
         console.wait_for('ready', timeout=60)
         agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
         return console
@@ -125,6 +126,51 @@ def test_a_lost_run_is_seen(cluster, boot):
     finally:
         a1.stop()
         a1.start()
+
+
+def test_a_vmm_that_does_not_answer_any_more_runs_its_guest_on(cluster, boot, monkeypatch):
+    """The library's thread hangs in the midst of the copy; the agent's patience is a tenth of what it is."""
+    if not os.path.exists(os.path.join(fault_build(), PROGRAM)):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    a1, a2 = cluster.agents
+    a1.stop()
+    monkeypatch.setenv('VMMIG_PATIENCE', '10')
+    a1.start(build=fault_build())
+    try:
+        vm = at_full_speed('silent')
+        console = boot(vm, program=os.path.join(fault_build(), PROGRAM),
+                       env={**os.environ, 'VMMIG_FAULTS': 'library.receive.HARVEST=hang@2'})
+        mark = console.mark()
+        done = a1.vmmig('send', 'silent', '--to', 'h2', check=False, timeout=20)
+        assert done.returncode == 10 and 'the VMM does not answer' in done.stderr, done
+        console.wait_ticks(20)
+        assert console.check(after=mark) == ['h1']
+        console.verify()
+        vm = next(vm for vm in a1.json('list')['vms'] if vm['vm'] == 'silent')
+        assert vm['presence'] == 'unreachable' and 'no answer' in vm['detail'], vm
+        assert a2.names() == []
+    finally:
+        monkeypatch.undo()
+        a1.stop()
+        a1.start()
+
+
+def test_guest_pages_are_charged_to_the_vmm(cluster, boot):
+    a1, a2 = cluster.agents
+    a2.stop()
+    a2.options['vm-cgroup'] = cluster.cgroup('vms')
+    try:
+        a2.start()
+        console = boot(at_full_speed('charged', mem_mib=256, fill='random'))
+        there_and_back(cluster, console, 'charged', 1)
+        group = judge.memory_cgroup(a2.json('status', 'charged')['pid'])
+        assert group.endswith('charged')
+        assert judge.charged(group) > 200 * MIB
+        console.verify()
+    finally:
+        a2.stop()
+        del a2.options['vm-cgroup']
+        a2.start()
 
 
 def test_a_killed_agent_leaves_a_guest_that_runs(cluster, boot):
