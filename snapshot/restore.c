@@ -319,6 +319,23 @@ static bool is_zero(const uint8_t *data, size_t len)
 }
 
 /* Everything of one file that is not zero, in whole blocks. */
+/* Blocks that are not zero, as many at a time as lie side by side. */
+static int write_runs(const uint8_t *data, size_t n, uint64_t at, size_t block, write_fn *write,
+                      void *arg, struct vm_error **err)
+{
+    for (size_t i = 0, run = 0; i < n; i = run) {
+        size_t start = i;
+        for (; start < n && is_zero(data + start, n - start < block ? n - start : block); start += block)
+            ;
+        for (run = start; run < n && !is_zero(data + run, n - run < block ? n - run : block); run += block)
+            ;
+        size_t end = run < n ? run : n;
+        if (start < end && write(arg, at + start, data + start, end - start, err) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 static int pour(struct restore *r, const struct image_entry *e, size_t block, write_fn *write,
                 void *arg, const struct restore_control *c, struct vm_error **err)
 {
@@ -340,11 +357,8 @@ static int pour(struct restore *r, const struct image_entry *e, size_t block, wr
             return error_set(err, VM_ERROR_CANCELLED, "cancelled");
         if (file_reader_read(reader, at, r->buffer, n, err) < 0)
             return -1;
-        for (size_t i = 0; i < n; i += block) {
-            size_t some = n - i < block ? n - i : block;
-            if (!is_zero(r->buffer + i, some) && write(arg, at + i, r->buffer + i, some, err) < 0)
-                return -1;
-        }
+        if (write_runs(r->buffer, n, at, block, write, arg, err) < 0)
+            return -1;
         at += n;
         r->done = before + at;
         c->progress(c->arg, r->done, r->total);
@@ -381,12 +395,16 @@ struct memory {
     unsigned number;
 };
 
-static int write_page(void *arg, uint64_t offset, const uint8_t *data, size_t len,
-                      struct vm_error **err)
+/* Pages side by side, a piece at most. */
+static int write_pages(void *arg, uint64_t offset, const uint8_t *data, size_t len,
+                       struct vm_error **err)
 {
     struct memory *m = arg;
-    uint64_t addr = page_addr(m->number, offset / GUEST_PAGE_SIZE);
-    guest_sink_populate(m->guest, &addr, 1, NULL); /* else it counts as the agent's memory */
+    uint64_t addrs[PIECE / GUEST_PAGE_SIZE];
+    unsigned n = 0;
+    for (; n < len / GUEST_PAGE_SIZE; n++)
+        addrs[n] = page_addr(m->number, offset / GUEST_PAGE_SIZE + n);
+    guest_sink_populate(m->guest, addrs, n, NULL); /* else it counts as the agent's memory */
     return guest_region_write(m->region, offset, data, len, err);
 }
 
@@ -403,7 +421,7 @@ static int load_memory(struct restore *r, struct guest *guest, const struct rest
             regions[i].size != r->vm.definition.ram[i].size)
             return error_set(err, VM_ERROR_FAILED, "the memory %s of the VM that waits cannot be reached",
                              regions[i].name);
-        if (pour(r, entry(r, r->vm.ram_files[i], NULL), GUEST_PAGE_SIZE, write_page, &m, c, err) < 0)
+        if (pour(r, entry(r, r->vm.ram_files[i], NULL), GUEST_PAGE_SIZE, write_pages, &m, c, err) < 0)
             return -1;
     }
     return 0;
