@@ -2,6 +2,7 @@
 #include "snapshot/clone.h"
 
 #include "base/cleanup.h"
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
@@ -11,12 +12,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <spawn.h>
+#include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <linux/fs.h>
 
+#define MACS_TIMEOUT_NS (5 * NSEC_PER_SEC)
 enum { KILL_TIMEOUT_MS = 5000, PATH_BYTES = 4096, COPY_BYTES = 1 << 20 };
 
 extern char **environ;
@@ -258,12 +261,46 @@ void clone_remove_disks(const char *disk_dir, const char *name)
 
 /* ---- starting ---- */
 
-/* Only a note: the clone runs. */
-static int thaw(const struct making *m, struct clone *c)
+static void note(struct clone *c, const char *format, ...) __attribute__((format(printf, 2, 3)));
+static void note(struct clone *c, const char *format, ...)
 {
-    cleanup_error struct vm_error *frozen = NULL;
-    if (m->vm.frozen && guest_agent_thaw_restored(c->argv, m->vm.definition.cwd, &frozen) < 0)
-        snprintf(c->notes.text[c->notes.n++], QEMU_CLONE_NOTE_MAX, "%s", error_message(frozen));
+    va_list args;
+    va_start(args, format);
+    if (c->notes.n < QEMU_CLONE_NOTES_MAX)
+        vsnprintf(c->notes.text[c->notes.n++], QEMU_CLONE_NOTE_MAX, format, args);
+    va_end(args);
+}
+
+/* Its agent, if it is there, has the running guest take its MAC addresses over. */
+static int take_macs_over(const struct making *m, struct clone *c, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + MACS_TIMEOUT_NS;
+    cleanup_free char *path = guest_agent_find(c->argv, m->vm.definition.cwd);
+    if (!path)
+        return error_set(err, VM_ERROR_NOT_FOUND, "no agent of it is known");
+    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(path, deadline, err);
+    if (!ga)
+        return -1;
+    for (unsigned i = 0; i < c->notes.n_macs; i++)
+        if (guest_agent_set_mac(ga, c->notes.macs[i].from, c->notes.macs[i].to, deadline, err) < 0)
+            return error_wrap(err, "%s", c->notes.macs[i].from);
+    return 0;
+}
+
+/* The guest runs, and is told what it is. What fails is but noted. */
+static int tell_guest(const struct making *m, struct clone *c)
+{
+    cleanup_error struct vm_error *frozen = NULL, *kept = NULL;
+    if (c->running && m->vm.frozen &&
+        guest_agent_thaw_restored(c->argv, m->vm.definition.cwd, &frozen) < 0)
+        note(c, "%s", error_message(frozen));
+    if (!c->notes.n_macs)
+        return 0;
+    if (!c->running)
+        note(c, "the guest, which is paused, has the MAC address that it had until its NIC's driver starts anew");
+    else if (take_macs_over(m, c, &kept) < 0)
+        note(c, "the running guest keeps its MAC address until its NIC's driver or the guest starts anew: %s",
+             error_message(kept));
     return 0;
 }
 
@@ -294,7 +331,7 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
             qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err) < 0) ||
                    (m->p->memory && qemu_clone_grow(q, m->p->memory, err) < 0)
                ? -1
-               : thaw(m, c);
+               : tell_guest(m, c);
 }
 
 /* Of such a VMM's command line only its name is known to belong to the clone. */
@@ -334,9 +371,8 @@ static int launch_attach(struct making *m, const struct qemu_launch *common, str
         return -1;
     c->guest = attach_guest(a);
     (void)FAULT("clone.spawned");
-    snprintf(c->notes.text[c->notes.n++], QEMU_CLONE_NOTE_MAX,
-             "the guest keeps what else it has of an identity: %s gets a name of its own",
-             attach_info(a)->vmm);
+    note(c, "the guest keeps what else it has of an identity: %s gets a name of its own",
+         attach_info(a)->vmm);
     return process_argv(c->guest->process.pid, &c->argv, err);
 }
 

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <jansson.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 static const char port_name[] = "org.qemu.guest_agent.0";
 #define CLOSE_TIMEOUT_NS (5 * NSEC_PER_SEC)
 #define RESTORED_TIMEOUT_NS (10 * NSEC_PER_SEC)
+enum { PROGRAM_LOOK_MS = 5 };
 
 struct guest_agent {
     int fd;
@@ -79,9 +81,9 @@ char *guest_agent_find(char *const *argv, const char *cwd)
 
 /* ---- lines ---- */
 
-/* The next line, NUL-terminated, without what came before the last 0xff. */
+/* The next line, NUL-terminated, without what came before the last 0xff; *ret_marked: there was one. */
 static int read_line(struct guest_agent *ga, int64_t deadline, char **ret_line, size_t *ret_used,
-                     struct vm_error **err)
+                     bool *ret_marked, struct vm_error **err)
 {
     for (;;) {
         char *end = memchr(ga->line, '\n', ga->n);
@@ -89,6 +91,7 @@ static int read_line(struct guest_agent *ga, int64_t deadline, char **ret_line, 
             *end = 0;
             char *from = memrchr(ga->line, 0xff, (size_t)(end - ga->line));
             *ret_line = from ? from + 1 : ga->line;
+            *ret_marked = from;
             *ret_used = (size_t)(end + 1 - ga->line);
             return 0;
         }
@@ -102,42 +105,69 @@ static int read_line(struct guest_agent *ga, int64_t deadline, char **ret_line, 
     }
 }
 
-/* Say a command; *ret_value is what it returned, if that is a number. */
-static int command(struct guest_agent *ga, const char *text, int64_t deadline, int64_t *ret_value,
-                   struct vm_error **err)
+/* The next line, decoded; with `marked` the next one that has the mark. NULL: *err, or it is no JSON. */
+static json_t *read_reply(struct guest_agent *ga, bool marked, int64_t deadline, struct vm_error **err)
 {
     char *line = NULL;
     size_t used = 0;
-    if (io_write_full(ga->fd, text, strlen(text), deadline, -1, err) < 0 ||
-        read_line(ga, deadline, &line, &used, err) < 0)
-        return -1;
-    cleanup_json json_t *reply = json_loads(line, 0, NULL);
-    memmove(ga->line, ga->line + used, ga->n - used);
-    ga->n -= used;
-    const json_t *value = json_object_get(reply, "return");
+    for (bool is_marked = false;;) {
+        if (read_line(ga, deadline, &line, &used, &is_marked, err) < 0)
+            return NULL;
+        json_t *reply = is_marked || !marked ? json_loads(line, 0, NULL) : NULL;
+        memmove(ga->line, ga->line + used, ga->n - used);
+        ga->n -= used;
+        if (is_marked || !marked)
+            return reply ? reply : json_object();
+    }
+}
+
+/* Say a command; what it returned is the caller's, NULL if it failed. */
+static json_t *ask(struct guest_agent *ga, const char *text, int64_t deadline, struct vm_error **err)
+{
+    if (io_write_full(ga->fd, text, strlen(text), deadline, -1, err) < 0)
+        return NULL;
+    cleanup_json json_t *reply = read_reply(ga, false, deadline, err);
+    if (!reply)
+        return NULL;
+    json_t *value = json_object_get(reply, "return");
     const char *why = json_string_value(json_object_get(json_object_get(reply, "error"), "desc"));
     if (!value)
-        return error_set(err, VM_ERROR_FAILED, "the guest's agent refuses: %s",
-                         why ? log_q(why) : "it does not say why");
+        error_set(err, VM_ERROR_FAILED, "the guest's agent refuses: %s",
+                  why ? log_q(why) : "it does not say why");
+    return json_incref(value);
+}
+
+/* The same; *ret_value is what it returned, if that is a number. */
+static int command(struct guest_agent *ga, const char *text, int64_t deadline, int64_t *ret_value,
+                   struct vm_error **err)
+{
+    cleanup_json json_t *value = ask(ga, text, deadline, err);
+    if (!value)
+        return -1;
     *ret_value = json_integer_value(value);
     return 0;
 }
 
-/* What was said to others before us is skipped. */
+/* What was said to others before us is skipped, and what the agent says of the byte that begins this. */
 static int synchronise(struct guest_agent *ga, int64_t deadline, struct vm_error **err)
 {
     char text[96];
-    int64_t id = clock_mono_ns() & 0xffffffff, value;
+    int64_t id = clock_mono_ns() & 0xffffffff;
     snprintf(text, sizeof(text),
              "\xff{\"execute\":\"guest-sync-delimited\",\"arguments\":{\"id\":%lld}}\n",
              (long long)id);
-    if (command(ga, text, deadline, &value, err) < 0)
+    if (io_write_full(ga->fd, text, strlen(text), deadline, -1, err) < 0)
         return -1;
-    return value == id ? 0
-                       : error_set(err, VM_ERROR_PROTOCOL, "the guest's agent answers somebody else");
+    for (;;) {
+        cleanup_json json_t *reply = read_reply(ga, true, deadline, err);
+        if (!reply)
+            return -1;
+        if (json_integer_value(json_object_get(reply, "return")) == id)
+            return 0;
+    }
 }
 
-/* ---- the two commands ---- */
+/* ---- connecting ---- */
 
 static int connect_to(int fd, const char *path, struct vm_error **err)
 {
@@ -169,6 +199,8 @@ struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, stru
     return steal_ptr(&ga);
 }
 
+/* ---- file systems ---- */
+
 int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
                        struct vm_error **err)
 {
@@ -188,6 +220,87 @@ int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_erro
     ga->frozen = false;
     return 0;
 }
+
+/* ---- interfaces ---- */
+
+static json_t *interfaces(struct guest_agent *ga, int64_t deadline, struct vm_error **err)
+{
+    return ask(ga, "{\"execute\":\"guest-network-get-interfaces\"}\n", deadline, err);
+}
+
+static bool has_mac(const json_t *interface, const char *mac)
+{
+    const char *found = json_string_value(json_object_get(interface, "hardware-address"));
+    return found && !strcasecmp(found, mac);
+}
+
+static unsigned count_mac(const json_t *list, const char *mac)
+{
+    unsigned n = 0;
+    for (size_t i = 0; i < json_array_size(list); i++)
+        n += has_mac(json_array_get(list, i), mac);
+    return n;
+}
+
+static int wait_program(struct guest_agent *ga, int64_t pid, int64_t deadline, struct vm_error **err)
+{
+    char text[96];
+    snprintf(text, sizeof(text),
+             "{\"execute\":\"guest-exec-status\",\"arguments\":{\"pid\":%lld}}\n", (long long)pid);
+    for (;;) {
+        cleanup_json json_t *status = ask(ga, text, deadline, err);
+        if (!status)
+            return -1;
+        int64_t code = json_integer_value(json_object_get(status, "exitcode"));
+        if (json_is_true(json_object_get(status, "exited")))
+            return code ? error_set(err, VM_ERROR_FAILED, "its `ip` ended with status %lld", (long long)code)
+                        : 0;
+        if (clock_mono_ns() >= deadline)
+            return error_set(err, VM_ERROR_TIMEOUT, "its `ip` does not end");
+        poll(NULL, 0, PROGRAM_LOOK_MS);
+    }
+}
+
+/* The name is the guest's own, and a word for its own program. */
+static int run_ip(struct guest_agent *ga, const char *name, const char *mac, int64_t deadline,
+                  struct vm_error **err)
+{
+    cleanup_json json_t *say = json_pack(
+        "{s:s, s:{s:s, s:[s, s, s, s, s, s]}}", "execute", "guest-exec", "arguments", "path", "ip", "arg",
+        "link", "set", "dev", name, "address", mac);
+    cleanup_free char *text = say ? json_dumps(say, JSON_COMPACT) : NULL;
+    char *line = NULL;
+    if (!text || asprintf(&line, "%s\n", text) < 0)
+        return error_nomem(err);
+    cleanup_json json_t *started = ask(ga, line, deadline, err);
+    free(line);
+    return started ? wait_program(ga, json_integer_value(json_object_get(started, "pid")), deadline, err)
+                   : -1;
+}
+
+int guest_agent_set_mac(struct guest_agent *ga, const char *from, const char *to, int64_t deadline_ns,
+                        struct vm_error **err)
+{
+    cleanup_json json_t *before = interfaces(ga, deadline_ns, err);
+    if (!before)
+        return -1;
+    if (!count_mac(before, from))
+        return error_set(err, VM_ERROR_NOT_FOUND, "none of its interfaces has it");
+    for (size_t i = 0; i < json_array_size(before); i++) {
+        const json_t *one = json_array_get(before, i);
+        const char *name = json_string_value(json_object_get(one, "name"));
+        if (name && has_mac(one, from) && run_ip(ga, name, to, deadline_ns, err) < 0)
+            return -1;
+    }
+    cleanup_json json_t *after = interfaces(ga, deadline_ns, err);
+    if (!after)
+        return -1;
+    return count_mac(after, to) && !count_mac(after, from)
+               ? 0
+               : error_set(err, VM_ERROR_FAILED, "its interface does not take another one");
+}
+
+/* ---- a guest that goes on ---- */
 
 int guest_agent_thaw_restored(char *const *argv, const char *cwd, struct vm_error **err)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * guest_agent: the agent within a guest (qemu-ga), reached through a socket of QEMU's, and its two commands that a
- * snapshot needs.
+ * guest_agent: the agent within a guest (qemu-ga), reached through a socket of QEMU's, and what snapshots and clones
+ * need of it.
  *
  *     path = guest_agent_find(argv, cwd)                of the command line, NULL if it has none; free it
  *     ga = guest_agent_open(path, deadline, &err)
@@ -9,8 +9,8 @@
  *     guest_agent_thaw(ga, deadline, &err)
  *     guest_agent_close(ga)                             thaws if that was not done
  *
- * What it says comes from the guest: lines of at most GUEST_AGENT_LINE bytes, of which nothing is believed but
- * that and how many file systems it froze. TIMEOUT if nobody in the guest answers. Threads: one.
+ * What it says comes from the guest: lines of at most GUEST_AGENT_LINE bytes, of which nothing is believed, but
+ * repeated to the user: how many file systems it froze, and that an interface has a MAC address. TIMEOUT if nobody in the guest answers. Threads: one.
  */
 #ifndef VMMIG_SNAPSHOT_GUEST_AGENT_H
 #define VMMIG_SNAPSHOT_GUEST_AGENT_H
@@ -29,6 +29,12 @@ struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, stru
 int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
                        struct vm_error **err);
 int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err);
+/*
+ * Every interface of the guest that has the MAC address `from` gets `to` (the agent runs `ip link set`), and says so.
+ * NOT_FOUND: none has it. FAILED: the agent may not run programs, or the guest does not take it.
+ */
+int guest_agent_set_mac(struct guest_agent *ga, const char *from, const char *to, int64_t deadline_ns,
+                        struct vm_error **err);
 /*
  * Of a guest that goes on from a saved state in which its file systems stood frozen: nobody within it has thawed them,
  * and all that writes there waits. Its command line names the agent's socket.

@@ -18,7 +18,7 @@ struct making {
     struct qemu_argv a;
     bool *tap_used; /* of params->taps */
     bool has_generation, has_uuid, has_name;
-    unsigned n_nics;
+    unsigned n_given; /* MACs that QEMU chose by itself */
 };
 
 static const char *or_empty(const char *text)
@@ -195,13 +195,30 @@ static int place_disk(struct making *m, unsigned *i, struct vm_error **err)
 
 /* ---- devices ---- */
 
-static int fresh_mac(struct qemu_props *p, struct vm_error **err)
+/* What the guest has: QEMU gives NICs without a MAC one after the other. */
+static int note_mac(struct making *m, const struct qemu_props *p, const char *fresh,
+                    struct vm_error **err)
+{
+    const char *mac = qemu_props_get(p, "mac");
+    char given[QEMU_MAC_SIZE];
+    snprintf(given, sizeof(given), "52:54:00:12:34:%02x", (0x56 + m->n_given) & 0xff);
+    m->n_given += !mac;
+    if (m->notes->n_macs == QEMU_CLONE_MACS_MAX)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "it has more than %d NICs: say --set mac=keep", QEMU_CLONE_MACS_MAX);
+    struct qemu_clone_mac *note = &m->notes->macs[m->notes->n_macs++];
+    snprintf(note->from, QEMU_MAC_SIZE, "%s", mac ? mac : given);
+    snprintf(note->to, QEMU_MAC_SIZE, "%s", fresh);
+    return 0;
+}
+
+static int fresh_mac(struct making *m, struct qemu_props *p, struct vm_error **err)
 {
     struct uuid u = uuid_new();
-    char text[20];
+    char text[QEMU_MAC_SIZE];
     /* QEMU's own prefix; the rest is random. */
     snprintf(text, sizeof(text), "52:54:00:%02x:%02x:%02x", u.bytes[0], u.bytes[1], u.bytes[2]);
-    return qemu_props_set(p, "mac", text, err);
+    return note_mac(m, p, text, err) < 0 ? -1 : qemu_props_set(p, "mac", text, err);
 }
 
 static bool is_nic(const struct qemu_props *p)
@@ -220,9 +237,8 @@ static int place_device(struct making *m, struct qemu_props *p, bool *ret_change
     }
     if (!is_nic(p) || m->params->keep_macs)
         return 0;
-    m->n_nics++;
     *ret_changed = true;
-    return fresh_mac(p, err);
+    return fresh_mac(m, p, err);
 }
 
 static int place_netdev(struct making *m, struct qemu_props *p, bool *ret_changed,
@@ -369,9 +385,6 @@ int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_no
         r = add_rest(&m, err);
     if (r == 0 && !m.has_generation)
         note(&m, "the guest has no vmgenid device: it is not told that it is a clone");
-    if (r == 0 && m.n_nics)
-        note(&m, "the running guest keeps its MAC address until its NIC's driver or the guest "
-                 "starts anew");
     if (r == 0 && !(*ret_argv = qemu_argv_format(&m.a)))
         r = error_nomem(err);
     qemu_argv_finish(&m.a);

@@ -17,8 +17,8 @@
  * say that memory can be plugged in (-m ...,slots=N,maxmem=SIZE).
  *
  * `notes` tells what the running guest does not notice of its new identity: a guest without a
- * vmgenid device is not told that it is a clone, and no guest looks at a NIC's MAC again before its
- * driver starts anew.
+ * vmgenid device is not told that it is a clone. Nor does it look at a NIC's MAC again before its driver starts anew:
+ * `macs` says which the guest has, and which it is to take over.
  *
  * The state is loaded by QEMU itself from `state_fd` (a file), without a page; the guest runs when
  * it was running. Threads: any.
@@ -32,6 +32,8 @@
 
 #define QEMU_CLONE_NOTE_MAX 256
 #define QEMU_CLONE_NOTES_MAX 8
+#define QEMU_CLONE_MACS_MAX 16 /* REFUSED: more NICs that are to have new ones */
+#define QEMU_MAC_SIZE 18
 #define QEMU_CLONE_MEMORY_STEP (128ull << 20) /* what Linux takes at once on x86 */
 
 struct qemu_clone_params {
@@ -47,9 +49,15 @@ struct qemu_clone_params {
     struct qemu_launch launch;  /* argv and fds are ignored */
 };
 
+struct qemu_clone_mac {
+    char from[QEMU_MAC_SIZE], to[QEMU_MAC_SIZE];
+};
+
 struct qemu_clone_notes {
     char text[QEMU_CLONE_NOTES_MAX][QEMU_CLONE_NOTE_MAX];
     unsigned n;
+    struct qemu_clone_mac macs[QEMU_CLONE_MACS_MAX];
+    unsigned n_macs;
 };
 
 /* *ret_argv: one allocation, NULL at the end; free it. */

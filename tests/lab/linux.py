@@ -102,15 +102,27 @@ def _initramfs(kernel_folder, busybox_folder):
                   ('init', 0o100755, _read(f'{ROOT}/tests/guest/linux/init'))])
 
 
-def linux_guest(cache=None):
-    """The paths of the guest's kernel and initramfs, made from packages in the cache folder."""
+def _agent_archive(folder):
+    """qemu-ga and the libraries that it needs, which QEMU on this machine needs, too."""
+    program = f'{folder}/usr/sbin/qemu-ga'
+    libraries = re.findall(r'(/\S+) \(0x', run(['ldd', program]))
+    folders = sorted({os.path.join(*parts[:i]) for path in libraries for parts in [path.split('/')[1:-1]]
+                      for i in range(1, len(parts) + 1)})
+    return _newc([*((name, 0o40755, b'') for name in folders),
+                  *((path[1:], 0o100755, _read(path)) for path in libraries), ('bin/qemu-ga', 0o100755, _read(program))])
+
+
+def linux_guest(cache=None, agent=False):
+    """The paths of the guest's kernel and initramfs, made from packages in the cache folder. agent: with qemu-ga."""
     cache = cache or default_cache()
     os.makedirs(cache, exist_ok=True)
     with open(os.path.join(cache, 'lock'), 'w', encoding='ascii') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         kernel_folder = _unpack(_kernel_package(), cache)
         contents = _initramfs(kernel_folder, _unpack('busybox-static', cache))
-        initrd = os.path.join(cache, 'initrd')
+        if agent:
+            contents += _agent_archive(_unpack('qemu-guest-agent', cache))
+        initrd = os.path.join(cache, 'initrd-agent' if agent else 'initrd')
         if not os.path.exists(initrd) or _read(initrd) != contents:
             with open(initrd + '.new', 'wb') as file:
                 file.write(contents)
@@ -157,14 +169,21 @@ class LinuxGuest(Guest):
     work_mib: int = 64
     rate_mbps: int = 10
     tick_ms: int = 100
+    agent: bool = False             # with qemu-ga, at agent_path(); the initramfs has to have it
     firmware: str = 'seabios'       # or 'ovmf': needs vars, a copy that make_vars() made
     vars: str = ''
+
+    @property
+    def agent_path(self):
+        return f'{self.folder}/{self.name}.qga'
 
     def _machine(self):
         worker = f'mem={self.work_mib},rate={self.rate_mbps},tick={self.tick_ms}'
         append = 'console=ttyS0 quiet panic=-1 memhp_default_state=online'
         if self.disk:
             append += ' lab.disk=1'
+        if self.agent:
+            append += ' lab.agent=1'
         if self.network:
             append += f' lab.ip={SUBNET}{100 + self.network}'
             worker += f',udp={OBSERVER_ADDRESS}'
@@ -177,6 +196,10 @@ class LinuxGuest(Guest):
 
     def _devices(self):
         words = super()._devices()
+        if self.agent:
+            words += ['-device', 'virtio-serial', '-chardev',
+                      f'socket,id=qga,path={self.agent_path},server=on,wait=off',
+                      '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0']
         if self.disk:
             words += ['-drive', f'if=none,id=disk0,format=raw,cache=none,file={self.disk}',
                       '-device', 'virtio-blk-pci,drive=disk0']

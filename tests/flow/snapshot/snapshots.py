@@ -98,11 +98,13 @@ def untouched(vm, agent):
 
 
 class GuestAgent(threading.Thread):
-    """What a guest's agent says, at a socket of its own; `frozen` is how its file systems are."""
+    """What a guest's agent says, at a socket of its own; `frozen` is how its file systems are, `interfaces` their MACs,
+    and what is in `refuses` it does not do."""
 
     def __init__(self, path):
         super().__init__(daemon=True)
         self.frozen, self.said = False, []
+        self.interfaces, self.refuses = {'lo': '00:00:00:00:00:00'}, set()
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(path)
         self.listener.listen()
@@ -116,6 +118,8 @@ class GuestAgent(threading.Thread):
     def serve(self, connection):
         with connection, connection.makefile('rb') as lines, contextlib.suppress(OSError):
             for line in lines:
+                if line[:1] == b'\xff':
+                    connection.sendall(b'{"error": {"class": "GenericError", "desc": "JSON parse error, stray \'?\'"}}\n')
                 connection.sendall(self.answer(json.loads(line.strip(b'\xff'))))
 
     def answer(self, asked):
@@ -123,5 +127,14 @@ class GuestAgent(threading.Thread):
         self.said.append(name)
         if name == 'guest-sync-delimited':
             return b'\xff' + json.dumps({'return': asked['arguments']['id']}).encode() + b'\n'
-        self.frozen = name == 'guest-fsfreeze-freeze'
-        return b'{"return": 2}\n'
+        if name in self.refuses:
+            return b'{"error": {"class": "CommandNotFound", "desc": "not allowed"}}\n'
+        if name == 'guest-exec' and asked['arguments']['path'] == 'ip':
+            words = asked['arguments']['arg']
+            self.interfaces[words[words.index('dev') + 1]] = words[words.index('address') + 1]
+        elif 'fsfreeze' in name:
+            self.frozen = name == 'guest-fsfreeze-freeze'
+        said = {'guest-exec': {'pid': 7}, 'guest-exec-status': {'exited': True, 'exitcode': 0},
+                'guest-network-get-interfaces': [{'name': key, 'hardware-address': mac}
+                                                 for key, mac in self.interfaces.items()]}
+        return json.dumps({'return': said.get(name, 2)}).encode() + b'\n'

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Linux guest that writes a log to its disk is snapshotted while it runs; each snapshot runs on from its instant."""
+import json
 import os
 import re
+import socket
 import subprocess
 import time
 
@@ -46,6 +48,48 @@ def check_instant(agent, image, disk):
         at_instant = disk_log(path)
     assert check_disk(disk) > len(at_instant) > 0
     assert disk_log(disk)[:len(at_instant)] == at_instant
+
+
+def interfaces(agent, path):
+    """What the guest's own agent says of them: {name: MAC}."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(agent.host.path(path))
+        connection.sendall(b'\xff{"execute": "guest-network-get-interfaces"}\n')
+        with connection.makefile('rb') as lines:
+            for line in lines:
+                said = json.loads(line.replace(b'\xff', b''))
+                if isinstance(said.get('return'), list):  # and not what it says of the byte before
+                    return {one['name']: one['hardware-address'] for one in said['return']}
+    raise EOFError(path)
+
+
+def test_a_guest_with_an_agent_is_thawed_and_takes_its_mac_over(agent):
+    """Linux and qemu-ga. Its file systems stood still for the instant; a clone's write on."""
+    kernel, initrd = linux_guest(agent=True)
+    vm = LinuxGuest('ga', kernel=kernel, initrd=initrd, agent=True,
+                    disk=make_disk(os.path.join(agent.cluster.shared, 'ga.raw')))
+    vm.options = ['-netdev', 'user,id=n0', '-device', 'virtio-net-pci,netdev=n0']
+    console = start(agent, vm)
+    console.wait_ticks(3)
+    former = interfaces(agent, vm.agent_path)
+    assert agent.json('snapshot', 'ga', 'one', '--guest-agent', vm.agent_path)['snapshot']['frozen'] == 1
+    agent.vmmig('template', 'publish', 'ga@one', 'ga:v1')
+    end(agent, 'ga')
+    console = agent.cluster.console('clone')
+    made, = agent.json('clone', 'ga:v1', '--as', 'clone')['clones']
+    assert not [note for note in made['notes'] if 'MAC' in note or 'frozen' in note], made
+    now = interfaces(agent, vm.agent_path.replace('ga.qga', 'clone.qga'))
+    assert now['lo'] == former['lo'] and now['eth0'] != former['eth0'] == '52:54:00:12:34:56'
+    with open(f'/proc/{made["pid"]}/cmdline', encoding='utf-8') as file:
+        assert f'mac={now["eth0"]}' in file.read()
+    console.wait_ticks(20)
+    console.send('poweroff')
+    console.wait_for('lab-guest halted', 60)
+    eventually('its end', lambda: agent.host.reap() or state(agent, 'clone')['presence'] == 'ended')
+    disk = os.path.join(agent.cluster.shared, 'clone.raw')
+    overlay = agent.host.path('/var/lib/vmmig/clones/clone/disk0.qcow2')
+    agent.host.run(['qemu-img', 'convert', '-O', 'raw', overlay, disk])
+    check_instant(agent, 'ga@one', disk)
 
 
 def test_every_snapshot_runs_on_from_its_instant(agent, request):

@@ -172,8 +172,10 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
     path = os.path.join(agent.cluster.shared, 'qga')
     inside = GuestAgent(path)
     vm.options = ['-chardev', f'socket,id=qga,path={path}', '-device', 'virtio-serial',
-                  '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0']
+                  '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0',
+                  '-netdev', 'user,id=n0', '-device', 'virtio-net-pci,netdev=n0']
     start(agent, vm)
+    inside.interfaces['eth0'] = former = vm.qmp(agent.host)('query-rx-filter')[0]['main-mac']
     assert agent.json('snapshot', 'still', 'one')['snapshot']['frozen'] == 2 and not inside.frozen
     agent.vmmig('template', 'publish', 'still@one', 'still:v1')
     vm.qmp(agent.host)('quit')
@@ -183,7 +185,19 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
         done = agent.json(*words)
         assert not inside.frozen, done
         eventually('the guest', lambda name=words[-1]: agent.json('status', name)['state'] == 'running')
-        os.kill(agent.json('status', words[-1])['pid'], 9)
+        if words[0] == 'restore':
+            os.kill(agent.json('status', words[-1])['pid'], 9)
+    # A clone's NIC has another MAC than the guest knows: it is told.
+    made, = done['clones']
+    with open(f'/proc/{made["pid"]}/cmdline', encoding='utf-8') as file:
+        assert f'mac={inside.interfaces["eth0"]}' in file.read() and inside.interfaces['eth0'] != former
+    assert not [note for note in made['notes'] if 'MAC' in note]
+    os.kill(made['pid'], 9)
+    inside.interfaces['eth0'], inside.refuses = former, {'guest-exec'}
+    agent.cluster.console('still-e')
+    made, = agent.json('clone', 'still:v1', '--as', 'still-e')['clones']
+    assert [note for note in made['notes'] if 'keeps its MAC' in note and 'not allowed' in note], made
+    os.kill(made['pid'], 9)
     inside.frozen = True
     done = agent.json('restore', 'still@one', '--as', 'still-p', '--paused')  # who lets it go on is told
     assert inside.frozen and 'thaw' in done['note'], done

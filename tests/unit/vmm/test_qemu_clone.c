@@ -114,8 +114,10 @@ static void identity_is_fresh(void **state)
     lacks(line, "52:54:00:00:00:01");
     has(line, "-name c7 ");
     has(line, "mac=52:54:00:");
-    assert_int_equal(notes.n, 1); /* it does not look at its MAC again */
-    has(notes.text[0], "MAC");
+    assert_int_equal(notes.n, 0);
+    assert_int_equal(notes.n_macs, 1); /* it does not look at its MAC again */
+    assert_string_equal(notes.macs[0].from, "52:54:00:00:00:01");
+    has(line, notes.macs[0].to);
 }
 
 static void paths_are_the_clone_s_own(void **state)
