@@ -159,7 +159,8 @@ static const struct option config_options[] = {
          "Where `vmmig` finds the agent. control.sock in the runtime directory if it is not set"},
     {"control-group", "GROUP", parse_account, MEMBER(control_group), .def = "none",
      .text = "Its members may drive the agent, besides root and the agent's own user. They can run "
-             "VMMs of the list below with any arguments"},
+             "VMMs of the list below with any arguments, and name folders in which the agent makes "
+             "disks: trust them as you trust root"},
     {"listen", "ADDRESS[:PORT]", parse_endpoint, MEMBER(listen), .def = "[::]:16550",
      .text = "Where other agents reach this one; none: it takes no VMs"},
     {"ca", "FILE", parse_path, MEMBER(ca_file), .def = "/etc/vmmig/pki/ca.crt",
@@ -191,7 +192,8 @@ static const struct option config_options[] = {
          "each VM gets a cgroup of its own, to which its memory is charged; none: VMs share the "
          "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
-     .text = "Whom VMs run as; none: the agent's own user"},
+     .text = "Whom VMs run as; none: the agent's own user. An agent that is root then takes no VM "
+             "of another host and starts none out of the repository"},
     {"mount-dir", "DIR", parse_path, MEMBER(mount_dir), .def = "/run/vmmig/images",
      .text = "Where the repository's images appear as files, for clones. The same on all hosts "
              "between which clones move"},

@@ -5,6 +5,7 @@
 #include "vmm/spawn.h"
 
 #include <string.h>
+#include <unistd.h>
 
 enum { KILL_TIMEOUT_MS = 10000 };
 
@@ -168,8 +169,21 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
     return 0;
 }
 
-const char *driver_find_binary(const struct config *config, const struct qemu_definition *d, struct vm_error **err)
+/* A command line of QEMU's can name programs to run and files to write. */
+static int check_user(const struct config *config, struct vm_error **err)
 {
+    if (geteuid() != 0 || *config->vm_user)
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "a command line of another host or out of the repository is not run by root: "
+                     "set `vm-user` in the agent's configuration (to root, if that is meant)");
+}
+
+const char *driver_find_binary(const struct config *config, const struct qemu_definition *d,
+                               struct vm_error **err)
+{
+    if (check_user(config, err) < 0)
+        return NULL;
     enum vm_driver kind = driver_of_definition(d);
     const char *binary = drivers[kind]->find_binary(config, d->binary);
     if (!binary)

@@ -104,8 +104,12 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
                   struct qemu_definition *ret_definition, struct vm_error **err);
 
 enum vm_driver driver_of_definition(const struct qemu_definition *d);
-/* The binary of the configuration's lists that a VM of this definition is started with. REFUSED: there is none. */
-const char *driver_find_binary(const struct config *config, const struct qemu_definition *d, struct vm_error **err);
+/*
+ * The binary of the configuration's lists that a VM is started with whose definition comes from another host or out
+ * of the repository. REFUSED: there is none, or it would be run as root though nobody said that it may.
+ */
+const char *driver_find_binary(const struct config *config, const struct qemu_definition *d,
+                               struct vm_error **err);
 /*
  * Where the socket of a VM of that name is when the agent starts it; allocated. NULL: no memory.
  */

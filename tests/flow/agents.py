@@ -63,7 +63,7 @@ class Agent:
 
     def write_config(self):
         lines = {'host': self.host.name, 'log-dir': '/var/lib/vmmig/log', 'log-level': 'debug',
-                 'peer-timeout': '15000', **self.options}
+                 'peer-timeout': '15000', 'vm-user': 'root', **self.options}
         if self.cluster.plain:
             lines['insecure-plain'] = 'yes'
         with open(self.host.path('/etc/vmmig/vmmigd.conf'), 'w', encoding='ascii') as file:

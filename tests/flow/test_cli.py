@@ -54,7 +54,7 @@ class Agent:
         self.config = self.folder / 'vmmigd.conf'
         lines = {'host': name, 'state-dir': self.folder / 'state', 'runtime-dir': self.folder / 'run',
                  'log-dir': self.folder / 'log', 'listen': f'127.0.0.1:{self.port}',
-                 'insecure-plain': 'yes', **options}
+                 'insecure-plain': 'yes', 'vm-user': 'root', **options}
         self.config.write_text(''.join(f'{key} = {value}\n' for key, value in lines.items()))
 
     def start(self):

@@ -205,6 +205,15 @@ def test_a_destination_without_the_binary(cluster, guest):
         restart(a2)
 
 
+def test_a_destination_that_is_root_and_was_not_told_whom_vms_run_as(cluster, guest, disk):
+    _, a2 = cluster.agents
+    restart(a2, **{'vm-user': 'none'})
+    try:
+        refused(cluster, guest, 'h2', 5, 'the peer: a command line of another host .* is not run by root', '--assume-shared')
+    finally:
+        restart(a2)
+
+
 @pytest.fixture
 def disk(cluster):
     """h2 has a disk of the guest's name, which --assume-shared takes for the guest's."""
