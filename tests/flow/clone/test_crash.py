@@ -102,7 +102,8 @@ def test_a_clone_that_was_being_made(agent, point):
 
 @pytest.mark.parametrize('name, point, words', [
     ('c1', 'clone.spawned', ['clone', 'debian12:v1', '--as', 'c1']),
-    ('back', 'restore.filled', ['restore', 'web1@first', '--as', 'back', '--disk-dir']),
+    pytest.param('back', 'restore.filled', ['restore', 'web1@first', '--as', 'back', '--disk-dir'],
+                 marks=pytest.mark.full),
     ('back', 'restore.memory', ['restore', 'web1@first', '--as', 'back', '--disk-dir'])])
 def test_qemu_dies_while_its_vm_is_made(agent, name, point, words):
     """What there was of it goes; the next one comes."""
