@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import subprocess
@@ -66,25 +67,30 @@ def agent():
         yield make_agent(cluster)
 
 
-@pytest.fixture(scope='module')
-def template(agent):
-    """debian12:v1, of a guest with a disk that is gone since."""
-    vm = BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1, dimm_slots=1)
-    disk = os.path.join(agent.cluster.shared, 'web1.raw')
+def publish(agent, vm, template):
+    """A template of a guest with a disk, both of which are gone then."""
+    disk = os.path.join(agent.cluster.shared, f'{vm.name}.raw')
     subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '64M'], check=True)
     subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
     vm.options = ['-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={disk}',
                   '-device', 'virtio-blk-pci,drive=d0']
-    console = agent.cluster.console('web1')
-    agent.host.popen(vm.argv(), name='web1')
+    console = agent.cluster.console(vm.name)
+    agent.host.popen(vm.argv(), name=vm.name)
     console.wait_for('ready', timeout=60)
-    agent.vmmig('attach', 'web1', '--qmp', vm.qmp_path)
-    agent.vmmig('snapshot', 'web1', 'first')
-    published = agent.json('template', 'publish', 'web1@first', 'debian12:v1')
-    assert published['template'] == 'debian12:v1' and published['source'] == 'web1@first'
+    agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+    agent.vmmig('snapshot', vm.name, 'first')
+    published = agent.json('template', 'publish', f'{vm.name}@first', template)
     vm.qmp(agent.host)('quit')
-    eventually('web1 ended', lambda: agent.json('status', 'web1')['state'] == 'ended')
-    agent.vmmig('detach', 'web1')
+    eventually('its end', lambda: agent.json('status', vm.name)['state'] == 'ended')
+    agent.vmmig('detach', vm.name)
+    return published
+
+
+@pytest.fixture(scope='module')
+def template(agent):
+    """debian12:v1, of a guest that has ended."""
+    published = publish(agent, BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1, dimm_slots=1), 'debian12:v1')
+    assert published['template'] == 'debian12:v1' and published['source'] == 'web1@first'
     return published
 
 
@@ -321,6 +327,27 @@ def test_a_clone_gets_more_memory(agent, template):
     assert not os.path.exists(agent.host.path('/var/lib/vmmig/clones/g3'))
     agent.vmmig('template', 'delete', 'larger:v1')
     kill(agent, made)
+
+
+def test_a_clone_runs_as_the_user_of_vms(agent):
+    """Who needs no more than its overlay and the images. (Under TCG: whether that user may use KVM is the host's.)"""
+    publish(agent, BareGuest('slow', mem_mib=64, dirty_mib=4, rate_mbps=1, tcg=True), 'slow:v1')
+    cold(agent)
+    agent.stop()
+    agent.options['vm-user'] = 'nobody'
+    agent.start()
+    made, console = clone(agent, 'slow:v1', 'n1')
+    console.wait_ticks(3)
+    console.verify()
+    write(agent, 'n1', '-P 0x77 8M 64k')
+    assert content(agent, agent.host.path('/var/lib/vmmig/clones/n1/disk0.qcow2'))[8 * MIB:][:64 << 10] == b'\x77' * 65536
+    assert os.stat(f'/proc/{made["pid"]}').st_uid == pwd.getpwnam('nobody').pw_uid
+    kill(agent, made)
+    cold(agent)
+    agent.stop()
+    del agent.options['vm-user']
+    agent.start()
+    agent.vmmig('template', 'delete', 'slow:v1')
 
 
 def test_the_images_at_one_more_place(agent, template):

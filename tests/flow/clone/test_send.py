@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """A clone moves to another host that has the template and sees its overlay; to no other."""
-import os
 import subprocess
 
 import pytest
@@ -8,7 +7,7 @@ from agents import Cluster, eventually
 from lab import BareGuest
 from lab.guests import built
 
-from .test_clone import content, export, kill, leases, start_agent, write
+from .test_clone import content, export, kill, leases, publish, start_agent, write
 
 MIB = 1 << 20
 
@@ -24,20 +23,7 @@ def agents():
         subprocess.run([built('tests/unit/repo/repo_tool'), f'dir:{shared}/repo', 'init'], check=True)
         for agent in (first, second):
             start_agent(agent)
-        vm = BareGuest('web1', mem_mib=128, dirty_mib=4, rate_mbps=1)
-        disk = os.path.join(shared, 'web1.raw')
-        subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '64M'], check=True)
-        subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
-        vm.options = ['-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={disk}',
-                      '-device', 'virtio-blk-pci,drive=d0']
-        console = cluster.console('web1')
-        first.host.popen(vm.argv(), name='web1')
-        console.wait_for('ready', timeout=60)
-        first.vmmig('attach', 'web1', '--qmp', vm.qmp_path)
-        first.vmmig('snapshot', 'web1', 'first')
-        first.vmmig('template', 'publish', 'web1@first', 'debian12:v1')
-        vm.qmp(first.host)('quit')
-        eventually('web1 ended', lambda: first.json('status', 'web1')['state'] == 'ended')
+        publish(first, BareGuest('web1', mem_mib=128, dirty_mib=4, rate_mbps=1), 'debian12:v1')
         yield first, second
 
 
