@@ -135,7 +135,7 @@ int dirtylog_harvest(struct dirtylog *log, unsigned slot, uint64_t *bitmap, stru
  */
 int dirtylog_clear(struct dirtylog *log, unsigned slot, uint64_t first, uint64_t n,
                    const uint64_t *bitmap, struct vm_error **err);
-/* Also after errors; what cannot be switched off (a slot that is gone) is passed over. */
+/* Also after errors. The slots are still KVM's: one that was removed would be made anew. */
 void dirtylog_stop(struct dirtylog *log);
 
 /* A vCPU left KVM_RUN with this exit reason. True: that was the log's business; run on. */

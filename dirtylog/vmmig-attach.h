@@ -215,8 +215,10 @@ VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_at
 VMMIG_PUBLIC void vmmig_destroy(struct vmmig_attach *attach);
 
 /*
- * All of the guest's memory, now. May be called again when memory was added or removed, after KVM was told: a
- * migration that is under way is given up then, since what it knows is void. Slots that overlap, in the guest or
+ * All of the guest's memory, now. May be called again: before KVM is told that memory goes, without that slot; after
+ * KVM was told that memory came; for memory that moves, both. The order matters: to end tracking the library tells
+ * KVM each slot that it knows of once more, and KVM would make a slot anew that is there no more. A migration that
+ * is under way is given up, since what it knows is void. Slots that overlap, in the guest or
  * in a memfd, are refused, as are a memfd that is too short, cannot be sealed, or is not what is mapped, shared, at
  * `host`; until the next call the guest has no memory that could be migrated then.
  */
