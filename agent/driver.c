@@ -191,18 +191,39 @@ const char *driver_find_binary(const struct config *config, const struct qemu_de
     return binary;
 }
 
+/* How a VMM of this definition is started here. */
+static int make_launch(const struct config *config, const char *name, const struct qemu_definition *d,
+                       const struct driver_birth *birth, struct driver_launch *ret, struct vm_error **err)
+{
+    *ret = (struct driver_launch){
+        .config = config, .vm = name, .binary = driver_find_binary(config, d, err), .birth = birth};
+    return ret->binary ? make_place(config, name, driver_of_definition(d), &ret->place, err) : -1;
+}
+
 struct guest *driver_sink_start(const struct config *config, const char *name,
                                 const struct qemu_definition *d, bool assume_shared,
                                 const struct driver_birth *birth, struct vm_error **err)
 {
-    enum vm_driver kind = driver_of_definition(d);
-    const struct driver *driver = drivers[kind];
-    struct driver_launch launch = {
-        .config = config, .vm = name, .binary = driver_find_binary(config, d, err), .birth = birth};
-    if (!launch.binary || make_place(config, name, kind, &launch.place, err) < 0)
+    struct driver_launch launch;
+    if (make_launch(config, name, d, birth, &launch, err) < 0)
         return NULL;
     cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
-    return driver->sink_start(&launch, d, assume_shared, err);
+    return drivers[driver_of_definition(d)]->sink_start(&launch, d, assume_shared, err);
+}
+
+struct guest *driver_boot(const struct config *config, const char *name, const struct qemu_definition *d,
+                          const struct driver_birth *birth, struct vm_error **err)
+{
+    const struct driver *driver = drivers[driver_of_definition(d)];
+    struct driver_launch launch;
+    if (!driver->boot) {
+        error_set(err, VM_ERROR_REFUSED, "%s cannot be started anew from its disks", driver->title);
+        return NULL;
+    }
+    if (make_launch(config, name, d, birth, &launch, err) < 0)
+        return NULL;
+    cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
+    return driver->boot(&launch, d, err);
 }
 
 struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *path,

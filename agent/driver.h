@@ -74,6 +74,8 @@ struct driver {
     int (*check_startable)(const struct qemu_definition *d, struct vm_error **err);
     struct guest *(*sink_start)(const struct driver_launch *launch, const struct qemu_definition *d,
                                 bool assume_shared, struct vm_error **err);
+    /* NULL: it has no disks that it could boot from. */
+    struct guest *(*boot)(const struct driver_launch *launch, const struct qemu_definition *d, struct vm_error **err);
     struct guest *(*sink_adopt)(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);
     void (*sink_release)(struct guest *g);
@@ -121,6 +123,9 @@ char *driver_socket_path(const struct config *config, const char *name, enum vm_
 struct guest *driver_sink_start(const struct config *config, const char *name,
                                 const struct qemu_definition *d, bool assume_shared,
                                 const struct driver_birth *birth, struct vm_error **err);
+/* Likewise, one that starts anew: it stands before its first instruction. */
+struct guest *driver_boot(const struct config *config, const char *name, const struct qemu_definition *d,
+                          const struct driver_birth *birth, struct vm_error **err);
 /* One that waits there already; REFUSED if it is not what the definition says. */
 struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);

@@ -57,8 +57,9 @@ static bool defines(const struct qemu_definition *d)
     return !driver_attach.defines(d);
 }
 
-static struct guest *sink_start(const struct driver_launch *l, const struct qemu_definition *d,
-                                bool assume_shared, struct vm_error **err)
+/* One that waits for its guest, or boots. */
+static struct guest *start_defined(const struct driver_launch *l, const struct qemu_definition *d,
+                                   bool assume_shared, bool boots, struct vm_error **err)
 {
     const struct config *c = l->config;
     struct qemu_name_map maps[CONFIG_LIST_MAX];
@@ -73,10 +74,21 @@ static struct guest *sink_start(const struct driver_launch *l, const struct qemu
     if (qemu_dest_check(d, &host, err) < 0)
         return NULL;
     struct vm_error *failed = NULL;
-    struct qemu *q = qemu_sink_spawn(&params, &failed);
+    struct qemu *q = (boots ? qemu_boot_spawn : qemu_sink_spawn)(&params, &failed);
     if (!q)
         qemu_dest_explain(d, &host, failed, err);
     return guest_of(q);
+}
+
+static struct guest *sink_start(const struct driver_launch *l, const struct qemu_definition *d,
+                                bool assume_shared, struct vm_error **err)
+{
+    return start_defined(l, d, assume_shared, false, err);
+}
+
+static struct guest *boot(const struct driver_launch *l, const struct qemu_definition *d, struct vm_error **err)
+{
+    return start_defined(l, d, true, true, err);
 }
 
 static struct guest *sink_adopt(const struct qemu_definition *d, const char *path,
@@ -99,5 +111,6 @@ const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .define = define,
                                    .defines = defines,
                                    .sink_start = sink_start,
+                                   .boot = boot,
                                    .sink_adopt = sink_adopt,
                                    .sink_release = sink_release};

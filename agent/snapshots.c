@@ -402,7 +402,7 @@ static int keep_restored(struct restore_job *t, struct guest **guest, struct vm_
     return vms_add(t->agent->vms, &d, guest, err);
 }
 
-static int go_on(struct restore_job *t, struct restore *r, struct guest *guest, struct vm_error **err)
+static int go_on(struct restore_job *t, const struct restore *r, struct guest *guest, struct vm_error **err)
 {
     cleanup_error struct vm_error *frozen = NULL;
     if (guest_resume(guest, err) < 0)
@@ -414,16 +414,52 @@ static int go_on(struct restore_job *t, struct restore *r, struct guest *guest, 
     return 0;
 }
 
+/* It is no VM of this agent's yet. */
+static void end_vm(struct restore_job *t, struct guest *guest)
+{
+    cleanup_free char *socket = driver_socket_path(t->agent->config, t->vm, driver_of(guest));
+    guest_quit(guest, NULL); /* which closes its disks; Ceph counts a dead user for a while */
+    for (int i = 0; i < RESTORE_QUIT_MS && process_alive(&guest->process); i++)
+        poll(NULL, 0, 1);
+    guest_kill(guest, RESTORE_KILL_MS, NULL);
+    if (socket)
+        unlink(socket);
+    guest_destroy(guest);
+}
+
+static int write_disks(struct restore_job *t, struct restore *r, struct vm_error **err)
+{
+    struct restore_control c = {job_cancel_fd(t->job), on_restore_progress, t};
+    show_restore(t, JOB_PHASE_WRITING);
+    return restore_fill_disks(r, &c, err);
+}
+
 static int load(struct restore_job *t, struct restore *r, struct guest *guest,
                 struct vm_error **err)
 {
     struct restore_control c = {job_cancel_fd(t->job), on_restore_progress, t};
-    show_restore(t, JOB_PHASE_WRITING);
-    if (restore_fill_disks(r, &c, err) < 0)
-        return -1;
     show_restore(t, JOB_PHASE_LOADING);
-    if (restore_load(r, guest, &c, err) < 0 ||
-        job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
+    return restore_load(r, guest, &c, err);
+}
+
+/* A VMM that waits, and everything into it; or one that boots from what is there. It stands. */
+static struct guest *make_vm(struct restore_job *t, struct restore *r, struct vm_error **err)
+{
+    const struct config *config = t->agent->config;
+    const struct qemu_definition *d = restore_definition(r);
+    struct driver_birth birth = {making_born, &t->making};
+    if (restore_boots(r))
+        return write_disks(t, r, err) < 0 ? NULL : driver_boot(config, t->vm, d, &birth, err);
+    struct guest *guest = driver_sink_start(config, t->vm, d, true, &birth, err);
+    if (!guest || (write_disks(t, r, err) == 0 && load(t, r, guest, err) == 0))
+        return guest;
+    end_vm(t, guest);
+    return NULL;
+}
+
+static int let_run(struct restore_job *t, const struct restore *r, struct guest *guest, struct vm_error **err)
+{
+    if (job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
         return -1;
     driver_sink_release(guest);
     if (t->paused && restore_is_frozen(r))
@@ -432,28 +468,18 @@ static int load(struct restore_job *t, struct restore *r, struct guest *guest,
     return t->paused ? 0 : go_on(t, r, guest, err);
 }
 
-/* A VMM that waits, and everything into it; when it fails it is gone. */
+/* When it fails nothing of the VM is left. */
 static int restore_into(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
-    const struct config *config = t->agent->config;
-    struct driver_birth birth = {making_born, &t->making};
-    CLEANUP(guest)
-    struct guest *guest =
-        driver_sink_start(config, t->vm, restore_definition(r), true, &birth, err);
+    struct guest *guest = make_vm(t, r, err);
     if (!guest)
         return -1;
-    if (load(t, r, guest, err) == 0 && keep_restored(t, &guest, err) == 0) {
+    if (let_run(t, r, guest, err) == 0 && keep_restored(t, &guest, err) == 0) {
         FAULT("restore.kept");
         restore_keep(r);
         return 0;
     }
-    cleanup_free char *socket = driver_socket_path(config, t->vm, driver_of(guest));
-    guest_quit(guest, NULL); /* which closes its disks; Ceph counts a dead user for a while */
-    for (int i = 0; i < RESTORE_QUIT_MS && process_alive(&guest->process); i++)
-        poll(NULL, 0, 1);
-    guest_kill(guest, RESTORE_KILL_MS, NULL);
-    if (socket)
-        unlink(socket);
+    end_vm(t, guest);
     return -1;
 }
 
@@ -489,7 +515,7 @@ static int restore_noted(struct restore_job *t, struct vm_error **err)
         restore_make_disks(r, config->vm_user, err) < 0 || note_disks(t, r, err) < 0 ||
         restore_into(t, r, err) < 0)
         return -1;
-    t->progress.snapshot.memory_bytes = restore_definition(r)->memory;
+    t->progress.snapshot.memory_bytes = restore_boots(r) ? 0 : restore_definition(r)->memory;
     return 0;
 }
 

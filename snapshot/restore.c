@@ -28,7 +28,7 @@ enum { PIECE = 1 << 20, BLOCK = 65536 };
 struct restore {
     struct repo *repo;
     struct lease lease;
-    bool leased, keep;
+    bool leased, keep, boots;
     struct qemu_json vm;
     bool made[QEMU_DISKS_MAX]; /* by us */
     char (*ids)[RBD_IMAGE_ID_MAX]; /* of those that are images in Ceph, else "" */
@@ -74,13 +74,9 @@ static int read_definition(struct restore *r, struct vm_error **err)
 }
 
 /* Memory files are the blocks, byte for byte. */
-static int check_files(struct restore *r, struct vm_error **err)
+static int check_memory(struct restore *r, struct vm_error **err)
 {
     const struct qemu_definition *d = &r->vm.definition;
-    if (!image_find_file(&r->lease.image, SNAPSHOT_STATE_FILE))
-        return error_set(err, VM_ERROR_REFUSED,
-                         "snapshot %s has disks alone: export them, and start a VM on them",
-                         r->lease.image.name);
     for (unsigned i = 0; i < d->n_ram; i++) {
         const struct image_entry *e = entry(r, r->vm.ram_files[i], err);
         if (!e)
@@ -90,6 +86,15 @@ static int check_files(struct restore *r, struct vm_error **err)
                              e->name, r->lease.image.name);
         r->total += e->size;
     }
+    return 0;
+}
+
+static int check_files(struct restore *r, struct vm_error **err)
+{
+    const struct qemu_definition *d = &r->vm.definition;
+    r->boots = !image_find_file(&r->lease.image, SNAPSHOT_STATE_FILE);
+    if (!r->boots && check_memory(r, err) < 0)
+        return -1;
     for (unsigned i = 0; i < d->n_disks; i++) {
         const struct image_entry *e =
             *r->vm.disk_files[i] ? entry(r, r->vm.disk_files[i], err) : NULL;
@@ -98,6 +103,11 @@ static int check_files(struct restore *r, struct vm_error **err)
         r->total += e ? e->size : 0;
     }
     return 0;
+}
+
+bool restore_boots(const struct restore *r)
+{
+    return r->boots;
 }
 
 struct restore *restore_open(struct repo *repo, const char *image, const char *holder,
@@ -166,13 +176,13 @@ const char *restore_made_image(const struct restore *r, unsigned i)
 
 bool restore_is_frozen(const struct restore *r)
 {
-    return r->vm.frozen;
+    return r->vm.frozen && !r->boots;
 }
 
 int restore_thaw(const struct restore *r, struct vm_error **err)
 {
     const struct qemu_definition *d = &r->vm.definition;
-    return r->vm.frozen ? guest_agent_thaw_restored(d->argv, d->cwd, err) : 0;
+    return restore_is_frozen(r) ? guest_agent_thaw_restored(d->argv, d->cwd, err) : 0;
 }
 
 void restore_keep(struct restore *r)

@@ -15,8 +15,7 @@
  * What is read from the repository is verified there, and the definition is validated. Disks are files or RADOS
  * block images (snapshot/disk_file.h), wherever they were before. With a folder they are called VM-diskN.FORMAT there; with
  * "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]" for a folder they are images VM-diskN there. REFUSED by name: a disk that is
- * neither, a snapshot without memory. A lease keeps the
- * snapshot readable meanwhile, though it be deleted.
+ * neither. A lease keeps the snapshot readable meanwhile, though it be deleted.
  *
  * Memory: 1 MiB, and what a file_reader takes. Threads: one.
  */
@@ -41,6 +40,8 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
 void restore_close(struct restore *r);
 DEFINE_CLEANUP(restore, struct restore *, restore_close)
 
+/* It has disks alone: fill them, then start a VMM that boots from them; there is nothing to load. */
+bool restore_boots(const struct restore *r);
 const struct qemu_definition *restore_definition(const struct restore *r);
 /*
  * The guest goes on: thaw its file systems, if they stood frozen at the instant. 0 if there is nothing to be done. It

@@ -233,7 +233,8 @@ static const struct cli_command commands[] = {
     {"restore", "VM@NAME", 1, 1, false, restore_options, "a VM from a snapshot",
      "Make the VM of a snapshot run again, from the instant at which it was taken: its disks are "
      "written, its memory and devices loaded. It keeps its identity, MAC addresses too: do not run "
-     "it beside the one that it was taken of in one network. Nothing is overwritten: disks that "
+     "it beside the one that it was taken of in one network. Of a snapshot with --disk-only the VM "
+     "boots anew. Nothing is overwritten: disks that "
      "are there already are refused.\n\n"
      "    vmmig restore web1@nightly --as web1b --disk-dir /srv/disks\n"
      "    vmmig restore web1@nightly --as web1c --disk-dir rbd:vms",

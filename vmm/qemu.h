@@ -83,6 +83,8 @@ struct qemu_sink_params {
  * memory, CPUs, machine) is compared with the definition before this returns (qemu_verify).
  */
 struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_error **err);
+/* One of that definition that starts anew, and stands before its first instruction; compared likewise. */
+struct qemu *qemu_boot_spawn(const struct qemu_sink_params *params, struct vm_error **err);
 /*
  * A QEMU that somebody else prepared for this guest, with -incoming defer; REFUSED by name in any other
  * state, or if it is not the same machine. Its memory is not mapped.

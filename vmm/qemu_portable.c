@@ -538,7 +538,8 @@ int qemu_argv_destination(const struct qemu_definition *d, const struct qemu_pla
     for (unsigned i = 0; i < a.n; i++)
         if (place_option(d, place, &a, i, err) < 0)
             return -1;
-    if (qemu_argv_add(&a, "incoming", "defer", err) < 0 || qemu_argv_add(&a, "S", NULL, err) < 0)
+    if ((!place->boots && qemu_argv_add(&a, "incoming", "defer", err) < 0) ||
+        qemu_argv_add(&a, "S", NULL, err) < 0)
         return -1;
     *ret_argv = qemu_argv_format(&a);
     return *ret_argv ? 0 : error_nomem(err);

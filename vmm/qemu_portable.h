@@ -14,7 +14,7 @@
  * -runas and vmmig's monitor gone.
  *
  * Destination: share=on and mem-path=/proc/self/fd/N for each backend that has a file, memory-backend-ram for the
- * others, names of taps and bridges mapped, -incoming defer, -S.
+ * others, names of taps and bridges mapped, -incoming defer unless it boots, -S.
  */
 #ifndef VMMIG_VMM_QEMU_PORTABLE_H
 #define VMMIG_VMM_QEMU_PORTABLE_H
@@ -61,6 +61,7 @@ struct qemu_place {
     const int *fds;
     const struct qemu_name_map *maps;
     unsigned n_maps;
+    bool boots; /* no guest comes: it starts anew */
 };
 
 /* REFUSED by name for what cannot be moved (see qemu_preflight.h). */

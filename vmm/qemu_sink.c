@@ -80,13 +80,12 @@ static int make_ready(struct qemu *q, const struct qemu_definition *d, struct vm
     return qemu_verify(q, d, err);
 }
 
-struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_error **err)
+/* A QEMU of the definition's command line, whose memory that shall be. */
+static struct qemu *spawn(const struct qemu_sink_params *params, const struct qemu_memory *memory, bool boots,
+                          struct vm_error **err)
 {
     const struct qemu_definition *d = params->definition;
-    CLEANUP(qemu_memory) struct qemu_memory *memory = qemu_memory_create(params->vm, d, err);
-    if (!memory)
-        return NULL;
-    struct qemu_place place = {qemu_memory_fds(memory), params->maps, params->n_maps};
+    struct qemu_place place = {qemu_memory_fds(memory), params->maps, params->n_maps, boots};
     cleanup_free char **argv = NULL;
     if (qemu_argv_destination(d, &place, &argv, err) < 0)
         return NULL;
@@ -99,17 +98,39 @@ struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_er
             fds[launch.n_fds++] = place.fds[i];
     launch.fds = fds;
     launch.cwd = launch.cwd ? launch.cwd : d->cwd;
-    struct qemu *q = qemu_spawn(&launch, err);
+    return qemu_spawn(&launch, err);
+}
+
+static void end(struct qemu *q, const struct qemu_sink_params *params)
+{
+    guest_kill(&q->guest, KILL_TIMEOUT_MS, NULL);
+    unlink(params->launch.qmp_path);
+    qemu_destroy(q);
+}
+
+struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_error **err)
+{
+    const struct qemu_definition *d = params->definition;
+    CLEANUP(qemu_memory) struct qemu_memory *memory = qemu_memory_create(params->vm, d, err);
+    struct qemu *q = memory ? spawn(params, memory, false, err) : NULL;
     if (!q)
         return NULL;
-    if (make_ready(q, d, err) < 0 || qemu_memory_bind(memory, q, err) < 0 ||
-        add_sink(q, &memory, err) < 0) {
-        guest_kill(&q->guest, KILL_TIMEOUT_MS, NULL);
-        unlink(launch.qmp_path);
-        qemu_destroy(q);
-        return NULL;
-    }
-    return q;
+    if (make_ready(q, d, err) == 0 && qemu_memory_bind(memory, q, err) == 0 &&
+        add_sink(q, &memory, err) == 0)
+        return q;
+    end(q, params);
+    return NULL;
+}
+
+struct qemu *qemu_boot_spawn(const struct qemu_sink_params *params, struct vm_error **err)
+{
+    const struct qemu_definition *d = params->definition;
+    CLEANUP(qemu_memory) struct qemu_memory *memory = qemu_memory_create(params->vm, d, err);
+    struct qemu *q = memory ? spawn(params, memory, true, err) : NULL;
+    if (!q || qemu_verify(q, d, err) == 0)
+        return q;
+    end(q, params);
+    return NULL;
 }
 
 struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const char *qmp_path,

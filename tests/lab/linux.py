@@ -143,12 +143,17 @@ def make_disk(path, mib=64):
 def check_disk(path):
     """Fails unless the file system was unmounted and is clean, and the guest's log on it is whole. Returns
     the number of its lines."""
-    said = run(['fsck.ext4', '-f', '-n', path])
+    said = fsck(path)
     assert 'journal recovery' not in said, f'{path}: not unmounted: {said}'
     log = disk_log(path)
     numbers = [int(line.split()[1]) for line in log]
     assert numbers == list(range(len(log))), f'{path}: the log has a hole or a line twice'
     return len(numbers)
+
+
+def fsck(path):
+    """What is said of a file system that is clean; fails if it is not."""
+    return run(['fsck.ext4', '-f', '-n', path])
 
 
 def disk_log(path):

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 from agents import Cluster, eventually, fault_build
-from lab import VmmGuest
+from lab import VmmGuest, huge_pages
 from lab.guests import built
 from snapshots import export, make_agent
 
@@ -119,6 +119,23 @@ def test_a_busy_guest_and_each_instant_of_it(agent, boot):
         assert (status['state'], status['origin'], status['socket']) == ('running', 'restored', f'/run/vmmig/{back}.vmm')
         assert agent.json('snapshot', back, 'again')['state'] == 'done'  # as any other VM
         end(agent, back)
+
+
+@pytest.mark.parametrize('options', [{'tracking': 'ring'}, {'tracking': 'plain'}, {'hugetlb': True}],
+                         ids=['ring', 'plain', 'hugetlb'])
+def test_memory_of_any_make(agent, boot, options):
+    vm = busy('-'.join(map(str, options.values())), **options)
+    with huge_pages(2 * vm.mem_mib if vm.hugetlb else 0):
+        console = boot(vm)
+        agent.vmmig('snapshot', vm.name, 'first')
+        console.verify()
+        end(agent, vm.name)
+        back = agent.cluster.console(f'{vm.name}-back')
+        agent.vmmig('restore', f'{vm.name}@first', '--as', f'{vm.name}-back')
+        back.wait_ticks(5)
+        back.verify()
+        assert back.check() == ['h1']
+        end(agent, f'{vm.name}-back')
 
 
 def test_an_idle_guest_again_stores_next_to_nothing(agent, boot):

@@ -10,7 +10,7 @@ import time
 import pytest
 from agents import Cluster, eventually
 from lab import LinuxGuest, check_disk, linux_guest, make_disk
-from lab.linux import disk_log
+from lab.linux import disk_log, fsck
 from snapshots import export_file, make_agent, start, untouched
 
 TICK = re.compile(r'^tick (\d+) ')
@@ -39,13 +39,19 @@ def ticks(console, after):
     return [int(found.group(1)) for line in console.lines[after:] if (found := TICK.match(line.text))]
 
 
+def log_at(agent, image):
+    """What the snapshot's disk has of the log. A running guest's disk needs its journal first, as after a power
+    failure."""
+    with export_file(agent, image, 'disk0.raw') as path:
+        assert subprocess.run(['e2fsck', '-f', '-y', path], capture_output=True, check=False).returncode in (0, 1)
+        return disk_log(path)
+
+
 def check_instant(agent, image, disk):
     """The log that was on the disk at the instant was gone on with by the memory of the same instant: the disk of the
     restored guest, which has ended, is clean, and its log is that log and the numbers after it, none missing or
-    twice. What is on a running guest's disk needs its journal first, as after a power failure."""
-    with export_file(agent, image, 'disk0.raw') as path:
-        assert subprocess.run(['e2fsck', '-f', '-y', path], capture_output=True, check=False).returncode in (0, 1)
-        at_instant = disk_log(path)
+    twice."""
+    at_instant = log_at(agent, image)
     assert check_disk(disk) > len(at_instant) > 0
     assert disk_log(disk)[:len(at_instant)] == at_instant
 
@@ -92,6 +98,31 @@ def test_a_guest_with_an_agent_is_thawed_and_takes_its_mac_over(agent):
     check_instant(agent, 'ga@one', disk)
 
 
+def power_off(agent, console, name, mark):
+    console.send('poweroff')
+    console.wait_for('lab-guest halted', 60, after=mark)
+    eventually('the end of the VM', lambda: agent.host.reap() or state(agent, name)['presence'] == 'ended')
+    agent.vmmig('detach', name)
+
+
+def boots_anew(agent, console, folder):
+    """A VM of disks alone, which the guest finds as after a power failure: it begins another log after the one that was
+    there at the instant."""
+    mark = console.mark()
+    done = agent.json('restore', 'web1@disks', '--as', 'booted', '--disk-dir', folder)
+    assert done['state'] == 'done' and done['snapshot']['memory_bytes'] == 0, done
+    console.wait_for(TICK.pattern, 60, after=mark)
+    console.wait_ticks(5)
+    assert ticks(console, mark)[0] == 0
+    power_off(agent, console, 'booted', mark)
+    path = os.path.join(folder, 'booted-disk0.raw')
+    assert 'journal recovery' not in fsck(path)
+    at_instant, log = log_at(agent, 'web1@disks'), disk_log(path)
+    assert log[:len(at_instant)] == at_instant and at_instant
+    again = [int(line.split()[1]) for line in log[len(at_instant):]]
+    assert again == list(range(len(again))) and again
+
+
 def test_every_snapshot_runs_on_from_its_instant(agent, request):
     count, interval = (10, 5) if request.config.getoption('--full', False) else (3, 2)
     kernel, initrd = linux_guest()
@@ -106,6 +137,7 @@ def test_every_snapshot_runs_on_from_its_instant(agent, request):
         said.append((before, ticks(console, 0)[-1]))
         untouched(vm, agent)
         time.sleep(max(0, interval - (time.monotonic() - began)))  # the rate at which they are taken
+    agent.json('snapshot', 'web1', 'disks', '--disk-only')
     console.wait_ticks(3)
     assert console.check() == ['h1']
     end(agent, 'web1')
@@ -123,12 +155,9 @@ def test_every_snapshot_runs_on_from_its_instant(agent, request):
         assert not [line.text for line in console.lines[mark:] if line.text.startswith('BAD') or 'errors=' in
                     line.text and 'errors=0' not in line.text]
         assert state(agent, f'back{number}')['origin'] == 'restored'
-        console.send('poweroff')
-        console.wait_for('lab-guest halted', 60, after=mark)
-        eventually('the end of the VM', lambda name=f'back{number}': agent.host.reap()
-                   or state(agent, name)['presence'] == 'ended')
-        agent.vmmig('detach', f'back{number}')
+        power_off(agent, console, f'back{number}', mark)
         check_instant(agent, f'web1@s{number}', os.path.join(folder, f'back{number}-disk0.raw'))
+    boots_anew(agent, console, folder)
     refused = agent.vmmig('restore', 'web1@s0', check=False)
     assert refused.returncode == 4 and disk in refused.stderr
     refused = agent.vmmig('restore', 'web1@s0', '--as', 'back0', '--disk-dir', folder, check=False)
