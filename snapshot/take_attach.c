@@ -191,7 +191,7 @@ static int go_on(struct take *t, struct vm_error **err)
 {
     if (set_going(t, err) < 0)
         return -1;
-    t->report->pause_ns = t->progress.pause_ns = clock_mono_ns() - t->paused_at_ns;
+    t->report->pause_ns = t->progress.pause_ns = attach_resumed_ns(t->attach) - t->paused_at_ns;
     return 0;
 }
 

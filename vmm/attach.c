@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/clock.h"
 #include "vmm/attach_private.h"
 
 #include <stdio.h>
@@ -73,8 +74,14 @@ static int resume(struct guest *g, struct vm_error **err)
     struct attach *a = of(g);
     if (attach_order(&a->client, VMMIG__ATTACH__TYPE__RESUME, NULL, err) < 0)
         return -1;
+    atomic_store(&a->resumed_ns, clock_mono_ns());
     attach_end_copy(a);
     return 0;
+}
+
+int64_t attach_resumed_ns(struct attach *a)
+{
+    return atomic_load(&a->resumed_ns);
 }
 
 void attach_end_copy(struct attach *a)

@@ -93,6 +93,8 @@ int attach_let_go(struct attach *a, struct vm_error **err);
  * ends, and its memory is unmapped. guest_resume does it, too.
  */
 void attach_end_copy(struct attach *a);
+/* When the VMM last said that the guest goes on; what guest_resume does after that is no pause. Monotonic; 0: never. */
+int64_t attach_resumed_ns(struct attach *a);
 
 /*
  * The guest as a definition that can travel: accel "attach", machine as the VMM says, argv its incoming_argv (or its

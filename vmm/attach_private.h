@@ -117,6 +117,7 @@ struct attach {
     struct attach_source *spent; /* whose copy is complete: unmapping it would lengthen the pause */
     struct attach_sink *sink;
     atomic_bool tracking_left_on; /* by a complete copy */
+    atomic_int_fast64_t resumed_ns;
 };
 
 int attach_source_start(struct guest *g, const struct guest_source_params *params,
