@@ -80,8 +80,8 @@ def busy(name, **options):
                              'writer': 1000, **options})
 
 
-def idle(name):
-    return VmmGuest(name, mem_mib=64, dirty_mib=1, rate_mbps=1, scan_mbps=20)
+def idle(name, **options):
+    return VmmGuest(name, mem_mib=64, dirty_mib=1, rate_mbps=1, scan_mbps=20, **options)
 
 
 # ---- what a user does
@@ -139,7 +139,7 @@ def test_memory_of_any_make(agent, boot, options):
 
 
 def test_an_idle_guest_again_stores_next_to_nothing(agent, boot):
-    console = boot(idle('idle'))
+    console = boot(idle('idle', fill='random'))  # whatever time passes, it writes the same MiB
     first = agent.json('snapshot', 'idle', 'one')['snapshot']
     again = agent.json('snapshot', 'idle', 'two')['snapshot']
     assert again['parent'] == 'idle@one'
