@@ -24,6 +24,11 @@
  * records, and then claim and remove the pack. Such a pack is collected as any other, once no root
  * needs the forwarding. (Writer 2 alone then, to keep the number of states small.)
  *
+ * With -DSETTLE besides, all begins with what a repacking that came to nothing leaves: P0 is there,
+ * and a forwarding of A's record in it to T0; or T0 is gone, however that came about. The settler
+ * gives C the place where the forwarding leads. (One collector, one list and one lease then, after
+ * which everything goes that nothing names.)
+ *
  * Properties:
  *   P1  What a name or a lease holds exists: checked at every commit, lease, and removal of a pack.
  *   P2  Nobody waits for ever: writers and users have a step at any time, a collector waits only
@@ -45,22 +50,33 @@
 #define IN_P0 (P0 | UNUSED)
 #define T1 16                      /* packs of the two collectors */
 #define T2 32
-byte forwarded, forwarded_to;      /* records of P0 that its forwarding names; in which pack */
+#define T0 64                      /* with SETTLE: of one before */
+#define T (T0 | T1 | T2)
 byte register_t[2];                /* the collectors' registrations, in shard 0 */
+/* Records of P0 that its forwarding names; in which pack. */
+#ifdef SETTLE
+byte forwarded = P0, forwarded_to = T0;
+byte register_s;                   /* the settler's registration, in shard 1 */
+#else
+byte forwarded, forwarded_to;
+#endif
 #define FOUND(packs_) ((forwarded_to & (packs_)) -> forwarded : 0)
 #define TARGET(records) ((records & forwarded) -> forwarded_to : 0)
-#define EVERY (P0 | P1 | P2 | T1 | T2)
 #else
 #define IN_P0 P0
+#define T 0
 #define FOUND(packs_) 0
 #define TARGET(records) 0
-#define EVERY (P0 | P1 | P2)
 #endif
-#define RECORDS(packs_) (((packs_) & (P0 | P1 | P2)) | (((packs_) & P0) -> IN_P0 : 0))
+#define RECORDS(packs_) (((packs_) & (P0 | P1 | P2 | T)) | (((packs_) & P0) -> IN_P0 : 0))
 #define HOLDING(records) ((records & ~IN_P0) | ((records & IN_P0) -> P0 : 0) | TARGET(records))
 
 /* The store. */
+#ifdef SETTLE
+byte packs = P0 | T0;          /* objects that exist */
+#else
 byte packs = P0;               /* objects that exist */
+#endif
 byte epoch[2];                 /* of each shard */
 byte name_a = P0, name_b, name_c; /* what they hold; 0: no such name */
 byte lease[2];                 /* in shard 1, by ascending number */
@@ -267,6 +283,70 @@ out:
     skip
 }
 
+#ifdef SETTLE
+/* ---- The settler ---- */
+
+#ifdef MISTAKE_SETTLE_UNCHECKED
+#define RELIABLE(target_) true
+#else
+#define RELIABLE(target_) ((packs & (target_)) && !(known & (target_)))
+#endif
+
+/* Of one image: `before` is what its name holds, and the swap compares. */
+inline settle(name)
+{
+    atomic { name & forwarded -> before = name };
+own:
+    look(1);
+    look_list();
+    if
+    :: atomic { epoch[1] == seen && name == before -> register_s = seen + 1 }
+    :: atomic { epoch[1] != seen && name == before -> goto own }
+    :: atomic { name != before -> goto out }
+    fi;
+    atomic { after = forwarded_to };
+    if
+    :: atomic { after != 0 && (before & forwarded) && RELIABLE(after) -> FORGET }
+    :: atomic { !(after != 0 && (before & forwarded) && RELIABLE(after)) -> goto give_up }
+    fi;
+commit:
+    if
+    :: atomic { register_s == epoch[1] + 1 && name == before ->
+        name = (before & ~forwarded) | after; register_s = 0;
+        assert(MISSING == 0) /* P1 */ }; goto out
+    :: atomic { register_s == 0 || name != before -> goto give_up }
+    :: atomic { register_s != 0 && register_s != epoch[1] + 1 && name == before -> skip };
+       look(1);
+       look_list();
+       /* What it shares is rescued, or it gives up. */
+       if
+       :: atomic { !(known & after) -> skip }
+       :: atomic { (known & after) && (condemned[known_list] & after) ->
+            condemned[known_list] = condemned[known_list] & ~after }
+       :: atomic { (known & after) && !(condemned[known_list] & after) -> goto give_up }
+       fi;
+       if
+       :: atomic { epoch[1] == seen && register_s != 0 -> register_s = seen + 1; FORGET }
+       :: atomic { epoch[1] != seen || register_s == 0 -> FORGET }
+       fi;
+       goto commit
+    fi;
+give_up:
+    atomic { register_s = 0 };
+out:
+    atomic { before = 0; after = 0; FORGET }
+}
+
+proctype settler()
+{
+    byte before, after, known, known_list, seen;
+end:
+    if
+    :: settle(name_c)
+    fi
+}
+#endif
+
 /* ---- Users ---- */
 
 proctype users()
@@ -279,9 +359,11 @@ end:
     /* A lease of a name, in the name's shard; or of a lease, with a greater number. */
     :: atomic { name_a != 0 && lease[0] == 0 -> lease[0] = name_a; assert(MISSING == 0) /* P1 */ }
     :: atomic { name_c != 0 && lease[0] == 0 -> lease[0] = name_c; assert(MISSING == 0) /* P1 */ }
+#ifndef SETTLE
     :: atomic { lease[0] != 0 && lease[1] == 0 ->
         lease[1] = lease[0]; assert(MISSING == 0) /* P1 */ }
     :: atomic { lease[0] != 0 && lease[1] != 0 -> lease[0] = 0 }
+#endif
     od
 }
 
@@ -327,6 +409,18 @@ inline await_or_fence(registration)
 #define FORWARDING_GUARD (epoch[0] == seen)
 #endif
 
+/* Is all that is alive forwarded already, to a pack that stays? Then nothing is moved. */
+#ifdef SETTLE
+#ifdef MISTAKE_FORWARDED_UNCHECKED
+#define IS_FORWARDED ((alive & ~forwarded) == 0)
+#else
+#define IS_FORWARDED ((alive & ~forwarded) == 0 && (packs & forwarded_to) && \
+    !((condemned[list] | deleting[list]) & forwarded_to))
+#endif
+#else
+#define IS_FORWARDED false
+#endif
+
 /*
  * Store what is alive, and commit its forwarding: registered, its target neither condemned nor gone,
  * guarded by the epoch. If that is not so, P0 comes off the list. Or the collector is late, or dead,
@@ -343,7 +437,7 @@ inline await_or_fence(registration)
 inline repack()
 {
     if
-    :: (condemned[list] & P0) && alive != 0 ->
+    :: (condemned[list] & P0) && alive != 0 && !IS_FORWARDED ->
        look(0);
        if
        :: atomic { epoch[0] == seen -> register_t[me] = seen + 1 };
@@ -475,6 +569,9 @@ adopt:
     await_or_fence(register_t[0]);
     await_or_fence(register_t[1]);
 #endif
+#ifdef SETTLE
+    await_or_fence(register_s);
+#endif
     /* A pin whose writer is not registered any more. */
     if
     :: atomic { register_1 == 0 && pin_1 != 0 -> pin_1 = 0 }
@@ -490,6 +587,9 @@ adopt:
 #ifdef REPACK
     delete(T1);
     delete(T2);
+#endif
+#ifdef SETTLE
+    delete(T0);
 #endif
     atomic {
         if
@@ -517,6 +617,9 @@ proctype later()
     atomic {
         open == NONE ->
         register_2 = 0; register_t[0] = 0; register_t[1] = 0;
+#ifdef SETTLE
+        register_s = 0;
+#endif
         epoch[0] = done_epoch + 2; epoch[1] = done_epoch + 2; done_epoch = done_epoch + 2;
         packs = packs & HOLDING(HELD);
         forwarded_to = ((HELD & IN_P0) != 0 -> forwarded_to : 0)
@@ -529,12 +632,21 @@ init {
 #ifdef REPACK
         run later();
 #endif
+#ifdef SETTLE
+        if
+        :: packs = packs & ~T0
+        :: skip
+        fi;
+        run settler();
+#endif
 #ifndef REPACK
         run writer_1();
 #endif
         run writer_2();
         run collector(0);
+#ifndef SETTLE
         run collector(1);
+#endif
         run users()
     }
 }

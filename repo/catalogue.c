@@ -31,7 +31,9 @@ int catalogue_next_number(struct store *s, uint64_t *ret_number, struct vm_error
         uint8_t next[8];
         if (store_get(s, REPOSITORY_MAP, NUMBER_KEY, &was, err) == STORE_FAILED)
             return -1;
-        uint64_t number = was.len == 8 ? get_le64(was.data) : 1;
+        if (was.len && was.len != 8)
+            return error_set(err, VM_ERROR_CORRUPT, "the repository's next number is lost");
+        uint64_t number = was.len ? get_le64(was.data) : 1;
         if (number > NUMBER_WRITER_MAX)
             return error_set(err, VM_ERROR_REFUSED, "the repository gave out its last number");
         put_le64(next, number + 1);
@@ -72,6 +74,26 @@ int catalogue_find(struct store *s, const char *name, struct image *ret_image,
 {
     cleanup_buffer struct buffer value = {0};
     return find_value(s, name, ret_image, &value, err);
+}
+
+static bool has_same_roots(const struct image *a, const struct image *b)
+{
+    bool same = a->n_files == b->n_files;
+    for (unsigned i = 0; same && i < a->n_files; i++)
+        same = recipe_ref_equal(&a->files[i].root, &b->files[i].root);
+    return same;
+}
+
+int catalogue_find_again(struct store *s, const struct image *was, struct image *ret_now,
+                         enum image_fate *ret_fate, struct vm_error **err)
+{
+    cleanup_error struct vm_error *problem = NULL;
+    *ret_fate = IMAGE_GONE;
+    if (catalogue_find(s, was->name, ret_now, &problem) < 0)
+        return problem->kind == VM_ERROR_NOT_FOUND ? 0 : error_propagate(err, steal_ptr(&problem));
+    if (ret_now->writer == was->writer && ret_now->created_s == was->created_s)
+        *ret_fate = has_same_roots(was, ret_now) ? IMAGE_SAME : IMAGE_MOVED;
+    return 0;
 }
 
 int catalogue_delete(struct store *s, const char *name, struct vm_error **err)

@@ -41,6 +41,17 @@ int catalogue_init(struct store *s, struct vm_error **err);
 /* The image of that name. NOT_FOUND. */
 int catalogue_find(struct store *s, const char *name, struct image *ret_image,
                    struct vm_error **err);
+/*
+ * What has become of an image that was found before, and of which something is not there (any
+ * more)? Collections replace its roots by others of the same content: then *ret_now has these.
+ */
+enum image_fate {
+    IMAGE_GONE,  /* deleted, or there is another image of that name */
+    IMAGE_MOVED, /* it has other roots */
+    IMAGE_SAME,  /* it is as it was: what is not there is damage */
+};
+int catalogue_find_again(struct store *s, const struct image *was, struct image *ret_now,
+                         enum image_fate *ret_fate, struct vm_error **err);
 /* Call visit for every image, in no order. */
 typedef int catalogue_visit_fn(const struct image *image, void *arg, struct vm_error **err);
 int catalogue_list(struct store *s, catalogue_visit_fn *visit, void *arg, struct vm_error **err);

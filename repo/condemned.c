@@ -1,6 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/condemned.h"
-#include "repo/forwarding.h"
 #include "repo/names.h"
 
 #define LIST_PREFIX "condemned."
@@ -182,8 +181,7 @@ struct batch {
         char map[MAP_NAME_SIZE], key[KEY_SIZE];
     } entries[BATCH];
     struct store_op ops[BATCH];
-    bool lost; /* rescue: some entry is being removed, or its object is gone */
-    bool rescuing;
+    struct object_set *lost; /* rescue: what is being removed, or is gone; NULL: not looked at */
 };
 
 static int erase_entries(struct batch *b, struct vm_error **err)
@@ -211,15 +209,9 @@ static int look_at_entry(struct batch *b, size_t i, struct vm_error **err)
     if (store_get(b->store, b->entries[i].map, b->entries[i].key, &value, err) == STORE_FAILED ||
         store_run(b->store, &size, 1, err) < 0)
         return -1;
-    bool there = size.result == STORE_DONE;
-    if (!there && is_pack) {
-        cleanup_forwarding struct forwarding f = {0};
-        if (forwarding_get(b->store, b->entries[i].number, &f, err) < 0)
-            return -1;
-        there = f.n > 0;
-    }
-    b->lost |= value.len || !there;
-    return 0;
+    if (!value.len && size.result == STORE_DONE)
+        return 0;
+    return number_set_add(is_pack ? &b->lost->packs : &b->lost->trees, b->entries[i].number, err);
 }
 
 static int run_batch(struct batch *b, struct vm_error **err)
@@ -229,7 +221,7 @@ static int run_batch(struct batch *b, struct vm_error **err)
     for (size_t i = 0; i < b->n; i++) {
         if (b->ops[i].result == STORE_MISSING)
             return map_lost(b->entries[i].map, err);
-        if (b->rescuing && b->ops[i].result != STORE_DONE && look_at_entry(b, i, err) < 0)
+        if (b->lost && b->ops[i].result != STORE_DONE && look_at_entry(b, i, err) < 0)
             return -1;
     }
     b->n = 0;
@@ -262,13 +254,11 @@ static int run_set(struct batch *b, const struct object_set *objects, struct vm_
 }
 
 int condemned_rescue(struct store *s, const struct condemned_list *list,
-                     const struct object_set *objects, bool *ret_lost, struct vm_error **err)
+                     const struct object_set *objects, struct object_set *lost,
+                     struct vm_error **err)
 {
-    struct batch b = {.store = s, .list = list, .value = "c", .rescuing = true};
-    if (run_set(&b, objects, err) < 0)
-        return -1;
-    *ret_lost = b.lost;
-    return 0;
+    struct batch b = {.store = s, .list = list, .value = "c", .lost = lost};
+    return run_set(&b, objects, err);
 }
 
 int condemned_spare(struct store *s, const struct condemned_list *list,

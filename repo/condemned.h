@@ -55,10 +55,12 @@ int condemned_load_open(struct store *s, struct condemned_state *ret_state, stru
                         struct vm_error **err);
 /*
  * Take these off the list. One that is off it already, and still exists, is safe: nothing is added
- * to a list. One that is being removed, or is gone, cannot be rescued any more: *ret_lost.
+ * to a list. One that is being removed, or is gone, cannot be rescued any more: it is added to
+ * *lost.
  */
 int condemned_rescue(struct store *s, const struct condemned_list *list,
-                     const struct object_set *objects, bool *ret_lost, struct vm_error **err);
+                     const struct object_set *objects, struct object_set *lost,
+                     struct vm_error **err);
 
 /* ---- for collectors ---- */
 

@@ -20,9 +20,7 @@ struct copy {
 /* A file under way; in use by this thread and by the writer's sequencer. */
 struct copy_file {
     struct file_reader *reader; /* any thread */
-    struct page_reader *pages;  /* the sequencer's, as the rest */
-    struct page_hasher hasher;
-    struct recipe_leaf leaf;
+    struct page_hasher hasher;  /* the sequencer's, as the rest */
     uint8_t data[SEGMENT_BYTES];
 };
 
@@ -31,23 +29,21 @@ static void copy_file_free(struct copy_file *f)
     if (!f)
         return;
     file_reader_destroy(f->reader);
-    page_reader_destroy(f->pages);
     page_hasher_finish(&f->hasher);
     free(f);
 }
 DEFINE_CLEANUP(copy_file, struct copy_file *, copy_file_free)
 
-static struct copy_file *open_file(struct store *s, const struct image_entry *entry,
-                                   struct vm_error **err)
+static struct copy_file *open_file(struct store *s, const struct image *image,
+                                   const struct image_entry *entry, struct vm_error **err)
 {
     CLEANUP(copy_file) struct copy_file *f = calloc(1, sizeof(*f));
     if (!f) {
         error_nomem(err);
         return NULL;
     }
-    f->reader = file_reader_create(s, &entry->root, entry->size, err);
-    f->pages = f->reader ? page_reader_create(s, err) : NULL;
-    if (!f->pages || page_hasher_init(&f->hasher, err) < 0)
+    f->reader = file_reader_open(s, image, entry, err);
+    if (!f->reader || page_hasher_init(&f->hasher, err) < 0)
         return NULL;
     return steal_ptr(&f);
 }
@@ -55,16 +51,17 @@ static struct copy_file *open_file(struct store *s, const struct image_entry *en
 /* ---- data that the target lacks ---- */
 
 static int check_page(struct copy_file *f, struct segment *s, unsigned page, const uint8_t *data,
-                      const struct recipe_page *place, struct vm_error **err)
+                      struct vm_error **err)
 {
     struct page_id id;
     if (page_hasher_hash(&f->hasher, data, PAGE_BYTES, &id, err) < 0)
         return -1;
     if (!page_id_equal(&id, &s->ids[page]))
         return error_set(err, VM_ERROR_CORRUPT,
-                         "pack %016llx: the page at %u of the record at %u is not what its "
-                         "identity says; scrub tells what it touches",
-                         (unsigned long long)place->pack, place->page, place->offset);
+                         "the page at %llu is not what its identity says; scrub tells what it "
+                         "touches",
+                         (unsigned long long)(s->number * SEGMENT_BYTES +
+                                              (uint64_t)page * PAGE_BYTES));
     memcpy(s->data + (size_t)page * PAGE_BYTES, data, PAGE_BYTES);
     return 0;
 }
@@ -74,22 +71,17 @@ static int read_segment(struct segment *s, const bool wanted[SEGMENT_PAGES], voi
                         struct vm_error **err)
 {
     struct copy_file *f = arg;
-    struct recipe_page places[SEGMENT_PAGES];
-    unsigned which[SEGMENT_PAGES], n = 0;
-    if (file_reader_leaf(f->reader, s->number / LEAF_SEGMENTS, &f->leaf, err) < 0)
-        return -1;
-    const struct recipe_page *pages =
-        f->leaf.pages + s->number % LEAF_SEGMENTS * SEGMENT_PAGES;
+    unsigned which[SEGMENT_PAGES], in_leaf[SEGMENT_PAGES], n = 0;
     for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
         if (!wanted[i])
             continue;
-        places[n] = pages[i];
+        in_leaf[n] = (unsigned)(s->number % LEAF_SEGMENTS) * SEGMENT_PAGES + i;
         which[n++] = i;
     }
-    if (page_reader_read(f->pages, places, n, f->data, err) < 0)
+    if (file_reader_pages(f->reader, s->number / LEAF_SEGMENTS, in_leaf, n, f->data, err) < 0)
         return -1;
     for (unsigned i = 0; i < n; i++)
-        if (check_page(f, s, which[i], f->data + (size_t)i * PAGE_BYTES, &places[i], err) < 0)
+        if (check_page(f, s, which[i], f->data + (size_t)i * PAGE_BYTES, err) < 0)
             return -1;
     return 0;
 }
@@ -196,7 +188,7 @@ static int copy_files(struct copy *c, struct image_session *session, const struc
     for (unsigned i = 0; i < image->n_files; i++) {
         const struct image_entry *entry = &image->files[i];
         struct image_file *out = image_session_file(session, entry->name, entry->size, err);
-        struct copy_file *f = out ? open_file(repo_store(c->from), entry, err) : NULL;
+        struct copy_file *f = out ? open_file(repo_store(c->from), image, entry, err) : NULL;
         if (!f)
             return -1;
         files->list[files->n++] = f;
@@ -222,7 +214,7 @@ static int copy_image(struct copy *c, const struct image *image, struct copy_rep
     image_session_end(session); /* its sequencer used the files until now */
     while (files.n) {
         struct copy_file *f = files.list[--files.n];
-        report->bytes_read += page_reader_stat(f->pages).bytes + file_reader_stat(f->reader).bytes;
+        report->bytes_read += file_reader_stat(f->reader).bytes;
         copy_file_free(f);
     }
     if (result < 0)
@@ -234,17 +226,13 @@ static int copy_image(struct copy *c, const struct image *image, struct copy_rep
 
 /* ---- what is there already ---- */
 
-static int compare_files(struct store *a, const struct image_entry *in_a, struct store *b,
-                         const struct image_entry *in_b, bool *ret_same, struct vm_error **err)
+static int compare_files(struct file_reader *ra, struct file_reader *rb, bool *ret_same,
+                         struct vm_error **err)
 {
-    CLEANUP(file_reader)
-    struct file_reader *ra = file_reader_create(a, &in_a->root, in_a->size, err);
-    CLEANUP(file_reader)
-    struct file_reader *rb = ra ? file_reader_create(b, &in_b->root, in_b->size, err) : NULL;
     cleanup_free struct recipe_leaf *leaves = malloc(2 * sizeof(*leaves));
-    if (!rb || !leaves)
-        return rb ? error_nomem(err) : -1;
-    for (uint64_t at = 0; *ret_same && at * RECIPE_LEAF_BYTES < in_a->size; at++) {
+    if (!leaves)
+        return error_nomem(err);
+    for (uint64_t at = 0; *ret_same && at * RECIPE_LEAF_BYTES < file_reader_size(ra); at++) {
         if (file_reader_leaf(ra, at, &leaves[0], err) < 0 ||
             file_reader_leaf(rb, at, &leaves[1], err) < 0)
             return -1;
@@ -264,8 +252,13 @@ static int is_same(struct copy *c, const struct image *a, const struct image *b,
     for (unsigned i = 0; *ret_same && i < a->n_files; i++) {
         const struct image_entry *e = image_find_file(b, a->files[i].name);
         *ret_same = e && e->size == a->files[i].size;
-        if (*ret_same && compare_files(repo_store(c->from), &a->files[i], repo_store(c->to), e,
-                                       ret_same, err) < 0)
+        if (!*ret_same)
+            break;
+        CLEANUP(file_reader)
+        struct file_reader *ra = file_reader_open(repo_store(c->from), a, &a->files[i], err);
+        CLEANUP(file_reader)
+        struct file_reader *rb = ra ? file_reader_open(repo_store(c->to), b, e, err) : NULL;
+        if (!rb || compare_files(ra, rb, ret_same, err) < 0)
             return -1;
     }
     return 0;

@@ -5,10 +5,11 @@
 
 #include <stdlib.h>
 
-enum { FOOTERS_BYTES = 16 << 20 };
+enum { FOOTERS_BYTES = 16 << 20, RENEWALS_MAX = 4 };
 
-/* One side of a comparison; tree NULL: zeros. */
+/* One side of a comparison; tree NULL: the image has no such file, which is as zeros. */
 struct side {
+    struct image image;
     struct file_tree *tree;
     struct recipe_leaf leaf;
 };
@@ -109,8 +110,10 @@ static int load_side(struct diff *d, struct side *s, uint64_t leaf, struct recip
     return 0;
 }
 
-static int diff_leaf(struct diff *d, uint64_t number, struct vm_error **err)
+static int compare_leaf(struct diff *d, uint64_t number, bool differs[RECIPE_LEAF_PAGES],
+                        struct vm_error **err)
 {
+    memset(differs, 0, RECIPE_LEAF_PAGES * sizeof(*differs));
     struct recipe_ref a, b;
     if (load_side(d, &d->a, number, &a, err) < 0 || load_side(d, &d->b, number, &b, err) < 0)
         return -1;
@@ -123,15 +126,15 @@ static int diff_leaf(struct diff *d, uint64_t number, struct vm_error **err)
         int same = same_page(d, &d->a.leaf.pages[i], &d->b.leaf.pages[i], err);
         if (same < 0)
             return -1;
-        if (!same && report_page(d, number * RECIPE_LEAF_BYTES + (uint64_t)i * PAGE_BYTES, err) < 0)
-            return -1;
+        differs[i] = !same;
     }
     return 0;
 }
 
-static int open_side(struct diff *d, struct side *s, const struct image_entry *e,
-                     struct vm_error **err)
+static int open_side(struct diff *d, struct side *s, struct vm_error **err)
 {
+    const struct image_entry *e = image_find_file(&s->image, d->pending.file);
+    file_tree_destroy(s->tree);
     s->tree = NULL;
     if (!e)
         return 0;
@@ -139,36 +142,77 @@ static int open_side(struct diff *d, struct side *s, const struct image_entry *e
     return s->tree ? 0 : -1;
 }
 
-/* Two files; either may be NULL. */
-static int diff_file(struct diff *d, const char *name, const struct image_entry *a,
-                     const struct image_entry *b, struct vm_error **err)
+static int renew_side(struct diff *d, struct side *s, bool *ret_moved, struct vm_error **err)
 {
+    enum image_fate fate;
+    cleanup_free struct image *now = malloc(sizeof(*now));
+    if (!now)
+        return error_nomem(err);
+    if (catalogue_find_again(repo_store(d->repo), &s->image, now, &fate, err) < 0)
+        return -1;
+    if (fate == IMAGE_GONE)
+        return error_set(err, VM_ERROR_NOT_FOUND, "image %s was deleted meanwhile", s->image.name);
+    if (fate != IMAGE_MOVED)
+        return 0;
+    *ret_moved = true;
+    s->image = *now;
+    return open_side(d, s, err);
+}
+
+/* Something is not there, as `problem` says: 0 if an image was moved. Takes the problem over. */
+static int renew(struct diff *d, struct vm_error *problem, struct vm_error **err)
+{
+    cleanup_error struct vm_error *kept = problem;
+    bool moved = false, lacks = problem->kind == VM_ERROR_CORRUPT ||
+                                problem->kind == VM_ERROR_NOT_FOUND;
+    if (lacks && (renew_side(d, &d->a, &moved, err) < 0 || renew_side(d, &d->b, &moved, err) < 0))
+        return -1;
+    return moved ? 0 : error_propagate(err, steal_ptr(&kept));
+}
+
+static int diff_leaf(struct diff *d, uint64_t number, struct vm_error **err)
+{
+    bool differs[RECIPE_LEAF_PAGES];
+    struct vm_error *problem = NULL;
+    for (int i = 0; compare_leaf(d, number, differs, &problem) < 0; i++) {
+        if (i == RENEWALS_MAX)
+            return error_propagate(err, problem);
+        if (renew(d, problem, err) < 0)
+            return -1;
+        problem = NULL;
+    }
+    for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++)
+        if (differs[i] &&
+            report_page(d, number * RECIPE_LEAF_BYTES + (uint64_t)i * PAGE_BYTES, err) < 0)
+            return -1;
+    return 0;
+}
+
+/* Two files; one of the images may have none of that name. */
+static int diff_file(struct diff *d, const char *name, struct vm_error **err)
+{
+    const struct image_entry *a = image_find_file(&d->a.image, name);
+    const struct image_entry *b = image_find_file(&d->b.image, name);
     uint64_t size_a = a ? a->size : 0, size_b = b ? b->size : 0;
     d->size = size_a > size_b ? size_a : size_b;
     d->pending = (struct image_difference){.file = name};
-    int result = open_side(d, &d->a, a, err) < 0 || open_side(d, &d->b, b, err) < 0 ? -1 : 0;
+    int result = open_side(d, &d->a, err) < 0 || open_side(d, &d->b, err) < 0 ? -1 : 0;
     for (uint64_t i = 0; !result && i * RECIPE_LEAF_BYTES < d->size; i++)
         result = diff_leaf(d, i, err);
-    if (!result)
-        result = flush(d, err);
-    file_tree_destroy(d->a.tree);
-    file_tree_destroy(d->b.tree);
-    return result;
+    return result < 0 ? -1 : flush(d, err);
 }
 
 static int diff_images(struct diff *d, const struct image *a, const struct image *b,
                        struct vm_error **err)
 {
-    for (unsigned i = 0; i < a->n_files; i++) {
-        const char *name = a->files[i].name;
-        if (diff_file(d, name, &a->files[i], image_find_file(b, name), err) < 0)
+    d->a.image = *a;
+    d->b.image = *b;
+    for (unsigned i = 0; i < a->n_files; i++)
+        if (diff_file(d, a->files[i].name, err) < 0)
             return -1;
-    }
-    for (unsigned i = 0; i < b->n_files; i++) {
-        const char *name = b->files[i].name;
-        if (!image_find_file(a, name) && diff_file(d, name, NULL, &b->files[i], err) < 0)
+    for (unsigned i = 0; i < b->n_files; i++)
+        if (!image_find_file(a, b->files[i].name) && diff_file(d, b->files[i].name, err) < 0)
             return -1;
-    }
     return 0;
 }
 
@@ -189,6 +233,8 @@ int image_diff(struct repo *r, const char *a, const char *b, image_diff_fn *visi
     d->footers = footer_cache_create(repo_store(r), FOOTERS_BYTES, err);
     d->forwards = d->footers ? forwards_create(repo_store(r), err) : NULL;
     int result = d->forwards ? diff_images(d, image_a, image_b, err) : -1;
+    file_tree_destroy(d->a.tree);
+    file_tree_destroy(d->b.tree);
     forwards_destroy(d->forwards);
     footer_cache_destroy(d->footers);
     return result;

@@ -286,6 +286,41 @@ int file_reader_read(struct file_reader *r, uint64_t offset, void *out, size_t l
     return result;
 }
 
+static int read_pages(struct file_reader *r, struct page_reader *reader, uint64_t leaf_number,
+                      const unsigned *pages, size_t n, void *out, struct vm_error **err)
+{
+    cleanup_free struct recipe_leaf *leaf = malloc(sizeof(*leaf));
+    struct recipe_page places[RECIPE_LEAF_PAGES];
+    if (!leaf)
+        return error_nomem(err);
+    for (int tries = 0;; tries++) {
+        struct vm_error *problem = NULL;
+        unsigned before = renewals(r);
+        if (file_reader_leaf(r, leaf_number, leaf, err) < 0)
+            return -1;
+        for (size_t i = 0; i < n; i++)
+            places[i] = leaf->pages[pages[i]];
+        if (page_reader_read(reader, places, n, out, &problem) == 0)
+            return 0;
+        if (tries == RENEWALS_MAX)
+            return error_propagate(err, problem);
+        if (renew(r, before, problem, err) < 0)
+            return -1;
+    }
+}
+
+int file_reader_pages(struct file_reader *r, uint64_t leaf, const unsigned *pages, size_t n,
+                      void *out, struct vm_error **err)
+{
+    struct page_reader *reader = borrow_reader(r, err);
+    if (!reader)
+        return -1;
+    struct page_reader_stat before = page_reader_stat(reader);
+    int result = read_pages(r, reader, leaf, pages, n, out, err);
+    return_reader(r, reader, &before);
+    return result;
+}
+
 static int find_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start, uint64_t *ret_len,
                      struct vm_error **err)
 {

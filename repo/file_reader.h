@@ -44,6 +44,12 @@ int file_reader_read(struct file_reader *r, uint64_t offset, void *out, size_t l
  */
 int file_reader_next_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start,
                           uint64_t *ret_len, struct vm_error **err);
+/*
+ * n pages of a leaf, by their places within it, one after the other into `out`: with them where they
+ * are by now, also if they were moved since the leaf was read.
+ */
+int file_reader_pages(struct file_reader *r, uint64_t leaf, const unsigned *pages, size_t n,
+                      void *out, struct vm_error **err);
 /* The decoded leaf, copied. */
 int file_reader_leaf(struct file_reader *r, uint64_t leaf, struct recipe_leaf *ret_leaf,
                      struct vm_error **err);

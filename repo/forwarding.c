@@ -196,23 +196,57 @@ int forwarding_merge(struct forwarding *f, const struct forward_run *more, size_
     return 0;
 }
 
-/* Is every pack that it names there, and not about to go? */
+/* ---- what may be relied upon ---- */
+
+void pack_presence_forget(struct pack_presence *p)
+{
+    number_set_finish(&p->there);
+    number_set_finish(&p->gone);
+}
+
+static int pack_is_there(struct pack_presence *p, uint64_t pack, bool *ret_there,
+                         struct vm_error **err)
+{
+    *ret_there = number_set_has(&p->there, pack);
+    if (*ret_there || number_set_has(&p->gone, pack))
+        return 0;
+    struct store_op size = {.kind = STORE_SIZE, .area = STORE_PACK, .name = pack_name(pack)};
+    if (store_run(p->store, &size, 1, err) < 0)
+        return -1;
+    *ret_there = size.result == STORE_DONE;
+    return number_set_add(*ret_there ? &p->there : &p->gone, pack, err);
+}
+
+int pack_is_safe(struct pack_presence *p, const struct number_set *condemned, uint64_t pack,
+                 bool *ret_safe, struct vm_error **err)
+{
+    *ret_safe = false;
+    return number_set_has(condemned, pack) ? 0 : pack_is_there(p, pack, ret_safe, err);
+}
+
+int forwarding_drop_gone(struct forwarding *f, struct pack_presence *p, struct vm_error **err)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < f->n; i++) {
+        bool there;
+        if (pack_is_there(p, f->runs[i].to.pack, &there, err) < 0)
+            return -1;
+        if (there)
+            f->runs[kept++] = f->runs[i];
+    }
+    f->n = kept;
+    return 0;
+}
+
 static int targets_are_safe(struct store *s, const struct forwarding *f,
                             const struct object_set *condemned, bool *ret_safe,
                             struct vm_error **err)
 {
-    uint64_t last = 0;
+    cleanup_pack_presence struct pack_presence p = {.store = s};
     *ret_safe = true;
-    for (size_t i = 0; i < f->n && *ret_safe; i++) {
-        uint64_t pack = f->runs[i].to.pack;
-        if (pack == last)
-            continue;
-        last = pack;
-        struct store_op size = {.kind = STORE_SIZE, .area = STORE_PACK, .name = pack_name(pack)};
-        if (store_run(s, &size, 1, err) < 0)
+    for (size_t i = 0; i < f->n && *ret_safe; i++)
+        if (pack_is_safe(&p, &condemned->packs, f->runs[i].to.pack, ret_safe, err) < 0)
             return -1;
-        *ret_safe = size.result == STORE_DONE && !number_set_has(&condemned->packs, pack);
-    }
     return 0;
 }
 

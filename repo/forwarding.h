@@ -17,12 +17,13 @@
  *
  * Setting one is a commit as that of an image, by a registered writer: guarded by epoch,
  * registration and former value, after which collections mark what it names as long as an image
- * needs it.
+ * needs it. A forwarding can outlive its target, beside a pack that is there: who is going to rely
+ * on it alone looks at pack_is_safe.
  *
  *     forwards = forwards_create(store, &err)
- *     forwards_find(forwards, &page, &place, &found, &err)     a reader's: looks at the store
- *     forwards_scan(forwards, &err)                            a collector's: all at once, then
- *     forwards_know(forwards, pack)                            which packs have one
+ *     forwards_find(forwards, &page, &found, &err)     a reader's: looks at the store
+ *     forwards_scan(forwards, &err)                    a collector's: all at once, then
+ *     forwards_known(forwards)                         which packs have one
  *
  * Memory: 8 bytes per pack that has one, after forwards_scan, and FORWARDS_CACHED tables of at most
  * 100 KiB. Threads: one.
@@ -75,6 +76,26 @@ bool forwarding_find(const struct forwarding *f, struct recipe_page *page);
  */
 int forwarding_merge(struct forwarding *f, const struct forward_run *more, size_t n,
                      struct vm_error **err);
+/*
+ * Which packs are there. One is asked about once, until it is forgotten: who decides what may be
+ * named forgets after registering, and whenever another list is open.
+ */
+struct pack_presence {
+    struct store *store;
+    struct number_set there, gone;
+};
+void pack_presence_forget(struct pack_presence *p);
+static inline void pack_presence_cleanup(struct pack_presence *p)
+{
+    pack_presence_forget(p);
+}
+#define cleanup_pack_presence __attribute__((cleanup(pack_presence_cleanup)))
+/* Is it there, and not condemned? Only then may a registered writer rely on a forwarding to it. */
+int pack_is_safe(struct pack_presence *p, const struct number_set *condemned, uint64_t pack,
+                 bool *ret_safe, struct vm_error **err);
+/* Drop the runs to packs that are gone: nobody can follow them, ever. */
+int forwarding_drop_gone(struct forwarding *f, struct pack_presence *p, struct vm_error **err);
+
 /*
  * Set it, if the pack's forwarding still has the value that was read. *ret_set is false, without an
  * error, if it changed, or if a pack that it names is condemned or gone.

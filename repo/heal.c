@@ -25,6 +25,7 @@ struct heal {
     struct store *store;
     struct quarantine quarantine;
     struct page_hasher hasher;
+    struct pack_presence presence; /* of the packs that forwardings name */
     struct lost *lost;
     size_t n_lost;
     struct index_entry keys[KEYS];
@@ -71,7 +72,8 @@ static int lose_record(struct heal *h, const struct footer *f, const struct foot
 static int lose_pack(struct heal *h, const struct footer *f, struct vm_error **err)
 {
     cleanup_forwarding struct forwarding forwarding = {0};
-    if (forwarding_get(h->store, f->pack, &forwarding, err) < 0)
+    if (forwarding_get(h->store, f->pack, &forwarding, err) < 0 ||
+        forwarding_drop_gone(&forwarding, &h->presence, err) < 0)
         return -1;
     for (uint32_t i = 0; i < f->n_records; i++)
         if (quarantine_has(&h->quarantine, f->pack, f->records[i].offset) &&
@@ -191,6 +193,7 @@ static int forward_pack(struct heal *h, const struct lost *lost, size_t n, struc
     if (!n_runs)
         return 0;
     if (forwarding_get(h->store, lost->pack, &f, err) < 0 ||
+        forwarding_drop_gone(&f, &h->presence, err) < 0 ||
         forwarding_merge(&f, runs, n_runs, err) < 0)
         return -1;
     if (f.n > FORWARD_RUNS_MAX)
@@ -249,6 +252,7 @@ int heal_quarantined(struct repo *r, uint64_t writer, uint64_t n_own, uint64_t *
         return error_nomem(err);
     h->repo = r;
     h->store = repo_store(r);
+    h->presence.store = h->store;
     int result = page_hasher_init(&h->hasher, err);
     if (!result)
         result = heal(h, writer, n_own, err);
@@ -256,6 +260,7 @@ int heal_quarantined(struct repo *r, uint64_t writer, uint64_t n_own, uint64_t *
         *ret_records = h->healed;
     page_hasher_finish(&h->hasher);
     quarantine_finish(&h->quarantine);
+    pack_presence_forget(&h->presence);
     number_set_finish(&h->candidates);
     free(h->lost);
     free(h);

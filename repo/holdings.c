@@ -97,3 +97,56 @@ int holdings_add(struct holdings *h, const struct image *image, struct vm_error 
     }
     return 0;
 }
+
+/* ---- what outlives a collection ---- */
+
+struct outliving {
+    const struct number_set *going;
+    struct pack_presence presence;
+    struct forwards *forwards;
+};
+
+static int page_outlives(struct outliving *o, const struct recipe_page *p, bool *ret_outlives,
+                         struct vm_error **err)
+{
+    struct recipe_page to = *p;
+    bool found;
+    if (pack_is_safe(&o->presence, o->going, p->pack, ret_outlives, err) < 0)
+        return -1;
+    if (*ret_outlives)
+        return 0;
+    if (forwards_find(o->forwards, &to, &found, err) < 0)
+        return -1;
+    return found ? pack_is_safe(&o->presence, o->going, to.pack, ret_outlives, err) : 0;
+}
+
+static int outlive_leaf(const struct recipe_leaf *leaf, uint64_t number, bool *ret_damaged,
+                        void *arg, struct vm_error **err)
+{
+    for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
+        bool outlives = true;
+        if (leaf->pages[i].len && page_outlives(arg, &leaf->pages[i], &outlives, err) < 0)
+            return -1;
+        *ret_damaged |= !outlives;
+    }
+    return 0;
+}
+
+int holdings_outlive(struct store *s, const struct image *image, const struct number_set *going,
+                     bool *ret_outlive, struct vm_error **err)
+{
+    CLEANUP(forwards) struct forwards *forwards = forwards_create(s, err);
+    struct outliving o = {going, {.store = s}, forwards};
+    const struct recipe_visitor visitor = {.leaf = outlive_leaf, .arg = &o};
+    CLEANUP(recipe_walk)
+    struct recipe_walk *walk = forwards ? recipe_walk_create(s, &visitor, err) : NULL;
+    int result = walk ? 0 : -1;
+    *ret_outlive = true;
+    for (unsigned i = 0; !result && *ret_outlive && i < image->n_files; i++) {
+        bool damaged;
+        result = recipe_walk_file(walk, &image->files[i].root, image->files[i].size, &damaged, err);
+        *ret_outlive = !result && !damaged;
+    }
+    pack_presence_forget(&o.presence);
+    return result;
+}

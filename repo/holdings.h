@@ -25,4 +25,11 @@ DEFINE_CLEANUP(holdings, struct holdings *, holdings_destroy)
 /* CORRUPT if a node of its recipes is damaged or gone: what it refers to is not known then. */
 int holdings_add(struct holdings *h, const struct image *image, struct vm_error **err);
 
+/*
+ * Does all that the image refers to outlive these packs, which are going, or are gone? Each page
+ * must be in another pack that is there, or its forwarding must lead to one.
+ */
+int holdings_outlive(struct store *s, const struct image *image, const struct number_set *going,
+                     bool *ret_outlive, struct vm_error **err);
+
 #endif

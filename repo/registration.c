@@ -2,6 +2,7 @@
 /* Writers: the steps "a writer" of docs/repository-collection.md, in their order. */
 #include "repo/catalogue.h"
 #include "repo/catalogue_shard.h"
+#include "repo/forwarding.h"
 #include "repo/holdings.h"
 #include "repo/names.h"
 
@@ -165,27 +166,82 @@ static int know_held(struct registration *r, struct vm_error **err)
     return 0;
 }
 
-/* Take what was shared off the list. REFUSED if something of it is being removed, or is gone. */
+/* What a writer wants off the list. */
+struct wanting {
+    const struct registration *r;
+    const struct object_set *shared;
+    struct object_set wanted;
+};
+
+/* Where forwardings of what is shared or held lead. */
+static int want_targets(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    struct wanting *w = arg;
+    if (!number_set_has(&w->shared->packs, f->pack) && !number_set_has(&w->r->held.packs, f->pack))
+        return 0;
+    for (size_t i = 0; i < f->n; i++)
+        if (number_set_has(&w->r->condemned.packs, f->runs[i].to.pack) &&
+            number_set_add(&w->wanted.packs, f->runs[i].to.pack, err) < 0)
+            return -1;
+    return 0;
+}
+
+static int want_all(struct registration *r, struct wanting *w, struct vm_error **err)
+{
+    struct object_set *wanted = &w->wanted;
+    const struct object_set *shared = w->shared;
+    bool failed = false;
+    intersect(&r->condemned.packs, &shared->packs, &wanted->packs, &failed);
+    intersect(&r->condemned.trees, &shared->trees, &wanted->trees, &failed);
+    intersect(&r->condemned.packs, &r->held.packs, &wanted->packs, &failed);
+    intersect(&r->condemned.trees, &r->held.trees, &wanted->trees, &failed);
+    if (failed)
+        return error_nomem(err);
+    /* Forwardings are read after the list, and anew for each: others commit them meanwhile. */
+    return forwarding_list(r->store, want_targets, w, err);
+}
+
+static bool any_of(const struct number_set *a, const struct number_set *b)
+{
+    size_t at = 0;
+    for (uint64_t number; (number = number_set_next(a, &at));)
+        if (number_set_has(b, number))
+            return true;
+    return false;
+}
+
+/*
+ * What is shared must stay where it is: a record that nobody named before may not be forwarded. What
+ * the parent holds may be where forwardings lead. A forwarding of a pack that stays may lose its
+ * target: nobody follows it then.
+ */
+static int check_lost(struct registration *r, const struct object_set *shared,
+                      const struct object_set *lost, struct vm_error **err)
+{
+    bool safe = !lost->trees.n && !any_of(&lost->packs, &shared->packs);
+    if (safe && lost->packs.n && r->parent &&
+        holdings_outlive(r->store, r->parent, &lost->packs, &safe, err) < 0)
+        return -1;
+    return safe ? 0
+                : error_set(err, VM_ERROR_REFUSED,
+                            "a collection removes what %s shares; begin again", r->what);
+}
+
+/* Take what is shared off the list. REFUSED if something of it is being removed, or is gone. */
 static int rescue(struct registration *r, const struct condemned_state *state,
                   const struct object_set *shared, struct vm_error **err)
 {
-    cleanup_object_set struct object_set wanted = {{0}, {0}};
-    bool failed = false, lost = false;
+    struct wanting w = {.r = r, .shared = shared};
+    cleanup_object_set struct object_set lost = {{0}, {0}};
     if (!r->condemned.packs.n && !r->condemned.trees.n)
         return 0;
-    if (know_held(r, err) < 0)
-        return -1;
-    intersect(&r->condemned.packs, &shared->packs, &wanted.packs, &failed);
-    intersect(&r->condemned.trees, &shared->trees, &wanted.trees, &failed);
-    intersect(&r->condemned.packs, &r->held.packs, &wanted.packs, &failed);
-    intersect(&r->condemned.trees, &r->held.trees, &wanted.trees, &failed);
-    if (failed)
-        return error_nomem(err);
-    if (condemned_rescue(r->store, &state->list, &wanted, &lost, err) < 0)
-        return -1;
-    return lost ? error_set(err, VM_ERROR_REFUSED,
-                            "a collection removes what %s shares; begin again", r->what)
-                : 0;
+    int result = know_held(r, err);
+    if (!result)
+        result = want_all(r, &w, err);
+    if (!result)
+        result = condemned_rescue(r->store, &state->list, &w.wanted, &lost, err);
+    object_set_finish(&w.wanted);
+    return result < 0 ? -1 : check_lost(r, shared, &lost, err);
 }
 
 static int register_writer(struct registration *r, struct condemned_state *ret_state,

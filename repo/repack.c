@@ -41,6 +41,7 @@ struct repacker {
     struct footer footers[REPACK_BATCH];
     struct forwarding forwardings[REPACK_BATCH];
     bool keep[REPACK_BATCH]; /* something alive in it cannot be read */
+    struct pack_presence presence; /* of the packs that forwardings name */
     struct moved *moved;
     size_t n_moved;
 };
@@ -135,6 +136,7 @@ struct repacker *repacker_create(struct repo *r, const struct collect_options *o
     int level = options->zstd_level ? options->zstd_level : COLLECT_ZSTD_LEVEL;
     rp->repo = r;
     rp->store = repo_store(r);
+    rp->presence.store = rp->store;
     rp->packs = packs;
     failure_init(&rp->failure);
     if (!(rp->data = malloc((size_t)READ_BATCH * RECORD_ROOM)))
@@ -158,6 +160,7 @@ static void end_batch(struct repacker *rp)
     free(rp->moved);
     rp->moved = NULL;
     rp->n_moved = 0;
+    pack_presence_forget(&rp->presence);
     for (size_t i = 0; i < REPACK_BATCH; i++) {
         footer_finish(&rp->footers[i]);
         forwarding_finish(&rp->forwardings[i]);
@@ -190,6 +193,15 @@ uint64_t repacker_bytes(const struct repacker *rp)
     return stat.bytes;
 }
 
+/* A pack's forwarding, as far as it leads somewhere. */
+static int get_forwarding(struct repacker *rp, uint64_t pack, struct forwarding *ret,
+                          struct vm_error **err)
+{
+    return forwarding_get(rp->store, pack, ret, err) < 0
+               ? -1
+               : forwarding_drop_gone(ret, &rp->presence, err);
+}
+
 /* ---- moving records ---- */
 
 static const struct footer_record *find_record(const struct footer *f, uint32_t offset)
@@ -215,16 +227,24 @@ static bool agrees(const struct footer *f, uint32_t offset, const struct page_id
     return r && r->n_pages == n && !memcmp(&f->ids[r->first_page], ids, n * sizeof(*ids));
 }
 
-/* Are all its pages forwarded already? Then it does not matter what is here. */
-static bool is_forwarded(const struct repacker *rp, size_t in_batch, uint32_t offset)
+/*
+ * Are all its pages forwarded already, to packs that stay? Then it does not matter what is here.
+ * What is condemned may be about to go, though the forwarding names it. Without a footer nobody
+ * knows how many pages there are.
+ */
+static int is_forwarded(struct repacker *rp, size_t in_batch, uint32_t offset, bool *ret_is,
+                        struct vm_error **err)
 {
     const struct footer_record *r = find_record(&rp->footers[in_batch], offset);
-    for (uint8_t i = 0; i < (r ? r->n_pages : 1); i++) {
+    const struct number_set *condemned = &registration_condemned(rp->registration)->packs;
+    *ret_is = r != NULL;
+    for (uint8_t i = 0; *ret_is && i < r->n_pages; i++) {
         struct recipe_page p = {.offset = offset, .page = i};
-        if (!forwarding_find(&rp->forwardings[in_batch], &p))
-            return false;
+        *ret_is = forwarding_find(&rp->forwardings[in_batch], &p);
+        if (*ret_is && pack_is_safe(&rp->presence, condemned, p.pack, ret_is, err) < 0)
+            return -1;
     }
-    return true;
+    return 0;
 }
 
 static int emit_record(struct repacker *rp, struct moved *m, uint8_t *pages,
@@ -269,7 +289,10 @@ static int move_record(struct repacker *rp, const struct alive_record *r, const 
     size_t in_batch = batch_index(rp->batch, r->pack);
     struct page_id ids[RECORD_PAGES_MAX];
     unsigned n = 0;
-    if (is_forwarded(rp, in_batch, r->offset))
+    bool forwarded;
+    if (is_forwarded(rp, in_batch, r->offset, &forwarded, err) < 0)
+        return -1;
+    if (forwarded)
         return 0;
     uint8_t *pages = pack_writer_page_memory(rp->writer, err);
     if (!pages)
@@ -356,7 +379,7 @@ static int retarget(struct repacker *rp, uint64_t source, struct vm_error **err)
     cleanup_forwarding struct forwarding f = {0};
     size_t kept = 0;
     bool changed = false, set = true, needed;
-    if (forwarding_get(rp->store, source, &f, err) < 0)
+    if (get_forwarding(rp, source, &f, err) < 0)
         return -1;
     for (size_t i = 0; i < f.n; i++) {
         struct forward_run run = f.runs[i];
@@ -401,7 +424,7 @@ static int forward_pack(struct repacker *rp, size_t in_batch, const struct moved
         if (moved[i].to.footer)
             runs[n_runs++] = (struct forward_run){moved[i].offset, 0, moved[i].n_pages,
                                                   new_place(&moved[i], 0)};
-    if (forwarding_get(rp->store, rp->batch->packs[in_batch], &f, err) < 0 ||
+    if (get_forwarding(rp, rp->batch->packs[in_batch], &f, err) < 0 ||
         forwarding_merge(&f, runs, n_runs, err) < 0)
         return -1;
     if (f.n > FORWARD_RUNS_MAX)
@@ -450,7 +473,7 @@ static int prepare_batch(struct repacker *rp, size_t n_records, struct vm_error 
         b->moved[i] = rp->keep[i] = false;
     }
     for (size_t i = 0; i < b->n; i++)
-        if (forwarding_get(rp->store, b->packs[i], &rp->forwardings[i], err) < 0)
+        if (get_forwarding(rp, b->packs[i], &rp->forwardings[i], err) < 0)
             return -1;
     return 0;
 }

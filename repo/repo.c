@@ -14,7 +14,13 @@
 #define UUID_KEY "uuid"
 #define DATA_POOL_KEY "data-pool"
 
-enum { CACHE_BASE = 16 << 20, CACHE_PER_TIB = 48 << 20, TEXT_MAX = 256, CHECKPOINT_MS = 500 };
+enum {
+    CACHE_BASE = 16 << 20,
+    CACHE_PER_TIB = 48 << 20,
+    TEXT_MAX = 256,
+    CHECKPOINT_MS = 500,
+    PARENT_TRIES = 16, /* collections may give a parent other roots meanwhile */
+};
 
 struct repo {
     struct store *store;
@@ -267,6 +273,29 @@ static int cache_size(struct repo *r, size_t *ret_bytes, struct vm_error **err)
     return 0;
 }
 
+/* With the parent, if it has a name: as it is when it is pinned. */
+static int register_session(struct image_session *s, struct vm_error **err)
+{
+    struct store *store = s->repo->store;
+    struct image *parent = s->parent.name[0] ? &s->parent : NULL;
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *problem = NULL;
+        enum image_fate fate = IMAGE_GONE;
+        s->registration = catalogue_register(store, s->image.name, parent, &problem);
+        if (s->registration)
+            return 0;
+        cleanup_free struct image *now = malloc(sizeof(*now));
+        if (!now)
+            return error_nomem(err);
+        if (parent && problem->kind == VM_ERROR_NOT_FOUND && i < PARENT_TRIES &&
+            catalogue_find_again(store, parent, now, &fate, err) < 0)
+            return -1;
+        if (fate == IMAGE_GONE)
+            return error_propagate(err, steal_ptr(&problem));
+        *parent = *now;
+    }
+}
+
 struct image_session *image_session_begin(struct repo *r, const char *name, const char *parent,
                                           struct vm_error **err)
 {
@@ -281,8 +310,7 @@ struct image_session *image_session_begin(struct repo *r, const char *name, cons
         return NULL;
     strcpy(s->image.name, name);
     strcpy(s->image.parent, s->parent.name);
-    s->registration = catalogue_register(r->store, name, parent ? &s->parent : NULL, err);
-    if (!s->registration)
+    if (register_session(s, err) < 0)
         return NULL;
     struct image_writer_setup setup = {.store = r->store, .index = r->index, .repository = r->uuid,
                                        .writer = registration_number(s->registration),

@@ -68,10 +68,13 @@ int repo_stat(struct repo *r, struct repo_stat *ret_stat, struct vm_error **err)
  * fill.
  *
  *     s = image_session_begin(r, "web1@monday", parent or NULL, &err)
- *     file = image_session_file(s, "disk0.raw", size, &err)          base: the parent's file of
- *     that name image_writer_segment, _put ... on image_session_writer(s)
+ *     for each file:
+ *         file = image_session_file(s, "disk0.raw", size, &err)
+ *         image_writer_segment, image_writer_put ... on image_session_writer(s)
  *     image_session_commit(s, &report, &err)
  *     image_session_end(s)       always; without a commit nothing remains visible
+ *
+ * What a file is not given it has of the parent's file of that name, or it is zero.
  */
 struct image_session;
 
@@ -145,7 +148,8 @@ struct image_sizes {
     uint64_t shared_bytes; /* of those: in records that other images use, too */
     uint64_t unique_bytes; /* the rest */
     uint64_t recipe_bytes; /* leaves and inner nodes */
-    bool estimated;        /* from a sample of the records, the image being large */
+    uint64_t unreadable;   /* other images whose recipes are damaged: their sharing is not counted */
+    bool estimated;        /* because of these, or from a sample of the records of a large image */
 };
 struct image_sharer {
     char name[IMAGE_NAME_MAX + 1];
@@ -157,7 +161,7 @@ struct image_show {
     struct image_sharer *sharers; /* most first; the caller frees it */
     size_t n_sharers;
 };
-/* Reads the recipes of all images. */
+/* Reads the recipes of all images. CORRUPT if those of the image itself are damaged. */
 int image_show(struct repo *r, const char *name, struct image_show *ret_show,
                struct vm_error **err);
 

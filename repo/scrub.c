@@ -379,13 +379,15 @@ static bool is_healed(const struct bad *bad, const struct forwarding *f)
 static int tell_damage(struct scrub *s, struct vm_error **err)
 {
     cleanup_forwarding struct forwarding f = {0};
+    cleanup_pack_presence struct pack_presence presence = {.store = s->store};
     if (s->bad.n)
         qsort(s->bad.items, s->bad.n, sizeof(*s->bad.items), by_place);
     for (size_t i = 0; i < s->bad.n; i++) {
         const struct bad *bad = &s->bad.items[i];
         if (f.pack != bad->pack) {
             forwarding_finish(&f);
-            if (forwarding_get(s->store, bad->pack, &f, err) < 0)
+            if (forwarding_get(s->store, bad->pack, &f, err) < 0 ||
+                forwarding_drop_gone(&f, &presence, err) < 0)
                 return -1;
         }
         if (is_healed(bad, &f))
@@ -642,11 +644,52 @@ static int scrub_images(struct scrub *s, struct vm_error **err)
     return result;
 }
 
+/* ---- forwardings ---- */
+
+static int take_forwarded(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    return number_set_add(arg, f->pack, err);
+}
+
+/* Read anew: collections give forwardings other targets before they remove the old ones. */
+static int scrub_forwarding(struct scrub *s, uint64_t pack, struct vm_error **err)
+{
+    cleanup_forwarding struct forwarding f = {0};
+    cleanup_pack_presence struct pack_presence presence = {.store = s->store};
+    char what[128];
+    size_t at = 0;
+    if (forwarding_get(s->store, pack, &f, err) < 0 ||
+        forwarding_drop_gone(&f, &presence, err) < 0)
+        return -1;
+    uint64_t gone = number_set_next(&presence.gone, &at);
+    if (!gone)
+        return 0;
+    snprintf(what, sizeof(what),
+             "the forwarding of pack %016" PRIx64 " leads to pack %016" PRIx64 ", which is gone",
+             pack, gone);
+    SCOPE_LOCK(&s->lock);
+    s->report.forwardings++;
+    s->found(SCRUB_FORWARDING, what, s->arg);
+    return 0;
+}
+
+static int scrub_forwardings(struct scrub *s, struct vm_error **err)
+{
+    cleanup_number_set struct number_set packs = {0};
+    size_t at = 0;
+    if (forwarding_list(s->store, take_forwarded, &packs, err) < 0)
+        return -1;
+    for (uint64_t pack; (pack = number_set_next(&packs, &at));)
+        if (scrub_forwarding(s, pack, err) < 0)
+            return -1;
+    return 0;
+}
+
 static int scrub_all(struct scrub *s, struct vm_error **err)
 {
     if (quarantine_load(s->store, &s->quarantine, err) < 0 ||
         verified_load(s->store, &s->verified, err) < 0 || scrub_packs(s, err) < 0 ||
-        forget_gone(s, err) < 0 || heal_and_tell(s, err) < 0)
+        forget_gone(s, err) < 0 || heal_and_tell(s, err) < 0 || scrub_forwardings(s, err) < 0)
         return -1;
     return scrub_images(s, err);
 }

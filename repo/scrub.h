@@ -25,6 +25,8 @@ enum scrub_kind {
     SCRUB_PACK,  /* something stored is damaged: `what` says what and where */
     SCRUB_IMAGE, /* an image that refers to damaged or lost data: `what` is its name; if only a lease
                   * keeps it, "NAME, as leased by HOLDER" */
+    SCRUB_FORWARDING, /* a forwarding that leads to a pack that is gone: no damage by itself, since
+                       * nobody follows it, and what needs it is named as touched */
 };
 
 /* Called once per finding, in one thread at a time. */
@@ -36,6 +38,7 @@ struct scrub_report {
     uint64_t damaged;        /* packs, records and nodes with findings */
     uint64_t images_touched;
     uint64_t healed;         /* damaged records whose pages are all forwarded; not in `damaged` */
+    uint64_t forwardings;    /* that lead to packs that are gone; not in `damaged` */
     uint64_t packs_skipped;  /* verified recently enough */
     uint64_t oldest_s;       /* ago, of all packs that are there now */
 };

@@ -109,6 +109,7 @@ static void take_finding(enum scrub_kind kind, const char *what, void *arg)
         return;
     vmmig__control__repo_finding__init(m);
     m->image = kind == SCRUB_IMAGE;
+    m->forwarding = kind == SCRUB_FORWARDING;
     m->what = strdup(what);
     if (!m->what) {
         free(m);
@@ -135,6 +136,7 @@ static int scrub_into(struct repo *r, const Vmmig__Control__Repo *m, const struc
     count(&c, "damaged", report.damaged);
     count(&c, "images_touched", report.images_touched);
     count(&c, "healed", report.healed);
+    count(&c, "forwardings_lost", report.forwardings);
     count(&c, "packs_skipped", report.packs_skipped);
     count(&c, "oldest_s", report.oldest_s);
     Vmmig__Control__RepoResult result = VMMIG__CONTROL__REPO_RESULT__INIT;
@@ -299,6 +301,7 @@ static int emit_show(const struct repo_service *s, struct image_show *show,
     sizes.unique_bytes = show->sizes.unique_bytes;
     sizes.recipe_bytes = show->sizes.recipe_bytes;
     sizes.estimated = show->sizes.estimated;
+    sizes.unreadable = show->sizes.unreadable;
     sizes.sharers = show->n_sharers;
     for (size_t i = 0; i < show->n_sharers && i < SHARERS_MAX; i++) {
         vmmig__control__image_sharer__init(&sharers[i]);

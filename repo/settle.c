@@ -14,9 +14,39 @@ struct settling {
     struct forwards *forwards;
     struct recipe_walk *walk; /* its "damaged" means: leads through a forwarding */
     bool unreadable;          /* the image that is looked at has a node that cannot be read */
+    struct pack_presence presence;
+    const struct number_set *condemned; /* of the image that is being settled, or none */
+    struct object_set *shared;          /* likewise; NULL: nothing is settled yet */
+    bool moved;                         /* something of that image has another place now */
     uint64_t settled;
     struct recipe_leaf leaf;
 };
+
+/*
+ * To where its forwarding leads, if that may be named: the pack is there, and not condemned, or
+ * shared already. A forwarding may outlive its target, beside a pack that a writer shares. A page
+ * that stays is held by the image as it was.
+ */
+static int follow_page(struct settling *s, struct recipe_page *page, bool *ret_changed,
+                       struct vm_error **err)
+{
+    const struct number_set none = {0};
+    struct recipe_page to = *page;
+    bool found, safe;
+    if (forwards_find(s->forwards, &to, &found, err) < 0)
+        return -1;
+    if (!found)
+        return 0;
+    bool ours = s->shared && number_set_has(&s->shared->packs, to.pack);
+    if (pack_is_safe(&s->presence, ours || !s->condemned ? &none : s->condemned, to.pack, &safe,
+                     err) < 0)
+        return -1;
+    if (!safe)
+        return 0;
+    *page = to;
+    *ret_changed = true;
+    return s->shared ? number_set_add(&s->shared->packs, to.pack, err) : 0;
+}
 
 /* Every page of the leaf where it is now; *ret_changed. */
 static int follow_leaf(struct settling *s, struct recipe_leaf *leaf, bool *ret_changed,
@@ -26,11 +56,8 @@ static int follow_leaf(struct settling *s, struct recipe_leaf *leaf, bool *ret_c
     *ret_changed = false;
     for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
         struct recipe_page *p = &leaf->pages[i];
-        bool found = false;
-        if (p->len && number_set_has(known, p->pack) &&
-            forwards_find(s->forwards, p, &found, err) < 0)
+        if (p->len && number_set_has(known, p->pack) && follow_page(s, p, ret_changed, err) < 0)
             return -1;
-        *ret_changed |= found;
     }
     return 0;
 }
@@ -51,17 +78,8 @@ static void visit_unreadable(const struct recipe_ref *ref, const struct vm_error
 
 /* ---- one image ---- */
 
-static int share_leaf(const struct recipe_leaf *leaf, struct object_set *shared,
-                      struct vm_error **err)
-{
-    for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++)
-        if (leaf->pages[i].len && number_set_add(&shared->packs, leaf->pages[i].pack, err) < 0)
-            return -1;
-    return 0;
-}
-
 static int settle_leaf(struct settling *s, struct file_tree *tree, uint64_t number,
-                       struct object_set *shared, struct tree_writer *tw, struct vm_error **err)
+                       struct tree_writer *tw, struct vm_error **err)
 {
     struct recipe_ref ref;
     cleanup_buffer struct buffer node = {0};
@@ -75,30 +93,58 @@ static int settle_leaf(struct settling *s, struct file_tree *tree, uint64_t numb
         return -1;
     if (!changed)
         return 0;
+    s->moved = true;
     recipe_leaf_write(&s->leaf, &node);
     if (node.failed)
         return error_nomem(err);
-    if (share_leaf(&s->leaf, shared, err) < 0 ||
-        tree_writer_add(tw, node.data, node.len, true, &ref, err) < 0)
+    if (tree_writer_add(tw, node.data, node.len, true, &ref, err) < 0)
         return -1;
     return file_tree_set(tree, number, &ref, err);
 }
 
+/* Another list may be open from now on: what was known to be there may go. */
+static int checkpoint(struct settling *s, struct registration *r, struct vm_error **err)
+{
+    bool changed;
+    if (registration_checkpoint(r, s->shared, &changed, err) < 0)
+        return -1;
+    if (changed)
+        pack_presence_forget(&s->presence);
+    return 0;
+}
+
 static int settle_file(struct settling *s, struct image_entry *file, struct registration *r,
-                       struct object_set *shared, struct tree_writer *tw,
-                       struct vm_error **err)
+                       struct tree_writer *tw, struct vm_error **err)
 {
     CLEANUP(file_tree)
     struct file_tree *tree = file_tree_create(s->store, file->size, &file->root, file->size, err);
     if (!tree)
         return -1;
     for (uint64_t i = 0; i < file_tree_leaves(tree); i++) {
-        bool changed;
-        if (settle_leaf(s, tree, i, shared, tw, err) < 0 ||
-            (i % 256 == 255 && registration_checkpoint(r, shared, &changed, err) < 0))
+        if (settle_leaf(s, tree, i, tw, err) < 0 || (i % 256 == 255 && checkpoint(s, r, err) < 0))
             return -1;
     }
     return file_tree_finish(tree, tw, &file->root, err);
+}
+
+static int settle_files(struct settling *s, struct image *image, struct registration *r,
+                        struct vm_error **err)
+{
+    CLEANUP(tree_writer)
+    struct tree_writer *tw = tree_writer_create(
+        s->store, repo_index(s->repo), repo_uuid(s->repo), registration_number(r),
+        &registration_condemned(r)->trees, &s->shared->trees, err);
+    if (!tw)
+        return -1;
+    for (unsigned i = 0; i < image->n_files; i++)
+        if (settle_file(s, &image->files[i], r, tw, err) < 0)
+            return -1;
+    if (!s->moved)
+        return 0;
+    if (tree_writer_finish(tw, err) < 0)
+        return -1;
+    (void)FAULT("repo.settle-stored");
+    return catalogue_commit(r, image, s->shared, err);
 }
 
 static int settle_image(struct settling *s, const struct image *image, struct vm_error **err)
@@ -110,22 +156,17 @@ static int settle_image(struct settling *s, const struct image *image, struct vm
         return r ? error_nomem(err) : -1;
     /* Only what is found after registering may be named. */
     forwards_forget(s->forwards);
-    CLEANUP(tree_writer)
-    struct tree_writer *tw = tree_writer_create(
-        s->store, repo_index(s->repo), repo_uuid(s->repo), registration_number(r),
-        &registration_condemned(r)->trees, &shared.trees, err);
-    if (!tw)
-        return -1;
+    pack_presence_forget(&s->presence);
     *swapped = *image;
-    for (unsigned i = 0; i < image->n_files; i++)
-        if (settle_file(s, &swapped->files[i], r, &shared, tw, err) < 0)
-            return -1;
-    if (tree_writer_finish(tw, err) < 0)
+    s->shared = &shared;
+    s->condemned = &registration_condemned(r)->packs;
+    s->moved = false;
+    int result = settle_files(s, swapped, r, err);
+    s->shared = NULL;
+    s->condemned = NULL;
+    if (result < 0)
         return -1;
-    (void)FAULT("repo.settle-stored");
-    if (catalogue_commit(r, swapped, &shared, err) < 0)
-        return -1;
-    s->settled++;
+    s->settled += s->moved;
     (void)FAULT("repo.settled");
     return 0;
 }
@@ -171,6 +212,7 @@ int settle_images(struct repo *r, uint64_t *ret_images, struct vm_error **err)
     struct recipe_visitor visitor = {.leaf = visit_leaf, .unreadable = visit_unreadable, .arg = s};
     s->repo = r;
     s->store = repo_store(r);
+    s->presence.store = s->store;
     s->forwards = forwards_create(s->store, err);
     int result = s->forwards ? forwards_scan(s->forwards, err) : -1;
     if (!result && forwards_known(s->forwards)->n) {
@@ -179,6 +221,7 @@ int settle_images(struct repo *r, uint64_t *ret_images, struct vm_error **err)
     }
     *ret_images = s->settled;
     recipe_walk_destroy(s->walk);
+    pack_presence_forget(&s->presence);
     forwards_destroy(s->forwards);
     free(s);
     return result;

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <xxhash.h>
 
-enum { SET_MAX = 1 << 20, SET_SIZE = 2 * SET_MAX };
+enum { SET_MAX = 1 << 20, SET_SIZE = 2 * SET_MAX, WALKS_MAX = 4 };
 
 struct record_key {
     uint64_t pack;
@@ -158,14 +158,75 @@ static int walk_image(struct walk *w, const struct image *image, struct vm_error
     return 0;
 }
 
-static int compare_image(const struct image *image, void *arg, struct vm_error **err)
+/*
+ * The image, with other roots if collections give it these meanwhile. *ret_fate: MOVED, all was
+ * walked; else what has become of it, and *ret_problem tells what is not there.
+ */
+static int walk_while_moved(struct walk *w, struct image *image, void (*again)(struct walk *w),
+                            enum image_fate *ret_fate, struct vm_error **ret_problem,
+                            struct vm_error **err)
+{
+    cleanup_free struct image *now = malloc(sizeof(*now));
+    *ret_fate = IMAGE_MOVED;
+    if (!now)
+        return error_nomem(err);
+    for (int i = 0; i < WALKS_MAX && *ret_fate == IMAGE_MOVED; i++) {
+        cleanup_error struct vm_error *problem = NULL;
+        if (walk_image(w, image, &problem) == 0)
+            return 0;
+        if (problem->kind != VM_ERROR_CORRUPT && problem->kind != VM_ERROR_NOT_FOUND)
+            return error_propagate(err, steal_ptr(&problem));
+        if (catalogue_find_again(repo_store(w->repo), image, now, ret_fate, err) < 0)
+            return -1;
+        if (*ret_fate == IMAGE_MOVED)
+            *image = *now;
+        error_clear(ret_problem);
+        *ret_problem = steal_ptr(&problem);
+        again(w);
+    }
+    return *ret_fate == IMAGE_MOVED ? error_propagate(err, steal_ptr(ret_problem)) : 0;
+}
+
+static void nothing_again(struct walk *w)
+{
+    w->bytes = 0;
+}
+
+/* The shown image, from its beginning. */
+static void all_again(struct walk *w)
+{
+    memset(w->set.members, 0, SET_SIZE * sizeof(*w->set.members));
+    w->set.n = 0;
+    w->set.sample_bits = 0;
+    w->show->sizes = (struct image_sizes){0};
+    w->image = 0;
+}
+
+static int walk_shown(struct walk *w, struct vm_error **err)
+{
+    cleanup_error struct vm_error *problem = NULL;
+    enum image_fate fate;
+    if (walk_while_moved(w, &w->show->image, all_again, &fate, &problem, err) < 0)
+        return -1;
+    return fate == IMAGE_MOVED ? 0 : error_propagate(err, steal_ptr(&problem));
+}
+
+/* One that is deleted meanwhile shares nothing; one that cannot be read is counted as such. */
+static int compare_image(const struct image *listed, void *arg, struct vm_error **err)
 {
     struct walk *w = arg;
     struct image_show *show = w->show;
-    if (!strcmp(image->name, show->image.name))
+    cleanup_error struct vm_error *problem = NULL;
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    enum image_fate fate;
+    if (!image)
+        return error_nomem(err);
+    if (!strcmp(listed->name, show->image.name))
         return 0;
-    if (walk_image(w, image, err) < 0)
+    *image = *listed;
+    if (walk_while_moved(w, image, nothing_again, &fate, &problem, err) < 0)
         return -1;
+    show->sizes.unreadable += fate == IMAGE_SAME;
     if (!w->bytes)
         return 0;
     struct image_sharer *sharers =
@@ -174,7 +235,7 @@ static int compare_image(const struct image *image, void *arg, struct vm_error *
         return error_nomem(err);
     show->sharers = sharers;
     struct image_sharer *one = &sharers[show->n_sharers++];
-    strcpy(one->name, image->name);
+    strcpy(one->name, listed->name);
     one->bytes = w->bytes;
     return 0;
 }
@@ -197,8 +258,9 @@ static void sum_up(struct walk *w)
         sizes->shared_bytes += m->shared ? bytes : 0;
     }
     sizes->unique_bytes = sizes->stored_bytes - sizes->shared_bytes;
-    sizes->estimated = w->set.sample_bits > 0;
-    qsort(w->show->sharers, w->show->n_sharers, sizeof(*w->show->sharers), by_bytes);
+    sizes->estimated = w->set.sample_bits > 0 || sizes->unreadable;
+    if (w->show->n_sharers)
+        qsort(w->show->sharers, w->show->n_sharers, sizeof(*w->show->sharers), by_bytes);
 }
 
 int image_show(struct repo *r, const char *name, struct image_show *ret_show, struct vm_error **err)
@@ -211,7 +273,7 @@ int image_show(struct repo *r, const char *name, struct image_show *ret_show, st
     w->show = show;
     int result = catalogue_find(repo_store(r), name, &show->image, err);
     if (!result)
-        result = walk_image(w, &show->image, err);
+        result = walk_shown(w, err);
     if (!result)
         result = catalogue_list(repo_store(r), compare_image, w, err);
     if (!result) {

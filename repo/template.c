@@ -62,12 +62,12 @@ static void version_image(struct template *t)
 
 /* ---- the digest ---- */
 
-static int digest_file(EVP_MD_CTX *md, struct store *s, const struct image_entry *file,
-                       struct vm_error **err)
+static int digest_file(EVP_MD_CTX *md, struct store *s, const struct image *image,
+                       const struct image_entry *file, struct vm_error **err)
 {
     uint8_t number[8];
     CLEANUP(file_reader)
-    struct file_reader *r = file_reader_create(s, &file->root, file->size, err);
+    struct file_reader *r = file_reader_open(s, image, file, err);
     cleanup_free struct recipe_leaf *leaf = malloc(sizeof(*leaf));
     if (!r || !leaf)
         return r ? error_nomem(err) : -1;
@@ -101,7 +101,7 @@ static int digest_image(struct store *s, const struct image *image,
     EVP_MD_CTX *md = EVP_MD_CTX_new();
     int r = md && EVP_DigestInit_ex(md, EVP_sha256(), NULL) ? 0 : error_nomem(err);
     for (unsigned i = 0; r == 0 && i < image->n_files; i++)
-        r = digest_file(md, s, &image->files[i], err);
+        r = digest_file(md, s, image, &image->files[i], err);
     if (r == 0)
         EVP_DigestFinal_ex(md, hash, NULL);
     EVP_MD_CTX_free(md);
@@ -125,9 +125,8 @@ static int check_source(const struct image *image, struct vm_error **err)
     return 0;
 }
 
-/* `to` as another name of what `from` is. `before` (NULL: none) is what it was. */
-static int commit_as(struct store *s, const struct image *from, const char *to,
-                     const struct image *before, struct vm_error **err)
+static int commit_once(struct store *s, const struct image *from, const char *to,
+                       const struct image *before, struct vm_error **err)
 {
     cleanup_free struct image *image = malloc(sizeof(*image));
     if (!image)
@@ -144,7 +143,31 @@ static int commit_as(struct store *s, const struct image *from, const char *to,
     return catalogue_commit(r, image, &nothing, err);
 }
 
-static int make_version(struct store *s, const struct image *source, struct template *t,
+/*
+ * `to` as another name of what `from` is. `before` (NULL: none) is what it was. Collections may give
+ * `from` other roots meanwhile: then *from has these.
+ */
+static int commit_as(struct store *s, struct image *from, const char *to,
+                     const struct image *before, struct vm_error **err)
+{
+    cleanup_free struct image *now = malloc(sizeof(*now));
+    if (!now)
+        return error_nomem(err);
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        enum image_fate fate = IMAGE_GONE;
+        if (commit_once(s, from, to, before, &failed) == 0)
+            return 0;
+        if (failed->kind == VM_ERROR_NOT_FOUND && i < TRIES &&
+            catalogue_find_again(s, from, now, &fate, err) < 0)
+            return -1;
+        if (fate == IMAGE_GONE)
+            return error_propagate(err, steal_ptr(&failed));
+        *from = *now;
+    }
+}
+
+static int make_version(struct store *s, struct image *source, struct template *t,
                         struct image *ret_version, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
@@ -158,7 +181,7 @@ static int make_version(struct store *s, const struct image *source, struct temp
     return catalogue_find(s, t->image, ret_version, err);
 }
 
-static int move_tag(struct store *s, const struct template *t, const struct image *version,
+static int move_tag(struct store *s, const struct template *t, struct image *version,
                     struct vm_error **err)
 {
     char tag[IMAGE_NAME_MAX + 1];

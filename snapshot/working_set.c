@@ -196,7 +196,7 @@ int working_set_open(struct repo *r, const struct image *image, struct working_s
     const struct image_entry *file = image_find_file(hot, HOT_FILE);
     if (!file)
         return error_set(err, VM_ERROR_CORRUPT, "image %s has no file " HOT_FILE, name);
-    ws.reader = file_reader_create(repo_store(r), &file->root, file->size, err);
+    ws.reader = file_reader_open(repo_store(r), hot, file, err);
     if (!ws.reader || read_header(&ws, image, file->size, err) < 0) {
         working_set_finish(&ws);
         return error_wrap(err, "image %s", name);

@@ -132,7 +132,7 @@ static const struct cli_object objects[] = {
      "image, parent, created, size, bytes_added, files (name, size)"},
     {"image show",
      "those of an image, and virtual_bytes, data_bytes, stored_bytes, shared_bytes, unique_bytes, "
-     "recipe_bytes, estimated, shared_with, sharers (image, bytes)"},
+     "recipe_bytes, estimated, unreadable, shared_with, sharers (image, bytes)"},
     {"image import",
      "image, size, zero_bytes, shared_bytes, new_bytes, again_bytes (stored once more to keep "
      "reading cheap), stored_bytes, elapsed_ms"},

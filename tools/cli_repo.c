@@ -258,9 +258,9 @@ static const struct cli_object objects[] = {
      "condemned, packs_removed, trees_removed, bytes_freed, writers_fenced, packs_repacked, "
      "repacked_from_bytes, repacked_to_bytes, more_to_repack, repack_lacked_space, elapsed_ms"},
     {"repo scrub",
-     "packs, bytes, records, pages, images, damaged, images_touched, healed, packs_skipped, "
-     "oldest_s, findings (an array: kind, image or "
-     "damage; what), elapsed_ms"},
+     "packs, bytes, records, pages, images, damaged, images_touched, healed, forwardings_lost, "
+     "packs_skipped, oldest_s, findings (an array: kind, image, damage or forwarding; what), "
+     "elapsed_ms"},
     {"repo rebuild-index", "packs, entries, unreadable, elapsed_ms"},
     {"repo copy", "images, images_present, size, bytes_read, stored_bytes, elapsed_ms"},
     {NULL}};

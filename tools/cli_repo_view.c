@@ -58,6 +58,15 @@ static json_t *json_stat(const Vmmig__Control__RepoStat *m)
                      "space_available", number(m->space_available));
 }
 
+static const char *finding_kind(const Vmmig__Control__RepoFinding *m, bool text)
+{
+    if (m->forwarding)
+        return "forwarding";
+    if (m->image)
+        return text ? "image touched" : "image";
+    return text ? "damaged" : "damage";
+}
+
 static json_t *json_sizes(const Vmmig__Control__ImageSizes *m)
 {
     json_t *sharers = json_array();
@@ -65,12 +74,12 @@ static json_t *json_sizes(const Vmmig__Control__ImageSizes *m)
         json_array_append_new(sharers,
                               json_pack("{s:s, s:o}", "image", m->sharers_shown[i]->name, "bytes",
                                         number(m->sharers_shown[i]->bytes)));
-    return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:b, s:o, s:o}", "virtual_bytes",
+    return json_pack("{s:o, s:o, s:o, s:o, s:o, s:o, s:b, s:o, s:o, s:o}", "virtual_bytes",
                      number(m->virtual_bytes), "data_bytes", number(m->data_bytes),
                      "stored_bytes", number(m->stored_bytes), "shared_bytes",
                      number(m->shared_bytes), "unique_bytes", number(m->unique_bytes),
                      "recipe_bytes", number(m->recipe_bytes), "estimated", (int)m->estimated,
-                     "shared_with", number(m->sharers), "sharers", sharers);
+                     "unreadable", number(m->unreadable), "shared_with", number(m->sharers), "sharers", sharers);
 }
 
 static json_t *array_of(json_t *object, const char *name)
@@ -108,7 +117,7 @@ static int part_as_json(struct cli_repo_view *v, const Vmmig__Control__RepoResul
     for (size_t i = 0; i < p->n_findings; i++)
         json_array_append_new(array_of(o, "findings"),
                               json_pack("{s:s, s:s}", "kind",
-                                        p->findings[i]->image ? "image" : "damage", "what",
+                                        finding_kind(p->findings[i], false), "what",
                                         p->findings[i]->what));
     return json_is_object(o) ? 0 : error_nomem(err);
 }
@@ -160,6 +169,9 @@ static void print_show(const Vmmig__Control__Image *m, const Vmmig__Control__Ima
     for (size_t i = 0; i < z->n_sharers_shown; i++)
         printf("  with       %s, %s%s\n", z->sharers_shown[i]->name, about,
                text_size(z->sharers_shown[i]->bytes));
+    if (z->unreadable)
+        printf("  damaged    %" PRIu64 " other image%s, not counted: \"vmmig repo scrub\" names them\n",
+               z->unreadable, z->unreadable == 1 ? "" : "s");
     if (z->sharers > z->n_sharers_shown)
         printf("  with       %" PRIu64 " more\n", z->sharers - z->n_sharers_shown);
 }
@@ -199,8 +211,7 @@ static void part_as_text(struct cli_repo_view *v, const Vmmig__Control__RepoResu
         printf("%s  %" PRIu64 "  %" PRIu64 "\n", d->file, d->offset, d->len);
     }
     for (size_t i = 0; i < p->n_findings; i++)
-        printf("%s: %s\n", p->findings[i]->image ? "image touched" : "damaged",
-               p->findings[i]->what);
+        printf("%s: %s\n", finding_kind(p->findings[i], true), p->findings[i]->what);
     for (size_t i = 0; i < p->n_counts; i++)
         print_count(p->counts[i]);
 }

@@ -10,6 +10,8 @@
 #include "tests/unit/repo/repo_images.h"
 #include "repo/store_fault.h"
 
+#include <sched.h>
+
 static struct repo *repo;   /* the users' */
 static struct repo *gc;     /* the collector's, over `watched` */
 static struct store *watched;
@@ -61,6 +63,65 @@ static inline void assert_image(const char *name, const uint8_t *want)
     get_all(repo, name, got, SIZE, &err);
     assert_ok(err);
     assert_memory_equal(got, want, SIZE);
+}
+
+/* ---- a writer at work ---- */
+
+static inline struct image_file *begin(struct image_session **ret, const char *name,
+                                       const char *parent)
+{
+    struct vm_error *err = NULL;
+    *ret = image_session_begin(repo, name, parent, &err);
+    assert_ok(err);
+    struct image_file *f = image_session_file(*ret, "disk0.raw", SIZE, &err);
+    assert_ok(err);
+    return f;
+}
+
+static inline void put(struct image_session *s, struct image_file *f, unsigned number,
+                       const uint8_t *from)
+{
+    struct vm_error *err = NULL;
+    struct segment *seg = image_writer_segment(image_session_writer(s), f, number, &err);
+    assert_ok(err);
+    memcpy(seg->data, from + number * MIB, MIB);
+    memset(seg->given, true, sizeof(seg->given));
+    image_writer_put(image_session_writer(s), seg);
+}
+
+/* Until the sequencer has settled so many pages. */
+static inline void wait_pages(struct image_session *s, uint64_t n)
+{
+    struct image_writer_stat stat;
+    do {
+        image_writer_stat(image_session_writer(s), &stat);
+        sched_yield();
+    } while (stat.pages_zero + stat.pages_shared + stat.pages_new < n);
+}
+
+/*
+ * Runs before the nth operation of the kind on an object of that name, and with that prefix of
+ * keys.
+ */
+struct between {
+    const char *name;
+    enum store_op_kind kind;
+    void (*run)(void);
+    const char *prefix; /* NULL: any */
+    _Atomic unsigned nth; /* 0 once it has run */
+    _Atomic unsigned passed;
+};
+
+static inline void run_between(const struct store_op *op, void *arg)
+{
+    struct between *b = arg;
+    if (op->kind != b->kind || strncmp(op->name, b->name, strlen(b->name)) != 0 ||
+        (b->prefix && (!op->prefix || strcmp(op->prefix, b->prefix) != 0)))
+        return;
+    if (++b->passed != b->nth)
+        return;
+    b->nth = 0;
+    b->run();
 }
 
 #endif

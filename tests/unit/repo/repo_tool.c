@@ -6,8 +6,11 @@
  *
  *     repo_tool URL init [DATA-POOL] | stat | list | collect [FENCE-AFTER-MS
  *     [repack|recompress [DEAD-PERCENT [ZSTD-LEVEL]]]] | scrub [OLDER-THAN-S [heal]] |
- *     rebuild-index repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show
- *     NAME | delete NAME | diff A B | scatter NAME
+ *     rebuild-index
+ *     repo_tool URL import FILE NAME [FORMAT|- [PARENT]] | export NAME FILE | show NAME |
+ *     delete NAME | diff A B | scatter NAME | lease NAME HOLDER | unlease HOLDER FILE
+ *
+ * `unlease` writes what the holder leases into the file, and drops the lease.
  *
  * VMMIG_TUNE="CACHE-BYTES RECORDS-MAX" sets what repo_tune does, for measurements. `scatter` tells for
  * the first file of an image how many records a MiB refers to, and how much is read to restore it.
@@ -21,6 +24,7 @@
 #include "base/fault.h"
 #include "base/io.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -98,10 +102,11 @@ static int run_show(struct repo *r, char **argv, struct vm_error **err)
         return -1;
     printf("{\"name\": \"%s\", \"parent\": \"%s\", \"virtual\": %" PRIu64 ", \"data\": %" PRIu64
            ", \"stored\": %" PRIu64 ", \"shared\": %" PRIu64 ", \"unique\": %" PRIu64
-           ", \"recipe\": %" PRIu64 ", \"estimated\": %s, \"sharers\": {",
+           ", \"recipe\": %" PRIu64 ", \"unreadable\": %" PRIu64
+           ", \"estimated\": %s, \"sharers\": {",
            s.image.name, s.image.parent, s.sizes.virtual_bytes, s.sizes.data_bytes,
            s.sizes.stored_bytes, s.sizes.shared_bytes, s.sizes.unique_bytes, s.sizes.recipe_bytes,
-           s.sizes.estimated ? "true" : "false");
+           s.sizes.unreadable, s.sizes.estimated ? "true" : "false");
     for (size_t i = 0; i < s.n_sharers; i++)
         printf("%s\"%s\": %" PRIu64, i ? ", " : "", s.sharers[i].name, s.sharers[i].bytes);
     printf("}}\n");
@@ -201,7 +206,9 @@ static int run_collect(struct repo *r, int argc, char **argv, struct vm_error **
 static void print_finding(enum scrub_kind kind, const char *what, void *arg)
 {
     (void)arg;
-    printf("{\"%s\": \"%s\"}\n", kind == SCRUB_IMAGE ? "image" : "damage", what);
+    static const char *const kinds[] = {[SCRUB_PACK] = "damage", [SCRUB_IMAGE] = "image",
+                                        [SCRUB_FORWARDING] = "forwarding"};
+    printf("{\"%s\": \"%s\"}\n", kinds[kind], what);
 }
 
 static int run_scrub(struct repo *r, int argc, char **argv, struct vm_error **err)
@@ -226,6 +233,58 @@ static int run_rebuild(struct repo *r, struct vm_error **err)
         return -1;
     printf("{\"packs\": %" PRIu64 ", \"entries\": %" PRIu64 "}\n", report.packs, report.entries);
     return 0;
+}
+
+/* ---- leases ---- */
+
+static int run_lease(struct repo *r, char **argv, struct vm_error **err)
+{
+    static struct lease lease;
+    return catalogue_lease(repo_store(r), argv[3], argv[4], &lease, err);
+}
+
+struct lease_search {
+    const char *holder;
+    bool found;
+    struct lease lease;
+};
+
+static int find_lease(const struct lease *lease, void *arg, struct vm_error **err)
+{
+    struct lease_search *s = arg;
+    (void)err;
+    if (strcmp(lease->holder, s->holder) != 0)
+        return 0;
+    s->found = true;
+    s->lease = *lease;
+    return 0;
+}
+
+/* The first file of what is leased, into `path`; then the lease is dropped. */
+static int run_unlease(struct repo *r, char **argv, struct vm_error **err)
+{
+    static struct lease_search search;
+    enum { PART = 1 << 20 };
+    search.holder = argv[3];
+    if (catalogue_leases(repo_store(r), find_lease, &search, err) < 0)
+        return -1;
+    if (!search.found)
+        return error_set(err, VM_ERROR_NOT_FOUND, "%s holds no lease", argv[3]);
+    const struct image_entry *e = &search.lease.image.files[0];
+    CLEANUP(file_reader)
+    struct file_reader *f = file_reader_create(repo_store(r), &e->root, e->size, err);
+    cleanup_free uint8_t *part = malloc(PART);
+    FILE *out = fopen(argv[4], "wb");
+    int result = f && part && out ? 0 : -1;
+    for (uint64_t at = 0; !result && at < e->size; at += PART) {
+        size_t n = e->size - at < PART ? (size_t)(e->size - at) : PART;
+        result = file_reader_read(f, at, part, n, err);
+        if (!result && fwrite(part, 1, n, out) != n)
+            result = error_errno(err, errno, "cannot write %s", argv[4]);
+    }
+    if (out && fclose(out) != 0 && !result)
+        result = error_errno(err, errno, "cannot write %s", argv[4]);
+    return result < 0 ? -1 : catalogue_lease_drop(repo_store(r), &search.lease, err);
 }
 
 static void tune(struct repo *r)
@@ -264,6 +323,10 @@ static int run(int argc, char **argv, struct vm_error **err)
         return run_show(r, argv, err);
     if (!strcmp(verb, "delete") && argc > 3)
         return catalogue_delete(repo_store(r), argv[3], err);
+    if (!strcmp(verb, "lease") && argc > 4)
+        return run_lease(r, argv, err);
+    if (!strcmp(verb, "unlease") && argc > 4)
+        return run_unlease(r, argv, err);
     if (!strcmp(verb, "scatter") && argc > 3)
         return run_scatter(r, argv, err);
     if (!strcmp(verb, "diff") && argc > 4)

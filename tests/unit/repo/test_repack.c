@@ -7,9 +7,11 @@ enum { SIZE = 24 * 1024 * 1024, CONTENT = 2 * SIZE };
 
 #include "tests/unit/repo/repo_collected.h"
 #include "repo/collect.h"
+#include "repo/copy.h"
 #include "repo/forwarding.h"
 #include "repo/names.h"
 #include "repo/scrub.h"
+#include "repo/template.h"
 
 #include "base/clock.h"
 
@@ -63,7 +65,7 @@ static void assert_clean(void)
     struct scrub_report report;
     repo_scrub(repo, NULL, no_finding, NULL, &report, &err);
     assert_ok(err);
-    assert_int_equal(report.damaged + report.images_touched, 0);
+    assert_int_equal(report.damaged + report.images_touched + report.forwardings, 0);
 }
 
 /* Two images in one import each, of which every second segment is the other's. */
@@ -198,6 +200,205 @@ static void images_are_compared_across_forwardings(void **state)
     assert_int_equal(differing, PAGE_BYTES);
 }
 
+/* ---- while an image's recipes are replaced ---- */
+
+/* Recipes of all images lead through forwardings. */
+static void repack_without_settling(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    store_fault_arm(watched, "create.tree=error:ENOSPC@*", &err);
+    assert_int_equal(collect(&recompress).settled, 0);
+    store_fault_arm(watched, "", &err);
+    assert_true(forwardings() > 0);
+}
+
+/* Then neither the recipes nor the packs are there that anybody read of before. */
+static void settle_all(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct collect_report report;
+    for (int i = 0; i < 3; i++) {
+        repo_collect(repo, &plain, &report, &err);
+        assert_ok(err);
+    }
+    assert_int_equal(forwardings(), 0);
+}
+
+static void settle_before(struct between *b, const char *name, enum store_op_kind kind,
+                          unsigned nth)
+{
+    *b = (struct between){name, kind, settle_all, NULL, nth, 0};
+    store_fault_set_hook(watched, run_between, b);
+}
+
+static void settled(const struct between *b)
+{
+    store_fault_set_hook(watched, NULL, NULL);
+    assert_int_equal(b->nth, 0);
+}
+
+static void a_child_begins_while_its_parent_is_settled(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct between b;
+    store_image("a", content);
+    repack_without_settling();
+    settle_before(&b, "repository", STORE_UPDATE, 1); /* the parent is found by then */
+    CLEANUP(image_session) struct image_session *s = image_session_begin(gc, "child", "a", &err);
+    assert_ok(err);
+    settled(&b);
+    struct image_file *f = image_session_file(s, "disk0.raw", SIZE, &err);
+    memcpy(content, content + SIZE, MIB);
+    put(s, f, 0, content);
+    image_session_commit(s, NULL, &err);
+    assert_ok(err);
+    assert_image("child", content);
+    image_session_end(s);
+    s = image_session_begin(gc, "other", "gone", &err);
+    assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+}
+
+static void images_are_compared_while_they_are_settled(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    for (unsigned nth = 1; nth < 5; nth += 2) {
+        struct between b;
+        uint64_t differing = 0;
+        make_content(content, CONTENT, nth + 1);
+        store_image("a", content);
+        memset(content + SIZE - MIB, 1, MIB);
+        store_image("b", content);
+        repack_without_settling();
+        settle_before(&b, "tree.", STORE_READ, nth);
+        image_diff(gc, "a", "b", count_difference, &differing, &err);
+        assert_ok(err);
+        settled(&b);
+        assert_int_equal(differing, MIB);
+        delete_image("a");
+        delete_image("b");
+    }
+}
+
+static void an_image_is_published_while_it_is_settled(void **state)
+{
+    static const char *const files[] = {"vm.json", "device.state", "memory.raw"};
+    cleanup_error struct vm_error *err = NULL;
+    struct template t;
+    for (int i = 0; i < 2; i++) {
+        make_content(content, CONTENT, (uint64_t)i + 2);
+        CLEANUP(image_session) struct image_session *s = image_session_begin(repo, "vm", NULL, &err);
+        for (size_t k = 0; k < 3; k++)
+            put(s, image_session_file(s, files[k], MIB, &err), 0, content + k * MIB);
+        image_session_commit(s, NULL, &err);
+        assert_ok(err);
+        repack_without_settling();
+        struct between b;
+        if (i)
+            settle_before(&b, "tree.", STORE_READ, 2);
+        else
+            settle_before(&b, "repository", STORE_UPDATE, 1);
+        template_publish(repo_store(gc), "vm", i ? "deb:2" : "deb:1", &t, &err);
+        assert_ok(err);
+        settled(&b);
+        struct scrub_report report;
+        repo_scrub(repo, NULL, no_finding, NULL, &report, &err);
+        assert_int_equal(report.images, 3);
+        assert_int_equal(report.images_touched, 0);
+        template_delete(repo_store(repo), i ? "deb:2" : "deb:1", &err);
+        delete_image("vm");
+    }
+}
+
+static void an_image_is_shown_while_it_is_settled(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct image_show before, after;
+    struct between b;
+    /* In the middle of the image, and of the other one, whose records are new then. */
+    for (unsigned nth = 3; nth < 12; nth += 8) {
+        make_content(content, CONTENT, nth);
+        store_image("a", content);
+        memcpy(content, content + SIZE, MIB);
+        store_image("b", content);
+        repack_without_settling();
+        settle_before(&b, "tree.", STORE_READ, nth);
+        assert_int_equal(image_show(gc, "a", &before, &err), 0);
+        settled(&b);
+        assert_int_equal(image_show(gc, "a", &after, &err), 0);
+        assert_int_equal(before.sizes.data_bytes, after.sizes.data_bytes);
+        assert_int_equal(after.n_sharers, 1);
+        if (nth == 3) {
+            assert_int_equal(before.sizes.stored_bytes, after.sizes.stored_bytes);
+            assert_int_equal(before.sizes.shared_bytes, after.sizes.shared_bytes);
+        }
+        assert_int_equal(before.sizes.unreadable, 0);
+        free(before.sharers);
+        free(after.sharers);
+        delete_image("a");
+        delete_image("b");
+    }
+}
+
+static void delete_b(void)
+{
+    delete_image("b");
+    settle_all();
+}
+
+static void an_image_is_shown_though_another_is_gone_or_damaged(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct image_show show;
+    static struct image other;
+    store_image("a", content);
+    store_image("b", content + SIZE);
+    struct between b = {"tree.", STORE_READ, delete_b, NULL, 9, 0};
+    store_fault_set_hook(watched, run_between, &b);
+    assert_int_equal(image_show(gc, "a", &show, &err), 0);
+    settled(&b);
+    assert_int_equal(show.n_sharers + show.sizes.unreadable + show.sizes.estimated, 0);
+    store_image("b", content + SIZE);
+    catalogue_find(repo_store(repo), "b", &other, &err);
+    store_remove(repo_store(repo), STORE_BLOB, tree_name(other.files[0].root.tree), &err);
+    assert_ok(err);
+    assert_int_equal(image_show(gc, "a", &show, &err), 0);
+    assert_int_equal(show.sizes.unreadable, 1);
+    assert_true(show.sizes.estimated);
+    assert_int_equal(image_show(gc, "b", &show, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+}
+
+/* Before recipes, footers and records are read. */
+static void an_image_is_copied_while_it_is_settled(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static const struct {
+        const char *name;
+        unsigned nth;
+    } moments[] = {{"tree.", 1}, {"tree.", 3}, {"pack.", 1}, {"pack.", 6}};
+    const struct repo_control control = {.cancel_fd = -1};
+    char there[512];
+    cleanup_free uint8_t *got = malloc(SIZE);
+    for (size_t i = 0; i < sizeof(moments) / sizeof(*moments); i++) {
+        struct copy_report report;
+        struct between b;
+        make_content(content, CONTENT, i + 2);
+        store_image("a", content);
+        repack_without_settling();
+        repo_init(test_place(there), NULL, &err);
+        CLEANUP(repo) struct repo *to = repo_open(there, &err);
+        assert_ok(err);
+        settle_before(&b, moments[i].name, STORE_READ, moments[i].nth);
+        repo_copy(gc, to, NULL, &control, &report, &err);
+        assert_ok(err);
+        settled(&b);
+        assert_int_equal(get_all(to, "a", got, SIZE, &err), 0);
+        assert_memory_equal(got, content, SIZE);
+        test_place_remove(there);
+        delete_image("a");
+    }
+}
+
 static void a_lease_reads_by_forwarding(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -271,6 +472,11 @@ static void a_reader_without_a_lease_goes_on(void **state)
     collect(&plain);
     collect(&plain);
     assert_int_equal(forwardings(), 0);
+    /* Of a leaf that it has read. */
+    const unsigned pages[] = {7, 2};
+    assert_int_equal(file_reader_pages(f, 0, pages, 2, got, &err), 0);
+    assert_memory_equal(got, content + 7 * PAGE_BYTES, PAGE_BYTES);
+    assert_memory_equal(got + PAGE_BYTES, content + 2 * PAGE_BYTES, PAGE_BYTES);
     assert_int_equal(file_reader_read(f, 0, got, SIZE, &err), 0);
     assert_ok(err);
     assert_memory_equal(got, content, SIZE);
@@ -301,6 +507,212 @@ static void a_full_store_leaves_packs_as_they_are(void **state)
     assert_mixed();
 }
 
+/* ---- forwardings beside packs that stay ---- */
+
+static int check_targets(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    for (size_t i = 0; i < f->n; i++) {
+        struct store_op size = {.kind = STORE_SIZE, .area = STORE_PACK,
+                                .name = pack_name(f->runs[i].to.pack)};
+        assert_int_equal(store_run(repo_store(repo), &size, 1, err), 0);
+        *(unsigned *)arg += size.result != STORE_DONE;
+    }
+    return 0;
+}
+
+/* Runs of forwardings that lead to packs that are gone. */
+static unsigned lost_runs(void)
+{
+    unsigned n = 0;
+    assert_int_equal(forwarding_list(repo_store(repo), check_targets, &n, NULL), 0);
+    return n;
+}
+
+static int least_pack(const char *name, void *arg, struct vm_error **err)
+{
+    char *least = arg;
+    if (!*least || strcmp(name, least) < 0)
+        strcpy(least, name);
+    return 0;
+}
+
+/* One bit of the first record of the first pack. */
+static void damage_first_pack(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char name[STORE_NAME_MAX + 1] = "";
+    cleanup_buffer struct buffer pack = {0};
+    struct store *s = repo_store(repo);
+    store_list(s, STORE_PACK, PACK_PREFIX, least_pack, name, &err);
+    store_read_all(s, STORE_PACK, name, 64 * MIB, &pack, &err);
+    assert_ok(err);
+    pack.data[2000] ^= 16;
+    store_remove(s, STORE_PACK, name, &err);
+    store_create(s, STORE_PACK, name, pack.data, pack.len, &err);
+    assert_ok(err);
+}
+
+/* n MiB; the first one alone, whose pack is then known when the others are looked up. */
+static void put_content(struct image_session *s, struct image_file *f, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        put(s, f, i, content);
+        if (!i || i == n - 1)
+            wait_pages(s, (i + 1) * MIB / PAGE_BYTES);
+    }
+    memset(content + n * MIB, 0, SIZE - n * MIB);
+}
+
+/* Of an image that is committed with `content`: it stays whole, whatever is collected. */
+static void commit_and_collect(struct image_session *s, const char *name)
+{
+    cleanup_error struct vm_error *err = NULL;
+    image_session_commit(s, NULL, &err);
+    assert_ok(err);
+    assert_image(name, content);
+    for (int i = 0; i < 4; i++) {
+        collect(i < 2 ? &plain : &recompress);
+        assert_image(name, content);
+    }
+}
+
+/*
+ * A pack with a damaged record stays when the others are moved. A writer shares it; the images that
+ * needed what was moved go.
+ */
+static void a_writer_shares_what_a_damaged_record_keeps(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    struct scrub_report found;
+    store_image("a", content);
+    put_all(repo, "c", NULL, content, 64 << 10, NULL, &err); /* leads to the damaged pack alone */
+    damage_first_pack();
+    repo_scrub(repo, NULL, no_finding, NULL, &found, &err);
+    assert_ok(err);
+    assert_int_equal(found.images_touched, 2);
+    struct repo_stat before = stat_of();
+    struct collect_report report = collect(&recompress);
+    assert_true(report.repacked < before.packs && forwardings() > report.repacked);
+    struct image_file *f = begin(&s, "n", "c");
+    put_content(s, f, 4);
+    delete_image("a");
+    delete_image("c");
+    assert_true(collect(&plain).condemned > 0);
+    assert_int_equal(lost_runs(), 0);
+    commit_and_collect(s, "n");
+}
+
+static void rescue_all(void)
+{
+    CLEANUP(image_session) struct image_session *s = image_session_begin(repo, "x", "mixed", NULL);
+    assert_non_null(s);
+}
+
+/* Before the first claim of something that was repacked: its forwarding is there. */
+static void before_claim(const struct store_op *op, void *arg)
+{
+    bool *done = arg;
+    if (*done || op->kind != STORE_UPDATE || strncmp(op->name, "condemned.", 10) != 0 ||
+        !op->n_sets || op->sets->len != 1 || *(const char *)op->sets->value != 'd')
+        return;
+    *done = true;
+    rescue_all();
+}
+
+/* Half of each pack is forwarded, and the packs are there: a child had begun. They are leased. */
+static void leave_forwarded_packs(struct lease *lease)
+{
+    cleanup_error struct vm_error *err = NULL;
+    bool done = false;
+    store_half_dead();
+    catalogue_lease(repo_store(repo), "mixed", "web1", lease, &err);
+    assert_ok(err);
+    store_fault_set_hook(watched, before_claim, &done);
+    struct collect_report report = collect(&repack);
+    store_fault_set_hook(watched, NULL, NULL);
+    assert_true(done);
+    assert_int_equal(report.repacked, 0);
+    assert_true(forwardings() > 0);
+    collect(&plain);
+    assert_mixed();
+}
+
+static void a_writer_shares_what_was_forwarded_and_stayed(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    leave_forwarded_packs(&lease);
+    struct image_file *f = begin(&s, "n", NULL);
+    put_content(s, f, 6);
+    catalogue_lease_drop(repo_store(repo), &lease, &err);
+    assert_ok(err);
+    delete_image("mixed");
+    assert_true(collect(&plain).condemned > 0);
+    assert_int_equal(lost_runs(), 0);
+    commit_and_collect(s, "n");
+}
+
+static int remove_targets(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    for (size_t i = 0; i < f->n; i++)
+        store_remove(repo_store(repo), STORE_PACK, pack_name(f->runs[i].to.pack), err);
+    return 0;
+}
+
+/* However it came about: what a forwarding names must be there before anybody relies on it. */
+static void a_forwarding_to_nowhere_is_not_followed(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    CLEANUP(image_session) struct image_session *s = NULL;
+    leave_forwarded_packs(&lease);
+    struct image_file *f = begin(&s, "n", NULL);
+    put_content(s, f, 6);
+    catalogue_lease_drop(repo_store(repo), &lease, &err);
+    delete_image("mixed");
+    forwarding_list(repo_store(repo), remove_targets, NULL, &err);
+    assert_ok(err);
+    assert_true(lost_runs() > 0);
+    struct scrub_report found;
+    repo_scrub(repo, NULL, no_finding, NULL, &found, &err);
+    assert_ok(err);
+    assert_int_equal(found.forwardings, forwardings());
+    assert_int_equal(found.damaged, 0);
+    commit_and_collect(s, "n");
+    assert_int_equal(lost_runs(), 0);
+    assert_clean();
+}
+
+/* ---- beside a repacking that does not come to its end ---- */
+
+static void a_child_of_what_is_being_repacked_is_written(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct collect_report report;
+    store_image("a", content);
+    store_fault_arm(watched, "remove.pack=error@*", &err); /* the collector dies there */
+    assert_int_equal(repo_collect(gc, &recompress, &report, &err), -1);
+    error_clear(&err);
+    store_fault_arm(watched, "", &err);
+    for (int i = 0; i < 2; i++) {
+        CLEANUP(image_session) struct image_session *s = NULL;
+        struct image_file *f = begin(&s, i ? "second" : "first", i ? "first" : "a");
+        memcpy(content + i * MIB, content + SIZE + i * MIB, MIB);
+        put(s, f, (unsigned)i, content); /* the rest it keeps */
+        image_session_commit(s, NULL, &err);
+        assert_ok(err);
+    }
+    delete_image("a");
+    assert_image("second", content);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(collect(&recompress).adopted, !i);
+        assert_image("second", content);
+    }
+    assert_clean();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -308,9 +720,25 @@ int main(void)
         cmocka_unit_test_setup_teardown(what_is_alive_moves_and_stays_readable, setup, teardown),
         cmocka_unit_test_setup_teardown(a_repository_is_compressed_again_once, setup, teardown),
         cmocka_unit_test_setup_teardown(images_are_compared_across_forwardings, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_child_begins_while_its_parent_is_settled, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(images_are_compared_while_they_are_settled, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(an_image_is_published_while_it_is_settled, setup, teardown),
+        cmocka_unit_test_setup_teardown(an_image_is_shown_while_it_is_settled, setup, teardown),
+        cmocka_unit_test_setup_teardown(an_image_is_shown_though_another_is_gone_or_damaged, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(an_image_is_copied_while_it_is_settled, setup, teardown),
         cmocka_unit_test_setup_teardown(a_lease_reads_by_forwarding, setup, teardown),
         cmocka_unit_test_setup_teardown(a_target_is_repacked_again, setup, teardown),
         cmocka_unit_test_setup_teardown(a_reader_without_a_lease_goes_on, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_writer_shares_what_a_damaged_record_keeps, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(a_writer_shares_what_was_forwarded_and_stayed, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(a_forwarding_to_nowhere_is_not_followed, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_child_of_what_is_being_repacked_is_written, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(a_full_store_leaves_packs_as_they_are, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
