@@ -2,16 +2,17 @@
 /*
  * names: what a repository's objects are called.
  *
- *     pack   pack.NUMBER      NUMBER: 16 hexadecimal digits, the writer's number in the upper 40
- *            bits, the
- *     blob   tree.NUMBER      writer's own count in the lower 24, so that no name is ever used
- *            twice
+ *     pack   pack.NUMBER
+ *     blob   tree.NUMBER
  *     map    repository       what holds for the whole: format, UUID, counters
  *     map    cat.00 .. cat.ff the catalogue
  *     map    index.SHARD      SHARD: 6 hexadecimal digits
  *     map    condemned.XX     what a collection is about to remove (repo/condemned.h)
  *     map    scrub.XX         when packs were verified last (repo/verified.h)
  *     map    quarantine       damaged packs (repo/quarantine.h)
+ *
+ * NUMBER is 16 hexadecimal digits: the writer's number in the upper 40 bits, the writer's own count
+ * in the lower 24, so that no name is ever used twice.
  */
 #ifndef VMMIG_REPO_NAMES_H
 #define VMMIG_REPO_NAMES_H

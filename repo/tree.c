@@ -165,6 +165,12 @@ int tree_writer_read(struct tree_writer *tw, const struct recipe_ref *ref, struc
     if (!tw->number || ref->tree != tw->number)
         return tree_read_node(tw->store, ref, out, err);
     buffer_reset(out);
+    /* The reference may come from the index, where anything can stand. */
+    if (ref->offset > tw->tree.len || ref->len > tw->tree.len - ref->offset)
+        return error_set(err, VM_ERROR_CORRUPT, "tree %016" PRIx64 " has no node at %u", ref->tree,
+                         ref->offset);
+    if (check_node(ref, tw->tree.data + ref->offset, ref->len, err) < 0)
+        return -1;
     buffer_put(out, tw->tree.data + ref->offset, ref->len);
     return out->failed ? error_nomem(err) : 0;
 }

@@ -811,11 +811,65 @@ static void a_place_without_repository_is_told(void **state)
     assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
 }
 
+/* Whatever the index says of trees that this very writer is filling. */
+static void a_node_is_not_where_the_index_says(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_object_set struct object_set condemned = {{0}, {0}}, shared = {{0}, {0}};
+    const uint64_t writer = 77, tree = writer << NUMBER_COUNT_BITS | 1;
+    static uint8_t nodes[2][4000];
+    const struct recipe_ref lies[] = {{tree, 0x7ffffff0, sizeof(nodes[1]), 1},
+                                      {tree, 0xfffffff8, sizeof(nodes[1]), 1},
+                                      {tree, TREE_HEADER + sizeof(nodes[0]), sizeof(nodes[1]), 1},
+                                      {tree, TREE_HEADER, sizeof(nodes[1]), 1}};
+    struct page_hasher h;
+    page_hasher_init(&h, &err);
+    memset(nodes, 1, sizeof(nodes));
+    for (unsigned i = 0; i < sizeof(lies) / sizeof(*lies); i++) {
+        struct page_id id;
+        struct recipe_ref ref;
+        uint8_t value[RECIPE_REF_BYTES];
+        cleanup_buffer struct buffer got = {0};
+        CLEANUP(tree_writer)
+        struct tree_writer *tw =
+            tree_writer_create(repo_store(repo), repo_index(repo), repo_uuid(repo), writer,
+                               &condemned.trees, &shared.trees, &err);
+        tree_writer_add(tw, nodes[0], sizeof(nodes[0]), false, &ref, &err);
+        assert_int_equal(ref.tree, tree);
+        nodes[1][0] = i == 3 ? 1 : 2; /* at last one that is there, but for its checksum */
+        page_hasher_hash(&h, nodes[1], sizeof(nodes[1]), &id, &err);
+        recipe_ref_write(&lies[i], value);
+        struct index_entry e = index_entry_make(INDEX_NODE, &id, value, sizeof(value));
+        index_insert(repo_index(repo), &e, 1, &err);
+        tree_writer_add(tw, nodes[1], sizeof(nodes[1]), true, &ref, &err);
+        assert_ok(err);
+        assert_int_equal(ref.offset, TREE_HEADER + sizeof(nodes[0]));
+        tree_writer_read(tw, &ref, &got, &err);
+        assert_ok(err);
+        assert_memory_equal(got.data, nodes[1], sizeof(nodes[1]));
+    }
+    page_hasher_finish(&h);
+}
+
+static void a_next_number_that_makes_no_sense_is_damage(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct store_pair set = {"number", "77", 2};
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = "repository",
+                          .sets = &set, .n_sets = 1};
+    store_run(repo_store(repo), &op, 1, &err);
+    assert_ok(err);
+    assert_null(image_session_begin(repo, "a", NULL, &err));
+    assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        TEST(a_node_is_not_where_the_index_says),
+        TEST(a_next_number_that_makes_no_sense_is_damage),
         TEST(what_goes_in_comes_out),
         TEST(any_range_can_be_read),
         TEST(zeros_take_no_space),
