@@ -438,7 +438,7 @@ static int repack_all(struct collection *c, struct vm_error **err)
 
 static int delete_all(struct collection *c, struct vm_error **err)
 {
-    c->progress->now.total = c->listed.packs.n + c->listed.trees.n;
+    progress_restart(c->progress, c->listed.packs.n + c->listed.trees.n);
     if (delete_kind(c, true, err) < 0 || delete_kind(c, false, err) < 0)
         return -1;
     (void)FAULT("repo.collect-garbage-gone");

@@ -17,10 +17,10 @@ void progress_finish(struct progress *p)
     pthread_mutex_destroy(&p->lock);
 }
 
-int progress_add(struct progress *p, uint64_t bytes, uint64_t stored, struct vm_error **err)
+int progress_add(struct progress *p, uint64_t n, uint64_t stored, struct vm_error **err)
 {
     SCOPE_LOCK(&p->lock);
-    p->now.done += bytes;
+    p->now.done += n;
     if (stored != UINT64_MAX)
         p->now.stored = stored;
     if (!p->control)
@@ -33,6 +33,13 @@ int progress_add(struct progress *p, uint64_t bytes, uint64_t stored, struct vm_
         p->control->progress(&p->now, p->control->arg);
     }
     return 0;
+}
+
+void progress_restart(struct progress *p, uint64_t total)
+{
+    SCOPE_LOCK(&p->lock);
+    p->now.done = 0;
+    p->now.total = total;
 }
 
 void progress_end(struct progress *p, uint64_t stored)

@@ -17,8 +17,13 @@ struct progress {
 
 void progress_init(struct progress *p, const struct repo_control *control, uint64_t total);
 void progress_finish(struct progress *p);
-/* `bytes` more are done; stored: UINT64_MAX if unchanged. CANCELLED if the latch is set. */
-int progress_add(struct progress *p, uint64_t bytes, uint64_t stored, struct vm_error **err);
+/*
+ * `n` more (bytes, or objects) are done; stored: UINT64_MAX if unchanged. CANCELLED if the latch is
+ * set.
+ */
+int progress_add(struct progress *p, uint64_t n, uint64_t stored, struct vm_error **err);
+/* There is another total, of which nothing is done yet. */
+void progress_restart(struct progress *p, uint64_t total);
 /* The last call, with everything done. */
 void progress_end(struct progress *p, uint64_t stored);
 

@@ -74,20 +74,36 @@ static void append_saved(const Vmmig__Control__Job *j, char *out, size_t size, c
     }
 }
 
-/* "import debian12 [#####     ]  52% of 2.0 GiB, 512 MiB/s, 6.2:1, 180 MiB stored" */
+/* What a job's total and remaining count: most count bytes. */
+static const char *text_amount(const Vmmig__Control__Job *j, uint64_t n, char out[32])
+{
+    bool objects = !strcmp(j->kind, "gc") || !strcmp(j->kind, "rebuild-index");
+    if (objects)
+        snprintf(out, 32, "%" PRIu64 " object%s", n, n == 1 ? "" : "s");
+    else
+        snprintf(out, 32, "%s", text_size(n));
+    return out;
+}
+
+/*
+ * "import debian12 [#####     ]  52% of 2.0 GiB, 512 MiB/s, 6.2:1, 180 MiB stored", or
+ * "gc [#####     ]  52% of 120 objects, 40 objects/s"
+ */
 static void format_repo_progress(const Vmmig__Control__Job *j, char *out, size_t size)
 {
     enum { BAR = 10 };
+    char text[32];
     uint64_t done = j->total - (j->remaining < j->total ? j->remaining : j->total);
     double part = j->total ? (double)done / (double)j->total : 0;
     append(out, size, *j->peer ? "%s %s" : "%s", j->kind, j->peer);
     if (!j->total)
         return;
     append(out, size, " [%-*.*s] %3.0f%% of %s", BAR, (int)(part * BAR), "##########", 100 * part,
-           text_size(j->total));
+           text_amount(j, j->total, text));
     if (j->elapsed_ns > NSEC_PER_SEC / 10)
         append(out, size, ", %s/s",
-               text_size((uint64_t)((double)done * NSEC_PER_SEC / (double)j->elapsed_ns)));
+               text_amount(j, (uint64_t)((double)done * NSEC_PER_SEC / (double)j->elapsed_ns),
+                           text));
     if (j->stored_bytes)
         append(out, size, ", %.1f:1, %s stored", (double)done / (double)j->stored_bytes,
                text_size(j->stored_bytes));

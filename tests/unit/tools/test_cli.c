@@ -233,6 +233,14 @@ static void repository_progress_is_one_line(void **state)
     cli_format_progress(&job, line, sizeof(line));
     assert_string_equal(line, "import debian12 [#####     ]  50% of 2.0 GiB, 512 MiB/s, 4.0:1, "
                               "256 MiB stored");
+    char gc[] = "gc", nobody[] = "";
+    job.kind = gc;
+    job.peer = nobody;
+    job.stored_bytes = 0;
+    job.total = 3;
+    job.remaining = 1;
+    cli_format_progress(&job, line, sizeof(line));
+    assert_string_equal(line, "gc [######    ]  67% of 3 objects, 1 object/s");
 }
 
 int main(void)
