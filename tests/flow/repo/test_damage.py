@@ -244,11 +244,19 @@ def test_a_stale_recipe(repository, raw, other, tmp_path):
 
 def test_a_scrub_goes_on_where_one_was_killed(repository, tmp_path):
     path = tmp_path / 'random.raw'
-    path.write_bytes(random.Random(3).randbytes(48 * MIB))
+    path.write_bytes(random.Random(3).randbytes(16 * MIB))
     repository.run('import', path, 'a')
+    small = tmp_path / 'small.raw'
+    for i in range(66):  # scrubs remember packs by 64
+        small.write_bytes(random.Random(100 + i).randbytes(4096))
+        repository.run('import', small, f'small-{i}')
     packs = repository.run('stat')[0]['packs']
-    first = scrub(repository)[2]
-    assert first['packs'] == packs and first['skipped'] == 0
+    # Killed when it has remembered some packs, and is about to remember the others.
+    with pytest.raises(Failed) as killed:
+        repository.run('scrub', 3600, faults='repo.scrub-remember=crash@2')
+    assert killed.value.status == -9
+    first = scrub(repository, 3600)[2]
+    assert first['skipped'] == 64 and first['packs'] == packs - 64
     second = scrub(repository, 3600)[2]
     assert second['packs'] == 0 and second['skipped'] == packs and second['oldest'] < 3600
     # A pack that was never verified is read, the others not.

@@ -15,7 +15,7 @@ from .objects import objects
 from .test_repository import MIB, disk, same
 
 POINTS = sorted({point for path in glob.glob(os.path.join(ROOT, 'repo', '*.c'))
-                 for point in re.findall(r'FAULT\("(repo\.[a-z-]+)"\)', open(path).read())})
+                 for point in re.findall(r'FAULT\("(repo\.[^"]+)"\)', open(path).read())})
 
 
 @pytest.fixture(params=['dir', pytest.param('rados', marks=pytest.mark.full)])
@@ -34,6 +34,7 @@ class Scene:
         self.point = point
         self.killed = 0
         self.files = {}
+        self.leased = None
         first, second = disk(folder / 'first.raw', 8), disk(folder / 'second.raw', 8, seed=2)
         mixed = folder / 'mixed.raw'
         a, b = first.read_bytes(), second.read_bytes()
@@ -62,13 +63,32 @@ class Scene:
     def check(self, folder):
         """What a user sees: the committed images, whole, and nothing else."""
         assert self.repository.names() == sorted(self.files)
+        out = folder / 'out.raw'
         for name, source in self.files.items():
-            out = folder / 'out.raw'
             self.repository.run('export', name, out)
             assert same(source, out), name
             out.unlink()
         lines = self.repository.run('scrub')
         assert len(lines) == 1, lines
+
+
+    def lease(self, name):
+        """As a clone holds what it reads."""
+        if name in self.files:
+            self.repository.run('lease', name, 'clone')
+            self.leased = self.files[name]
+
+    def end_lease(self, folder):
+        if self.leased:
+            out = folder / 'leased.raw'
+            self.repository.run('unlease', 'clone', out)
+            assert same(self.leased, out), 'what is leased'
+
+    def bear(self):
+        """A child of an image, whatever was left behind by who was killed."""
+        for name in sorted(self.files)[-1:]:
+            self.repository.run('import', self.source['mixed'], f'{name}-child', 'raw', name)
+            self.files[f'{name}-child'] = self.source['mixed']
 
 
 def damage(url):
@@ -106,6 +126,7 @@ def play(scene, folder):
     for step in (lambda: scene.put('first', 'first'),
                  lambda: scene.put('again', 'first', 'first'),
                  lambda: scene.put('mixed', 'mixed'),
+                 lambda: scene.lease('mixed'),
                  lambda: 'first' in scene.files and scene.delete('first'),
                  lambda: 'again' in scene.files and scene.delete('again'),
                  lambda: acknowledge(scene),
@@ -144,12 +165,14 @@ def test_killed(repository, tmp_path, point):
     play(scene, tmp_path)
     assert scene.killed == 1, f'no operation passes {point}'
     scene.check(tmp_path)
+    scene.bear()
     repository.second_reader('check')
     for _ in range(2):
         repository.run('collect', 1)
     collected, = repository.run('collect', 1)
     assert collected['condemned'] == 0 and collected['fenced'] == 0, collected
     scene.check(tmp_path)
+    scene.end_lease(tmp_path)
     for name in list(scene.files):
         repository.run('delete', name)
     repository.run('collect', 1)

@@ -134,36 +134,6 @@ static void a_recipe_that_cannot_be_read_stops_it(void **state)
 
 /* ---- writers at work ---- */
 
-static struct image_file *begin(struct image_session **ret, const char *name, const char *parent)
-{
-    struct vm_error *err = NULL;
-    *ret = image_session_begin(repo, name, parent, &err);
-    assert_ok(err);
-    struct image_file *f = image_session_file(*ret, "disk0.raw", SIZE, &err);
-    assert_ok(err);
-    return f;
-}
-
-static void put(struct image_session *s, struct image_file *f, unsigned number, const uint8_t *from)
-{
-    struct vm_error *err = NULL;
-    struct segment *seg = image_writer_segment(image_session_writer(s), f, number, &err);
-    assert_ok(err);
-    memcpy(seg->data, from + number * MIB, MIB);
-    memset(seg->given, true, sizeof(seg->given));
-    image_writer_put(image_session_writer(s), seg);
-}
-
-/* Until the sequencer has settled so many pages. */
-static void wait_pages(struct image_session *s, uint64_t n)
-{
-    struct image_writer_stat stat;
-    do {
-        image_writer_stat(image_session_writer(s), &stat);
-        sched_yield();
-    } while (stat.pages_zero + stat.pages_shared + stat.pages_new < n);
-}
-
 static void a_writers_packs_are_not_collected(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -298,28 +268,6 @@ static void a_deleted_parent_stays_while_its_child_is_written(void **state)
     assert_image("tuesday", content);
 }
 
-/*
- * Runs before the nth operation of the kind on an object of that name, and with that prefix of
- * keys.
- */
-struct between {
-    const char *name;
-    enum store_op_kind kind;
-    void (*run)(void);
-    const char *prefix; /* NULL: any */
-    unsigned nth;       /* counted down */
-};
-
-static void run_between(const struct store_op *op, void *arg)
-{
-    struct between *b = arg;
-    if (op->kind != b->kind || strncmp(op->name, b->name, strlen(b->name)) != 0 ||
-        (b->prefix && (!op->prefix || strcmp(op->prefix, b->prefix) != 0)))
-        return;
-    if (b->nth && !--b->nth)
-        b->run();
-}
-
 static void collect_with(const char *key, enum store_op_kind kind, void (*run)(void))
 {
     struct between b = {key, kind, run, NULL, 1};
@@ -434,6 +382,113 @@ static void without_its_registration_a_writer_commits_nothing(void **state)
     assert_ok(err);
     assert_int_equal(image_session_commit(s, NULL, &err), -1);
     assert_int_equal(err->kind, VM_ERROR_REFUSED);
+}
+
+/* ---- the guards of a writer's updates ---- */
+
+enum { MADE_UP = 0x7700000 }; /* packs that nobody stored, by the epoch that condemns them */
+
+/* As a collector does, up to where it would wait for writers: closes the list that is open. */
+static void open_next_list(void)
+{
+    struct store *s = repo_store(repo);
+    cleanup_object_set struct object_set old = {{0}, {0}}, fresh = {{0}, {0}};
+    struct condemned_state state;
+    struct condemned_list list;
+    uint64_t number;
+    bool open;
+    assert_int_equal(condemned_load_open(s, &state, &old, NULL), 0);
+    if (state.is_open) {
+        assert_int_equal(condemned_spare(s, &state.list, &old, NULL), 0);
+        assert_int_equal(condemned_close(s, &state, NULL), 0);
+        assert_int_equal(condemned_read_state(s, &state, NULL), 0);
+        assert_false(state.is_open);
+    }
+    number_set_add(&fresh.packs, MADE_UP + state.epoch + 1, NULL);
+    assert_int_equal(catalogue_next_number(s, &number, NULL), 0);
+    assert_int_equal(condemned_make(s, number, &fresh, &list, NULL), 0);
+    assert_int_equal(condemned_publish(s, &list, &fresh, &state, &open, NULL), 0);
+    assert_true(open);
+    assert_int_equal(catalogue_raise_epochs(s, state.epoch + 1, NULL), 0);
+}
+
+static void assert_knows_open_list(const struct registration *r)
+{
+    struct condemned_state state;
+    assert_int_equal(condemned_read_state(repo_store(repo), &state, NULL), 0);
+    assert_true(state.is_open);
+    assert_true(number_set_has(&registration_condemned(r)->packs, MADE_UP + state.epoch));
+}
+
+static struct registration *begin_between(void (*run)(void), struct vm_error **err)
+{
+    struct between b = {"cat.", STORE_UPDATE, run, NULL, 1, 0};
+    store_fault_set_hook(watched, run_between, &b);
+    struct registration *r = catalogue_register(repo_store(gc), "new", NULL, err);
+    store_fault_set_hook(watched, NULL, NULL);
+    assert_int_equal(b.nth, 0);
+    return r;
+}
+
+/* Between reading the epoch and the list, and registering. */
+static void who_registers_knows_the_list_that_is_open(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(registration) struct registration *r = begin_between(open_next_list, &err);
+    assert_ok(err);
+    assert_knows_open_list(r);
+}
+
+static void who_registers_does_so_for_a_name_that_is_free(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    assert_null(begin_between(commit_the_same_again, &err));
+    assert_int_equal(err->kind, VM_ERROR_CONFLICT);
+}
+
+static int check_between(struct registration *r, void (*run)(void), struct vm_error **err)
+{
+    const struct object_set nothing = {{0}, {0}};
+    struct between b = {"cat.", STORE_UPDATE, run, NULL, 1, 0};
+    bool changed;
+    open_next_list();
+    store_fault_set_hook(watched, run_between, &b);
+    int result = registration_checkpoint(r, &nothing, &changed, err);
+    store_fault_set_hook(watched, NULL, NULL);
+    assert_int_equal(b.nth, 0);
+    return result;
+}
+
+static void who_acknowledges_knows_the_list_that_is_open(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(registration)
+    struct registration *r = catalogue_register(repo_store(gc), "new", NULL, &err);
+    assert_int_equal(check_between(r, open_next_list, &err), 0);
+    assert_knows_open_list(r);
+}
+
+static void fence_all(void)
+{
+    assert_int_equal(catalogue_registered(repo_store(repo), fence_it, NULL, NULL), 0);
+}
+
+static int count_registered(const struct registered *r, void *arg, struct vm_error **err)
+{
+    ++*(unsigned *)arg;
+    return 0;
+}
+
+static void who_was_fenced_does_not_come_back(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    unsigned n = 0;
+    CLEANUP(registration)
+    struct registration *r = catalogue_register(repo_store(gc), "new", NULL, &err);
+    assert_int_equal(check_between(r, fence_all, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_REFUSED);
+    assert_int_equal(catalogue_registered(repo_store(repo), count_registered, &n, NULL), 0);
+    assert_int_equal(n, 0);
 }
 
 /* ---- collectors ---- */
@@ -618,6 +673,10 @@ int main(void)
         TEST(a_pinned_parent_is_no_garbage),
         TEST(a_child_rescues_what_its_deleted_parent_held),
         TEST(without_its_registration_a_writer_commits_nothing),
+        TEST(who_registers_knows_the_list_that_is_open),
+        TEST(who_registers_does_so_for_a_name_that_is_free),
+        TEST(who_acknowledges_knows_the_list_that_is_open),
+        TEST(who_was_fenced_does_not_come_back),
         TEST(a_list_that_was_left_open_is_gone_on_with),
         TEST(what_is_swept_while_a_list_is_made_is_not_condemned),
         TEST(two_collectors_do_each_others_work),
