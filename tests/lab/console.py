@@ -28,6 +28,7 @@ import time
 from typing import NamedTuple
 
 CLONE_NEWNET = 0x40000000
+SETTLING = 8
 TICK = re.compile(r'^(hb|tick|udp) (\d+) ([0-9a-f.]+)')
 TROUBLE = re.compile(r'^(BAD|PANIC)|\berrors=[1-9]|Kernel panic|BUG:|Oops:|Call Trace:|Out of memory')
 END = re.compile(r'^PANIC|Kernel panic')
@@ -143,8 +144,18 @@ class Timeline:
 
     def hand_overs(self, after=0):
         """As pause(), of each change of the host, in their order: what the guest stood still elsewhere, for lack of a
-        CPU, does not count."""
-        return [self._stood(a, b) for a, b in self._steps(after) if a.host != b.host]
+        CPU, does not count. A line is seen late when this program waits for a CPU, and never early: so of the
+        SETTLING ticks before the change, and of those after it, the one counts that was seen with the least delay."""
+        ticks = self.ticks(after)
+        found = []
+        for place in range(1, len(ticks)):
+            left, entered = ticks[place - 1], ticks[place]
+            if left.host == entered.host:
+                continue
+            before = [tick.at - tick.clock for tick in ticks[max(0, place - SETTLING):place] if tick.host == left.host]
+            then = [tick.at - tick.clock for tick in ticks[place:place + SETTLING] if tick.host == entered.host]
+            found.append(min(then) - min(before) + entered.stood_still)
+        return found
 
     def missing(self, after=0):
         """Numbers that never came, and those that came out of order."""
