@@ -89,7 +89,6 @@ struct destination_part {
     char *socket_path;
     char **argv; /* how the VMM was started; one allocation */
     struct process_identity process; /* of the VMM; the work thread's until READY or its end */
-    bool prepared_by_user; /* --dest-qmp: the VMM was not started by us */
     struct receiver *receiver; /* under lock */
     bool stopped;              /* no more receiving, also if it has not begun; under lock */
     unsigned serving;          /* connections inside it; under lock */

@@ -45,8 +45,7 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
     struct driver_birth birth = {remember_birth, a};
-    d->prepared_by_user = *p->dest_socket != 0;
-    if (d->prepared_by_user)
+    if (*p->dest_socket)
         return driver_sink_adopt(&d->definition, p->dest_socket, err);
     if (FAULT("attempt.spawn") == FAULT_ERROR) {
         error_errno(err, fault_errno(), "attempt.spawn");
@@ -325,12 +324,21 @@ static bool name_is_anothers(struct attempt *a)
            !process_identity_equal(&vm_definition(known)->process, &a->record.vmm);
 }
 
+/* Not that of a VMM which the user prepared; known from its name, also after a restart. */
+static bool socket_is_ours(struct attempt *a)
+{
+    const struct destination_part *d = &a->destination;
+    cleanup_free char *ours =
+        driver_socket_path(a->transfer->agent->config, a->vm_name, d->driver);
+    return d->socket_path && ours && !strcmp(d->socket_path, ours);
+}
+
 static void remove_leftovers(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
     if (d->argv) /* else it came to no VMM, and whatever is kept is another attempt's */
         vms_release(a->transfer->agent->vms, a->vm_name);
-    if (d->socket_path && !d->prepared_by_user && !name_is_anothers(a))
+    if (socket_is_ours(a) && !name_is_anothers(a))
         unlink(d->socket_path);
 }
 

@@ -13,6 +13,7 @@
 #define LINK_WEIGHT 0.5
 /* What was believed before was a guess. */
 #define FIRST_LINK_WEIGHT 0.8
+#define SEEN_WEIGHT 0.3
 /* A change of mode is taken back below this share of the former page rate. */
 #define TRIAL_SHARE 0.92
 /* A cheaper mode is as good as the one in use from this share of its page rate on. */
@@ -314,10 +315,10 @@ static double raw_share(const struct policy *p)
 }
 
 /* Nobody waits for the link, and the encoders are busy. */
-static void doubt_link_rate(struct policy *p, double rate)
+static void doubt_link_rate(struct policy *p)
 {
     p->link_known = false;
-    if (rate > p->link_measured * POLICY_LINK_SURPRISE)
+    if (p->seen_rate > p->link_measured * POLICY_LINK_SURPRISE)
         p->link_measured = 0;
     if (p->link_measured > 0 && p->now_ns < p->link_trusted_ns + POLICY_LINK_TRUST)
         return;
@@ -327,6 +328,7 @@ static void doubt_link_rate(struct policy *p, double rate)
 
 static void learn_link_rate(struct policy *p, double blocked_share, bool busy, double rate)
 {
+    average(&p->seen_rate, rate, p->seen_rate > 0 ? SEEN_WEIGHT : 1);
     if (blocked_share >= BLOCKED_SHARE) {
         if (p->link_rate > 2 * rate)
             p->link_rate = 2 * rate;
@@ -336,10 +338,11 @@ static void learn_link_rate(struct policy *p, double blocked_share, bool busy, d
         p->link_trusted_ns = p->now_ns;
     } else if (busy && p->link_rate < rate * raw_share(p) * LINK_GROWTH &&
                (blocked_share < UNBLOCKED_SHARE || !p->link_known)) {
-        doubt_link_rate(p, rate);
+        doubt_link_rate(p);
     }
-    if (p->link_rate < rate)
-        p->link_rate = rate;
+    double least = p->link_measured > 0 ? min_double(rate, p->seen_rate) : rate;
+    if (p->link_rate < least)
+        p->link_rate = least;
 }
 
 /* Of the pages a second before, what the mode on trial must bring. */

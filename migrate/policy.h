@@ -123,6 +123,7 @@ struct policy {
     bool link_known;  /* was the limit when last judged */
     double link_measured;        /* the rate when it last was; 0: never, or it has changed since */
     int64_t link_trusted_ns;     /* from then on */
+    double seen_rate;            /* acknowledged a second, smoothed: acknowledgements are lumpy */
     enum page_mode doubtful;     /* is probed before anything changes; PAGE_MODE_COUNT: none */
     uint64_t batches;
     uint64_t next_probe; /* not before this batch */

@@ -36,8 +36,8 @@ class Pair:
         self.a1.vmmig('attach', name, '--qmp', self.vm.qmp_path)
         self.mark = self.console.mark()
 
-    def begin(self):
-        self.a1.vmmig('send', self.name, '--to', 'h2', '--background')
+    def begin(self, *options):
+        self.a1.vmmig('send', self.name, '--to', 'h2', '--background', *options)
 
     def wait_death(self, agent):
         eventually(f'the crash of the agent on {agent.host.name}', lambda: agent.process.poll() is not None)
@@ -112,6 +112,27 @@ def test_an_agent_killed_in_mid_copy(cluster, side):
         pair.expect('h1')
     finally:
         cluster.hosts[0].set_rate(None)
+    pair.end()
+
+
+def test_what_the_user_prepared_is_his_also_after_a_restart(cluster):
+    """The agent that received into it was killed: the next one ends the QEMU, and leaves the socket that it made."""
+    pair = Pair(cluster, 'prepared', fill='random', mem_mib=256)
+    h2 = pair.a2.host
+    h2.popen(pair.vm.argv(incoming='defer'), name='prepared')
+    eventually('the destination', lambda: os.path.exists(h2.path(pair.vm.judge_path)))
+    cluster.hosts[0].set_rate('1gbit')
+    try:
+        pair.begin('--dest-qmp', pair.vm.qmp_path)
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 20 * MIB)
+        pair.a2.kill()
+        pair.a2.start(build=fault_build())
+        pair.expect('h1')
+        assert os.path.exists(h2.path(pair.vm.qmp_path))
+    finally:
+        cluster.hosts[0].set_rate(None)
+        for path in (pair.vm.qmp_path, pair.vm.judge_path):
+            os.unlink(h2.path(path))
     pair.end()
 
 
