@@ -400,6 +400,10 @@ TITLES = {
 }
 
 
+def short(value):
+    return f'{value:.3g}' if value < 1000 else f'{value:.0f}'
+
+
 def markdown_table(case, rows):
     """rows: the results of one case. The best of each metric is bold."""
     tools = list(dict.fromkeys(row['tool'] for row in rows))
@@ -418,9 +422,8 @@ def markdown_table(case, rows):
                 continue
             middle = found[tool, metric]['median'] * scale
             best = min(found[other, metric]['median'] for other in tools) * scale
-            text = f'{middle:.3g}' if middle < 100 else f'{middle:.0f}'
-            cells.append(f'{"**" if middle == best else ""}{text}{"**" if middle == best else ""} '
-                         f'({min(runs):.3g}–{max(runs):.3g})')
+            mark = '**' if middle == best else ''
+            cells.append(f'{mark}{short(middle)}{mark} ({short(min(runs))}–{short(max(runs))})')
         lost = found[tool, metrics[0]]['damaged_guests']
         yield f'| {tool}{f" (damaged the guest {lost} times)" if lost else ""} | ' + ' | '.join(cells) + ' |'
 
@@ -428,8 +431,8 @@ def markdown_table(case, rows):
 def markdown(paths):
     yield '# Migrations beside QEMU\'s own'
     yield ''
-    yield 'Made by `tests/bench/migrate.py`, which says what is measured and how; no figure is typed by hand. Medians, with '
-    yield 'the smallest and largest of the runs, which took turns. The best of each column is bold.'
+    yield 'Made by `tests/bench/migrate.py`, which says what is measured and how; no figure is typed by hand. Medians,'
+    yield 'with the smallest and largest of the runs, which took turns. The best of each column is bold.'
     for path in paths:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)
@@ -437,9 +440,10 @@ def markdown(paths):
         for case in dict.fromkeys(row['case'] for row in run['results']):
             rows = [row for row in run['results'] if row['case'] == case]
             yield ''
+            others = max(max(row['runs']) for row in rows if row['metric'] == 'others_pct')
             yield (f'{machine["cpus"]} cores, Linux {machine["kernel"]}, {machine["qemu"]}, '
                    f'{"TLS on both sides" if machine["tls"] else "without TLS"}; {len(rows[0]["runs"])} of each tool, '
-                   f'while at most {machine["others"]:.0f} % of the CPU time went elsewhere.')
+                   f'while at most {others:.0f} % of the CPU time went elsewhere.')
             yield ''
             yield from markdown_table(case, rows)
 
