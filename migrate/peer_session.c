@@ -84,12 +84,10 @@ static int receive_any(struct peer_session *s, int64_t deadline_ns, int cancel_f
     for (;;) {
         struct frame frame;
         int got = frame_decode(&s->decoder, &s->pending, &frame, err);
-        if (got < 0)
-            return -1;
         if (got > 0)
-            return peer_unpack(frame.type, frame.data, frame.len, ret_message, err) < 0
-                       ? error_wrap(err, "%s", conn_peer_address(s->conn))
-                       : 1;
+            got = peer_unpack(frame.type, frame.data, frame.len, ret_message, err) < 0 ? -1 : 1;
+        if (got)
+            return got < 0 ? error_wrap(err, "%s", conn_peer_address(s->conn)) : 1;
         ssize_t n = conn_read_some(s->conn, s->bytes, sizeof(s->bytes), deadline_ns, cancel_fd, err);
         if (n <= 0)
             return (int)n;
