@@ -522,11 +522,23 @@ static bool make_mistake(struct attempt *a, enum handover_event event)
     return false;
 }
 
+/*
+ * The destination may have loaded everything before the thread that sent it has said so. The machine knows no LOADED
+ * before TRANSFERRED, and the destination would repeat it a second later only, while the guest stands.
+ */
+static bool keep_for_later(struct attempt *a, enum handover_event event)
+{
+    if (event != HANDOVER_EV_MSG_LOADED || a->machine.state != HANDOVER_SRC_SENDING)
+        return false;
+    a->loaded_early = true;
+    return true;
+}
+
 static void feed(struct attempt *a, enum handover_event event)
 {
     struct handover_actions actions;
     enum handover_state before = a->machine.state;
-    if (make_mistake(a, event))
+    if (make_mistake(a, event) || keep_for_later(a, event))
         return;
     event = arbitrate(a, event);
     if (a->machine.role == HANDOVER_DESTINATION && before == HANDOVER_DST_LOADED &&
@@ -546,6 +558,10 @@ static void feed(struct attempt *a, enum handover_event event)
         execute(a, actions.list[i]);
     if (!a->machine.pending)
         publish(a);
+    if (a->loaded_early && a->machine.state == HANDOVER_SRC_SENT) {
+        a->loaded_early = false;
+        attempt_post(a, HANDOVER_EV_MSG_LOADED);
+    }
 }
 
 /* True: no other is left. */

@@ -112,6 +112,7 @@ struct attempt {
     bool was_running;
     struct guest *guest;     /* source: of the VM; destination: owned until registered */
     bool owns_guest;
+    bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
     bool resume_unsure;      /* the answer to a `cont` was lost once */
     int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
     int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */

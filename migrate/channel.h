@@ -147,6 +147,8 @@ int channel_sender_send(struct channel_sender *s, const struct channel_frame *fr
 int channel_sender_flush(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);
 /* Tell the receiver that nothing more comes, and flush. Only stats and destroy may follow. */
 int channel_sender_end(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err);
+/* The same in two steps, so that several channels end together: flush must follow. */
+int channel_sender_begin_end(struct channel_sender *s, struct vm_error **err);
 
 /* Any thread: */
 

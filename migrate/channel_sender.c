@@ -257,12 +257,15 @@ int channel_sender_flush(struct channel_sender *s, int64_t deadline_ns, struct v
     return s->error ? report_failure(s, err) : 0;
 }
 
-int channel_sender_end(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err)
+int channel_sender_begin_end(struct channel_sender *s, struct vm_error **err)
 {
     struct channel_frame end = {.type = CHANNEL_TYPE_END};
-    if (enqueue(s, &end, 0, err) < 0)
-        return -1;
-    return channel_sender_flush(s, deadline_ns, err);
+    return enqueue(s, &end, 0, err);
+}
+
+int channel_sender_end(struct channel_sender *s, int64_t deadline_ns, struct vm_error **err)
+{
+    return channel_sender_begin_end(s, err) < 0 ? -1 : channel_sender_flush(s, deadline_ns, err);
 }
 
 void channel_sender_set_window(struct channel_sender *s, size_t bytes)

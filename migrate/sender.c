@@ -745,10 +745,14 @@ static int copy(struct sender *s, struct vm_error **err)
     return 0;
 }
 
+/* All at once: the guest stands. The receiver loads when it has heard the end of channel 0. */
 static int end_channels(struct sender *s, struct vm_error **err)
 {
     for (unsigned i = s->params.channels + 1; i-- > 0;)
-        if (channel_sender_end(s->channels[i], INT64_MAX, err) < 0)
+        if (channel_sender_begin_end(s->channels[i], err) < 0)
+            return -1;
+    for (unsigned i = s->params.channels + 1; i-- > 0;)
+        if (channel_sender_flush(s->channels[i], INT64_MAX, err) < 0)
             return -1;
     return 0;
 }

@@ -23,6 +23,8 @@
 #define PIECE_PAGES 8192u
 #define RUN_PAGES 64u
 #define BUSY_PAGES 8192u
+/* A guest takes minutes for all pages of more than this: then that is measured once. */
+#define REPEATED_MAX (4ull << 30)
 enum { REPEATS = 3, ROUND_MS = 100, BUSY_MS = 1000 };
 
 struct bench {
@@ -97,10 +99,10 @@ static void write_share(struct bench *b, unsigned percent)
         tiny_vm_write(b->vm, 0, first, RUN_PAGES);
 }
 
-static double smallest(const double *values)
+static double smallest(const double *values, int n)
 {
     double best = values[0];
-    for (int i = 1; i < REPEATS; i++)
+    for (int i = 1; i < n; i++)
         best = values[i] < best ? values[i] : best;
     return best;
 }
@@ -159,16 +161,17 @@ int main(int argc, char **argv)
         first_ms[i] += clear(&b);
     }
     printf("{\"driver\": \"%s\", \"gib\": %s, \"start_ms\": %.4f, \"first_ms\": %.4f", argv[1], argv[2],
-           smallest(start_ms), smallest(first_ms));
+           smallest(start_ms, REPEATS), smallest(first_ms, REPEATS));
     for (unsigned k = 0; k < 4; k++) {
         double harvest_ms[REPEATS], clear_ms[REPEATS];
-        for (int i = 0; i < REPEATS; i++) {
+        int repeats = shares[k] == 100 && params.data_size > REPEATED_MAX ? 1 : REPEATS;
+        for (int i = 0; i < repeats; i++) {
             write_share(&b, shares[k]);
             harvest_ms[i] = harvest(&b);
             clear_ms[i] = clear(&b);
         }
-        printf(", \"harvest_%u_ms\": %.4f, \"clear_%u_ms\": %.4f", shares[k], smallest(harvest_ms),
-               shares[k], smallest(clear_ms));
+        printf(", \"harvest_%u_ms\": %.4f, \"clear_%u_ms\": %.4f", shares[k],
+               smallest(harvest_ms, repeats), shares[k], smallest(clear_ms, repeats));
     }
     double tracked = busy_rate(&b, true);
     printf(", \"slowdown\": %.4f}\n", untracked / tracked - 1);
