@@ -112,7 +112,8 @@ exec -a "$0" {program} "$@"
             file.write(self.SCRIPT.format(patience=PATIENCE, folder=self.folder,
                                           program=os.path.join(fault_build(), 'tools/vmmig-vmm/vmmig-vmm')))
         os.chmod(self.program, 0o755)
-        self.agent_options = {'attach-vmm': self.program}
+        # A cgroup for each VMM: its memory is asked for page by page then.
+        self.agent_options = {'attach-vmm': self.program, 'vm-cgroup': cluster.cgroup('vms')}
 
     def write(self, name, text):
         with open(os.path.join(self.folder, name), 'w', encoding='ascii') as file:
