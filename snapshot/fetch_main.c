@@ -23,7 +23,8 @@ struct fetcher {
     struct repo *repo;
     struct fetch_images *images;
     struct queue *demand, *ahead;
-    pthread_mutex_t lock; /* what follows */
+    pthread_rwlock_t leasing; /* shared: a lease is being taken; else: they are being listed */
+    pthread_mutex_t lock;     /* what follows */
     uint64_t taken[LEASES_MAX]; /* numbers of leases that this process took */
     unsigned n_taken;
 };
@@ -131,24 +132,36 @@ static int do_list(struct fetcher *f, struct request *q, struct vm_error **err)
 
 /* ---- leases ---- */
 
+static int take_lease(struct fetcher *f, const char *name, struct lease *ret_lease,
+                      struct vm_error **err)
+{
+    pthread_rwlock_rdlock(&f->leasing);
+    int r = catalogue_lease(repo_store(f->repo), name, f->owner, ret_lease, err);
+    if (r == 0) {
+        SCOPE_LOCK(&f->lock);
+        f->taken[f->n_taken++ % LEASES_MAX] = ret_lease->number;
+    }
+    pthread_rwlock_unlock(&f->leasing);
+    return r;
+}
+
 static int do_lease(struct fetcher *f, struct request *q, struct vm_error **err)
 {
     const struct mount_message *m = &q->packet.m;
     cleanup_free struct lease *lease = malloc(sizeof(*lease));
     if (!lease)
         return error_nomem(err);
-    if (catalogue_lease(repo_store(f->repo), m->name, f->owner, lease, err) < 0)
+    if (take_lease(f, m->name, lease, err) < 0)
         return -1;
     if (lease->image.writer != m->number) {
         catalogue_lease_drop(repo_store(f->repo), lease, NULL);
         return error_set(err, VM_ERROR_NOT_FOUND, "image %s was replaced by another one", m->name);
     }
     fetch_image_note(f->images, &lease->image);
-    pthread_mutex_lock(&f->lock);
-    f->taken[f->n_taken++ % LEASES_MAX] = lease->number;
-    pthread_mutex_unlock(&f->lock);
     (void)FAULT("mount.leased");
-    answer_ok(f, q, lease->number, 0);
+    struct mount_message ok = mount_message(MOUNT_OK, m->id, m->name);
+    ok.number = lease->number;
+    answer(f, &ok, NULL, 0);
     return 0;
 }
 
@@ -204,10 +217,12 @@ static int do_keep(struct fetcher *f, struct request *q, struct vm_error **err)
 {
     struct sweep s = {.f = f, .keep = (const uint64_t *)q->packet.payload,
                       .n_keep = q->packet.m.payload_len / (uint32_t)sizeof(uint64_t)};
+    (void)FAULT("mount.keeping");
+    pthread_rwlock_wrlock(&f->leasing);
     int r = catalogue_leases(repo_store(f->repo), sweep_one, &s, err);
+    pthread_rwlock_unlock(&f->leasing);
     for (unsigned i = 0; r == 0 && i < s.n_found; i++)
-        if (!is_kept(&s, s.found[i].number))
-            r = catalogue_lease_drop(repo_store(f->repo), &s.found[i], err);
+        r = catalogue_lease_drop(repo_store(f->repo), &s.found[i], err);
     free(s.found);
     if (r == 0)
         answer_ok(f, q, 0, s.n_found);
@@ -282,6 +297,7 @@ static int read_piece(struct ahead *a, uint32_t first, uint8_t *data, struct vm_
 {
     uint32_t n = a->ws.n - first;
     n = n < PIECE / MOUNT_CHUNK ? n : PIECE / MOUNT_CHUNK;
+    (void)FAULT("mount.ahead");
     if (file_reader_read(a->ws.reader, a->ws.data + (uint64_t)first * MOUNT_CHUNK, data,
                          (size_t)n * MOUNT_CHUNK, err) < 0)
         return -1;
@@ -458,6 +474,7 @@ static int receive(struct fetcher *f, struct vm_error **err)
 static int serve(struct fetcher *f, struct vm_error **err)
 {
     pthread_t threads[FETCHER_DEMAND + FETCHER_AHEAD];
+    pthread_rwlock_init(&f->leasing, NULL);
     pthread_mutex_init(&f->lock, NULL);
     f->demand = queue_create(QUEUE_MAX, request_free, err);
     f->ahead = f->demand ? queue_create(QUEUE_MAX, NULL, err) : NULL;

@@ -66,7 +66,19 @@ struct holder_options {
 /* ---- images and files: holder_image.c ---- */
 
 enum chunk { CHUNK_ABSENT, CHUNK_FETCHING, CHUNK_ZERO, CHUNK_DATA };
-enum { CHUNK_STATE = 3, CHUNK_USED = 4, CHUNK_TOUCHED = 8 }; /* bits of a chunk's byte */
+/*
+ * Bits of a chunk's byte beside its state. A fetcher writes into the cache's file before it says so: what it says
+ * of a chunk that was dropped from the cache in between is no longer true. So a chunk is not dropped while a FETCH
+ * of it is out (PENDING), and of one that was dropped while a PREFETCH of its image runs (DROPPED) that PREFETCH
+ * is not believed any more.
+ */
+enum {
+    CHUNK_STATE = 3,
+    CHUNK_USED = 4,
+    CHUNK_TOUCHED = 8,
+    CHUNK_PENDING = 16,
+    CHUNK_DROPPED = 32,
+};
 
 struct waiter { /* a FUSE read that waits */
     struct waiter *next;
@@ -102,7 +114,8 @@ struct image_dir {
     uint64_t lookups;     /* that the kernel holds, of the folder and its files */
     unsigned open;        /* files */
     uint64_t lease;       /* 0: none */
-    bool leasing, template;
+    bool leasing, template, prefetching;
+    unsigned tasks; /* requests to fetchers that point here: it is not freed before they end */
     struct opener *openers;
     int64_t used_ns;
     /* recording of the working set */
@@ -153,10 +166,14 @@ void images_destroy(struct holder *h);
 int node_prepare(struct holder *h, struct node *n, struct vm_error **err);
 /* Serve or queue a read. */
 void node_read(struct holder *h, struct node *n, fuse_req_t req, uint64_t offset, size_t len);
-/* `len` bytes at offset are in the cache's file now; a bit per chunk: it is not all zero. */
-void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored);
-/* They could not be had: readers that wait for them fail. */
-void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len);
+/* A PREFETCH begins. */
+void image_read_ahead(struct image_dir *d);
+/*
+ * It says: `len` bytes at offset are in the cache's file; a bit per chunk: it is not all zero.
+ */
+void node_read_ahead(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored);
+/* Nobody has it open any more: what was not asked for yet is not asked for. */
+void image_closed(struct holder *h, struct image_dir *d);
 /* Fail readers whose time is over; called twice a second. */
 void nodes_expire(struct holder *h, int64_t now_ns);
 /* The recording is over: have it stored. */
@@ -179,7 +196,7 @@ struct task {
     bool transient_retry; /* UNREACHABLE, TIMEOUT, NO_SPACE are tried again */
     task_fn *done;
     fuse_req_t req;
-    struct image_dir *image;
+    struct image_dir *image; /* counted in its `tasks` */
     struct node *node;
     void *arg;
 };
@@ -189,6 +206,8 @@ void fetchers_stop(struct holder *h);
 /* A zeroed task; NULL when there are too many. */
 struct task *task_new(struct holder *h, enum mount_type type, const char *name, task_fn *done);
 void task_submit(struct holder *h, struct task *t);
+/* Those FETCH requests for the image that no fetcher has yet end with FAILED, CANCELLED. */
+void tasks_withdraw(struct holder *h, struct image_dir *d);
 void fetchers_tick(struct holder *h, int64_t now_ns);
 /* Start new ones, and end the old once one of them answers. */
 void fetchers_refresh(struct holder *h);
@@ -201,5 +220,6 @@ void tree_unmount(struct holder *h);
 /* Reading from /dev/fuse goes on or not, by what is pending. */
 void tree_throttle(struct holder *h);
 void tree_opened(struct holder *h, struct image_dir *d, int error);
+void tree_drop_lease(struct holder *h, const char *image, uint64_t number);
 
 #endif

@@ -54,6 +54,8 @@ struct task *task_new(struct holder *h, enum mount_type type, const char *name, 
 static void task_free(struct holder *h, struct task *t)
 {
     h->fetchers->n_tasks--;
+    if (t->image)
+        t->image->tasks--;
     free(t->payload);
     free(t);
 }
@@ -78,13 +80,11 @@ static void end_task(struct holder *h, struct task *t, const struct mount_packet
 /* An answer of our own. */
 static void fail_task(struct holder *h, struct task *t, enum vm_error_kind kind, const char *text)
 {
-    cleanup_free struct mount_packet *p = calloc(1, sizeof(*p));
-    if (!p)
-        return;
-    p->m = mount_message(MOUNT_FAILED, t->message.id, NULL);
-    p->m.kind = kind;
-    p->m.payload_len = (uint32_t)snprintf((char *)p->payload, 200, "%s", text);
-    end_task(h, t, p);
+    struct mount_packet p;
+    p.m = mount_message(MOUNT_FAILED, t->message.id, NULL);
+    p.m.kind = kind;
+    p.m.payload_len = (uint32_t)snprintf((char *)p.payload, 200, "%s", text);
+    end_task(h, t, &p);
 }
 
 static struct fetcher *choose(struct fetchers *f)
@@ -100,6 +100,40 @@ static struct fetcher *choose(struct fetchers *f)
 }
 
 static void drop_fetcher(struct holder *h, struct fetcher *x, const char *why);
+
+static bool is_keeping(const struct fetchers *f)
+{
+    for (const struct task *t = f->tasks; t; t = t->next)
+        if (t->at && t->message.type == MOUNT_KEEP)
+            return true;
+    return false;
+}
+
+/*
+ * Whoever gets KEEP drops what is not in its list. So that is made when it is sent (the fetcher knows what it leases
+ * itself from then on), and no other fetcher is there that might be leasing, nor is one started before the answer.
+ */
+static bool list_leases(struct holder *h, struct task *t)
+{
+    unsigned fetchers = 0;
+    for (int i = 0; i < HOLDER_FETCHERS_MAX; i++)
+        fetchers += h->fetchers->list[i].fd >= 0;
+    uint64_t *list = fetchers == 1 ? calloc(h->n_images + 1, sizeof(*list)) : NULL;
+    uint32_t n = 0;
+    if (!list)
+        return false;
+    for (struct image_dir *d = h->images; d; d = d->next)
+        if (d->lease)
+            list[n++] = d->lease;
+    free(t->payload);
+    t->payload = list;
+    t->message.count = n;
+    t->message.payload_len = n * (uint32_t)sizeof(*list);
+    if (t->message.payload_len <= MOUNT_PAYLOAD_MAX)
+        return true;
+    log_warn("leases of an earlier mount are not looked for: too many are held", "held=%u", n);
+    return false;
+}
 
 static bool send_task(struct holder *h, struct task *t)
 {
@@ -121,7 +155,8 @@ static void send_waiting(struct holder *h)
 {
     int64_t now = clock_mono_ns();
     for (struct task *t = h->fetchers->tasks; t; t = t->next)
-        if (!t->at && t->not_before_ns <= now && !send_task(h, t))
+        if (!t->at && t->not_before_ns <= now &&
+            (t->message.type != MOUNT_KEEP || list_leases(h, t)) && !send_task(h, t))
             return;
 }
 
@@ -131,7 +166,18 @@ void task_submit(struct holder *h, struct task *t)
     *f->tail = t;
     f->tail = &t->next;
     f->n_tasks++;
+    if (t->image)
+        t->image->tasks++;
     send_waiting(h);
+}
+
+void tasks_withdraw(struct holder *h, struct image_dir *d)
+{
+    for (struct task *t = h->fetchers->tasks, *next; t; t = next) {
+        next = t->next;
+        if (!t->at && t->image == d && t->message.type == MOUNT_FETCH)
+            fail_task(h, t, VM_ERROR_CANCELLED, "nobody wants it any more");
+    }
 }
 
 static bool is_transient(int kind)
@@ -145,8 +191,11 @@ static void take_answer(struct holder *h, struct fetcher *x, const struct mount_
     struct task *t = h->fetchers->tasks;
     while (t && (t->message.id != p->m.id || t->at != x))
         t = t->next;
-    if (!t)
+    if (!t) {
+        if (p->m.type == MOUNT_OK && p->m.number && *p->m.name) /* a LEASE that was given up */
+            tree_drop_lease(h, p->m.name, p->m.number);
         return;
+    }
     if (p->m.type == MOUNT_HAVE || (p->m.type == MOUNT_NAMES && !(p->m.flags & MOUNT_LAST))) {
         t->done(h, t, p);
         return;
@@ -201,20 +250,12 @@ static void kept(struct holder *h, struct task *t, const struct mount_packet *an
 /* Tell it which leases are held; what else this host's mount once took is dropped. */
 static void send_leases(struct holder *h)
 {
+    for (const struct task *t = h->fetchers->tasks; t; t = t->next)
+        if (t->message.type == MOUNT_KEEP)
+            return; /* it is sent again */
     struct task *t = task_new(h, MOUNT_KEEP, NULL, kept);
-    uint64_t *list = t ? calloc(h->n_images + 1, sizeof(*list)) : NULL;
-    uint32_t n = 0;
-    if (!list) {
-        free(t);
-        return;
-    }
-    for (struct image_dir *d = h->images; d; d = d->next)
-        if (d->lease && n < MOUNT_PAYLOAD_MAX / sizeof(*list))
-            list[n++] = d->lease;
-    t->payload = list;
-    t->message.count = n;
-    t->message.payload_len = n * (uint32_t)sizeof(*list);
-    task_submit(h, t);
+    if (t)
+        task_submit(h, t);
 }
 
 static void greet(struct holder *h, struct fetcher *x, const struct mount_packet *p)
@@ -345,7 +386,7 @@ void fetchers_tick(struct holder *h, int64_t now_ns)
 {
     struct fetchers *f = h->fetchers;
     cleanup_error struct vm_error *err = NULL;
-    if (now_ns >= f->start_at_ns) {
+    if (now_ns >= f->start_at_ns && !is_keeping(f)) {
         f->start_at_ns = INT64_MAX;
         f->pause_ns = f->pause_ns * 2 > RESTART_MAX_NS ? RESTART_MAX_NS : f->pause_ns * 2;
         if (start_one(h, &err) < 0) {
@@ -353,13 +394,15 @@ void fetchers_tick(struct holder *h, int64_t now_ns)
             f->start_at_ns = now_ns + f->pause_ns;
         }
     }
-    for (struct task *t = f->tasks, *next; t; t = next) {
-        next = t->next;
-        if (t->deadline_ns && t->deadline_ns <= now_ns) {
-            if (t->at)
-                t->at->in_flight--;
-            fail_task(h, t, VM_ERROR_TIMEOUT, "the repository did not answer in time");
+    for (struct task *t = f->tasks; t;) {
+        if (!t->deadline_ns || t->deadline_ns > now_ns) {
+            t = t->next;
+            continue;
         }
+        if (t->at)
+            t->at->in_flight--;
+        fail_task(h, t, VM_ERROR_TIMEOUT, "the repository did not answer in time");
+        t = f->tasks; /* others may have gone with it */
     }
     send_waiting(h);
 }

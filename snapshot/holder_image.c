@@ -92,7 +92,7 @@ static bool is_idle(const struct image_dir *d)
     for (unsigned i = 0; i < d->n_nodes; i++)
         if (d->nodes[i].waiters)
             return false;
-    return !d->lookups && !d->open && !d->openers && !d->lease && !d->leasing;
+    return !d->lookups && !d->open && !d->openers && !d->lease && !d->leasing && !d->tasks;
 }
 
 void image_trim(struct holder *h)
@@ -141,25 +141,34 @@ int node_prepare(struct holder *h, struct node *n, struct vm_error **err)
     return 0;
 }
 
+static void set_state(struct node *n, uint64_t chunk, enum chunk state)
+{
+    n->chunks[chunk] = (uint8_t)((n->chunks[chunk] & ~CHUNK_STATE) | state);
+}
+
 static void drop_chunk(struct holder *h, struct node *n, uint64_t chunk)
 {
     fallocate(n->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(chunk * MOUNT_CHUNK),
               MOUNT_CHUNK);
-    n->chunks[chunk] = (uint8_t)((n->chunks[chunk] & ~CHUNK_STATE) | CHUNK_ABSENT);
+    set_state(n, chunk, CHUNK_ABSENT);
+    if (n->image->prefetching)
+        n->chunks[chunk] |= CHUNK_DROPPED;
     h->cache_used -= MOUNT_CHUNK;
     h->state.evicted++;
 }
 
-/* The next node with a cache, round and round. */
-static struct node *turn_hand(struct holder *h)
+/* The next node, from the image that was first used to the last, round and round. */
+static void turn_hand(struct holder *h)
 {
     h->hand_chunk = 0;
     h->hand_node++;
-    if (!h->hand_image || h->hand_node >= h->hand_image->n_nodes) {
-        h->hand_image = h->hand_image && h->hand_image->next ? h->hand_image->next : h->images;
-        h->hand_node = 0;
-    }
-    return h->hand_image ? &h->hand_image->nodes[h->hand_node] : NULL;
+    if (h->hand_image && h->hand_node < h->hand_image->n_nodes)
+        return;
+    struct image_dir *newer = h->images; /* a newer one stands before it; the last is the oldest */
+    while (newer && newer->next && newer->next != h->hand_image)
+        newer = newer->next;
+    h->hand_image = newer;
+    h->hand_node = 0;
 }
 
 /* A clock: what was read since the hand passed stays once more. */
@@ -173,7 +182,7 @@ static void evict(struct holder *h, uint64_t limit)
         for (; n && n->chunks && h->hand_chunk < n->n_chunks && h->cache_used > limit;
              h->hand_chunk++) {
             uint8_t *c = &n->chunks[h->hand_chunk];
-            if ((*c & CHUNK_STATE) != CHUNK_DATA)
+            if ((*c & CHUNK_STATE) != CHUNK_DATA || (*c & CHUNK_PENDING))
                 continue;
             if (*c & CHUNK_USED)
                 *c &= (uint8_t)~CHUNK_USED;
@@ -219,12 +228,20 @@ static void reply_read(struct holder *h, struct node *n, fuse_req_t req, uint64_
     fuse_reply_err(req, EIO);
 }
 
+static void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t len,
+                         uint32_t stored);
+static void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len);
+
 static void fetched(struct holder *h, struct task *t, const struct mount_packet *answer)
 {
     struct node *n = t->node;
+    for (uint64_t at = 0; at < t->message.len; at += MOUNT_CHUNK)
+        n->chunks[(t->message.offset + at) / MOUNT_CHUNK] &= (uint8_t)~CHUNK_PENDING;
     if (answer->m.type == MOUNT_OK) {
         h->state.fetched_bytes += t->message.len;
         node_arrived(h, n, t->message.offset, t->message.len, answer->m.count);
+    } else if (answer->m.kind == VM_ERROR_CANCELLED) { /* withdrawn */
+        node_lost(h, n, t->message.offset, t->message.len);
     } else {
         log_error("data of an image cannot be had", "image=%s file=%s offset=%llu reason=%s",
                   n->image->name, n->name, (unsigned long long)t->message.offset,
@@ -245,10 +262,13 @@ static void fetch(struct holder *h, struct node *n, uint64_t first, uint64_t cou
     t->message.len = offset + len > n->size ? n->size - offset : len;
     t->fds[0] = n->fd;
     t->n_fds = 1;
+    t->image = n->image;
     t->node = n;
     t->transient_retry = true;
-    for (uint64_t c = first; c < first + count; c++)
-        n->chunks[c] = (uint8_t)((n->chunks[c] & ~CHUNK_STATE) | CHUNK_FETCHING);
+    for (uint64_t c = first; c < first + count; c++) {
+        set_state(n, c, CHUNK_FETCHING);
+        n->chunks[c] |= CHUNK_PENDING;
+    }
     h->state.fetches++;
     task_submit(h, t);
 }
@@ -355,19 +375,27 @@ static void settle_waiters(struct holder *h, struct node *n, uint64_t offset, ui
     tree_throttle(h);
 }
 
-void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored)
+/* A PREFETCH says that a chunk is there which was dropped since: what it may have written goes. */
+static bool is_too_late(struct node *n, uint64_t chunk)
 {
-    uint64_t end = offset + len;
-    if (!n->chunks || offset % MOUNT_CHUNK || len > HOLDER_FETCH_MAX || end > n->size ||
-        (end % MOUNT_CHUNK && end != n->size))
-        return;
-    for (uint64_t c = offset / MOUNT_CHUNK; c * MOUNT_CHUNK < end; c++) {
-        unsigned state = n->chunks[c] & CHUNK_STATE;
-        if (state == CHUNK_DATA || state == CHUNK_ZERO)
+    if (!(n->chunks[chunk] & CHUNK_DROPPED))
+        return false;
+    if (n->chunks[chunk] & CHUNK_PENDING) /* another is writing there */
+        return true;
+    fallocate(n->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(chunk * MOUNT_CHUNK),
+              MOUNT_CHUNK);
+    return true;
+}
+
+static void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t len,
+                         uint32_t stored)
+{
+    for (uint64_t c = offset / MOUNT_CHUNK; c * MOUNT_CHUNK < offset + len; c++) {
+        if (is_there(n, c))
             continue;
         bool data = stored >> (c - offset / MOUNT_CHUNK) & 1;
-        n->chunks[c] = (uint8_t)((n->chunks[c] & ~CHUNK_STATE) | CHUNK_USED |
-                                 (data ? CHUNK_DATA : CHUNK_ZERO));
+        set_state(n, c, data ? CHUNK_DATA : CHUNK_ZERO);
+        n->chunks[c] |= CHUNK_USED;
         h->cache_used += data ? MOUNT_CHUNK : 0;
     }
     settle_waiters(h, n, offset, len, false, INT64_MIN);
@@ -375,11 +403,40 @@ void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint64_t le
         evict(h, h->options.cache_size - h->options.cache_size / 16);
 }
 
-void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len)
+void image_read_ahead(struct image_dir *d)
+{
+    d->prefetching = true;
+    for (unsigned i = 0; i < d->n_nodes; i++)
+        for (uint64_t c = 0; c < d->nodes[i].n_chunks; c++)
+            d->nodes[i].chunks[c] &= (uint8_t)~CHUNK_DROPPED;
+}
+
+void node_read_ahead(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored)
+{
+    uint64_t end = offset + len;
+    if (offset % MOUNT_CHUNK || len > HOLDER_FETCH_MAX || offset > n->size || end > n->size ||
+        (end % MOUNT_CHUNK && end != n->size))
+        return;
+    h->state.prefetched_bytes += len;
+    for (uint64_t at = offset; at < end; at += MOUNT_CHUNK)
+        if (!is_there(n, at / MOUNT_CHUNK) && !is_too_late(n, at / MOUNT_CHUNK))
+            node_arrived(h, n, at, end - at < MOUNT_CHUNK ? end - at : MOUNT_CHUNK,
+                         stored >> (at - offset) / MOUNT_CHUNK & 1);
+}
+
+void image_closed(struct holder *h, struct image_dir *d)
+{
+    for (unsigned i = 0; i < d->n_nodes; i++)
+        if (d->nodes[i].waiters)
+            return;
+    tasks_withdraw(h, d);
+}
+
+static void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len)
 {
     for (uint64_t c = offset / MOUNT_CHUNK; c * MOUNT_CHUNK < offset + len; c++)
         if ((n->chunks[c] & CHUNK_STATE) == CHUNK_FETCHING)
-            n->chunks[c] = (uint8_t)((n->chunks[c] & ~CHUNK_STATE) | CHUNK_ABSENT);
+            set_state(n, c, CHUNK_ABSENT);
     settle_waiters(h, n, offset, len, true, INT64_MIN);
     /* Waiters that also wait for other chunks go on waiting; evicted chunks are asked for again. */
 }

@@ -292,28 +292,40 @@ static void dropped(struct holder *h, struct task *t, const struct mount_packet 
                  t->message.name, log_q((const char *)answer->payload));
 }
 
-static void drop_lease(struct holder *h, struct image_dir *d)
+void tree_drop_lease(struct holder *h, const char *image, uint64_t number)
 {
-    struct task *t = d->lease ? task_new(h, MOUNT_DROP, d->name, dropped) : NULL;
-    if (!t)
+    struct task *t = task_new(h, MOUNT_DROP, image, dropped);
+    if (!t) { /* the fetcher that comes next drops what is not held */
+        log_warn("a lease was not dropped: too much is waiting", "image=%s", image);
         return;
-    t->message.number = d->lease;
+    }
+    t->message.number = number;
     t->transient_retry = true;
-    d->lease = 0;
     task_submit(h, t);
+}
+
+/* The last user of an image has gone, if that is so. */
+static void end_use(struct holder *h, struct image_dir *d)
+{
+    if (d->open)
+        return;
+    image_closed(h, d);
+    uint64_t lease = d->lease;
+    d->lease = 0;
+    if (lease)
+        tree_drop_lease(h, d->name, lease);
 }
 
 static void prefetched(struct holder *h, struct task *t, const struct mount_packet *answer)
 {
     struct image_dir *d = t->image;
     if (answer->m.type == MOUNT_HAVE) {
-        if (answer->m.file < d->n_nodes && answer->m.len <= HOLDER_FETCH_MAX) {
-            h->state.prefetched_bytes += answer->m.len;
-            node_arrived(h, &d->nodes[answer->m.file], answer->m.offset, answer->m.len,
-                         answer->m.count);
-        }
+        if (answer->m.file < d->n_nodes)
+            node_read_ahead(h, &d->nodes[answer->m.file], answer->m.offset, answer->m.len,
+                            answer->m.count);
         return;
     }
+    d->prefetching = false;
     /* Without a known working set this first use makes one. */
     if (answer->m.type == MOUNT_OK && answer->m.count) {
         d->recording = false;
@@ -321,8 +333,7 @@ static void prefetched(struct holder *h, struct task *t, const struct mount_pack
         free(steal_ptr(&d->touches));
     }
     d->open--;
-    if (!d->open)
-        drop_lease(h, d);
+    end_use(h, d);
 }
 
 /* The first use of a template: read ahead what is known to be needed, or find out. */
@@ -350,6 +361,7 @@ static void begin_use(struct holder *h, struct image_dir *d)
     t->message.number = d->number;
     t->image = d;
     t->transient_retry = true;
+    image_read_ahead(d);
     d->open++; /* it stays while it is read */
     d->recording = true;
     d->n_touches = 0;
@@ -389,8 +401,7 @@ void tree_opened(struct holder *h, struct image_dir *d, int error)
         reply_open(h, o, error);
         free(o);
     }
-    if (!d->open)
-        drop_lease(h, d);
+    end_use(h, d);
 }
 
 static void leased(struct holder *h, struct task *t, const struct mount_packet *answer)
@@ -451,8 +462,7 @@ static void tree_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
         files += d->nodes[i].open;
     if (!files)
         image_record(h, d);
-    if (!d->open)
-        drop_lease(h, d);
+    end_use(h, d);
 }
 
 static void tree_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,

@@ -9,7 +9,8 @@
  *     FIND     name                              FOUND     number, payload: count * mount_file
  *     LIST                                       NAMES ... payload: names, each with its NUL; the
  *                                                          last one has flag LAST
- *     LEASE    name, number                      OK        lease in `number`
+ *     LEASE    name, number                      OK        lease in `number`, name; dropped if
+ *                                                          nobody waits for it any more
  *     DROP     name, number: the lease           OK
  *     KEEP     payload: numbers of the leases that are held; others of this holder are dropped
  *                                                OK

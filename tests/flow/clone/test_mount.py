@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mount as whoever reads it sees it: right data, or an error, or a wait; never anything else."""
+import concurrent.futures
 import errno
 import filecmp
 import mmap
@@ -14,6 +15,7 @@ import pytest
 from .conftest import Failed, build, eventually, leases, mount_tool, repo_tool, store
 
 MIB = 1 << 20
+CHUNK = 64 << 10
 
 
 @pytest.fixture
@@ -196,6 +198,67 @@ def test_the_cache_has_a_limit(url, tmp_path, mounts):
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         with open(path, 'rb') as want:
             assert f.read() == want.read()
+
+
+def recorded(url, path, mounts, image='t:web@0123456789abcdef'):
+    """A template's version of that memory, all of which is its working set."""
+    store(url, image, memory_raw=path)
+    m = mounts(url, name='first', options=['--record', '600000'])
+    assert filecmp.cmp(m.file(image, 'memory.raw'), path, shallow=False)
+    eventually('the working set', lambda: f'{image}+ws' in [i['name'] for i in repo_tool(url, 'list')])
+    m.stop()
+    return image
+
+
+def test_a_working_set_larger_than_the_cache(url, tmp_path, mounts):
+    """What was read ahead is dropped again while the same is being fetched, and the fetcher says so late."""
+    path = tmp_path / 'memory.raw'
+    content = random.Random(5).randbytes(8 * MIB)
+    path.write_bytes(content)
+    image = recorded(url, path, mounts)
+    m = mounts(url, faults='mount.fetched=delay:1500@*,mount.ahead=delay:300@*', options=['--cache-size', '1M'])
+    chunks = range(3, 24, 4)
+
+    def read(fd, chunk):
+        os.posix_fadvise(fd, chunk * CHUNK, CHUNK, os.POSIX_FADV_DONTNEED)
+        return os.pread(fd, 4096, chunk * CHUNK) == content[chunk * CHUNK:chunk * CHUNK + 4096]
+    with open(m.file(image, 'memory.raw'), 'rb', buffering=0) as f:
+        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        with concurrent.futures.ThreadPoolExecutor(len(chunks)) as pool:
+            assert all(pool.map(read, [f.fileno()] * len(chunks), chunks))
+        eventually('what is read ahead', lambda: m.status()['prefetched_bytes'] == 8 * MIB)
+        eventually('the fetched', lambda: m.status()['fetched_bytes'] >= len(chunks) * CHUNK)
+        assert m.status()['evicted'] > 0
+        assert [chunk for chunk in chunks if not read(f.fileno(), chunk)] == []
+        eventually('within its limit', lambda: m.status()['cache_used'] <= MIB)
+
+
+def test_a_fetcher_dies_while_it_looks_for_leases_of_an_earlier_mount(url, raw, mounts):
+    """The next one is told which leases are held by then."""
+    store(url, 'a', disk0_raw=raw)
+    store(url, 'b', disk0_raw=raw)
+    m = mounts(url)
+    os.open(m.file('a'), os.O_RDONLY)
+    m.process.kill()
+    m.process.wait(20)
+    subprocess.run(['umount', '-l', m.path], check=True)
+    m.start(faults='mount.keeping=delay:4000')
+    with open(m.file('b'), 'rb') as f:
+        assert sorted(leases(url)) == ['a', 'b']
+        os.kill(m.status()['fetcher_pid'], signal.SIGKILL)
+        eventually('the earlier lease is dropped', lambda: 'a' not in leases(url))
+        assert leases(url) == ['b']
+        assert f.read() == raw.read_bytes()
+
+
+def test_a_lease_that_came_too_late_is_dropped(url, raw, mounts):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url, faults='mount.leased=delay:1500', options=['--read-timeout', '500'])
+    with pytest.raises(OSError) as failed:
+        os.open(m.file('a'), os.O_RDONLY)
+    assert failed.value.errno == errno.EIO
+    assert leases(url) == ['a']
+    eventually('no lease', lambda: leases(url) == [])
 
 
 def test_foreign_files_in_the_cache_are_told_and_left(url, raw, tmp_path, mounts):
