@@ -4,6 +4,7 @@
 #include "agent/answers.h"
 #include "base/log.h"
 #include "repo/service.h"
+#include "repo/template.h"
 
 #include <string.h>
 
@@ -111,6 +112,18 @@ static int reply_part(const Vmmig__Control__RepoResult *part, void *arg, struct 
     return control_reply(arg, VMMIG__CONTROL__TYPE__REPO_RESULT, &part->base, err);
 }
 
+/* Templates are published by those who may, and stay what they are: so do the images that they consist of. */
+static int check_template(const Vmmig__Control__Repo *m, struct vm_error **err)
+{
+    bool writes = m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_IMPORT ||
+                  m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_DELETE;
+    if (!writes || !template_owns(m->image))
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "image %s is a template's: use vmmig template publish and template delete",
+                     m->image);
+}
+
 int repo_request_handle(struct control_session *s, const struct control_message *message,
                         struct vm_error **err)
 {
@@ -122,6 +135,8 @@ int repo_request_handle(struct control_session *s, const struct control_message 
                          "only root and the agent's own user may have the agent open %s; use "
                          "--repo to do it with your own rights",
                          m->to);
+    if (check_template(m, err) < 0)
+        return -1;
     if (repo_service_is_long(m->verb))
         return start_job(s, m, err);
     if (m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_DELETE)

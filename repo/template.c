@@ -253,10 +253,15 @@ static int recognise(const struct image *image, struct template *ret)
     return kind;
 }
 
+bool template_owns(const char *image)
+{
+    return !strncmp(image, "t:", 2);
+}
+
 bool template_is_version(const char *image)
 {
     struct template t;
-    return !strncmp(image, "t:", 2) && split(image + 2, &t, NULL) == 0 &&
+    return template_owns(image) && split(image + 2, &t, NULL) == 0 &&
            strlen(t.digest) == TEMPLATE_DIGEST_SIZE - 1;
 }
 

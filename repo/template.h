@@ -35,6 +35,8 @@ struct template {
 
 /* USAGE, with the rule, unless it is NAME:TAG. */
 int template_name_check(const char *name, struct vm_error **err);
+/* Is that a name that only the functions of this header may give to an image, and take away? */
+bool template_owns(const char *image);
 /* Is that the name of an image that is a version? */
 bool template_is_version(const char *image);
 /*

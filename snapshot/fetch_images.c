@@ -212,6 +212,50 @@ static int read_from(struct fetch_images *t, const struct image *image, unsigned
     return r;
 }
 
+static int check_page(struct page_hasher *h, const struct recipe_page *page, const uint8_t *data,
+                      struct vm_error **err)
+{
+    struct page_id id;
+    bool same = page_all_zero(data);
+    if (page->len) {
+        if (page_hasher_hash(h, data, PAGE_BYTES, &id, err) < 0)
+            return -1;
+        same = !memcmp(id.bytes, page->id, sizeof(page->id));
+    }
+    return same ? 0 : error_set(err, VM_ERROR_CORRUPT, "other data than the image has");
+}
+
+static int check_pages(struct file_reader *r, uint64_t offset, const uint8_t *data, size_t len,
+                       struct vm_error **err)
+{
+    struct page_hasher h;
+    cleanup_free struct recipe_leaf *leaf = malloc(sizeof(*leaf));
+    if (!leaf)
+        return error_nomem(err);
+    if (file_reader_leaf(r, offset / RECIPE_LEAF_BYTES, leaf, err) < 0 ||
+        page_hasher_init(&h, err) < 0)
+        return -1;
+    int result = 0;
+    for (size_t at = 0; result == 0 && at < len; at += PAGE_BYTES)
+        result = check_page(&h, &leaf->pages[(offset + at) / PAGE_BYTES % RECIPE_LEAF_PAGES],
+                            data + at, err);
+    page_hasher_finish(&h);
+    return result;
+}
+
+int fetch_check(struct fetch_images *t, const struct image *image, unsigned file, uint64_t offset,
+                const uint8_t *data, size_t len, struct vm_error **err)
+{
+    struct source *s = get_source(t, image, file, err);
+    if (!s)
+        return -1;
+    int r = check_pages(s->reader, offset, data, len, err);
+    SCOPE_LOCK(&t->lock);
+    s->users--;
+    put_source(s);
+    return r;
+}
+
 int fetch_read(struct fetch_images *t, const char *name, uint64_t number, unsigned file,
                uint64_t offset, void *out, size_t len, struct vm_error **err)
 {

@@ -306,9 +306,11 @@ static int read_piece(struct ahead *a, uint32_t first, uint8_t *data, struct vm_
         uint64_t offset = (uint64_t)t->chunk * MOUNT_CHUNK;
         uint64_t left = a->image->files[t->file].size - offset;
         size_t len = left < MOUNT_CHUNK ? (size_t)left : MOUNT_CHUNK;
+        const uint8_t *chunk = data + (size_t)i * MOUNT_CHUNK;
         uint32_t stored;
-        if (write_chunks(a->q->fds[t->file], data + (size_t)i * MOUNT_CHUNK, offset, len, &stored,
-                         err) < 0)
+        if (fetch_check(a->f->images, a->image, t->file, offset, chunk, MOUNT_CHUNK, err) < 0)
+            return error_wrap(err, "the working set of %s", a->image->name);
+        if (write_chunks(a->q->fds[t->file], chunk, offset, len, &stored, err) < 0)
             return -1;
         have(a, t, len, stored);
     }

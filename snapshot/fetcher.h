@@ -31,6 +31,9 @@ int fetch_image(struct fetch_images *t, const char *name, uint64_t number, struc
                 struct vm_error **err);
 /* It is in the catalogue under its name, or was leased by the caller. */
 void fetch_image_note(struct fetch_images *t, const struct image *image);
+/* Is that the content there? `data`: whole pages, zero beyond the file's end. CORRUPT if not. */
+int fetch_check(struct fetch_images *t, const struct image *image, unsigned file, uint64_t offset,
+                const uint8_t *data, size_t len, struct vm_error **err);
 int fetch_read(struct fetch_images *t, const char *name, uint64_t number, unsigned file,
                uint64_t offset, void *out, size_t len, struct vm_error **err);
 

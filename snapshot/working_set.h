@@ -12,7 +12,9 @@
  *
  * The odd 2048 bytes are what makes it a copy: no page of it is a page of the template, so that it
  * is stored anew and in order, where the template's own pages lie scattered over the packs of many
- * images.
+ * images. Nothing is believed of it: each page must be what the template's recipe says (four bytes of its SHA-256,
+ * which tell damage and mistakes; that nobody makes such an image on purpose is the agent's and the store's affair),
+ * or what is left of the set is not used.
  *
  * Threads: any.
  */

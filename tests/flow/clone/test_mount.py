@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import signal
+import struct
 import subprocess
 import threading
 
@@ -231,6 +232,31 @@ def test_a_working_set_larger_than_the_cache(url, tmp_path, mounts):
         assert m.status()['evicted'] > 0
         assert [chunk for chunk in chunks if not read(f.fileno(), chunk)] == []
         eventually('within its limit', lambda: m.status()['cache_used'] <= MIB)
+
+def working_set(entries):
+    """The file "hot" of a working set: (file, chunk, data) of each."""
+    head = b'VMMIGWS1' + struct.pack('<II', len(entries), 0)
+    head += b''.join(struct.pack('<II', file, chunk) for file, chunk, _ in entries)
+    head += bytes(-len(head) % 4096 + 2048)
+    return head + b''.join(data.ljust(CHUNK, b'\0') for _, _, data in entries)
+
+
+@pytest.mark.parametrize('what', ['other', 'zeros', 'behind the end', 'in a hole'])
+def test_a_working_set_is_believed_only_where_the_image_says_the_same(url, raw, tmp_path, mounts, what):
+    image, content = 't:web@0123456789abcdef', raw.read_bytes()
+    true = [(0, chunk, content[chunk * CHUNK:(chunk + 1) * CHUNK]) for chunk in range(4)]
+    false = {'other': (0, 5, content[4 * CHUNK:5 * CHUNK]), 'zeros': (0, 5, b''),
+             'behind the end': (1, 0, b'short' + b'x' * 5000), 'in a hole': (0, 100, b'x' * CHUNK)}[what]
+    (tmp_path / 'hot').write_bytes(working_set([*true, false]))
+    (tmp_path / 'short').write_bytes(b'short')
+    store(url, image, memory_raw=raw, short=tmp_path / 'short')
+    store(url, f'{image}+ws', hot=tmp_path / 'hot')
+    m = mounts(url)
+    assert filecmp.cmp(m.file(image, 'memory.raw'), raw, shallow=False)
+    with open(m.file(image, 'short'), 'rb') as f:
+        assert f.read() == b'short'
+    eventually('it is told', lambda: 'working set of t:web@' in m.log())
+    assert m.status()['prefetched_bytes'] == 4 * CHUNK
 
 
 def test_a_fetcher_dies_while_it_looks_for_leases_of_an_earlier_mount(url, raw, mounts):

@@ -418,6 +418,33 @@ def test_a_group_member_gets_no_file_of_others(tmp_path, raw):
         assert way.names() == ['open']
 
 
+def test_templates_are_made_by_those_who_may_alone(tmp_path, raw):
+    folder = tmp_path / 'agent'
+    folder.mkdir()
+    group, publishers = (grp.getgrnam(name).gr_gid for name in ('nogroup', 'daemon'))
+    version = 't:web@0123456789abcdef0123456789abcdef'
+    with Agent(folder, f'dir:{tmp_path}/repo', **{'control-group': 'nogroup', 'publish-group': 'daemon'}) as agent:
+        for parent in (folder, *folder.parents):
+            if parent.stat().st_uid == os.getuid() and parent != pathlib.Path('/'):
+                parent.chmod(parent.stat().st_mode | 0o755)
+        way = Way(['--socket', agent.socket], '')
+        way.run('repo', 'init')
+        way.run('image', 'import', raw, 'a')
+        raw.chmod(0o644)
+        member = {'user': 65534, 'group': group, 'extra_groups': []}
+        for words in (['publish', 'a', 'web:v1'], ['delete', 'web:v1']):
+            way.refuses(7, 'group daemon', 'template', *words, **member)
+        publisher = dict(member, extra_groups=[publishers])
+        way.refuses(5, 'snapshot of a running VM', 'template', 'publish', 'a', 'web:v1', **publisher)
+        way.refuses(3, 'no template web:v1', 'template', 'delete', 'web:v1', **publisher)
+        # Nor by the images that they consist of.
+        for image in (version, f'{version}+ws', 't:web:v1'):
+            for who in (member, {}):
+                way.refuses(5, 'template publish', 'image', 'import', raw, image, **who)
+                way.refuses(5, 'template delete', 'image', 'delete', image, **who)
+        assert way.names() == ['a']
+
+
 def varint(n):
     out = b''
     while n > 127:
