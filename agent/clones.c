@@ -20,7 +20,7 @@ enum { KILL_TIMEOUT_MS = 10000, OWNER_BYTES = 128, REF_BYTES = 128 };
 
 /* ---- the mount ---- */
 
-/* Who takes this mount's leases: the same for ever, and nobody else. */
+/* Who takes this mount's leases: the same for ever; which holder of it, the holder adds. */
 static int make_owner(const struct config *config, char out[OWNER_BYTES], struct vm_error **err)
 {
     char path[4096];
@@ -34,7 +34,7 @@ static int make_owner(const struct config *config, char out[OWNER_BYTES], struct
         if (io_write_file_durably(path, uuid_text(&id), UUID_TEXT_SIZE - 1, 0600, err) < 0)
             return -1;
     }
-    snprintf(out, OWNER_BYTES, "mount of %.64s %s", config->host, uuid_text(&id));
+    snprintf(out, OWNER_BYTES, "mount of %.48s %s", config->host, uuid_text(&id));
     return 0;
 }
 
@@ -133,6 +133,7 @@ static int reply_mounted(struct control_session *s, const char *dir, struct vm_e
     m.fetched_bytes = state.fetched_bytes;
     m.prefetched_bytes = state.prefetched_bytes;
     m.failed_reads = state.failed_reads;
+    m.cache_full = state.cache_full;
     return control_reply(s, VMMIG__CONTROL__TYPE__MOUNTED, &m.base, err);
 }
 

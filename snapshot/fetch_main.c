@@ -17,9 +17,10 @@
 enum { PIECE = 1 << 20, QUEUE_MAX = 512, LEASES_MAX = 4096 };
 
 struct fetcher {
-    const char *repository, *owner;
+    const char *repository, *owner, *life;
     uint64_t socket;
     bool help;
+    char holder[IMAGE_NAME_MAX + 1]; /* whose leases are ours */
     struct repo *repo;
     struct fetch_images *images;
     struct queue *demand, *ahead;
@@ -136,7 +137,7 @@ static int take_lease(struct fetcher *f, const char *name, struct lease *ret_lea
                       struct vm_error **err)
 {
     pthread_rwlock_rdlock(&f->leasing);
-    int r = catalogue_lease(repo_store(f->repo), name, f->owner, ret_lease, err);
+    int r = catalogue_lease(repo_store(f->repo), name, f->holder, ret_lease, err);
     if (r == 0) {
         SCOPE_LOCK(&f->lock);
         f->taken[f->n_taken++ % LEASES_MAX] = ret_lease->number;
@@ -199,11 +200,21 @@ static bool is_kept(struct sweep *s, uint64_t number)
     return false;
 }
 
+/* Was it of an earlier holder of this mount? One that knew no lives can only have been its predecessor. */
+static bool is_left_over(const struct fetcher *f, const char *holder)
+{
+    size_t n = strlen(f->owner);
+    if (!f->life || strncmp(holder, f->owner, n))
+        return false;
+    return !holder[n] || (holder[n] == ' ' && mount_life_is_over(holder + n + 1));
+}
+
 static int sweep_one(const struct lease *lease, void *arg, struct vm_error **err)
 {
     struct sweep *s = arg;
     (void)err;
-    if (strcmp(lease->holder, s->f->owner) || is_kept(s, lease->number))
+    if (strcmp(lease->holder, s->f->holder) ? !is_left_over(s->f, lease->holder)
+                                            : is_kept(s, lease->number))
         return 0;
     struct lease *more = realloc(s->found, (s->n_found + 1) * sizeof(*more));
     if (!more)
@@ -510,6 +521,7 @@ static const struct option rows[] = {
      .text = "The repository"},
     {"owner", "NAME", option_parse_text, .required = true, MEMBER(owner),
      .text = "Whose leases are the mount's"},
+    {"life", "LIFE", option_parse_text, MEMBER(life), .text = "Which holder's of that owner"},
     {"help", NULL, option_parse_flag, MEMBER(help), .text = "This text"},
     {NULL}};
 #undef MEMBER
@@ -526,6 +538,9 @@ static int run(int argc, char **argv, struct vm_error **err)
     if (options_parse(rows, argc - 1, argv + 1, &f, &p, err) < 0 || fault_init(err) < 0)
         return -1;
     signal(SIGPIPE, SIG_IGN);
+    int n = snprintf(f.holder, sizeof(f.holder), f.life ? "%s %s" : "%s", f.owner, f.life);
+    if (n >= (int)sizeof(f.holder))
+        return error_set(err, VM_ERROR_USAGE, "--owner: too long");
     f.repo = repo_open(f.repository, err);
     if (!f.repo)
         return -1;

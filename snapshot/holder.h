@@ -20,8 +20,8 @@
  *
  * Cache: an unlinked file per file of an image, sparse, below the cache's folder; nothing is left
  * when the holder ends, and what others put into the folder is not looked at. At the limit the
- * chunks that were not read for longest go. A reading guest's pages are in the kernel's page cache
- * once, whatever the number of clones.
+ * chunks that were not read for longest go; so does a sixteenth whenever the file system has no
+ * room. A reading guest's pages are in the kernel's page cache once, whatever the number of clones.
  *
  * Working set. Of a template's first use the order is recorded in which its chunks are read, for
  * some seconds, and a fetcher stores it beside the template; it is read ahead at every later first
@@ -78,6 +78,7 @@ enum {
     CHUNK_TOUCHED = 8,
     CHUNK_PENDING = 16,
     CHUNK_DROPPED = 32,
+    CHUNK_COUNTED = 64, /* it takes room in the cache, whatever its state */
 };
 
 struct waiter { /* a FUSE read that waits */
@@ -137,6 +138,7 @@ struct holder {
     bool fuse_paused, mounted, stopping;
     uid_t uid;
     gid_t gid;
+    char life[MOUNT_LIFE_SIZE];
     struct image_dir *images;
     unsigned n_images;
     uint64_t next_ino;
@@ -172,6 +174,10 @@ void image_read_ahead(struct image_dir *d);
  * It says: `len` bytes at offset are in the cache's file; a bit per chunk: it is not all zero.
  */
 void node_read_ahead(struct holder *h, struct node *n, uint64_t offset, uint64_t len, uint32_t stored);
+/* The cache has another limit. */
+void images_limit(struct holder *h, uint64_t cache_size);
+/* The cache's file system has no room: make some. */
+void images_make_room(struct holder *h);
 /* Nobody has it open any more: what was not asked for yet is not asked for. */
 void image_closed(struct holder *h, struct image_dir *d);
 /* Fail readers whose time is over; called twice a second. */

@@ -49,6 +49,7 @@ static void fill_state(struct holder *h)
     s->open_files = control_count_open(h, &s->leases);
     s->cache_used = h->cache_used;
     s->cache_limit = h->options.cache_size;
+    s->read_timeout_ms = h->options.read_timeout_ms;
     snprintf(s->repository, sizeof(s->repository), "%s", h->options.repository);
     snprintf(s->folder, sizeof(s->folder), "%s", h->options.mount);
     snprintf(s->software, sizeof(s->software), "vmmig " VMMIG_VERSION);
@@ -73,6 +74,10 @@ static int handle(struct holder *h, const struct mount_packet *p, struct vm_erro
         return 0;
     case MOUNT_REFRESH:
         fetchers_refresh(h);
+        return 0;
+    case MOUNT_LIMITS:
+        h->options.read_timeout_ms = p->m.offset;
+        images_limit(h, p->m.len);
         return 0;
     case MOUNT_RECORD:
         return record_now(h, p->m.name, err);

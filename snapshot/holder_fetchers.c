@@ -202,8 +202,11 @@ static void take_answer(struct holder *h, struct fetcher *x, const struct mount_
     }
     x->in_flight--;
     if (p->m.type == MOUNT_FAILED && t->transient_retry && is_transient(p->m.kind)) {
-        log_warn("the repository did not answer; trying again", "reason=%s",
-                 log_q((const char *)p->payload));
+        if (p->m.kind == VM_ERROR_NO_SPACE) /* fetchers write nowhere else */
+            images_make_room(h);
+        else
+            log_warn("the repository did not answer; trying again", "reason=%s",
+                     log_q((const char *)p->payload));
         t->at = NULL;
         t->not_before_ns = clock_mono_ns() + RETRY_NS;
         return;
@@ -307,8 +310,8 @@ static int spawn(struct holder *h, int socket, pid_t *ret_pid, struct vm_error *
 {
     const struct holder_options *o = &h->options;
     char fd[16];
-    const char *argv[] = {o->fetcher,    "--socket", fd,       "--repository",
-                          o->repository, "--owner",  o->owner, NULL};
+    const char *argv[] = {o->fetcher, "--socket", fd,       "--repository", o->repository,
+                          "--owner",  o->owner,   "--life", h->life,        NULL};
     snprintf(fd, sizeof(fd), "%d", 3);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);

@@ -22,7 +22,7 @@ static void image_free(struct holder *h, struct image_dir *d)
     for (unsigned i = 0; i < d->n_nodes; i++) {
         struct node *n = &d->nodes[i];
         for (uint64_t c = 0; n->chunks && c < n->n_chunks; c++)
-            if ((n->chunks[c] & CHUNK_STATE) == CHUNK_DATA)
+            if (n->chunks[c] & CHUNK_COUNTED)
                 h->cache_used -= MOUNT_CHUNK;
         close_fd(&n->fd);
         free(n->chunks);
@@ -146,15 +146,29 @@ static void set_state(struct node *n, uint64_t chunk, enum chunk state)
     n->chunks[chunk] = (uint8_t)((n->chunks[chunk] & ~CHUNK_STATE) | state);
 }
 
-static void drop_chunk(struct holder *h, struct node *n, uint64_t chunk)
+static bool punch(const struct node *n, uint64_t chunk)
 {
-    fallocate(n->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(chunk * MOUNT_CHUNK),
-              MOUNT_CHUNK);
+    if (fallocate(n->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)(chunk * MOUNT_CHUNK), MOUNT_CHUNK) == 0)
+        return true;
+    log_error("the cache cannot give room back", "image=%s file=%s errno=%d", n->image->name,
+              n->name, errno);
+    return false;
+}
+
+/* False if its room is still taken; its content is not believed any more even so. */
+static bool drop_chunk(struct holder *h, struct node *n, uint64_t chunk)
+{
+    bool punched = punch(n, chunk);
     set_state(n, chunk, CHUNK_ABSENT);
     if (n->image->prefetching)
         n->chunks[chunk] |= CHUNK_DROPPED;
+    if (!punched)
+        return false;
+    n->chunks[chunk] &= (uint8_t)~CHUNK_COUNTED;
     h->cache_used -= MOUNT_CHUNK;
     h->state.evicted++;
+    return true;
 }
 
 /* The next node, from the image that was first used to the last, round and round. */
@@ -182,18 +196,38 @@ static void evict(struct holder *h, uint64_t limit)
         for (; n && n->chunks && h->hand_chunk < n->n_chunks && h->cache_used > limit;
              h->hand_chunk++) {
             uint8_t *c = &n->chunks[h->hand_chunk];
-            if ((*c & CHUNK_STATE) != CHUNK_DATA || (*c & CHUNK_PENDING))
+            if (!(*c & CHUNK_COUNTED) || (*c & CHUNK_PENDING))
                 continue;
-            if (*c & CHUNK_USED)
+            if (*c & CHUNK_USED) {
                 *c &= (uint8_t)~CHUNK_USED;
-            else
-                drop_chunk(h, n, h->hand_chunk);
+            } else if (!drop_chunk(h, n, h->hand_chunk)) {
+                h->hand_chunk++;
+                return;
+            }
         }
         if (h->cache_used > limit) {
             turn_hand(h);
             turns++;
         }
     }
+}
+
+void images_limit(struct holder *h, uint64_t cache_size)
+{
+    h->options.cache_size = cache_size;
+    if (h->cache_used > cache_size)
+        evict(h, cache_size - cache_size / 16);
+}
+
+void images_make_room(struct holder *h)
+{
+    if (!h->state.cache_full)
+        log_warn("the cache's file system is full", "cache=%s used=%llu limit=%llu",
+                 h->options.cache, (unsigned long long)h->cache_used,
+                 (unsigned long long)h->options.cache_size);
+    h->state.cache_full = 1;
+    uint64_t room = h->cache_used / 16 + HOLDER_FETCH_MAX;
+    evict(h, h->cache_used > room ? h->cache_used - room : 0);
 }
 
 /* ---- reading ---- */
@@ -380,10 +414,8 @@ static bool is_too_late(struct node *n, uint64_t chunk)
 {
     if (!(n->chunks[chunk] & CHUNK_DROPPED))
         return false;
-    if (n->chunks[chunk] & CHUNK_PENDING) /* another is writing there */
-        return true;
-    fallocate(n->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(chunk * MOUNT_CHUNK),
-              MOUNT_CHUNK);
+    if (!(n->chunks[chunk] & CHUNK_PENDING)) /* else another is writing there */
+        punch(n, chunk);
     return true;
 }
 
@@ -396,11 +428,15 @@ static void node_arrived(struct holder *h, struct node *n, uint64_t offset, uint
         bool data = stored >> (c - offset / MOUNT_CHUNK) & 1;
         set_state(n, c, data ? CHUNK_DATA : CHUNK_ZERO);
         n->chunks[c] |= CHUNK_USED;
-        h->cache_used += data ? MOUNT_CHUNK : 0;
+        if (data && !(n->chunks[c] & CHUNK_COUNTED)) {
+            n->chunks[c] |= CHUNK_COUNTED;
+            h->cache_used += MOUNT_CHUNK;
+        }
+        if (data)
+            h->state.cache_full = 0;
     }
     settle_waiters(h, n, offset, len, false, INT64_MIN);
-    if (h->cache_used > h->options.cache_size)
-        evict(h, h->options.cache_size - h->options.cache_size / 16);
+    images_limit(h, h->options.cache_size);
 }
 
 void image_read_ahead(struct image_dir *d)
@@ -435,8 +471,10 @@ void image_closed(struct holder *h, struct image_dir *d)
 static void node_lost(struct holder *h, struct node *n, uint64_t offset, uint64_t len)
 {
     for (uint64_t c = offset / MOUNT_CHUNK; c * MOUNT_CHUNK < offset + len; c++)
-        if ((n->chunks[c] & CHUNK_STATE) == CHUNK_FETCHING)
+        if ((n->chunks[c] & CHUNK_STATE) == CHUNK_FETCHING) {
             set_state(n, c, CHUNK_ABSENT);
+            punch(n, c); /* a part may have been written */
+        }
     settle_waiters(h, n, offset, len, true, INT64_MIN);
     /* Waiters that also wait for other chunks go on waiting; evicted chunks are asked for again. */
 }

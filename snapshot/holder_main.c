@@ -117,8 +117,13 @@ static int prepare(struct holder *h, struct vm_error **err)
     h->read_buffer = malloc(HOLDER_FETCH_MAX);
     if (!h->read_buffer)
         return error_nomem(err);
+    if (mount_is_there(h->options.mount))
+        return error_set(err, VM_ERROR_CONFLICT, "there is a mount at %s already",
+                         h->options.mount);
     if (access(h->options.mount, X_OK) < 0)
         return error_errno(err, errno, "cannot mount at %s", h->options.mount);
+    if (mount_life(h->life, err) < 0)
+        return -1;
     return find_group(h, err) < 0 ? -1 : check_cache(h->options.cache, err);
 }
 

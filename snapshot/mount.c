@@ -113,12 +113,11 @@ bool mount_has(const struct mount *m, const char *path, pid_t pid, char ret_imag
 
 /* ---- asking the holder ---- */
 
-static int ask(struct mount *m, enum mount_type type, struct mount_packet *ret_answer,
-               struct vm_error **err)
+static int ask_that(struct mount *m, const struct mount_message *request,
+                    struct mount_packet *ret_answer, struct vm_error **err)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     struct timeval limit = {.tv_sec = ANSWER_TIMEOUT_S};
-    struct mount_message request = mount_message(type, 1, NULL);
     if (strlen(m->setup.control) >= sizeof(address.sun_path))
         return error_set(err, VM_ERROR_USAGE, "the path of a socket has at most %zu bytes",
                          sizeof(address.sun_path) - 1);
@@ -127,8 +126,11 @@ static int ask(struct mount *m, enum mount_type type, struct mount_packet *ret_a
     if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit)) < 0)
         return error_errno(err, errno, "socket");
     if (connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
-        return error_set(err, VM_ERROR_NOT_FOUND, "nothing is mounted at %s", m->setup.folder);
-    if (mount_send(fd, &request, NULL, NULL, 0, err) < 0)
+        return errno == ENOENT || errno == ECONNREFUSED
+                   ? error_set(err, VM_ERROR_NOT_FOUND, "nothing is mounted at %s", m->setup.folder)
+                   : error_set(err, VM_ERROR_UNREACHABLE, "the mount at %s does not answer: %s",
+                               m->setup.folder, strerror(errno));
+    if (mount_send(fd, request, NULL, NULL, 0, err) < 0)
         return -1;
     int r = mount_receive(fd, ret_answer, NULL, 0, NULL, err);
     if (r < 0)
@@ -144,6 +146,13 @@ static int ask(struct mount *m, enum mount_type type, struct mount_packet *ret_a
                      "%s", (char *)ret_answer->payload);
 }
 
+static int ask(struct mount *m, enum mount_type type, struct mount_packet *ret_answer,
+               struct vm_error **err)
+{
+    struct mount_message request = mount_message(type, 1, NULL);
+    return ask_that(m, &request, ret_answer, err);
+}
+
 int mount_status(struct mount *m, struct mount_state *ret_state, struct vm_error **err)
 {
     cleanup_free struct mount_packet *p = malloc(sizeof(*p));
@@ -151,10 +160,12 @@ int mount_status(struct mount *m, struct mount_state *ret_state, struct vm_error
         return error_nomem(err);
     if (ask(m, MOUNT_STATUS, p, err) < 0)
         return -1;
-    if (p->m.type != MOUNT_STATE || p->m.payload_len < sizeof(*ret_state))
+    if (p->m.type != MOUNT_STATE || p->m.payload_len < MOUNT_STATE_MIN)
         return error_set(err, VM_ERROR_VERSION, "the mount at %s is of another version",
                          m->setup.folder);
-    memcpy(ret_state, p->payload, sizeof(*ret_state));
+    *ret_state = (struct mount_state){0};
+    memcpy(ret_state, p->payload,
+           p->m.payload_len < sizeof(*ret_state) ? p->m.payload_len : sizeof(*ret_state));
     return 0;
 }
 
@@ -263,6 +274,10 @@ static int clear_folder(struct mount *m, struct vm_error **err)
     if (stat(m->setup.folder, &st) < 0 && (errno == ENOTCONN || errno == ECONNABORTED)) {
         log_warn("the holder of a mount has died", "mount=%s", m->setup.folder);
         umount2(m->setup.folder, MNT_DETACH);
+    } else if (mount_is_there(m->setup.folder)) {
+        return error_set(err, VM_ERROR_CONFLICT,
+                         "there is a mount at %s already, whose process does not answer at %s",
+                         m->setup.folder, m->setup.control);
     }
     return io_make_folders(m->setup.folder, 0755, err);
 }
@@ -298,6 +313,28 @@ static int start(struct mount *m, struct vm_error **err)
     return wait_ready(m, ours, st.st_size, err);
 }
 
+/* A holder that an earlier agent started. */
+static int adopt(struct mount *m, const struct mount_state *state, struct vm_error **err)
+{
+    const struct mount_setup *s = &m->setup;
+    cleanup_error struct vm_error *failed = NULL;
+    cleanup_free struct mount_packet *p = malloc(sizeof(*p));
+    if (!p)
+        return error_nomem(err);
+    if (strcmp(state->software, "vmmig " VMMIG_VERSION) && ask(m, MOUNT_REFRESH, p, NULL) == 0)
+        log_info("a mount got new fetchers", "mount=%s", s->folder);
+    if (state->cache_limit != s->cache_size || state->read_timeout_ms != s->read_timeout_ms) {
+        struct mount_message limits = mount_message(MOUNT_LIMITS, 1, NULL);
+        limits.len = s->cache_size;
+        limits.offset = s->read_timeout_ms;
+        if (ask_that(m, &limits, p, &failed) < 0)
+            log_warn("a mount keeps its former cache-size and disk-timeout until nobody uses it",
+                     "mount=%s reason=%s", s->folder, log_q(error_message(failed)));
+    }
+    m->adopted = true;
+    return 0;
+}
+
 int mount_ensure(struct mount *m, struct vm_error **err)
 {
     SCOPE_LOCK(&m->lock);
@@ -309,18 +346,13 @@ int mount_ensure(struct mount *m, struct vm_error **err)
         m->adopted = true;
         return start(m, err);
     }
-    if (strcmp(state.repository, m->setup.repository)) {
+    if (strcmp(state.repository, m->setup.repository) || strcmp(state.folder, m->setup.folder)) {
         if (mount_stop(m, err) < 0)
-            return error_wrap(err, "the mount at %s shows %s", m->setup.folder, state.repository);
+            return error_wrap(err, "the mount of this agent shows %s at %s", state.repository,
+                              state.folder);
         return start(m, err);
     }
-    if (!m->adopted && strcmp(state.software, "vmmig " VMMIG_VERSION)) {
-        cleanup_free struct mount_packet *p = malloc(sizeof(*p));
-        if (p && ask(m, MOUNT_REFRESH, p, NULL) == 0)
-            log_info("a mount got new fetchers", "mount=%s", m->setup.folder);
-    }
-    m->adopted = true;
-    return 0;
+    return m->adopted ? 0 : adopt(m, &state, err);
 }
 
 static bool is_empty(const char *dir)

@@ -8,7 +8,7 @@
  *     mount_path(m, "t:debian12@0f..", "memory.raw", path)
  *     mount_bind(m, "/mnt/images", &err)        the same tree at one more place
  *
- * A holder that is adopted and whose fetchers are of another version of vmmig gets new ones
+ * A holder that is adopted gets the setup's cache-size and read-timeout. One that is adopted and whose fetchers are of another version of vmmig gets new ones
  * (MOUNT_REFRESH); the holder itself stays as it is until nobody uses the mount. A dead holder
  * leaves an unusable mount point, which is replaced; guests that mapped it have died with it.
  *
@@ -30,7 +30,7 @@ struct mount_setup {
     uint64_t cache_size, read_timeout_ms, record_ms;
     const char *control;    /* the holder's socket */
     const char *log;        /* the holder's output, appended */
-    const char *owner;      /* of its leases: unique to this host and folder */
+    const char *owner;      /* of its leases: unique to this host, the same for all its holders */
     const char *group;      /* who may read, besides root; "" for nobody */
     const char *cgroup;     /* "" for the agent's */
     const char *libexec;    /* folder of vmmig-mount and vmmig-fetch */
@@ -44,7 +44,10 @@ struct mount *mount_create(const struct mount_setup *setup, struct vm_error **er
 void mount_destroy(struct mount *m);
 DEFINE_CLEANUP(mount, struct mount *, mount_destroy)
 
-/* CONFLICT if the holder that is there shows another repository and is in use. */
+/*
+ * CONFLICT if the holder that is there shows another repository, or shows it elsewhere, and is in use; or if a mount
+ * is there whose holder is not the one at `control`. UNREACHABLE, TIMEOUT: the holder lives and does not answer.
+ */
 int mount_ensure(struct mount *m, struct vm_error **err);
 /* Of the holder: NOT_FOUND if there is none. */
 int mount_status(struct mount *m, struct mount_state *ret_state, struct vm_error **err);

@@ -2,9 +2,9 @@
 #include "snapshot/mount_wire.h"
 
 #include "base/cleanup.h"
+#include "base/process.h"
 
 #include <errno.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -132,4 +132,77 @@ int mount_unescape(const char *folder, char out[MOUNT_NAME_MAX + 1])
     }
     out[n] = 0;
     return n ? 0 : -1;
+}
+
+/* ---- lives ---- */
+
+static unsigned boot_digits(const struct process_identity *id)
+{
+    const uint8_t *b = id->boot.bytes;
+    return (unsigned)b[0] << 24 | (unsigned)b[1] << 16 | (unsigned)b[2] << 8 | b[3];
+}
+
+int mount_life(char out[MOUNT_LIFE_SIZE], struct vm_error **err)
+{
+    struct process_identity me;
+    if (process_identify(getpid(), &me, err) < 0)
+        return -1;
+    snprintf(out, MOUNT_LIFE_SIZE, "%08x.%x.%llx", boot_digits(&me), (unsigned)me.pid,
+             (unsigned long long)me.start);
+    return 0;
+}
+
+bool mount_life_is_over(const char *life)
+{
+    struct process_identity id;
+    unsigned boot, pid;
+    unsigned long long start;
+    int end = 0;
+    if (sscanf(life, "%8x.%x.%llx%n", &boot, &pid, &start, &end) != 3 || life[end] ||
+        process_identify(getpid(), &id, NULL) < 0)
+        return false;
+    if (boot != boot_digits(&id))
+        return true;
+    id.pid = (int32_t)pid;
+    id.start = start;
+    return !process_alive(&id);
+}
+
+/* ---- the mount point ---- */
+
+/* A field of mountinfo, in place: \040 and the like are characters. */
+static void decode(char *text)
+{
+    char *to = text;
+    for (const char *from = text; *from; to++) {
+        unsigned value;
+        if (*from == '\\' && sscanf(from + 1, "%3o", &value) == 1) {
+            *to = (char)value;
+            from += 4;
+        } else {
+            *to = *from++;
+        }
+    }
+    *to = 0;
+}
+
+bool mount_is_there(const char *folder)
+{
+    FILE *file = fopen("/proc/self/mountinfo", "re");
+    cleanup_free char *line = NULL;
+    size_t size = 0;
+    bool there = false;
+    while (file && getline(&line, &size, file) > 0) {
+        char *rest = line, *point = NULL, *type = strstr(line, " - ");
+        for (int i = 0; i < 5; i++)
+            point = strsep(&rest, " ");
+        if (!point || !type)
+            continue;
+        decode(point);
+        if (!strcmp(point, folder)) /* the last one is on top */
+            there = !strncmp(type + 3, "fuse.vmmig ", 11);
+    }
+    if (file)
+        fclose(file);
+    return there;
 }

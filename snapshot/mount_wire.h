@@ -12,7 +12,8 @@
  *     LEASE    name, number                      OK        lease in `number`, name; dropped if
  *                                                          nobody waits for it any more
  *     DROP     name, number: the lease           OK
- *     KEEP     payload: numbers of the leases that are held; others of this holder are dropped
+ *     KEEP     payload: numbers of the leases that are held; others of this holder, and those of
+ *              holders of the same owner that are dead, are dropped
  *                                                OK
  *     FETCH    name, number, file, offset, len;  OK        what was asked for is in the file;
  *              fd of the cache's file                      count: bit i: chunk i is not all zero
@@ -29,6 +30,11 @@
  *     STOP     unmount and end                   OK | FAILED (CONFLICT while files are open)
  *     RECORD   name: what was read so far is     OK | FAILED (NOT_FOUND)
  *              the working set
+ *     LIMITS   len: of the cache, offset: read   OK
+ *              timeout in ms; as from the start
+ *
+ * Leases are taken for "OWNER LIFE", LIFE being that of the holder (mount_life), so that those of another one that
+ * lives are left alone whatever its OWNER is. From holders of before it is "OWNER" alone.
  *
  * A fetcher of another MOUNT_WIRE_VERSION is not used. Threads: sending is atomic, receiving is for
  * one thread.
@@ -38,6 +44,7 @@
 
 #include "base/error.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/types.h>
@@ -55,7 +62,7 @@ enum {
 enum mount_type {
     MOUNT_HELLO = 1, MOUNT_FIND, MOUNT_FOUND, MOUNT_LIST, MOUNT_NAMES, MOUNT_LEASE, MOUNT_DROP,
     MOUNT_KEEP, MOUNT_FETCH, MOUNT_PREFETCH, MOUNT_HAVE, MOUNT_RECORD, MOUNT_OK, MOUNT_FAILED,
-    MOUNT_STATUS = 50, MOUNT_STATE, MOUNT_REFRESH, MOUNT_STOP,
+    MOUNT_STATUS = 50, MOUNT_STATE, MOUNT_REFRESH, MOUNT_STOP, MOUNT_LIMITS,
 };
 
 enum { MOUNT_LAST = 1 }; /* flags */
@@ -89,7 +96,11 @@ struct mount_state {
     uint64_t failed_reads, evicted;
     uint64_t fetcher_starts;
     char repository[512], folder[512], software[64];
+    /* Further members are zero from a holder that does not know them: */
+    uint64_t cache_full; /* 1: the cache's file system had no room when it was last written to */
+    uint64_t read_timeout_ms;
 };
+#define MOUNT_STATE_MIN offsetof(struct mount_state, cache_full)
 
 struct mount_packet {
     struct mount_message m;
@@ -109,6 +120,14 @@ int mount_send(int socket, const struct mount_message *m, const void *payload, c
  */
 int mount_receive(int socket, struct mount_packet *ret_packet, int *ret_fds, int max_fds,
                   int *ret_n_fds, struct vm_error **err);
+
+/* "BOOT.PID.START" of this process, in hexadecimal digits: no other process ever has the same. */
+enum { MOUNT_LIFE_SIZE = 36 };
+int mount_life(char out[MOUNT_LIFE_SIZE], struct vm_error **err);
+/* Is it certain that the process of that life runs no more? */
+bool mount_life_is_over(const char *life);
+/* Is a holder's tree mounted exactly there, alive or not? */
+bool mount_is_there(const char *folder);
 
 /* A message of that type, all else zero. `name` may be NULL. */
 struct mount_message mount_message(enum mount_type type, uint32_t id, const char *name);

@@ -185,16 +185,18 @@ static int say_mounted(const struct cli *c, const Vmmig__Control__Mounted *m, st
 {
     if (c->json)
         return cli_print_json(
-            json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I}", "dir",
+            json_pack("{s:s, s:s, s:i, s:i, s:i, s:i, s:I, s:I, s:I, s:I, s:I, s:I, s:I, s:b}", "dir",
                       m->dir, "repository", m->repository, "pid", m->pid, "fetchers",
                       (int)m->fetchers, "open_files", (int)m->open_files, "leases", (int)m->leases,
                       "cache_bytes", (json_int_t)m->cache_used, "cache_limit_bytes",
                       (json_int_t)m->cache_limit, "reads", (json_int_t)m->reads, "waits",
                       (json_int_t)m->waits, "fetched_bytes", (json_int_t)m->fetched_bytes,
                       "prefetched_bytes", (json_int_t)m->prefetched_bytes, "failed_reads",
-                      (json_int_t)m->failed_reads),
+                      (json_int_t)m->failed_reads, "cache_full", m->cache_full),
             err);
     printf("%s shows %s\n", m->dir, m->repository);
+    if (m->cache_full)
+        puts("the file system of its cache is full: give it room, or set a smaller cache-size");
     return 0;
 }
 
@@ -299,7 +301,7 @@ static const struct cli_object objects[] = {
      "total_ms, notes"},
     {"mount",
      "dir, repository, pid, fetchers, open_files, leases, cache_bytes, cache_limit_bytes, reads, "
-     "waits, fetched_bytes, prefetched_bytes, failed_reads"},
+     "waits, fetched_bytes, prefetched_bytes, failed_reads, cache_full"},
     {"unmount", "unmounted"},
     {NULL}};
 

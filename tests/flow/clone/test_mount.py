@@ -200,6 +200,46 @@ def test_the_cache_has_a_limit(url, tmp_path, mounts):
         with open(path, 'rb') as want:
             assert f.read() == want.read()
 
+def test_a_full_file_system_below_the_cache(url, tmp_path, mounts):
+    """What was read goes from the cache, and the reading goes on."""
+    path = tmp_path / 'large.raw'
+    path.write_bytes(random.Random(6).randbytes(20 * MIB))
+    store(url, 'a', memory_raw=path)
+    cache = tmp_path / 'mount' / 'cache'
+    cache.mkdir(parents=True)
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'none', cache], check=True)
+    m = mounts(url)
+    try:
+        subprocess.run(['cmp', m.file('a', 'memory.raw'), path], check=True, timeout=60)
+        assert 0 < m.status()['cache_used'] <= 8 * MIB and m.status()['evicted'] > 0
+        assert 'file system is full' in m.log()
+    finally:
+        m.stop()
+        subprocess.run(['umount', cache], check=True)
+
+
+def test_others_fill_the_file_system_below_the_cache(url, raw, tmp_path, mounts):
+    """Memory waits until there is room again; the state says why."""
+    store(url, 'a', memory_raw=raw)
+    cache = tmp_path / 'mount' / 'cache'
+    cache.mkdir(parents=True)
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'none', cache], check=True)
+    m = mounts(url)
+    try:
+        with open(m.file('a', 'memory.raw'), 'rb', buffering=0) as f:
+            subprocess.run(['dd', 'if=/dev/zero', f'of={cache}/of-others', 'bs=64k'], capture_output=True, check=False)
+            got = []
+            thread = threading.Thread(target=lambda: got.append(os.pread(f.fileno(), MIB, 0)))
+            thread.start()
+            eventually('it is told', lambda: m.status()['cache_full'])
+            assert not got and m.status()['failed_reads'] == 0
+            (cache / 'of-others').unlink()
+            thread.join(20)
+            assert got == [raw.read_bytes()[:MIB]] and not m.status()['cache_full']
+    finally:
+        m.stop()
+        subprocess.run(['umount', cache], check=True)
+
 
 def recorded(url, path, mounts, image='t:web@0123456789abcdef'):
     """A template's version of that memory, all of which is its working set."""
@@ -322,6 +362,33 @@ def test_leases_of_a_holder_that_was_killed(url, raw, mounts):
     subprocess.run(['umount', '-l', m.path], check=True)
     m.start()
     eventually('no lease', lambda: leases(url) == [])
+
+
+def test_a_second_holder_of_the_same_owner(url, raw, mounts):
+    """It drops what a dead one left, and nothing that is another living one's."""
+    store(url, 'a', disk0_raw=raw)
+    store(url, 'b', disk0_raw=raw)
+    living = mounts(url, name='living')
+    dead = mounts(url, name='dead')
+    with open(living.file('a'), 'rb') as f:
+        os.open(dead.file('b'), os.O_RDONLY)
+        dead.process.kill()
+        dead.process.wait(20)
+        assert sorted(leases(url)) == ['a', 'b']
+        mounts(url, name='third')
+        eventually('the dead one is swept', lambda: 'b' not in leases(url))
+        assert leases(url) == ['a']
+        assert f.read() == raw.read_bytes()
+
+
+def test_a_second_holder_at_the_same_place(url, raw, mounts, tmp_path):
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    done = subprocess.run([os.path.join(build(), 'snapshot/vmmig-mount'), '--mount', m.path, '--repository', url,
+                           '--cache', m.cache, '--control', tmp_path / 's2', '--fetcher', '/bin/true', '--owner', 'x'],
+                          capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode and 'already' in done.stderr and done.stderr.count('\n') == 1, done
+    assert filecmp.cmp(m.file('a'), raw, shallow=False)
 
 
 @pytest.mark.parametrize('words, status', [

@@ -78,10 +78,10 @@ static void print_state(const struct mount_state *s)
            ", \"reads\": %" PRIu64 ", \"waits\": %" PRIu64 ", \"fetches\": %" PRIu64
            ", \"fetched_bytes\": %" PRIu64 ", \"prefetched_bytes\": %" PRIu64
            ", \"failed_reads\": %" PRIu64 ", \"evicted\": %" PRIu64 ", \"fetcher_starts\": %" PRIu64
-           "}\n",
+           ", \"cache_full\": %" PRIu64 "}\n",
            s->pid, s->fetchers, s->fetcher_pid, s->images, s->open_files, s->leases, s->cache_used,
            s->cache_limit, s->reads, s->waits, s->fetches, s->fetched_bytes, s->prefetched_bytes,
-           s->failed_reads, s->evicted, s->fetcher_starts);
+           s->failed_reads, s->evicted, s->fetcher_starts, s->cache_full);
 }
 
 static int ask(char **argv, enum mount_type type, const char *name, struct vm_error **err)
