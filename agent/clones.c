@@ -165,6 +165,12 @@ int clones_handle_unmount(struct control_session *s, const struct control_messag
 
 /* ---- templates ---- */
 
+static const char *model_dir(const struct config *config, char out[4096])
+{
+    snprintf(out, 4096, "%s/models", config->state_dir);
+    return out;
+}
+
 struct template_answer {
     Vmmig__Control__TemplateInfo info;
     struct template template;
@@ -274,9 +280,11 @@ int clones_handle_delete(struct control_session *s, const struct control_message
     Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
     if (control_check_member(s, control_agent(s)->config->publish_group, err) < 0)
         return -1;
-    struct store *store = get_store(s, err);
-    if (!store || template_delete(store, m->template_delete->template_, err) < 0)
+    struct repo *r = repository_get(control_agent(s)->repository, err);
+    char models[4096];
+    if (!r || template_delete(repo_store(r), m->template_delete->template_, err) < 0)
         return -1;
+    clone_sweep_models(r, model_dir(control_agent(s)->config, models));
     log_info("deleted a template", "template=%s", m->template_delete->template_);
     return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
 }
@@ -484,7 +492,7 @@ int clones_handle_clone(struct control_session *s, const struct control_message 
         return error_nomem(err);
     c->agent = agent;
     c->m = m->clone;
-    snprintf(c->model_dir, sizeof(c->model_dir), "%s/models", agent->config->state_dir);
+    model_dir(agent->config, c->model_dir);
     c->repo = repository_get(agent->repository, err);
     int r = !c->repo || take_settings(c, err) < 0 ||
                     find_vm_user(agent->config, &c->uid, &c->gid, err) < 0

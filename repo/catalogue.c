@@ -96,9 +96,13 @@ int catalogue_find_again(struct store *s, const struct image *was, struct image 
     return 0;
 }
 
-int catalogue_delete(struct store *s, const char *name, struct vm_error **err)
+/* number: of the image that is meant; 0: whichever has the name. */
+static int delete_number(struct store *s, const char *name, uint64_t number, struct vm_error **err)
 {
     char key[SHARD_KEY_SIZE];
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    if (!image)
+        return error_nomem(err);
     if (image_name_check(name, err) < 0)
         return -1;
     shard_name_key(name, key);
@@ -109,6 +113,10 @@ int catalogue_delete(struct store *s, const char *name, struct vm_error **err)
             return -1;
         if (!value.len)
             return not_found(name, err);
+        if (number && image_read(name, value.data, value.len, image, err) < 0)
+            return -1;
+        if (number && image->writer != number)
+            return error_set(err, VM_ERROR_CONFLICT, "image %s was replaced by another one", name);
         if (FAULT("repo.delete") == FAULT_ERROR)
             return error_errno(err, fault_errno(), "cannot delete image %s", name);
         int done = shard_erase(s, shard_of(name), key, &value, &erased, err);
@@ -117,6 +125,16 @@ int catalogue_delete(struct store *s, const char *name, struct vm_error **err)
             return done;
     }
     return error_set(err, VM_ERROR_CONFLICT, "image %s changes all the time; try again", name);
+}
+
+int catalogue_delete(struct store *s, const char *name, struct vm_error **err)
+{
+    return delete_number(s, name, 0, err);
+}
+
+int catalogue_delete_image(struct store *s, const struct image *image, struct vm_error **err)
+{
+    return delete_number(s, image->name, image->writer, err);
 }
 
 struct listing {

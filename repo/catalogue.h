@@ -57,6 +57,8 @@ typedef int catalogue_visit_fn(const struct image *image, void *arg, struct vm_e
 int catalogue_list(struct store *s, catalogue_visit_fn *visit, void *arg, struct vm_error **err);
 /* Remove the name; what it alone named is garbage from then on. NOT_FOUND. */
 int catalogue_delete(struct store *s, const char *name, struct vm_error **err);
+/* The same, of that very image: CONFLICT if the name has another one by now. */
+int catalogue_delete_image(struct store *s, const struct image *image, struct vm_error **err);
 
 /* ---- leases ---- */
 

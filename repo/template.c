@@ -2,13 +2,15 @@
 #include "repo/template.h"
 
 #include "base/cleanup.h"
+#include "base/fault.h"
 #include "repo/file_reader.h"
+#include "repo/footer_cache.h"
 
 #include <ctype.h>
 #include <openssl/evp.h>
 #include <string.h>
 
-enum { TRIES = 16, DIGEST_TYPED_MIN = 8 };
+enum { TRIES = 16, FOOTERS_BYTES = 32 << 20, DIGEST_TYPED_MIN = 8 };
 
 static bool word_is_good(const char *word, size_t n, size_t max)
 {
@@ -62,33 +64,73 @@ static void version_image(struct template *t)
 
 /* ---- the digest ---- */
 
-static int digest_file(EVP_MD_CTX *md, struct store *s, const struct image *image,
-                       const struct image_entry *file, struct vm_error **err)
+struct digest {
+    struct store *store;
+    EVP_MD_CTX *md;
+    struct footer_cache *footers;
+    struct page_hasher hasher;
+    struct file_reader *reader; /* of the file that is read */
+    uint8_t data[PAGE_BYTES];
+};
+
+/* From its pack's footer; where that does not tell (it is lost, or moved), from the page itself. */
+static int identify(struct digest *d, const struct recipe_page *page, uint64_t offset,
+                    struct page_id *ret_id, struct vm_error **err)
+{
+    footer_cache_trim(d->footers);
+    if (!footer_cache_knows(d->footers, page->pack) &&
+        footer_cache_load(d->footers, &page->pack, 1, err) < 0)
+        return -1;
+    const struct cached_footer *f = footer_cache_get(d->footers, page->pack);
+    if (f && cached_footer_identity(f, page->offset, page->page, ret_id) &&
+        !memcmp(ret_id->bytes, page->id, sizeof(page->id)))
+        return 0;
+    uint64_t left = file_reader_size(d->reader) - offset;
+    memset(d->data, 0, sizeof(d->data));
+    if (file_reader_read(d->reader, offset, d->data, left < PAGE_BYTES ? left : PAGE_BYTES, err) < 0)
+        return -1;
+    return page_hasher_hash(&d->hasher, d->data, PAGE_BYTES, ret_id, err);
+}
+
+static int digest_leaf(struct digest *d, uint64_t number, const struct recipe_leaf *leaf,
+                       struct vm_error **err)
+{
+    uint8_t text[8];
+    struct page_id id;
+    for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
+        uint64_t page = number * RECIPE_LEAF_PAGES + i;
+        if (!leaf->pages[i].len)
+            continue;
+        if (identify(d, &leaf->pages[i], page * PAGE_BYTES, &id, err) < 0)
+            return -1;
+        put_le64(text, page);
+        EVP_DigestUpdate(d->md, text, sizeof(text));
+        EVP_DigestUpdate(d->md, id.bytes, sizeof(id.bytes));
+    }
+    return 0;
+}
+
+static int digest_file(struct digest *d, const struct image *image, const struct image_entry *file,
+                       struct vm_error **err)
 {
     uint8_t number[8];
     CLEANUP(file_reader)
-    struct file_reader *r = file_reader_open(s, image, file, err);
+    struct file_reader *r = file_reader_open(d->store, image, file, err);
     cleanup_free struct recipe_leaf *leaf = malloc(sizeof(*leaf));
     if (!r || !leaf)
         return r ? error_nomem(err) : -1;
-    EVP_DigestUpdate(md, file->name, strlen(file->name) + 1);
+    d->reader = r;
+    EVP_DigestUpdate(d->md, file->name, strlen(file->name) + 1);
     put_le64(number, file->size);
-    EVP_DigestUpdate(md, number, sizeof(number));
+    EVP_DigestUpdate(d->md, number, sizeof(number));
     for (uint64_t at = 0, start, len; at < file->size; at = start + len) {
         if (file_reader_next_data(r, at, &start, &len, err) < 0)
             return -1;
         if (!len)
             break;
         for (uint64_t l = start / RECIPE_LEAF_BYTES; l * RECIPE_LEAF_BYTES < start + len; l++) {
-            if (file_reader_leaf(r, l, leaf, err) < 0)
+            if (file_reader_leaf(r, l, leaf, err) < 0 || digest_leaf(d, l, leaf, err) < 0)
                 return -1;
-            for (unsigned i = 0; i < RECIPE_LEAF_PAGES; i++) {
-                if (!leaf->pages[i].len)
-                    continue;
-                put_le64(number, l * RECIPE_LEAF_PAGES + i);
-                EVP_DigestUpdate(md, number, sizeof(number));
-                EVP_DigestUpdate(md, leaf->pages[i].id, sizeof(leaf->pages[i].id));
-            }
         }
     }
     return 0;
@@ -98,13 +140,19 @@ static int digest_image(struct store *s, const struct image *image,
                         char out[TEMPLATE_DIGEST_SIZE], struct vm_error **err)
 {
     uint8_t hash[EVP_MAX_MD_SIZE];
-    EVP_MD_CTX *md = EVP_MD_CTX_new();
-    int r = md && EVP_DigestInit_ex(md, EVP_sha256(), NULL) ? 0 : error_nomem(err);
+    struct digest d = {.store = s, .md = EVP_MD_CTX_new()};
+    int r = page_hasher_init(&d.hasher, err);
+    if (r == 0 && (!d.md || !EVP_DigestInit_ex(d.md, EVP_sha256(), NULL)))
+        r = error_nomem(err);
+    if (r == 0 && !(d.footers = footer_cache_create(s, FOOTERS_BYTES, err)))
+        r = -1;
     for (unsigned i = 0; r == 0 && i < image->n_files; i++)
-        r = digest_file(md, s, image, &image->files[i], err);
+        r = digest_file(&d, image, &image->files[i], err);
     if (r == 0)
-        EVP_DigestFinal_ex(md, hash, NULL);
-    EVP_MD_CTX_free(md);
+        EVP_DigestFinal_ex(d.md, hash, NULL);
+    footer_cache_destroy(d.footers);
+    page_hasher_finish(&d.hasher);
+    EVP_MD_CTX_free(d.md);
     for (int i = 0; r == 0 && i < (TEMPLATE_DIGEST_SIZE - 1) / 2; i++)
         snprintf(out + 2 * i, 3, "%02x", hash[i]);
     return r;
@@ -125,8 +173,9 @@ static int check_source(const struct image *image, struct vm_error **err)
     return 0;
 }
 
-static int commit_once(struct store *s, const struct image *from, const char *to,
-                       const struct image *before, struct vm_error **err)
+/* `to` as another name of what `from` is. `before` (NULL: none) is what it was. */
+static int commit_as(struct store *s, const struct image *from, const char *to, const char *parent,
+                     const struct image *before, struct vm_error **err)
 {
     cleanup_free struct image *image = malloc(sizeof(*image));
     if (!image)
@@ -137,38 +186,15 @@ static int commit_once(struct store *s, const struct image *from, const char *to
         return -1;
     *image = *from;
     strcpy(image->name, to);
-    strcpy(image->parent, from->name);
+    strcpy(image->parent, parent);
     image->writer = registration_number(r);
     image->bytes_added = 0;
     return catalogue_commit(r, image, &nothing, err);
 }
 
-/*
- * `to` as another name of what `from` is. `before` (NULL: none) is what it was. Collections may give
- * `from` other roots meanwhile: then *from has these.
- */
-static int commit_as(struct store *s, struct image *from, const char *to,
-                     const struct image *before, struct vm_error **err)
-{
-    cleanup_free struct image *now = malloc(sizeof(*now));
-    if (!now)
-        return error_nomem(err);
-    for (int i = 0;; i++) {
-        cleanup_error struct vm_error *failed = NULL;
-        enum image_fate fate = IMAGE_GONE;
-        if (commit_once(s, from, to, before, &failed) == 0)
-            return 0;
-        if (failed->kind == VM_ERROR_NOT_FOUND && i < TRIES &&
-            catalogue_find_again(s, from, now, &fate, err) < 0)
-            return -1;
-        if (fate == IMAGE_GONE)
-            return error_propagate(err, steal_ptr(&failed));
-        *from = *now;
-    }
-}
-
-static int make_version(struct store *s, struct image *source, struct template *t,
-                        struct image *ret_version, struct vm_error **err)
+/* From the snapshot `source`, or from whatever has that content. */
+static int make_version(struct store *s, const struct image *from, const char *source,
+                        const struct template *t, struct image *ret_version, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
     if (catalogue_find(s, t->image, ret_version, &failed) == 0)
@@ -176,7 +202,7 @@ static int make_version(struct store *s, struct image *source, struct template *
     if (failed->kind != VM_ERROR_NOT_FOUND)
         return error_propagate(err, steal_ptr(&failed));
     error_clear(&failed);
-    if (commit_as(s, source, t->image, NULL, &failed) < 0 && failed->kind != VM_ERROR_CONFLICT)
+    if (commit_as(s, from, t->image, source, NULL, &failed) < 0 && failed->kind != VM_ERROR_CONFLICT)
         return error_propagate(err, steal_ptr(&failed));
     return catalogue_find(s, t->image, ret_version, err);
 }
@@ -197,7 +223,7 @@ static int move_tag(struct store *s, const struct template *t, struct image *ver
         error_clear(&failed);
         if (there && !strcmp(before->parent, version->name))
             return 0;
-        if (commit_as(s, version, tag, there ? before : NULL, &failed) == 0)
+        if (commit_as(s, version, tag, version->name, there ? before : NULL, &failed) == 0)
             return 0;
         if (failed->kind != VM_ERROR_CONFLICT)
             return error_propagate(err, steal_ptr(&failed));
@@ -213,6 +239,23 @@ static void describe(struct template *t, const struct image *version)
     t->published_s = version->created_s;
 }
 
+/* As often as somebody deletes the version meanwhile. */
+static int publish_content(struct store *s, const struct image *source, const struct template *t,
+                           struct image *ret_version, struct vm_error **err)
+{
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        if (make_version(s, source, source->name, t, ret_version, &failed) == 0 &&
+            move_tag(s, t, ret_version, &failed) == 0)
+            break;
+        if (i == TRIES || failed->kind != VM_ERROR_NOT_FOUND)
+            return error_propagate(err, steal_ptr(&failed));
+    }
+    (void)FAULT("template.tagged");
+    /* Who was deleting the version when it had no tag has deleted it, or looks for tags once more. */
+    return make_version(s, source, source->name, t, ret_version, err);
+}
+
 int template_publish(struct store *s, const char *source, const char *name,
                      struct template *ret_template, struct vm_error **err)
 {
@@ -225,8 +268,7 @@ int template_publish(struct store *s, const char *source, const char *name,
         digest_image(s, &images[0], t.digest, err) < 0)
         return -1;
     version_image(&t);
-    if (make_version(s, &images[0], &t, &images[1], err) < 0 ||
-        move_tag(s, &t, &images[1], err) < 0)
+    if (publish_content(s, &images[0], &t, &images[1], err) < 0)
         return -1;
     describe(&t, &images[1]);
     *ret_template = t;
@@ -430,22 +472,80 @@ static int delete_version(struct store *s, const struct template *t, struct vm_e
     return delete_quietly(s, ws, err) < 0 ? -1 : delete_quietly(s, t->image, err);
 }
 
+/* What it stands for; one that moves meanwhile is looked at once more. */
+static int delete_tag(struct store *s, struct template *t, struct vm_error **err)
+{
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    if (!image)
+        return error_nomem(err);
+    for (int i = 0; i < TRIES; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        if (find_tag(s, t, image, err) < 0)
+            return -1;
+        (void)FAULT("template.untag");
+        if (catalogue_delete_image(s, image, &failed) == 0)
+            return 0;
+        if (failed->kind != VM_ERROR_CONFLICT)
+            return error_propagate(err, steal_ptr(&failed));
+    }
+    return error_set(err, VM_ERROR_CONFLICT, "tag %s:%s changes all the time; try again", t->name,
+                     t->tag);
+}
+
+/* Some tag that stands for the version; false: none does. */
+static int look_for_tag(struct store *s, const struct template *version, struct template *ret_tag,
+                        bool *ret_found, struct vm_error **err)
+{
+    struct all a = {0};
+    int r = catalogue_list(s, gather, &a, err);
+    *ret_found = false;
+    for (size_t i = 0; r == 0 && i < a.n && !*ret_found; i++)
+        if (a.kinds[i] == 2 && !strcmp(a.list[i].image, version->image)) {
+            *ret_tag = a.list[i];
+            *ret_found = true;
+        }
+    all_finish(&a);
+    return r;
+}
+
+/* A tag was published while its version was being deleted: it has the same content. */
+static int restore_version(struct store *s, const struct template *version, const char *source,
+                           const struct template *tag, struct vm_error **err)
+{
+    char name[IMAGE_NAME_MAX + 1];
+    cleanup_error struct vm_error *failed = NULL;
+    cleanup_free struct image *images = calloc(2, sizeof(*images));
+    if (!images)
+        return error_nomem(err);
+    tag_image(tag, name);
+    if (catalogue_find(s, name, &images[0], &failed) < 0)
+        return failed->kind == VM_ERROR_NOT_FOUND ? 0 : error_propagate(err, steal_ptr(&failed));
+    return strcmp(images[0].parent, version->image)
+               ? 0
+               : make_version(s, &images[0], source, version, &images[1], err);
+}
+
 int template_delete(struct store *s, const char *name, struct vm_error **err)
 {
-    struct template t;
-    struct all a = {0};
-    char tag[IMAGE_NAME_MAX + 1];
-    if (template_find(s, name, &t, NULL, err) < 0)
+    struct template t, version, tag;
+    bool tagged, tagged_since;
+    if (split(name, &t, err) < 0)
         return -1;
-    tag_image(&t, tag);
-    if (*t.tag && catalogue_delete(s, tag, err) < 0)
+    bool is_tag = *t.tag != 0;
+    if (is_tag ? delete_tag(s, &t, err) < 0 : template_find(s, name, &t, NULL, err) < 0)
         return -1;
-    int r = catalogue_list(s, gather, &a, err);
-    bool tagged = r == 0 && has_tag(&a, &t);
-    all_finish(&a);
-    if (r < 0)
+    version_image(&t);
+    if (look_for_tag(s, &t, &tag, &tagged, err) < 0)
         return -1;
-    if (tagged && !*t.tag)
-        return error_set(err, VM_ERROR_REFUSED, "tags stand for %s: delete these first", name);
-    return tagged ? 0 : delete_version(s, &t, err);
+    if (tagged)
+        return is_tag ? 0
+                      : error_set(err, VM_ERROR_REFUSED, "tags stand for %s: delete these first",
+                                  name);
+    char digest[TEMPLATE_NAME_MAX + TEMPLATE_DIGEST_SIZE + 2];
+    snprintf(digest, sizeof(digest), "%s@%s", t.name, t.digest);
+    const char *source = template_find(s, digest, &version, NULL, NULL) == 0 ? version.source : "";
+    (void)FAULT("template.untagged");
+    if (delete_version(s, &t, err) < 0 || look_for_tag(s, &t, &tag, &tagged_since, err) < 0)
+        return -1;
+    return tagged_since ? restore_version(s, &t, source, &tag, err) : 0;
 }

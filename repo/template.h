@@ -7,14 +7,18 @@
  *     t:NAME:TAG         a tag; its parent is the version that it stands for now
  *     t:NAME@DIGEST+ws   the version's working set (snapshot/working_set.h), once it is known
  *
- * DIGEST is half of the SHA-256 over the names and sizes of the files and the identities of their
- * pages: it depends on the content alone, on any host. A tag moves in one guarded write. All of
- * them are roots for collections; who uses a version has a lease, so that deleting it harms nobody.
+ * DIGEST is half of the SHA-256 over the names and sizes of the files and the whole identities
+ * (SHA-256) of their pages: it depends on the content alone, on any host, and nobody can make other
+ * content of the same digest. A tag moves in one guarded write. All of them are roots for
+ * collections; who uses a version has a lease, so that deleting it harms nobody.
  *
  *     template_publish(store, "web1@nightly", "debian12:v3", &t, &err)
  *     template_find(store, "debian12:v3", &t, &image, &err)     also "debian12@DIGEST"
  *
- * Crash: a version may be there without its tag; publishing again goes on from there. Threads: any.
+ * Races: whatever is published and deleted at the same time, a tag that is left in the end stands
+ * for a version that is there (whose working set may have to be found again). Crash: a version may be there without its
+ * tag; publishing again goes on from there. A deleting that crashed may leave a tag whose version
+ * is gone: it can be published or deleted again. Threads: any.
  */
 #ifndef VMMIG_REPO_TEMPLATE_H
 #define VMMIG_REPO_TEMPLATE_H

@@ -9,6 +9,7 @@
 #include "snapshot/guest_agent.h"
 #include "vmm/attach_clone.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <spawn.h>
@@ -20,7 +21,7 @@
 #include <linux/fs.h>
 
 #define MACS_TIMEOUT_NS (5 * NSEC_PER_SEC)
-enum { KILL_TIMEOUT_MS = 5000, PATH_BYTES = 4096, COPY_BYTES = 1 << 20 };
+enum { KILL_TIMEOUT_MS = 5000, PATH_BYTES = 4096, COPY_BYTES = 1 << 20, QCOW2_HEAD = 32, MODEL_MAKING_S = 600 };
 
 extern char **environ;
 
@@ -147,26 +148,97 @@ static int run_qemu_img(const char *backing, const char *path, struct vm_error *
     return error_set(err, VM_ERROR_FAILED, "qemu-img cannot make the overlay %s", path);
 }
 
+static uint64_t big_endian(const uint8_t *from, size_t n)
+{
+    uint64_t value = 0;
+    while (n--)
+        value = value << 8 | *from++;
+    return value;
+}
+
+/* Is that an overlay upon that file, of its size? */
+static bool is_upon(const char *path, const char *backing)
+{
+    uint8_t head[QCOW2_HEAD];
+    char found[PATH_BYTES];
+    struct stat st;
+    cleanup_close int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || pread(fd, head, sizeof(head), 0) != (ssize_t)sizeof(head) ||
+        memcmp(head, "QFI\xfb", 4) || stat(backing, &st) < 0)
+        return false;
+    uint64_t at = big_endian(head + 8, 8), len = big_endian(head + 16, 4);
+    uint64_t size = big_endian(head + 24, 8);
+    return len == strlen(backing) && len < sizeof(found) &&
+           pread(fd, found, len, (off_t)at) == (ssize_t)len && !memcmp(found, backing, len) &&
+           size == ((uint64_t)st.st_size + 511) / 512 * 512;
+}
+
+/* The image of which that is a model. */
+static bool image_of_model(const char *name, char ret_image[IMAGE_NAME_MAX + 1])
+{
+    const char *digest = strchr(name, '@');
+    size_t n = digest ? (size_t)(digest - name) + TEMPLATE_DIGEST_SIZE : 0;
+    if (!n || n > IMAGE_NAME_MAX || strlen(name) < n || name[n] != '-')
+        return false;
+    snprintf(ret_image, IMAGE_NAME_MAX + 1, "%.*s", (int)n, name);
+    return template_is_version(ret_image);
+}
+
+/* One that is being made is younger. */
+static bool is_old(const char *path)
+{
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISREG(st.st_mode) &&
+           st.st_mtime + MODEL_MAKING_S < clock_wall_ns() / NSEC_PER_SEC;
+}
+
+void clone_sweep_models(struct repo *r, const char *model_dir)
+{
+    char path[PATH_BYTES], name[IMAGE_NAME_MAX + 1];
+    cleanup_free struct image *image = malloc(sizeof(*image));
+    DIR *dir = image ? opendir(model_dir) : NULL;
+    for (struct dirent *e; dir && (e = readdir(dir));) {
+        cleanup_error struct vm_error *gone = NULL;
+        snprintf(path, sizeof(path), "%s/%s", model_dir, e->d_name);
+        if (*e->d_name == '.' ? !is_old(path) :
+            (image_of_model(e->d_name, name) &&
+             (catalogue_find(repo_store(r), name, image, &gone) == 0 ||
+              gone->kind != VM_ERROR_NOT_FOUND)))
+            continue;
+        unlink(path);
+    }
+    if (dir)
+        closedir(dir);
+}
+
+/* To the disk, and then to its name: a model that is there after a crash is whole. */
+static int keep_model(const char *fresh, const char *path, struct vm_error **err)
+{
+    cleanup_close int fd = open(fresh, O_RDONLY | O_CLOEXEC);
+    if (fd >= 0 && fsync(fd) == 0 && rename(fresh, path) == 0)
+        return 0;
+    error_errno(err, errno, "cannot make %s", path);
+    unlink(fresh);
+    return -1;
+}
+
 /* An empty overlay upon the disk, made once per version. */
 static int make_model(struct making *m, unsigned disk, char out[PATH_BYTES], struct vm_error **err)
 {
     char fresh[PATH_BYTES + 64];
-    snprintf(out, PATH_BYTES, "%s/%s-%s.qcow2", m->p->model_dir, m->template.digest,
-             m->vm.disk_files[disk]);
-    if (access(out, R_OK) == 0)
-        return 0;
     cleanup_free char *backing = path_of(m, m->vm.disk_files[disk]);
     struct uuid unique = uuid_new();
-    snprintf(fresh, sizeof(fresh), "%s.%.8s", out, uuid_text(&unique));
     if (!backing)
         return error_nomem(err);
-    if (io_make_folders(m->p->model_dir, 0700, err) < 0 || run_qemu_img(backing, fresh, err) < 0)
+    snprintf(out, PATH_BYTES, "%s/%s-%s.qcow2", m->p->model_dir, m->template.image,
+             m->vm.disk_files[disk]);
+    if (is_upon(out, backing))
+        return 0;
+    if (io_make_folders(m->p->model_dir, 0700, err) < 0)
         return -1;
-    if (rename(fresh, out) < 0) {
-        unlink(fresh);
-        return error_errno(err, errno, "cannot make %s", out);
-    }
-    return 0;
+    clone_sweep_models(m->p->repo, m->p->model_dir);
+    snprintf(fresh, sizeof(fresh), "%s/.%.8s", m->p->model_dir, uuid_text(&unique));
+    return run_qemu_img(backing, fresh, err) < 0 ? -1 : keep_model(fresh, out, err);
 }
 
 static int copy_bytes(int from, int to, const char *path, struct vm_error **err)

@@ -8,7 +8,8 @@
  * The template's files are opened first, which leases it: from then on it may be deleted. Overlays
  * are DIR/NAME/diskN.qcow2, with the mount's path of the version (t:NAME@DIGEST) as their backing
  * file, which is the same on every host that mounts at the same place. An empty overlay of each
- * disk is kept as a model per version, since copying is faster than making.
+ * disk is kept as a model per version (MODEL-DIR/t:NAME@DIGEST-FILE.qcow2), since copying is faster
+ * than making; what a model refers to is looked at before it is used.
  *
  * Failure: nothing is left, neither process nor overlay nor lease. NOT_FOUND: no such template;
  * CONFLICT: DIR/NAME is there already; NO_SPACE: no room for the overlay; REFUSED: vmm/qemu_clone.h,
@@ -54,6 +55,8 @@ struct clone {
 };
 
 int clone_start(const struct clone_params *params, struct clone *ret_clone, struct vm_error **err);
+/* Remove the models of templates that are gone. */
+void clone_sweep_models(struct repo *r, const char *model_dir);
 /* Remove the overlays of a clone that does not run (any more), and their folder. */
 void clone_remove_disks(const char *disk_dir, const char *name);
 

@@ -23,8 +23,8 @@
  * chunks that were not read for longest go; so does a sixteenth whenever the file system has no
  * room. A reading guest's pages are in the kernel's page cache once, whatever the number of clones.
  *
- * Working set. Of a template's first use the order is recorded in which its chunks are read, for
- * some seconds, and a fetcher stores it beside the template; it is read ahead at every later first
+ * Working set. Of a template's first use, which begins when its memory or its device state is opened,
+ * the order is recorded in which its chunks are read, for some seconds, and a fetcher stores it beside the template; it is read ahead at every later first
  * use on any host.
  *
  * Memory: 1 MiB of buffers, 1 byte per 64 KiB of each file that was opened, HOLDER_TASKS_MAX
@@ -120,6 +120,7 @@ struct image_dir {
     struct opener *openers;
     int64_t used_ns;
     /* recording of the working set */
+    bool asked; /* for a working set that is known */
     bool recording, recorded;
     int64_t record_until_ns;
     struct mount_touch *touches;

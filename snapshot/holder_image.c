@@ -499,8 +499,10 @@ void image_record(struct holder *h, struct image_dir *d)
     d->recording = false;
     d->recorded = true;
     struct task *t = d->n_touches ? task_new(h, MOUNT_RECORD, d->name, recorded) : NULL;
-    if (!t)
+    if (!t) {
+        free(steal_ptr(&d->touches));
         return;
+    }
     uint32_t most = MOUNT_PAYLOAD_MAX / sizeof(struct mount_touch);
     uint32_t n = d->n_touches < most ? d->n_touches : most;
     t->message.number = d->number;

@@ -336,18 +336,12 @@ static void prefetched(struct holder *h, struct task *t, const struct mount_pack
     end_use(h, d);
 }
 
-/* The first use of a template: read ahead what is known to be needed, or find out. */
-static void begin_use(struct holder *h, struct image_dir *d)
+/* Read ahead what is known to be needed. */
+static void read_ahead(struct holder *h, struct image_dir *d)
 {
-    if (!d->template || d->recorded || d->recording)
+    struct task *t = d->asked ? NULL : task_new(h, MOUNT_PREFETCH, d->name, prefetched);
+    if (!t)
         return;
-    struct task *t = task_new(h, MOUNT_PREFETCH, d->name, prefetched);
-    d->touches = calloc(HOLDER_TOUCHES_MAX, sizeof(*d->touches));
-    if (!t || !d->touches) {
-        free(t);
-        free(steal_ptr(&d->touches));
-        return;
-    }
     for (unsigned i = 0; i < d->n_nodes; i++) {
         cleanup_error struct vm_error *err = NULL;
         if (node_prepare(h, &d->nodes[i], &err) < 0) {
@@ -363,10 +357,29 @@ static void begin_use(struct holder *h, struct image_dir *d)
     t->transient_retry = true;
     image_read_ahead(d);
     d->open++; /* it stays while it is read */
+    d->asked = true;
+    task_submit(h, t);
+}
+
+/* A VMM is about to run: find out what it needs, unless that is known. */
+static void record(struct holder *h, struct image_dir *d)
+{
+    if (d->recorded || d->recording)
+        return;
+    d->touches = calloc(HOLDER_TOUCHES_MAX, sizeof(*d->touches));
+    if (!d->touches)
+        return;
     d->recording = true;
     d->n_touches = 0;
     d->record_until_ns = clock_mono_ns() + (int64_t)h->options.record_ms * NSEC_PER_MSEC;
-    task_submit(h, t);
+}
+
+static bool is_for_a_vmm(const struct opener *list)
+{
+    for (; list; list = list->next)
+        if (!strncmp(list->node->name, "memory", 6) || !strcmp(list->node->name, "device.state"))
+            return true;
+    return false;
 }
 
 static void reply_open(struct holder *h, struct opener *o, int error)
@@ -393,8 +406,11 @@ static void reply_open(struct holder *h, struct opener *o, int error)
 void tree_opened(struct holder *h, struct image_dir *d, int error)
 {
     struct opener *list = steal_ptr(&d->openers);
-    if (!error)
-        begin_use(h, d);
+    if (!error && d->template) {
+        read_ahead(h, d);
+        if (is_for_a_vmm(list))
+            record(h, d);
+    }
     while (list) {
         struct opener *o = list;
         list = o->next;

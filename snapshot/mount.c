@@ -9,7 +9,6 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <mntent.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -23,7 +22,7 @@
 #include <sys/wait.h>
 
 #define START_TIMEOUT_NS (20 * NSEC_PER_SEC)
-enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512, MOUNTS_LINE_MAX = 3 * 4096 };
+enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512 * 4096 };
 
 struct mount {
     struct mount_setup setup; /* with copies */
@@ -169,6 +168,15 @@ int mount_status(struct mount *m, struct mount_state *ret_state, struct vm_error
     return 0;
 }
 
+static void detach_dead(struct mount *m)
+{
+    struct stat st;
+    if (stat(m->setup.folder, &st) == 0 || (errno != ENOTCONN && errno != ECONNABORTED))
+        return;
+    log_warn("the holder of a mount has died", "mount=%s", m->setup.folder);
+    umount2(m->setup.folder, MNT_DETACH);
+}
+
 int mount_stop(struct mount *m, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
@@ -176,8 +184,12 @@ int mount_stop(struct mount *m, struct vm_error **err)
     struct mount_state state;
     if (!p)
         return error_nomem(err);
-    if (mount_status(m, &state, &failed) < 0)
-        return failed->kind == VM_ERROR_NOT_FOUND ? 0 : error_propagate(err, steal_ptr(&failed));
+    if (mount_status(m, &state, &failed) < 0) {
+        if (failed->kind != VM_ERROR_NOT_FOUND)
+            return error_propagate(err, steal_ptr(&failed));
+        detach_dead(m);
+        return 0;
+    }
     cleanup_close int process = (int)syscall(SYS_pidfd_open, state.pid, 0);
     if (ask(m, MOUNT_STOP, p, err) < 0)
         return -1;
@@ -270,15 +282,11 @@ static int wait_ready(struct mount *m, int ready, off_t log_size, struct vm_erro
 /* A mount point whose holder died is in the way. */
 static int clear_folder(struct mount *m, struct vm_error **err)
 {
-    struct stat st;
-    if (stat(m->setup.folder, &st) < 0 && (errno == ENOTCONN || errno == ECONNABORTED)) {
-        log_warn("the holder of a mount has died", "mount=%s", m->setup.folder);
-        umount2(m->setup.folder, MNT_DETACH);
-    } else if (mount_is_there(m->setup.folder)) {
+    detach_dead(m);
+    if (mount_is_there(m->setup.folder))
         return error_set(err, VM_ERROR_CONFLICT,
                          "there is a mount at %s already, whose process does not answer at %s",
                          m->setup.folder, m->setup.control);
-    }
     return io_make_folders(m->setup.folder, 0755, err);
 }
 
@@ -380,24 +388,9 @@ int mount_bind(struct mount *m, const char *dir, struct vm_error **err)
     return 0;
 }
 
-/* The uppermost of what is mounted there. Its holder may be dead, so it is not looked into. */
-static bool is_images(const char *dir)
-{
-    char text[MOUNTS_LINE_MAX];
-    struct mntent entry;
-    bool found = false;
-    FILE *mounts = setmntent("/proc/self/mounts", "re");
-    while (mounts && getmntent_r(mounts, &entry, text, sizeof(text)))
-        if (!strcmp(entry.mnt_dir, dir))
-            found = !strcmp(entry.mnt_type, "fuse.vmmig");
-    if (mounts)
-        endmntent(mounts);
-    return found;
-}
-
 int mount_unbind(const char *dir, struct vm_error **err)
 {
-    if (!is_images(dir))
+    if (!mount_is_there(dir))
         return error_set(err, VM_ERROR_REFUSED, "no images are mounted at %s", dir);
     if (umount2(dir, UMOUNT_NOFOLLOW) == 0)
         return 0;

@@ -5,6 +5,7 @@
 #include "base/process.h"
 
 #include <errno.h>
+#include <mntent.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -170,39 +171,17 @@ bool mount_life_is_over(const char *life)
 
 /* ---- the mount point ---- */
 
-/* A field of mountinfo, in place: \040 and the like are characters. */
-static void decode(char *text)
-{
-    char *to = text;
-    for (const char *from = text; *from; to++) {
-        unsigned value;
-        if (*from == '\\' && sscanf(from + 1, "%3o", &value) == 1) {
-            *to = (char)value;
-            from += 4;
-        } else {
-            *to = *from++;
-        }
-    }
-    *to = 0;
-}
-
+/* The uppermost of what is mounted there. Its holder may be dead, so it is not looked into. */
 bool mount_is_there(const char *folder)
 {
-    FILE *file = fopen("/proc/self/mountinfo", "re");
-    cleanup_free char *line = NULL;
-    size_t size = 0;
-    bool there = false;
-    while (file && getline(&line, &size, file) > 0) {
-        char *rest = line, *point = NULL, *type = strstr(line, " - ");
-        for (int i = 0; i < 5; i++)
-            point = strsep(&rest, " ");
-        if (!point || !type)
-            continue;
-        decode(point);
-        if (!strcmp(point, folder)) /* the last one is on top */
-            there = !strncmp(type + 3, "fuse.vmmig ", 11);
-    }
-    if (file)
-        fclose(file);
-    return there;
+    char text[4 * 4096];
+    struct mntent entry;
+    bool found = false;
+    FILE *mounts = setmntent("/proc/self/mounts", "re");
+    while (mounts && getmntent_r(mounts, &entry, text, sizeof(text)))
+        if (!strcmp(entry.mnt_dir, folder))
+            found = !strcmp(entry.mnt_type, "fuse.vmmig");
+    if (mounts)
+        endmntent(mounts);
+    return found;
 }

@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -200,13 +201,23 @@ static int say_mounted(const struct cli *c, const Vmmig__Control__Mounted *m, st
     return 0;
 }
 
+/* Without looking at what is mounted there. */
+static char *resolve_parent(const char *dir)
+{
+    cleanup_free char *copy = strdup(dir), *again = strdup(dir);
+    cleanup_free char *parent = copy && again ? realpath(dirname(copy), NULL) : NULL;
+    char *path;
+    return parent && asprintf(&path, "%s/%s", parent, basename(again)) >= 0 ? path : NULL;
+}
+
 static int absolute(const char *dir, char out[FIELD_PATH_MAX + 1], struct vm_error **err)
 {
-    char *path = realpath(dir, NULL);
+    cleanup_free char *path = realpath(dir, NULL);
+    if (!path && errno == ENOTCONN) /* a mount whose process has died */
+        path = resolve_parent(dir);
     if (!path)
         return error_errno(err, errno, "%s", dir);
     snprintf(out, FIELD_PATH_MAX + 1, "%s", path);
-    free(path);
     return 0;
 }
 

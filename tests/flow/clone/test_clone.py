@@ -379,6 +379,58 @@ def test_no_space_for_the_overlay(agent, template):
         agent.host.run(['umount', folder])
 
 
+def backing(agent, name):
+    return agent.host.run(['qemu-img', 'info', '-U', '--output', 'json',
+                           f'/var/lib/vmmig/clones/{name}/disk0.qcow2'])
+
+
+def test_templates_of_one_content_and_different_names(agent, template):
+    """Each clone lies on its own template, also when what is kept of overlays is damaged."""
+    agent.vmmig('template', 'publish', 'web1@first', 'other:v1')
+    models = agent.host.path('/var/lib/vmmig/models')
+    mine, _ = clone(agent, 'debian12:v1', 'n1')
+    its, _ = clone(agent, 'other:v1', 'n2')
+    assert f't:debian12@{template["digest"]}/' in backing(agent, 'n1')
+    assert f't:other@{template["digest"]}/' in backing(agent, 'n2')
+    kept = sorted(os.listdir(models))
+    assert kept == [f't:{name}@{template["digest"]}-disk0.raw.qcow2' for name in ('debian12', 'other')]
+    kill(agent, its)
+    os.truncate(os.path.join(models, kept[1]), 100)
+    for number in (3, 4):
+        made, console = clone(agent, 'other:v1', f'n{number}')
+        assert f't:other@{template["digest"]}/' in backing(agent, f'n{number}')
+        console.wait_ticks(3)
+        console.verify()
+        kill(agent, made)
+        shutil.copy(os.path.join(models, kept[0]), os.path.join(models, kept[1]))
+    agent.vmmig('template', 'delete', 'other:v1')
+    assert os.listdir(models) == kept[:1]
+    kill(agent, mine)
+
+
+def test_other_settings_and_a_mount_in_use(agent, template):
+    """Limits reach it; another place has to wait until nobody uses it."""
+    made, console = clone(agent, 'debian12:v1', 's1')
+    before = mount(agent)
+    agent.stop()
+    agent.options.update({'cache-size': '3G', 'disk-timeout': '20000'})
+    agent.start()
+    after = mount(agent)
+    assert after['pid'] == before['pid'] and after['cache_limit_bytes'] == 3 << 30
+    agent.stop()
+    agent.options['mount-dir'] = '/run/vmmig/elsewhere'
+    agent.start()
+    refused = agent.vmmig('clone', 'debian12:v1', '--as', 's2', check=False)
+    assert refused.returncode and '/run/vmmig/images' in refused.stderr and refused.stderr.count('\n') == 1
+    console.wait_ticks(3)
+    console.verify()
+    agent.stop()
+    for name in ('cache-size', 'disk-timeout', 'mount-dir'):
+        del agent.options[name]
+    agent.start()
+    kill(agent, made)
+
+
 def test_the_template_is_deleted_under_a_clone(agent, template):
     digest = template['digest']
     made, console = clone(agent, 'debian12:v1', 'c2')

@@ -3,8 +3,11 @@
 #include "repo/template.h"
 #include "tests/unit/repo/repo_images.h"
 
+#include <pthread.h>
+
 static char url[512];
 static struct repo *repo;
+static const uint8_t *alike; /* the first page of a snapshot's memory, if not NULL */
 
 static int setup(void **state)
 {
@@ -38,6 +41,8 @@ static void snapshot(const char *name, uint64_t seed)
         struct segment *segment = image_writer_segment(image_session_writer(s), f, 0, &err);
         assert_ok(err);
         make_content(segment->data, MIB, i == 1 ? seed : 77 + i);
+        if (alike && i == 1)
+            memcpy(segment->data, alike, PAGE_BYTES);
         memset(segment->given, true, sizeof(segment->given));
         image_writer_put(image_session_writer(s), segment);
     }
@@ -148,6 +153,112 @@ static void deleting(void **state)
     assert_int_equal(fails(template_delete(s, "gone:2", &err), &err), VM_ERROR_NOT_FOUND);
 }
 
+static void a_tag_whose_version_is_gone(void **state)
+{
+    struct vm_error *err = NULL;
+    struct template t = publish("web1@b", "left:1"), found;
+    (void)state;
+    catalogue_delete(repo_store(repo), t.image, &err);
+    assert_ok(err);
+    assert_int_equal(fails(template_find(repo_store(repo), "left:1", &found, NULL, &err), &err),
+                     VM_ERROR_NOT_FOUND);
+    unsigned before = listed();
+    template_delete(repo_store(repo), "left:1", &err);
+    assert_ok(err);
+    assert_int_equal(listed(), before - 1);
+    publish("web1@b", "left:2");
+    catalogue_delete(repo_store(repo), t.image, &err);
+    assert_ok(err);
+    publish("web1@b", "left:2");
+    template_find(repo_store(repo), "left:2", &found, NULL, &err);
+    assert_ok(err);
+}
+
+enum { RACES = 12 };
+
+static void *publish_and_delete(void *name)
+{
+    struct template t;
+    for (int i = 0; i < RACES; i++) {
+        struct vm_error *err = NULL;
+        if (template_publish(repo_store(repo), "web1@a", name, &t, &err) < 0)
+            return err;
+        if (template_delete(repo_store(repo), name, &err) < 0)
+            return err;
+    }
+    struct vm_error *err = NULL;
+    template_publish(repo_store(repo), "web1@a", name, &t, &err);
+    return err;
+}
+
+/* Two tags of one version come and go; the one that is left has it. */
+static void publishing_while_another_deletes(void **state)
+{
+    static char name[] = "race:1", other[] = "race:2";
+    (void)state;
+    snapshot("web1@a", 1);
+    for (int i = 0; i < RACES; i++) {
+        pthread_t thread;
+        struct template found;
+        struct vm_error *err = NULL;
+        void *failed;
+        assert_int_equal(pthread_create(&thread, NULL, publish_and_delete, other), 0);
+        err = publish_and_delete(name);
+        pthread_join(thread, &failed);
+        assert_ok(err);
+        assert_ok((struct vm_error *)failed);
+        template_find(repo_store(repo), name, &found, NULL, &err);
+        assert_ok(err);
+        template_find(repo_store(repo), other, &found, NULL, &err);
+        assert_ok(err);
+        template_delete(repo_store(repo), other, &err);
+        assert_ok(err);
+        template_find(repo_store(repo), name, &found, NULL, &err);
+        assert_ok(err);
+    }
+}
+
+/* Two pages whose identities begin with the same four bytes. */
+static void find_alike(uint8_t pages[2][PAGE_BYTES])
+{
+    enum { SLOTS = 1 << 20 };
+    struct page_hasher h;
+    struct page_id id;
+    cleanup_free struct alike { uint32_t id, seed; } *seen = calloc(SLOTS, sizeof(*seen));
+    assert_non_null(seen);
+    page_hasher_init(&h, NULL);
+    for (uint32_t seed = 1; seed < SLOTS; seed++) {
+        put_le32(pages[0], seed);
+        page_hasher_hash(&h, pages[0], PAGE_BYTES, &id, NULL);
+        uint32_t start = get_le32(id.bytes);
+        uint32_t slot = start % SLOTS;
+        for (; seen[slot].seed && seen[slot].id != start; slot = (slot + 1) % SLOTS)
+            ;
+        if (seen[slot].seed) {
+            put_le32(pages[1], seen[slot].seed);
+            break;
+        }
+        seen[slot] = (struct alike){start, seed};
+    }
+    page_hasher_finish(&h);
+}
+
+static void the_digest_is_of_whole_identities(void **state)
+{
+    static uint8_t pages[2][PAGE_BYTES];
+    (void)state;
+    find_alike(pages);
+    assert_memory_not_equal(pages[0], pages[1], PAGE_BYTES);
+    alike = pages[0];
+    snapshot("alike@a", 5);
+    alike = pages[1];
+    snapshot("alike@b", 5);
+    struct template a = publish("alike@a", "alike:a");
+    struct template b = publish("alike@b", "alike:b");
+    assert_string_not_equal(a.digest, b.digest);
+    alike = NULL;
+}
+
 static void bad_input(void **state)
 {
     static const char *const names[] = {"", "debian12", "debian12:", ":v1", "a/b:v1", "a:b:c",
@@ -175,6 +286,9 @@ int main(void)
         cmocka_unit_test(tags_move_and_digests_stay),
         cmocka_unit_test(what_is_published_outlives_its_snapshot),
         cmocka_unit_test(deleting),
+        cmocka_unit_test(a_tag_whose_version_is_gone),
+        cmocka_unit_test(publishing_while_another_deletes),
+        cmocka_unit_test(the_digest_is_of_whole_identities),
         cmocka_unit_test(bad_input),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
