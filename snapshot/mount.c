@@ -22,7 +22,7 @@
 #include <sys/wait.h>
 
 #define START_TIMEOUT_NS (20 * NSEC_PER_SEC)
-enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512 * 4096 };
+enum { ANSWER_TIMEOUT_S = 5, WORDS_MAX = 40, LINE_MAX_BYTES = 512 };
 
 struct mount {
     struct mount_setup setup; /* with copies */

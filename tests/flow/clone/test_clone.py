@@ -431,6 +431,20 @@ def test_other_settings_and_a_mount_in_use(agent, template):
     kill(agent, made)
 
 
+def test_unmounting_after_the_holder_died(agent, template):
+    view = '/run/vmmig/view'
+    os.makedirs(agent.host.path(view))
+    agent.vmmig('mount', view)
+    os.kill(mount(agent)['pid'], signal.SIGKILL)
+    eventually('the mount is dead', lambda: subprocess.run(['stat', agent.host.path(view)], capture_output=True,
+                                                           check=False).returncode or
+               agent.host.run(['sh', '-c', f'stat {view} 2>&1 || true']).endswith('not connected\n'))
+    agent.vmmig('unmount', view)
+    agent.vmmig('unmount', '/run/vmmig/images')
+    agent.host.run(['stat', view, '/run/vmmig/images'])
+    assert mount(agent)['failed_reads'] == 0
+
+
 def test_the_template_is_deleted_under_a_clone(agent, template):
     digest = template['digest']
     made, console = clone(agent, 'debian12:v1', 'c2')

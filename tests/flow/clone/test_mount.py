@@ -214,8 +214,7 @@ def test_a_full_file_system_below_the_cache(url, tmp_path, mounts):
         assert 0 < m.status()['cache_used'] <= 8 * MIB and m.status()['evicted'] > 0
         assert 'file system is full' in m.log()
     finally:
-        m.stop()
-        subprocess.run(['umount', cache], check=True)
+        subprocess.run(['umount', '-l', cache], check=True)
 
 
 def test_others_fill_the_file_system_below_the_cache(url, raw, tmp_path, mounts):
@@ -237,8 +236,7 @@ def test_others_fill_the_file_system_below_the_cache(url, raw, tmp_path, mounts)
             thread.join(20)
             assert got == [raw.read_bytes()[:MIB]] and not m.status()['cache_full']
     finally:
-        m.stop()
-        subprocess.run(['umount', cache], check=True)
+        subprocess.run(['umount', '-l', cache], check=True)
 
 
 def recorded(url, path, mounts, image='t:web@0123456789abcdef'):
@@ -249,6 +247,22 @@ def recorded(url, path, mounts, image='t:web@0123456789abcdef'):
     eventually('the working set', lambda: f'{image}+ws' in [i['name'] for i in repo_tool(url, 'list')])
     m.stop()
     return image
+
+
+def test_a_look_at_a_template_is_not_its_first_use(url, raw, tmp_path, mounts):
+    image = 't:web@0123456789abcdef'
+    (tmp_path / 'vm.json').write_text('{}')
+    store(url, image, vm_json=tmp_path / 'vm.json', memory_raw=raw, disk0_raw=raw)
+    m = mounts(url)
+    with open(m.file(image, 'vm.json'), 'rb') as definition, open(m.file(image), 'rb') as disk:
+        assert definition.read() == b'{}' and disk.read(100) == raw.read_bytes()[:100]
+        with pytest.raises(Failed) as failed:
+            mount_tool('record', m.socket, image)
+        assert failed.value.kind == 'not-found'
+        with open(m.file(image, 'memory.raw'), 'rb', buffering=0) as memory:
+            memory.read(4096)
+            mount_tool('record', m.socket, image)
+    eventually('the working set', lambda: f'{image}+ws' in [i['name'] for i in repo_tool(url, 'list')])
 
 
 def test_a_working_set_larger_than_the_cache(url, tmp_path, mounts):
