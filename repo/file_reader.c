@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { LEAVES_CACHED = 16, IDLE_READERS = 16, RENEWALS_MAX = 3 };
+enum { LEAVES_CACHED = 64, IDLE_READERS = 16, RENEWALS_MAX = 3 };
 
 struct cached_leaf {
     uint64_t number;
