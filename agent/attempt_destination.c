@@ -86,8 +86,12 @@ static int make_prepared(struct attempt *a, struct vm_error **err)
     m->answers = calloc(d->n_answers + 1, sizeof(*m->answers));
     if (!d->mapped || !m->mapped || !m->answers)
         return error_nomem(err);
-    for (; m->n_mapped < d->n_mapped; m->n_mapped++)
-        m->mapped[m->n_mapped] = guest_region_is_reachable(&regions[m->n_mapped]);
+    m->zero = true;
+    for (; m->n_mapped < d->n_mapped; m->n_mapped++) {
+        const struct guest_region *r = &regions[m->n_mapped];
+        m->mapped[m->n_mapped] = guest_region_is_reachable(r);
+        m->zero = m->zero && (r->zero || !guest_region_is_reachable(r));
+    }
     for (; m->n_answers < d->n_answers; m->n_answers++) {
         struct disk_answer *answer = &d->answers[m->n_answers];
         Vmmig__Peer__DiskAnswer *to = malloc(sizeof(*to));

@@ -158,6 +158,7 @@ static int choose_regions(struct attempt *a, const Vmmig__Peer__Prepared *answer
             s->regions[kept++] = s->regions[i];
     s->params.regions = s->regions;
     s->params.n_regions = kept;
+    s->params.destination_zero = answer->zero;
     return 0;
 }
 

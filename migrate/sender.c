@@ -641,7 +641,7 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
                                              .channel = i,
                                              .n_channels = params->channels,
                                              .memory = ENCODER_MEMORY,
-                                             .destination_zero = true,
+                                             .destination_zero = params->destination_zero,
                                              .mapped_source = params->guest->ops->mapped_source};
         *w = (struct page_worker){.s = s, .number = i + 1};
         w->batches = queue_create(QUEUE_BATCHES, dispose_batch, err);

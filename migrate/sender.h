@@ -53,6 +53,7 @@ struct sender_params {
     unsigned channels;                  /* page channels, 1..SENDER_CHANNELS_MAX */
     const struct guest_region *regions; /* those that the destination has mapped, in their order */
     unsigned n_regions;
+    bool destination_zero;              /* they hold nothing but zeros there: zero pages need not be sent */
     bool was_running;                   /* false: the guest is paused already and stays so */
     enum policy_compress compress;
     int64_t downtime_limit_ns;

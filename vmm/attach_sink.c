@@ -4,8 +4,11 @@
 #include "vmm/attach_private.h"
 
 #include <errno.h>
+#include <linux/magic.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
 
 struct attach_sink {
     struct attach_memory_map memory;
@@ -65,6 +68,16 @@ int attach_check_slots(const struct guest_region *slots, unsigned n, const struc
     return 0;
 }
 
+/* Memory in which no page is yet. Who started the VMM says nothing: it may load firmware before it waits. */
+static bool is_untouched(int fd)
+{
+    struct statfs kind;
+    struct stat st;
+    return fstatfs(fd, &kind) == 0 &&
+           (kind.f_type == TMPFS_MAGIC || kind.f_type == HUGETLBFS_MAGIC) && fstat(fd, &st) == 0 &&
+           !st.st_blocks;
+}
+
 static int begin(struct attach *a, struct vm_error **err)
 {
     struct attach_sink *s = calloc(1, sizeof(*s));
@@ -77,6 +90,8 @@ static int begin(struct attach *a, struct vm_error **err)
         attach_sink_destroy(s);
         return -1;
     }
+    for (unsigned i = 0; i < s->memory.n; i++)
+        s->memory.list[i].zero = is_untouched(s->memory.regions[i].fd);
     a->sink = s;
     return 0;
 }

@@ -74,6 +74,11 @@ struct guest_region {
      */
     uint64_t remote;
     int process;
+    /*
+     * A sink's, when it was made: it is known to hold nothing but zeros. Not of a VMM that somebody else started:
+     * its memory may be a file with contents, or have firmware in it.
+     */
+    bool zero;
 };
 
 struct guest_source_params {

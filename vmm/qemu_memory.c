@@ -80,6 +80,7 @@ struct qemu_memory *qemu_memory_create(const char *vm, const struct qemu_definit
     CLEANUP(qemu_memory) struct qemu_memory *m = qemu_memory_create_unmapped(d, err);
     bool may = qemu_address_may();
     for (unsigned i = 0; m && i < m->n; i++) {
+        m->regions[i].zero = true; /* a new memfd, or new private memory: a QEMU that waits writes nothing there */
         if (may && qemu_argv_is_private(d, i))
             continue;
         m->fds[i] = new_memfd(vm, &m->regions[i], err);

@@ -4,10 +4,11 @@
  * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
- *                 [--incoming] [--by-hand] [--still] [--fail CALLBACK] [--hang CALLBACK]
+ *                 [--incoming] [--by-hand] [--still] [--firmware] [--fail CALLBACK] [--hang CALLBACK]
  *
  * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
- * started. --still: the guest is paused, by the VMM itself. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
+ * started. --still: the guest is paused, by the VMM itself.
+ * --firmware: its memory is full of something from the start, also with --incoming. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
  * missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
  */
 #include "dirtylog/vmmig-attach.h"
@@ -276,7 +277,7 @@ static uint64_t number(const char *text)
 
 struct options {
     const char *socket, *machine, *memory, *rate, *working, *fail, *hang;
-    bool incoming, by_hand, still;
+    bool incoming, by_hand, still, firmware;
 };
 
 static struct options parse(int argc, char **argv)
@@ -286,7 +287,7 @@ static struct options parse(int argc, char **argv)
         {"rate", required_argument, NULL, 'r'},    {"working", required_argument, NULL, 'w'},
         {"machine", required_argument, NULL, 'M'}, {"incoming", no_argument, NULL, 'i'},
         {"fail", required_argument, NULL, 'f'},    {"hang", required_argument, NULL, 'h'},
-        {"by-hand", no_argument, NULL, 'b'}, {"still", no_argument, NULL, 'S'},       {0}};
+        {"by-hand", no_argument, NULL, 'b'}, {"still", no_argument, NULL, 'S'},       {"firmware", no_argument, NULL, 'F'}, {0}};
     struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8", .fail = "", .hang = ""};
     for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
         switch (c) {
@@ -300,6 +301,7 @@ static struct options parse(int argc, char **argv)
         case 'i': o.incoming = true; break;
         case 'b': o.by_hand = true; break;
         case 'S': o.still = true; break;
+        case 'F': o.firmware = true; break;
         default: exit(2);
         }
     }
@@ -332,6 +334,8 @@ int main(int argc, char **argv)
                                     o.machine, "--incoming", NULL};
     make_slot(&v.slots[0], 2 * MIB);
     make_slot(&v.slots[1], number(o.memory) * MIB);
+    for (int i = 0; i < 2 && o.firmware; i++)
+        memset(v.slots[i].memory, 0xaa, v.slots[i].size);
     attach(&v, o.socket, o.machine, o.by_hand ? NULL : incoming);
     if (o.incoming) {
         vmmig_set_state(v.attach, VMMIG_INCOMING, NULL);

@@ -177,6 +177,15 @@ def test_a_destination_of_the_users_own(cluster, a1, a2):
     assert running(cluster, 'own') == ['h2']
 
 
+def test_a_destination_with_something_in_its_memory(cluster, a1, a2):
+    """What is zero at the source is zero afterwards: the VMM compares all of it."""
+    by_hand(a1, 'own')
+    by_hand(a2, 'full', attach=False, incoming=True, firmware=True)
+    job = a1.json('send', 'own', '--to', 'h2', '--dest-socket', SOCKET.format('full'))
+    assert running(cluster, 'own') == ['h2']
+    assert job['pages']['zero']['pages'] * 4096 > 20 * MIB
+
+
 def test_a_paused_guest_stays_paused(cluster, a1, a2):
     """The agent paused it: an attempt that was undone, say."""
     by_hand(a1, 'asleep', attach=False)

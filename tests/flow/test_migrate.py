@@ -115,6 +115,27 @@ def test_a_busy_guest_converges_within_the_limit(cluster, guests):
     clean(cluster.hosts[0], 'busy', cluster.agents[0])
 
 
+def test_a_prepared_destination_whose_memory_is_a_file_of_an_earlier_run(cluster, guests):
+    """Its user's QEMU maps a file with contents: nothing of them is left in the guest's memory."""
+    vm = BareGuest('web', mem_mib=64, dirty_mib=8, memory='named')
+    console = boot(cluster, vm)
+    there = cluster.hosts[1]
+    memory = there.path('/run/vmlab/ram')
+    with open(memory, 'wb') as file:
+        file.write(b'\xaa' * 64 * MIB)
+    argv = [word.replace('memory-backend-ram,', 'memory-backend-file,mem-path=/run/vmlab/ram,share=on,')
+            for word in vm.argv(incoming='defer')]
+    there.popen(argv, name='prepared')
+    eventually('the QEMU that waits', lambda: os.path.exists(there.path(vm.judge_path)))
+    mark = console.mark()
+    job = send(cluster.agents[0], 'h2', 'web', '--dest-qmp', vm.qmp_path)
+    console.wait_ticks(5)
+    assert console.check(after=mark) == ['h1', 'h2']
+    with open(memory, 'rb') as file:
+        assert not [number for number, page in enumerate(iter(lambda: file.read(4096), b'')) if page == b'\xaa' * 4096]
+    assert saved(job, 'zero') > 0
+
+
 def test_a_guest_faster_than_the_link_is_throttled(cluster, guests):
     """What it writes does not compress, so that the link takes less than it writes."""
     vm = BareGuest('fast', mem_mib=512, dirty_mib=64, rate_mbps=200, pattern='random', fill='random')
