@@ -74,6 +74,8 @@ struct source_part {
     bool link_started, copy_started;
     int64_t offline_since_ns; /* no control connection; 0: there is one; under lock */
     struct sender *sender; /* under lock */
+    uint64_t moved_bytes;    /* as of the last look while the guest stood */
+    int64_t moved_at_ns;     /* when they grew last; 0: it does not stand */
     Vmmig__Peer__Handover *prepared; /* the peer's answer; under lock */
     Vmmig__Peer__Prepare prepare_message;
 };

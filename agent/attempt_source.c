@@ -16,6 +16,8 @@ enum { DIAL_TIMEOUT_MS = 5000, REDIAL_MS = 1000 };
 enum { PREPARE_TIMEOUT_MS = 60000, LOADED_TIMEOUT_MS = 30000 };
 /* While the guest stands a destination that cannot be reached is not waited for any longer. */
 enum { STANDING_OFFLINE_MS = 5000 };
+/* Nor one that is there, and takes nothing. As long as it may load, for it may be about as busy. */
+enum { STANDING_STUCK_MS = LOADED_TIMEOUT_MS };
 /* A peer that is asked every second answers sooner, unless the link was cut. */
 enum { SILENT_MS = 3000 };
 
@@ -300,6 +302,20 @@ static void fail_when_late(struct attempt *a, int64_t since_ns, int64_t limit_ns
     attempt_fail(a, err);
 }
 
+/* The copy, while the guest stands: without a connection, or with some over which nothing moves. */
+static void watch_standing_copy(struct attempt *a, const struct sender_progress *p)
+{
+    struct source_part *s = &a->source;
+    int64_t now = clock_mono_ns();
+    if (!s->moved_at_ns || p->moved_bytes != s->moved_bytes)
+        s->moved_at_ns = now;
+    s->moved_bytes = p->moved_bytes;
+    fail_when_late(a, p->outage_ns ? now - p->outage_ns : 0, NSEC(STANDING_OFFLINE_MS),
+                   "the link was lost while the guest stood,");
+    fail_when_late(a, s->moved_at_ns, PATIENCE(STANDING_STUCK_MS),
+                   "the destination took nothing while the guest stood,");
+}
+
 static bool expects_an_answer(enum handover_state state)
 {
     return state == HANDOVER_SRC_SENT || state == HANDOVER_SRC_REVERTING ||
@@ -331,10 +347,8 @@ static void tick(struct attempt *a)
     if (a->source.sender)
         sender_progress(a->source.sender, &copy_progress);
     pthread_mutex_unlock(&a->lock);
-    if (a->machine.state == HANDOVER_SRC_SENDING && copy_progress.outage_ns) {
-        fail_when_late(a, clock_mono_ns() - copy_progress.outage_ns,
-                       NSEC(STANDING_OFFLINE_MS),
-                       "the link was lost while the guest stood,");
+    if (a->machine.state == HANDOVER_SRC_SENDING && copy_progress.paused_at_ns) {
+        watch_standing_copy(a, &copy_progress);
     } else if (a->machine.state == HANDOVER_SRC_PREPARING) {
         fail_when_late(a, a->state_since_ns, PATIENCE(PREPARE_TIMEOUT_MS),
                        "the destination did not become ready");

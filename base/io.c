@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -322,4 +323,18 @@ bool io_latch_is_set(int fd)
 {
     struct pollfd p = {.fd = fd, .events = POLLIN};
     return poll(&p, 1, 0) > 0;
+}
+
+int io_latch_either(int a, int b, struct vm_error **err)
+{
+    const int latches[] = {a, b};
+    cleanup_close int either = epoll_create1(EPOLL_CLOEXEC);
+    if (either < 0)
+        return error_errno(err, errno, "cannot make an epoll descriptor");
+    for (int i = 0; i < 2; i++) {
+        struct epoll_event e = {.events = EPOLLIN};
+        if (latches[i] >= 0 && epoll_ctl(either, EPOLL_CTL_ADD, latches[i], &e) < 0)
+            return error_errno(err, errno, "cannot watch a latch");
+    }
+    return steal_fd(&either);
 }

@@ -69,5 +69,10 @@ ssize_t io_recv_fds(int socket, void *data, size_t n, int *ret_fds, int max_fds,
 int io_latch_new(struct vm_error **err);
 void io_latch_set(int fd);
 bool io_latch_is_set(int fd);
+/*
+ * A latch that is set once either of two is; `b` may be -1. It is waited for and looked at as they are, but not set
+ * itself. Close it before them.
+ */
+int io_latch_either(int a, int b, struct vm_error **err);
 
 #endif

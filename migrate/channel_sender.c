@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/epoll.h>
 #include <sys/eventfd.h>
 
 enum { WINDOW_RTT_SLACK_MS = 10 /* what the receiver takes, on top of the round trips */ };
@@ -28,14 +27,6 @@ void channel_sender_release(struct pending *list)
     }
 }
 
-static int watch(int epoll_fd, int fd, struct vm_error **err)
-{
-    struct epoll_event e = {.events = EPOLLIN};
-    if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, fd, &e) < 0)
-        return error_errno(err, errno, "cannot watch a latch");
-    return 0;
-}
-
 static int start(struct channel_sender *s, struct vm_error **err)
 {
     s->stop_fd = io_latch_new(err);
@@ -44,11 +35,8 @@ static int start(struct channel_sender *s, struct vm_error **err)
     s->wake_fd = io_latch_new(err);
     if (s->wake_fd < 0)
         return -1;
-    s->halt_fd = epoll_create1(EPOLL_CLOEXEC);
+    s->halt_fd = io_latch_either(s->stop_fd, s->params.cancel_fd, err);
     if (s->halt_fd < 0)
-        return error_errno(err, errno, "cannot make an epoll descriptor");
-    if (watch(s->halt_fd, s->stop_fd, err) < 0 ||
-        (s->params.cancel_fd >= 0 && watch(s->halt_fd, s->params.cancel_fd, err) < 0))
         return -1;
     int failed = pthread_create(&s->thread, NULL, channel_sender_thread, s);
     return failed ? error_errno(err, failed, "cannot start a thread") : 0;

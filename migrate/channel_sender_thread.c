@@ -16,6 +16,7 @@ enum {
     SLICE = 256 << 10,        /* written between two looks at the acknowledgements */
     LIMITED_SLICE = 64 << 10, /* the same under a rate limit */
     SLICE_IOV = 128,
+    MESSAGES_MAX = 64, /* read between two looks at everything else: a receiver may send them without end */
 };
 
 /* ---- Acknowledgements ---- */
@@ -151,9 +152,10 @@ static int handle_applied(struct channel_sender *s, uint64_t seq, struct vm_erro
     return 0;
 }
 
+/* What has come, up to MESSAGES_MAX at once: 1 if that many were there, and there may be more; else 0, or -1. */
 static int read_messages(struct channel_sender *s, struct vm_error **err)
 {
-    for (;;) {
+    for (int n = 0; n < MESSAGES_MAX; n++) {
         struct channel_message m;
         int got = next_message(s, &m, err);
         if (got <= 0)
@@ -166,6 +168,7 @@ static int read_messages(struct channel_sender *s, struct vm_error **err)
         if (handle_applied(s, m.applied, err) < 0)
             return -1;
     }
+    return 1;
 }
 
 /* ---- Writing ---- */
@@ -474,8 +477,8 @@ struct readiness {
     bool readable, writable, halted;
 };
 
-/* Wait until there is something to do. */
-static int wait_for_work(struct channel_sender *s, struct readiness *ret_ready,
+/* Wait until there is something to do; `more`: there is, of what was read already. */
+static int wait_for_work(struct channel_sender *s, bool more, struct readiness *ret_ready,
                          struct vm_error **err)
 {
     pthread_mutex_lock(&s->lock);
@@ -492,14 +495,14 @@ static int wait_for_work(struct channel_sender *s, struct readiness *ret_ready,
         {.fd = s->wake_fd, .events = POLLIN},
         {.fd = s->halt_fd, .events = POLLIN},
     };
-    int n = poll(p, 3, clock_ms_until(until));
+    int n = poll(p, 3, more ? 0 : clock_ms_until(until));
     if (n < 0 && errno != EINTR)
         return error_errno(err, errno, "poll");
     if (p[1].revents) {
         eventfd_t count;
         eventfd_read(s->wake_fd, &count);
     }
-    ret_ready->readable = p[0].revents & (POLLIN | POLLHUP | POLLERR);
+    ret_ready->readable = more || p[0].revents & (POLLIN | POLLHUP | POLLERR);
     ret_ready->writable = p[0].revents & POLLOUT;
     ret_ready->halted = p[2].revents;
     return 0;
@@ -524,7 +527,8 @@ static int serve(struct channel_sender *s, struct vm_error **err)
 {
     struct readiness ready = {.readable = true, .writable = true};
     while (!ready.halted) {
-        if (ready.readable && read_messages(s, err) < 0)
+        int more = ready.readable ? read_messages(s, err) : 0;
+        if (more < 0)
             return -1;
         pthread_mutex_lock(&s->lock);
         bool finished = s->finished, to_write = s->at.frame != NULL;
@@ -534,7 +538,7 @@ static int serve(struct channel_sender *s, struct vm_error **err)
             return 0;
         if (ready.writable && write_some(s, to_write, err) < 0)
             return -1;
-        if (check_stall(s, err) < 0 || wait_for_work(s, &ready, err) < 0)
+        if (check_stall(s, err) < 0 || wait_for_work(s, more, &ready, err) < 0)
             return -1;
     }
     return 0;

@@ -53,7 +53,8 @@ struct byte_frame {
 struct sender {
     struct sender_params params;
     struct rate_limit limit;
-    int cancel; /* latch of everything that this sender started */
+    int cancel; /* latch: the copy failed */
+    int halt;   /* that, or the caller's latch: everything that this sender started ends */
     struct channel_sender *channels[SENDER_CHANNELS_MAX + 1];
     struct page_worker workers[SENDER_CHANNELS_MAX];
     struct queue *chunks;
@@ -523,11 +524,6 @@ static int judge(struct sender *s, struct pilot *pilot, const struct guest_sourc
                : pause_guest(s, pilot, verdict == CONVERGE_PAUSE_OVER, err);
 }
 
-static bool cancelled(const struct sender *s)
-{
-    return s->params.cancel_fd >= 0 && io_latch_is_set(s->params.cancel_fd);
-}
-
 /* One look at everything. */
 static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns,
                       struct vm_error **err)
@@ -535,7 +531,7 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     struct guest_source_progress source = {0};
     struct sender_progress p = {0};
     struct link_totals link;
-    if (cancelled(s))
+    if (io_latch_is_set(s->halt))
         return error_set(err, VM_ERROR_CANCELLED, "cancelled");
     cleanup_error struct vm_error *unanswered = NULL;
     if (guest_source_progress(s->params.guest, &source, &unanswered) < 0) {
@@ -619,6 +615,7 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
         return NULL;
     }
     s->params = *params;
+    s->cancel = s->halt = -1;
     s->progress.predicted_pause_ns = -1;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->policy_lock, NULL);
@@ -631,7 +628,8 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
                                                                      ? POLICY_LINK_FASTEST
                                                                      : 0});
     s->cancel = io_latch_new(err);
-    s->chunks = s->cancel < 0 ? NULL : queue_create(QUEUE_CHUNKS, free, err);
+    s->halt = s->cancel < 0 ? -1 : io_latch_either(s->cancel, params->cancel_fd, err);
+    s->chunks = s->halt < 0 ? NULL : queue_create(QUEUE_CHUNKS, free, err);
     if (!s->chunks)
         return NULL;
     for (unsigned i = 0; i < params->channels; i++) {
@@ -664,7 +662,7 @@ static int wait_open(struct sender *s, struct channel_sender *channel, int64_t d
         if (why->kind != VM_ERROR_TIMEOUT || clock_mono_ns() >= deadline_ns)
             return error_propagate(err, why);
         error_free(why);
-        if (cancelled(s))
+        if (io_latch_is_set(s->halt))
             return error_set(err, VM_ERROR_CANCELLED, "cancelled");
     }
 }
@@ -679,7 +677,7 @@ static int open_channels(struct sender *s, struct vm_error **err)
             .connect_arg = p->connect_arg,
             .limit = p->max_bandwidth ? &s->limit : NULL,
             .outage_limit_ns = p->outage_limit_ns,
-            .cancel_fd = s->cancel};
+            .cancel_fd = s->halt};
         s->channels[i] = channel_sender_create(&params, err);
         if (!s->channels[i])
             return -1;
@@ -797,6 +795,7 @@ void sender_progress(struct sender *s, struct sender_progress *ret_progress)
         struct link_totals link;
         read_channels(s, &link, ret_progress);
         ret_progress->outage_ns = link.outage_ns;
+        ret_progress->moved_bytes = ret_progress->wire_bytes + link.acked;
     }
     SCOPE_LOCK(&s->policy_lock);
     for (unsigned i = 0; i < s->params.channels; i++) {
@@ -821,6 +820,7 @@ void sender_destroy(struct sender *s)
         page_encoder_destroy(s->workers[i].encoder);
     }
     queue_destroy(s->chunks);
+    close_fd(&s->halt);
     close_fd(&s->cancel);
     rate_limit_finish(&s->limit);
     error_free(s->error);

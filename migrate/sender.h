@@ -23,7 +23,8 @@
  * must be in place before the bytes behind me are loaded" (migrate/stream_frames.h).
  *
  * Failure: sender_run returns -1 and the reason; the guest may stand then, and resuming it is the
- * caller's. How long a lost link is waited for while the guest stands is the caller's as well.
+ * caller's. How long a lost link, or a destination that takes nothing, is waited for while the guest stands is the
+ * caller's as well: params.cancel_fd ends whatever sender_run waits for, up to the last acknowledgement.
  */
 #ifndef VMMIG_MIGRATE_SENDER_H
 #define VMMIG_MIGRATE_SENDER_H
@@ -74,6 +75,7 @@ struct sender_progress {
     unsigned throttle_max_percent;
     int64_t predicted_pause_ns;  /* -1: unknown */
     int64_t paused_at_ns;        /* monotonic; 0: the guest runs */
+    uint64_t moved_bytes;        /* since the guest stands: what left, and what came back of it; grows or it is stuck */
     int64_t outage_ns;           /* since the guest stands: some channel is without a connection */
     bool limit_missed;           /* paused at the best minimum, above the limit */
     enum page_mode mode;         /* how pages are compressed at the moment */

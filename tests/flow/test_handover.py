@@ -198,6 +198,43 @@ def test_cancel_before_the_pause_leaves_the_guest_where_it_is(cluster):
     pair.end()
 
 
+def test_a_guest_that_stands_goes_on_after_a_cancel_and_after_a_cut(cluster):
+    """Its QEMU gave everything away, and the destination never acknowledges the last of it. The agents are patient with
+    a link: that is not what frees the guest."""
+    for agent in cluster.agents:
+        agent.options['peer-timeout'] = '60000'
+    pair = Pair(cluster, 'withheld', mem_mib=64)
+
+    def stand():
+        pair.a2.vmmig('debug', 'faults', '--arm', 'stream.write=hold')
+        pair.begin()
+        eventually('a guest that stands', lambda: pair.vm.qmp(pair.a1.host)('query-status')['status'] == 'postmigrate')
+        assert pair.a1.json('status', 'withheld')['job']['state'] == 'running'
+
+    def goes_on(timeout):
+        eventually('the guest goes on', lambda: pair.running() == ['h1'], timeout)
+        return pair.a1.vmmig('watch', 'withheld', check=False)
+
+    try:
+        stand()
+        pair.a1.vmmig('cancel', 'withheld')
+        assert goes_on(timeout=10).returncode == 14
+        pair.a2.vmmig('debug', 'faults', '--arm', 'none')
+        eventually('nothing left', lambda: not pair.left(pair.a2))
+        stand()
+        cluster.hosts[0].cut()
+        done = goes_on(timeout=20)
+        assert done.returncode == 10 and 'the link was lost while the guest stood' in done.stderr
+        cluster.hosts[0].heal()
+        pair.a2.vmmig('debug', 'faults', '--arm', 'none')
+        pair.expect('h1')
+        pair.end()
+    finally:
+        cluster.hosts[0].heal()
+        for agent in cluster.agents:
+            del agent.options['peer-timeout']
+
+
 def test_a_guest_that_dies_at_the_source_ends_the_job(cluster):
     pair = Pair(cluster, 'dies', fill='random', mem_mib=512)
     cluster.hosts[0].set_rate('100mbit')

@@ -31,6 +31,7 @@ struct toy {
     pthread_t thread;
     bool started, stopping, paused;
     unsigned round;
+    atomic_bool done; /* all was given away */
     uint32_t random;
     uint8_t *state; /* STATE_BYTES */
     pthread_mutex_t lock;
@@ -41,6 +42,7 @@ struct toy {
     const uint8_t *expected_memory; /* what must be in place when device state comes */
     size_t expected_prefix;
     bool memory_was_complete;
+    bool withholds; /* the last bytes are not acknowledged until the receiver is stopped */
 };
 
 static struct toy *toy_of(struct guest *g)
@@ -140,6 +142,7 @@ static void *source_main(void *arg)
     for (size_t at = 0; r == 0 && at < STATE_BYTES; at += 50000)
         r = t->events->bytes(t->arg, t->state + at, 50000, &err);
     t->events->done(t->arg, r == 0 ? NULL : err);
+    atomic_store(&t->done, true);
     return NULL;
 }
 
@@ -191,6 +194,8 @@ static int toy_sink_bytes(struct guest *g, const void *data, size_t n, int64_t d
         t->memory_was_complete = !memcmp(t->region.base, t->expected_memory, MEMORY);
     if (t->n_loaded + n > STATE_BYTES + 4)
         return error_set(err, VM_ERROR_FAILED, "too many bytes");
+    if (t->withholds && t->n_loaded + n == STATE_BYTES + 4)
+        return io_wait(-1, 0, INT64_MAX, cancel_fd, err);
     memcpy(t->loaded + t->n_loaded, data, n);
     t->n_loaded += n;
     return 0;
@@ -314,6 +319,7 @@ static struct sender *make_world(struct world *w, enum policy_compress compress)
     toy_init(&w->sink);
     for (unsigned i = 0; i < PAGES; i += 2)
         change_page(&w->source, i);
+    memset(w->sink.region.base, 0xaa, MEMORY); /* of an earlier guest, say */
     w->sink.expected_memory = w->source.region.base;
     w->cancel = io_latch_new(NULL);
     pthread_mutex_init(&w->lock, NULL);
@@ -395,6 +401,46 @@ static void every_compression_brings_the_same_memory(void **state)
     copy_with(POLICY_ZSTD);
 }
 
+static void *run_main(void *arg)
+{
+    struct vm_error *err = NULL;
+    sender_run(arg, &err);
+    return err;
+}
+
+/* The driver gave everything away and the guest stands: it must not stand until the last acknowledgement comes. */
+static void a_copy_is_cancelled_to_its_end(void **state)
+{
+    struct world w;
+    pthread_t thread;
+    void *ended;
+    struct sender_progress p, later;
+    struct sender *s = make_world(&w, POLICY_LZ4);
+    w.sink.withholds = true;
+    pthread_create(&thread, NULL, run_main, s);
+    while (!atomic_load(&w.source.done))
+        usleep(1000);
+    /* Until it stands still. */
+    sender_progress(s, &p);
+    for (int64_t still = clock_mono_ns(); clock_mono_ns() - still < 300 * NSEC_PER_MSEC; p = later) {
+        usleep(10000);
+        sender_progress(s, &later);
+        if (later.moved_bytes != p.moved_bytes)
+            still = clock_mono_ns();
+    }
+    assert_true(p.paused_at_ns > 0 && p.moved_bytes > STATE_BYTES);
+    assert_int_equal(p.outage_ns, 0);
+    io_latch_set(w.cancel);
+    int64_t before = clock_mono_ns();
+    pthread_join(thread, &ended);
+    assert_true(clock_mono_ns() - before < 5 * NSEC_PER_SEC);
+    struct vm_error *err = ended;
+    assert_int_equal(err->kind, VM_ERROR_CANCELLED);
+    error_free(err);
+    sender_destroy(s);
+    end_world(&w);
+}
+
 static void *break_connections(void *arg)
 {
     struct world *w = arg;
@@ -459,6 +505,7 @@ int main(void)
         cmocka_unit_test(memory_and_state_arrive_whole),
         cmocka_unit_test(every_compression_brings_the_same_memory),
         cmocka_unit_test(lost_connections_do_not_matter),
+        cmocka_unit_test(a_copy_is_cancelled_to_its_end),
         cmocka_unit_test(a_cancel_ends_it_at_once),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
