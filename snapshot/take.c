@@ -15,6 +15,7 @@
 #include "vmm/qemu.h"
 #include "vmm/qemu_preflight.h"
 #include "vmm/qemu_snapshot.h"
+#include "vmm/qemu_settings.h"
 
 #include <inttypes.h>
 #include <stdio.h>
@@ -546,6 +547,7 @@ static void clean_up(struct take *t, bool committed)
     error_clear(&failed);
     if (qemu_snapshot_finish(t->disks, committed, &failed) < 0)
         log_warn("a snapshot leaves something in QEMU", "error=%s", log_q(error_message(failed)));
+    qemu_settings_restore(t->qemu);
     thaw(t);
     guard_end(t->guard);
     for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)

@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_settings.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -48,28 +49,6 @@ int qemu_command(struct qemu *q, const char *command, json_t *args, json_t **ret
     if (qmp_execute(q->qmp, command, args, QMP_TIMEOUT_MS, ret, err) < 0)
         return qemu_explain(q, err);
     return 0;
-}
-
-int qemu_set_capabilities(struct qemu *q, const char *const *on, struct vm_error **err)
-{
-    CLEANUP(json) json_t *known = NULL;
-    CLEANUP(json) json_t *list = json_array();
-    if (qemu_command(q, "query-migrate-capabilities", NULL, &known, err) < 0)
-        return -1;
-    size_t i;
-    json_t *capability;
-    json_array_foreach(known, i, capability)
-    {
-        const char *name = qmp_string(capability, "capability");
-        bool state = false;
-        for (const char *const *c = on; *c; c++)
-            state |= !strcmp(*c, name);
-        if (json_array_append_new(list,
-                                  json_pack("{s:s, s:b}", "capability", name, "state", state)) < 0)
-            return error_nomem(err);
-    }
-    return qemu_command(q, "migrate-set-capabilities", json_pack("{s:O}", "capabilities", list),
-                        NULL, err);
 }
 
 int qemu_query_migration(struct qemu *q, char ret_status[32], json_t **ret, struct vm_error **err)
@@ -271,10 +250,12 @@ static void destroy(struct guest *g)
     struct qemu *q = of(g);
     qemu_source_stop(g, NULL);
     qemu_sink_destroy(q->sink);
+    qemu_settings_drop(q);
     qmp_destroy(q->qmp);
     close_fd(&q->poke);
     pthread_cond_destroy(&q->changed);
     pthread_mutex_destroy(&q->lock);
+    pthread_mutex_destroy(&q->settings_lock);
     pthread_mutex_destroy(&q->source_lock);
     free(q->log_path);
     free(q);
@@ -337,6 +318,7 @@ static struct qemu *new_qemu(struct vm_error **err)
     q->poke = steal_fd(&poke);
     pthread_mutex_init(&q->lock, NULL);
     pthread_mutex_init(&q->source_lock, NULL);
+    pthread_mutex_init(&q->settings_lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
     pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);

@@ -36,6 +36,8 @@ struct qemu {
 
     pthread_mutex_t source_lock;
     struct outgoing *outgoing;
+    pthread_mutex_t settings_lock; /* guards what follows, also during the commands; taken after source_lock */
+    json_t *kept_capabilities, *kept_parameters; /* of the user's; NULL: nothing was changed (vmm/qemu_settings.h) */
     struct sink *sink;
 };
 
@@ -47,8 +49,6 @@ int qemu_command(struct qemu *q, const char *command, json_t *args, json_t **ret
  * runs on, UNREACHABLE. Other kinds stay. Returns -1.
  */
 int qemu_explain(struct qemu *q, struct vm_error **err);
-/* Turn every capability of migration off but these; ended by NULL. */
-int qemu_set_capabilities(struct qemu *q, const char *const *on, struct vm_error **err);
 /* Status of the migration as QEMU has it now ("" : there was none); *ret (may be NULL) gets all of it. */
 int qemu_query_migration(struct qemu *q, char ret_status[32], json_t **ret, struct vm_error **err);
 bool qemu_migration_is_under_way(const char *status);

@@ -10,6 +10,7 @@
 #include "base/log.h"
 #include "vmm/qemu_gate.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_settings.h"
 #include "vmm/qemu_snapshot.h"
 #include "vmm/qemu_source.h"
 #include "vmm/write_protection.h"
@@ -239,13 +240,11 @@ static int set_parameters(struct qemu *q, const struct guest_source_params *para
                           struct vm_error **err)
 {
     static const char *const on[] = {"events", "auto-converge", NULL};
-    if (qemu_set_capabilities(q, on, err) < 0)
-        return -1;
     json_t *values = json_pack(
         "{s:I, s:i, s:i, s:i, s:i, s:s, s:s}", "max-bandwidth", (json_int_t)params->max_bandwidth,
         "downtime-limit", one_round ? 0 : 1, "cpu-throttle-initial", 20, "cpu-throttle-increment",
         10, "max-cpu-throttle", 99, "tls-creds", "", "tls-hostname", "");
-    return qemu_command(q, "migrate-set-parameters", values, NULL, err);
+    return qemu_settings_use(q, on, values, err);
 }
 
 /* The socket; QEMU has its end. */
@@ -397,6 +396,7 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     if (start(o, params, err) < 0) {
         qemu_forget_fd(q, fd_name);
         free_outgoing(o);
+        qemu_settings_restore(q);
         return -1;
     }
     q->outgoing = o;
@@ -496,5 +496,6 @@ int qemu_source_stop(struct guest *g, struct vm_error **err)
         pthread_join(o->watcher, NULL);
     struct vm_error *unsettled = steal_ptr(&o->settle_error);
     free_outgoing(o);
+    qemu_settings_restore(q);
     return unsettled ? error_propagate(err, unsettled) : 0;
 }

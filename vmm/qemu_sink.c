@@ -7,6 +7,7 @@
 #include "vmm/qemu_memory.h"
 #include "vmm/qemu_portable.h"
 #include "vmm/qemu_preflight.h"
+#include "vmm/qemu_settings.h"
 #include "vmm/qemu_source.h"
 
 #include <errno.h>
@@ -36,6 +37,7 @@ void qemu_sink_destroy(struct sink *s)
 void qemu_sink_release(struct qemu *q)
 {
     qemu_sink_destroy(steal_ptr(&q->sink));
+    qemu_settings_restore(q);
 }
 
 /* Takes `memory` over. */
@@ -55,7 +57,8 @@ static int get_sink(struct guest *g, struct sink **ret, struct vm_error **err)
 }
 
 /* Both a fresh QEMU and a prepared one: it must wait, and must not start by itself. */
-static int make_ready(struct qemu *q, const struct qemu_definition *d, struct vm_error **err)
+static int make_ready(struct qemu *q, const struct qemu_definition *d, struct qemu_memory *memory,
+                      struct vm_error **err)
 {
     static const char *const on[] = {"events", "late-block-activate", NULL};
     char state[32], migration[32];
@@ -70,14 +73,15 @@ static int make_ready(struct qemu *q, const struct qemu_definition *d, struct vm
         return error_set(err, VM_ERROR_REFUSED,
                          "the QEMU prepared for the guest already listens for a migration: it must "
                          "wait with -incoming defer");
-    if (qemu_set_capabilities(q, on, err) < 0 ||
-        qemu_command(q, "migrate-set-parameters", json_pack("{s:s}", "tls-creds", ""), NULL, err) <
-            0)
+    if (qemu_verify(q, d, err) < 0 || qemu_memory_bind(memory, q, err) < 0)
         return -1;
-    /* While it waits, this only takes back that it would run by itself. */
-    if (qemu_command(q, "stop", NULL, NULL, err) < 0)
+    /* Nothing is changed at one that is refused. While it waits, `stop` only takes back that it would run by itself. */
+    if (qemu_settings_use(q, on, json_pack("{s:s}", "tls-creds", ""), err) < 0)
         return -1;
-    return qemu_verify(q, d, err);
+    if (qemu_command(q, "stop", NULL, NULL, err) == 0)
+        return 0;
+    qemu_settings_restore(q);
+    return -1;
 }
 
 /* A QEMU of the definition's command line, whose memory that shall be. */
@@ -115,8 +119,7 @@ struct qemu *qemu_sink_spawn(const struct qemu_sink_params *params, struct vm_er
     struct qemu *q = memory ? spawn(params, memory, false, err) : NULL;
     if (!q)
         return NULL;
-    if (make_ready(q, d, err) == 0 && qemu_memory_bind(memory, q, err) == 0 &&
-        add_sink(q, &memory, err) == 0)
+    if (make_ready(q, d, memory, err) == 0 && add_sink(q, &memory, err) == 0)
         return q;
     end(q, params);
     return NULL;
@@ -142,7 +145,7 @@ struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const ch
     CLEANUP(qemu) struct qemu *q = qemu_attach(qmp_path, timeout_ms, err);
     if (!q)
         return NULL;
-    if (make_ready(q, definition, err) < 0 || qemu_memory_bind(memory, q, err) < 0) {
+    if (make_ready(q, definition, memory, err) < 0) {
         error_wrap(err, "%s", qmp_path);
         return NULL;
     }

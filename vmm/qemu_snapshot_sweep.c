@@ -5,6 +5,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_settings.h"
 #include "vmm/qemu_snapshot.h"
 #include "vmm/write_protection.h"
 
@@ -317,11 +318,7 @@ int qemu_snapshot_can_protect(struct qemu *q, struct vm_error **err)
     static const char *const on[] = {"events", "background-snapshot", NULL};
     json_t *values = json_pack("{s:i, s:s, s:s}", "max-bandwidth", 0, "tls-creds", "",
                                "tls-hostname", "");
-    if (qemu_set_capabilities(q, on, err) < 0) {
-        json_decref(values);
-        return -1;
-    }
-    return qemu_command(q, "migrate-set-parameters", values, NULL, err);
+    return qemu_settings_use(q, on, values, err);
 }
 
 int qemu_snapshot_wait_resumed(struct qemu *q, int64_t deadline_ns, struct vm_error **err)

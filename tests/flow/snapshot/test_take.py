@@ -24,6 +24,9 @@ def web1(agent):
     vm = BareGuest('web1', mem_mib=256, dirty_mib=4, rate_mbps=1)
     plain, qcow2 = disks(agent.cluster, vm)
     console = start(agent, vm)
+    monitor = vm.qmp(agent.host)
+    monitor('migrate-set-parameters', **{'downtime-limit': 2000, 'max-bandwidth': 12345678})
+    monitor('migrate-set-capabilities', capabilities=[{'capability': 'xbzrle', 'state': True}])
     first = agent.json('snapshot', 'web1', 'first')
     return vm, console, plain, qcow2, first
 
@@ -47,6 +50,13 @@ def test_all_of_it_is_one_image(agent, web1):
     console.wait_ticks(5)
     console.verify()
     untouched(vm, agent)
+
+
+def test_settings_of_the_user_stay(agent, web1):
+    monitor = web1[0].qmp(agent.host)
+    parameters = monitor('query-migrate-parameters')
+    assert (parameters['downtime-limit'], parameters['max-bandwidth']) == (2000, 12345678)
+    assert [c['capability'] for c in monitor('query-migrate-capabilities') if c['state']] == ['xbzrle']
 
 
 def test_an_idle_disk_is_not_read_again_and_little_is_stored(agent, web1):

@@ -430,8 +430,24 @@ static bool capability(struct qemu *q, const char *name)
     return false;
 }
 
-/* Whatever was set before, QEMU migrates as the driver wants; the limit ends with the pause. */
-static void test_parameters(void **state)
+static void assert_settings_of_the_user(struct qemu *q)
+{
+    assert_true(capability(q, "xbzrle") && capability(q, "pause-before-switchover") &&
+                capability(q, "x-ignore-shared"));
+    assert_false(capability(q, "auto-converge") || capability(q, "events"));
+    assert_int_equal(parameter(q, "downtime-limit"), 2000);
+    assert_int_equal(parameter(q, "max-bandwidth"), 12345678);
+    assert_int_equal(parameter(q, "cpu-throttle-increment"), 7);
+    json_t *parameters = live_qmp(q, "query-migrate-parameters", "");
+    assert_string_equal(qmp_string(parameters, "tls-creds"), "other");
+    json_decref(parameters);
+}
+
+/*
+ * Whatever was set before, QEMU migrates as the driver wants; the limit ends with the pause. Afterwards all is set as
+ * it was, also when the copy was given up.
+ */
+static void check_parameters(bool given_up)
 {
     struct live_move m = {.on_batch = block_third_batch};
     struct qemu *q = spawn_with_memory(true);
@@ -440,7 +456,8 @@ static void test_parameters(void **state)
                          "{\"capability\": \"pause-before-switchover\", \"state\": true}, "
                          "{\"capability\": \"x-ignore-shared\", \"state\": true}]}"));
     json_decref(live_qmp(q, "migrate-set-parameters",
-                         "{\"downtime-limit\": 2000, \"tls-creds\": \"other\"}"));
+                         "{\"downtime-limit\": 2000, \"tls-creds\": \"other\", \"max-bandwidth\": 12345678, "
+                         "\"cpu-throttle-increment\": 7}"));
     assert_ok(live_prepare(&m, q, "b", why));
     struct guest_source_params params = {
         .channels = 1, .regions = m.regions, .n_regions = m.n_regions, .max_bandwidth = 50 << 20};
@@ -453,11 +470,26 @@ static void test_parameters(void **state)
     assert_true(capability(q, "auto-converge") && capability(q, "events"));
     assert_false(capability(q, "xbzrle") || capability(q, "pause-before-switchover") ||
                  capability(q, "x-ignore-shared"));
-    assert_ok(guest_pause(qemu_guest(q), why));
-    assert_int_equal(parameter(q, "max-bandwidth"), 0);
+    if (!given_up) {
+        assert_ok(guest_pause(qemu_guest(q), why));
+        assert_int_equal(parameter(q, "max-bandwidth"), 0);
+    }
     unblock(&m);
-    assert_ok(live_wait(&m, why));
+    if (!given_up)
+        assert_ok(live_wait(&m, why));
+    assert_ok(guest_source_stop(qemu_guest(q), why));
+    assert_settings_of_the_user(q);
     live_move_finish(&m);
+}
+
+static void test_parameters(void **state)
+{
+    check_parameters(false);
+}
+
+static void test_parameters_of_one_given_up(void **state)
+{
+    check_parameters(true);
 }
 
 /* Somebody between us and QEMU passes bytes on, but no descriptors. */
@@ -586,6 +618,7 @@ int main(void)
         live_test(test_qemu_refuses),
         live_test(test_idle_guest_completes),
         live_test(test_parameters),
+        live_test(test_parameters_of_one_given_up),
         live_test(test_attach_through_a_relay),
         cmocka_unit_test_teardown(test_memory_is_charged_to_the_vm, remove_cgroup),
     };

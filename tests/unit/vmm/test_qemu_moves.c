@@ -299,9 +299,13 @@ static void test_prepared_destination_waits(void **state)
     live_move_finish(&m);
 }
 
+/* The user's QEMU is left as it was. */
 static void refuse_prepared(const char *text, struct qemu *prepared)
 {
     struct vm_error *err = NULL;
+    json_decref(live_qmp(prepared, "migrate-set-capabilities",
+                         "{\"capabilities\": [{\"capability\": \"xbzrle\", \"state\": true}]}"));
+    json_t *before = live_qmp(prepared, "query-migrate-capabilities", "");
     struct qemu *q = SPAWN("-M", "q35", "-m", "64", "-device", "virtio-rng-pci,id=rng", "-S");
     qemu_destroy(prepared);
     struct live_move m = {.dest_qmp = live_path("p", ".qmp")};
@@ -309,6 +313,10 @@ static void refuse_prepared(const char *text, struct qemu *prepared)
     assert_error(&err, VM_ERROR_REFUSED, text);
     m.to = qemu_attach(live_path("p", ".qmp"), 5000, &err);
     assert_non_null(m.to);
+    json_t *after = live_qmp(m.to, "query-migrate-capabilities", "");
+    assert_true(json_equal(before, after));
+    json_decref(before);
+    json_decref(after);
     live_move_finish(&m);
 }
 
