@@ -172,6 +172,9 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         a->reason = error_copy(a->peer_reason);
     if (m == HANDOVER_MSG_RUNNING && message->duration_ns)
         a->resume_took_ns = (int64_t)message->duration_ns;
+    if ((m == HANDOVER_MSG_COMMIT || m == HANDOVER_MSG_COMMIT_SOLE) &&
+        a->role == &attempt_destination_role)
+        a->destination.run = message->run;
     pthread_mutex_unlock(&a->lock);
     attempt_post(a, (enum handover_event)m);
     if (fault == FAULT_DUPLICATE)

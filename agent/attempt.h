@@ -98,6 +98,7 @@ struct destination_part {
     pthread_t work_thread;
     bool work_started;
     Vmmig__Peer__Prepared prepared_message;
+    Vmmig__Peer__Run run; /* as COMMIT says; under lock */
     int64_t load_ns;
 };
 
@@ -111,7 +112,7 @@ struct attempt {
     struct handover machine; /* the attempt's thread; state is copied below for others */
     struct journal_record record;
     bool recorded;           /* the journal has it */
-    bool was_running;
+    bool was_running;        /* by its user's wish: whoever has it last lets it run */
     struct guest *guest;     /* source: of the VM; destination: owned until registered */
     bool owns_guest;
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */

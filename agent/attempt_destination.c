@@ -346,6 +346,19 @@ static void remove_leftovers(struct attempt *a)
         unlink(d->socket_path);
 }
 
+/* The source's last word about it goes for PREPARE's; a restart of this agent must know it, too. */
+static int take_run_state(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    pthread_mutex_lock(&a->lock);
+    Vmmig__Peer__Run run = d->run;
+    pthread_mutex_unlock(&a->lock);
+    if (run == VMMIG__PEER__RUN__AS_PREPARED || a->was_running == (run == VMMIG__PEER__RUN__RUNS))
+        return 0;
+    a->was_running = run == VMMIG__PEER__RUN__RUNS;
+    return attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err);
+}
+
 /*
  * PREPARING is written three times: with the socket's name, with the VMM's process before it
  * becomes one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record,
@@ -360,6 +373,8 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
         adopt_process(a);
     if ((record == HANDOVER_REC_NEVER || record == HANDOVER_REC_ENDED) && !a->destination.vm)
         remove_leftovers(a);
+    if (record == HANDOVER_REC_RUN)
+        return take_run_state(a, err);
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
 }
 

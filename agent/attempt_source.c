@@ -194,13 +194,25 @@ static int copy(struct attempt *a, struct vm_error **err)
     return 0;
 }
 
+/* Its user may have stopped it meanwhile, or let it go on: so it stays. Others look at it when this thread is done. */
+static void note_run_state(struct attempt *a)
+{
+    struct sender_progress p;
+    if (!a->source.sender)
+        return;
+    sender_progress(a->source.sender, &p);
+    a->was_running = p.runs;
+}
+
 static void *copy_main(void *arg)
 {
     struct attempt *a = arg;
     struct vm_error *err = NULL;
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
-    if (copy(a, &err) < 0)
+    int copied = copy(a, &err);
+    note_run_state(a);
+    if (copied < 0)
         attempt_fail(a, io_latch_is_set(a->source.copy_cancel) ? err : attempt_await_cause(a, err));
     else
         attempt_post(a, HANDOVER_EV_TRANSFERRED);
@@ -265,14 +277,18 @@ static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__
 {
     if (message == HANDOVER_MSG_PREPARE)
         out->prepare = &a->source.prepare_message;
+    if (message == HANDOVER_MSG_COMMIT || message == HANDOVER_MSG_COMMIT_SOLE)
+        out->run = a->was_running ? VMMIG__PEER__RUN__RUNS : VMMIG__PEER__RUN__STANDS;
 }
 
+/* A COMMIT that is repeated after a restart says the same. */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
-    (void)a;
-    (void)record;
-    (void)err;
-    return 0;
+    const struct source_part *s = &a->source;
+    if (record != HANDOVER_REC_COMMIT || !s->vm)
+        return 0;
+    return attempt_remember(a, vm_definition(s->vm)->driver, vm_definition(s->vm)->socket_path, NULL,
+                            s->peer, err);
 }
 
 int attempt_source_forget(struct transfer *t, const char *vm_name,

@@ -493,8 +493,41 @@ static int64_t in_flight_ns(const struct link_totals *link)
     return link->rate ? (int64_t)((double)link->unacked * 1e9 / (double)link->rate) : 0;
 }
 
+/*
+ * Does the guest stand by its user's wish? He may stop it and let it go on while it is copied. What the VMM itself
+ * does for the copy's end is not his.
+ */
+static int ask_run_state(struct sender *s, struct vm_error **err)
+{
+    struct guest_status status;
+    struct vm_error *failed = NULL;
+    if (guest_status(s->params.guest, &status, &failed) < 0) {
+        bool later = failed->kind == VM_ERROR_TIMEOUT;
+        return later ? error_free(failed), 0 : error_propagate(err, failed);
+    }
+    SCOPE_LOCK(&s->lock);
+    bool runs = status.state == GUEST_RUNNING ||
+                (s->progress.runs && (status.state != GUEST_PAUSED || status.finishing));
+    if (runs != s->progress.runs)
+        log_info("the guest's user changed its run state", "runs=%d", runs);
+    s->progress.runs = runs;
+    return 0;
+}
+
+/* Who has it stand, or go on? Asked when something is to be found out. */
+static int follow_user(struct sender *s, struct pilot *pilot,
+                       const struct guest_source_progress *source, struct vm_error **err)
+{
+    if (!pilot->paused && (source->paused_at_ns || !s->progress.runs) && ask_run_state(s, err) < 0)
+        return -1;
+    pilot->paused |= source->paused_at_ns && s->progress.runs;
+    return 0;
+}
+
 static int pause_guest(struct sender *s, struct pilot *pilot, bool missed, struct vm_error **err)
 {
+    if (ask_run_state(s, err) < 0)
+        return -1;
     pilot->paused = true;
     int64_t now = clock_mono_ns();
     pthread_mutex_lock(&s->lock);
@@ -509,7 +542,7 @@ static int pause_guest(struct sender *s, struct pilot *pilot, bool missed, struc
 static int judge(struct sender *s, struct pilot *pilot, const struct guest_source_progress *source,
                  const struct link_totals *link, struct vm_error **err)
 {
-    if (pilot->paused || !s->params.was_running)
+    if (pilot->paused || (!s->params.was_running && !s->progress.runs))
         return 0;
     struct converge_input in = {.now_ns = clock_mono_ns(),
                                 .round = source->round,
@@ -541,7 +574,8 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
         source = s->progress.source;
     }
     read_channels(s, &link, &p);
-    pilot->paused |= source.paused_at_ns != 0;
+    if (follow_user(s, pilot, &source, err) < 0)
+        return -1;
     measure_drain(s, pilot, clock_mono_ns());
     tell_policy(s, pilot, &link, interval_ns);
     set_windows(s, pilot, &source);
@@ -552,7 +586,7 @@ static int pilot_step(struct sender *s, struct pilot *pilot, int64_t interval_ns
     if (source.throttle_percent > to->throttle_max_percent)
         to->throttle_max_percent = source.throttle_percent;
     to->source = source;
-    if (!to->paused_at_ns)
+    if (!to->paused_at_ns && to->runs)
         to->paused_at_ns = source.paused_at_ns;
     to->mode = pilot->mode;
     to->link_rate = p.link_rate;
@@ -601,7 +635,7 @@ static void note_pause(struct sender *s)
         return;
     SCOPE_LOCK(&s->lock);
     s->progress.source = source;
-    if (source.paused_at_ns)
+    if (source.paused_at_ns && s->progress.runs)
         s->progress.paused_at_ns = source.paused_at_ns;
 }
 
@@ -617,6 +651,7 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
     s->params = *params;
     s->cancel = s->halt = -1;
     s->progress.predicted_pause_ns = -1;
+    s->progress.runs = params->was_running;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->policy_lock, NULL);
     cond_init(&s->changed);

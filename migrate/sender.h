@@ -55,7 +55,7 @@ struct sender_params {
     const struct guest_region *regions; /* those that the destination has mapped, in their order */
     unsigned n_regions;
     bool destination_zero;              /* they hold nothing but zeros there: zero pages need not be sent */
-    bool was_running;                   /* false: the guest is paused already and stays so */
+    bool was_running;                   /* false: the guest is paused already */
     enum policy_compress compress;
     int64_t downtime_limit_ns;
     double cores;                       /* that encoding may use */
@@ -77,6 +77,9 @@ struct sender_progress {
     int64_t paused_at_ns;        /* monotonic; 0: the guest runs */
     uint64_t moved_bytes;        /* since the guest stands: what left, and what came back of it; grows or it is stuck */
     int64_t outage_ns;           /* since the guest stands: some channel is without a connection */
+    /* Its user has the guest run: so it was when we, or the VMM for the copy's end, had it stand. Else it is his
+     * doing, and whoever takes the guest leaves it paused. */
+    bool runs;
     bool limit_missed;           /* paused at the best minimum, above the limit */
     enum page_mode mode;         /* how pages are compressed at the moment */
     struct page_encoder_stats pages; /* sums over the channels */

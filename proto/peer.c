@@ -146,6 +146,9 @@ static int check_handover(const Vmmig__Peer__Handover *h, struct vm_error **err)
         return bad("attempt", err);
     if (h->message > 255)
         return bad("hand-over message", err);
+    if (h->run != VMMIG__PEER__RUN__AS_PREPARED && h->run != VMMIG__PEER__RUN__RUNS &&
+        h->run != VMMIG__PEER__RUN__STANDS)
+        return bad("run state", err);
     if (!text_ok(h->vm, PEER_NAME_MAX))
         return bad("name of the VM", err);
     if (h->reason && check_error(h->reason, err) < 0)

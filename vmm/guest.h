@@ -55,6 +55,7 @@ struct guest_status {
     enum guest_run_state state;
     char detail[32]; /* the VMM's own name of the state */
     bool migrating;  /* the VMM says that an outgoing migration is under way */
+    bool finishing;  /* GUEST_PAUSED by the VMM itself, which gives its last away */
 };
 
 /* A stretch of guest memory, as the VMM's migration stream names it. */

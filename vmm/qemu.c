@@ -158,13 +158,14 @@ static enum guest_run_state run_state(const char *name)
 
 static int qemu_status(struct guest *g, struct guest_status *ret_status, struct vm_error **err)
 {
-    struct guest_status status;
+    struct guest_status status = {0};
     char migration[32];
     if (qemu_query_run_state(of(g), status.detail, err) < 0 ||
         qemu_query_migration(of(g), migration, NULL, err) < 0)
         return -1;
     status.state = run_state(status.detail);
     status.migrating = status.state != GUEST_INCOMING && qemu_migration_is_under_way(migration);
+    status.finishing = !strcmp(status.detail, "finish-migrate");
     *ret_status = status;
     return 0;
 }

@@ -136,6 +136,25 @@ def test_a_prepared_destination_whose_memory_is_a_file_of_an_earlier_run(cluster
     assert saved(job, 'zero') > 0
 
 
+def test_what_its_user_does_meanwhile_holds(cluster, guests):
+    """A guest that is stopped while it is copied stays so; one that is let go on goes on."""
+    vm = BareGuest('meanwhile', mem_mib=128, dirty_mib=8, fill='random')
+    console = boot(cluster, vm)
+    mark = console.mark()
+    for here, there, command, state in ((0, 1, 'stop', 'paused'), (1, 0, 'cont', 'running')):
+        agent, peer = cluster.agents[here], cluster.agents[there]
+        with at_rate(cluster, '100mbit'):
+            send(agent, peer.host.name, 'meanwhile', '--background')
+            eventually('some memory', lambda: agent.json('status', 'meanwhile')['job']['wire_bytes'] > 2 * MIB)
+            vm.qmp(agent.host)(command)
+        agent.vmmig('watch', 'meanwhile')
+        assert where(cluster, 'meanwhile') == [peer.host.name]
+        assert peer.json('status', 'meanwhile')['state'] == state
+    console.wait_ticks(5)
+    assert console.check(after=mark)[-1] == 'h1'
+    console.verify()
+
+
 def test_a_guest_faster_than_the_link_is_throttled(cluster, guests):
     """What it writes does not compress, so that the link takes less than it writes."""
     vm = BareGuest('fast', mem_mib=512, dirty_mib=64, rate_mbps=200, pattern='random', fill='random')

@@ -30,6 +30,7 @@ struct toy {
     unsigned channels;
     pthread_t thread;
     bool started, stopping, paused;
+    atomic_bool user_stopped; /* by who owns it */
     unsigned round;
     atomic_bool done; /* all was given away */
     uint32_t random;
@@ -153,6 +154,14 @@ static int toy_pause(struct guest *g, struct vm_error **err)
     return 0;
 }
 
+static int toy_status(struct guest *g, struct guest_status *ret_status, struct vm_error **err)
+{
+    SCOPE_LOCK(&toy_of(g)->lock);
+    bool stands = toy_of(g)->paused || atomic_load(&toy_of(g)->user_stopped);
+    *ret_status = (struct guest_status){.state = stands ? GUEST_PAUSED : GUEST_RUNNING};
+    return 0;
+}
+
 static int toy_source_start(struct guest *g, const struct guest_source_params *params,
                             const struct guest_source_events *events, void *arg,
                             struct vm_error **err)
@@ -170,7 +179,8 @@ static int toy_source_progress(struct guest *g, struct guest_source_progress *re
 {
     *ret = (struct guest_source_progress){.round = toy_of(g)->round,
                                           .total = MEMORY,
-                                          .remaining = 8 * GUEST_PAGE_SIZE};
+                                          .remaining = 8 * GUEST_PAGE_SIZE,
+                                          .paused_at_ns = atomic_load(&toy_of(g)->user_stopped)};
     return 0;
 }
 
@@ -209,6 +219,7 @@ static int toy_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd,
 
 static const struct guest_ops toy_ops = {.driver = "toy",
                                          .pause = toy_pause,
+                                         .status = toy_status,
                                          .source_start = toy_source_start,
                                          .source_progress = toy_source_progress,
                                          .source_stop = toy_source_stop,
@@ -309,7 +320,7 @@ static int dial(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret
     return *ret_conn ? 0 : -1;
 }
 
-static struct sender *make_world(struct world *w, enum policy_compress compress)
+static struct sender *make_world_of(struct world *w, enum policy_compress compress, bool was_running)
 {
     struct vm_error *err = NULL;
     struct uuid attempt = uuid_new();
@@ -334,13 +345,18 @@ static struct sender *make_world(struct world *w, enum policy_compress compress)
     w->receiver = receiver_create(&r, &err);
     struct sender_params s = {.guest = &w->source.guest, .attempt = attempt, .token = token,
                               .channels = CHANNELS, .regions = &w->source.region, .n_regions = 1,
-                              .was_running = true, .compress = compress, .cores = 2,
+                              .was_running = was_running, .compress = compress, .cores = 2,
                               .downtime_limit_ns = 300 * NSEC_PER_MSEC, .connect = dial,
                               .connect_arg = w, .cancel_fd = w->cancel};
     pthread_create(&w->listener, NULL, listen_main, w);
     struct sender *sender = sender_create(&s, &err);
     assert_non_null(sender);
     return sender;
+}
+
+static struct sender *make_world(struct world *w, enum policy_compress compress)
+{
+    return make_world_of(w, compress, true);
 }
 
 static void end_world(struct world *w)
@@ -382,7 +398,7 @@ static void copy_with(enum policy_compress compress)
     expect_whole(&w);
     struct sender_progress p;
     sender_progress(s, &p);
-    assert_true(p.paused_at_ns > 0);
+    assert_true(p.paused_at_ns > 0 && p.runs);
     assert_int_equal(p.acked_resent_bytes, 0);
     assert_true(p.wire_bytes > 0);
     sender_destroy(s);
@@ -392,6 +408,25 @@ static void copy_with(enum policy_compress compress)
 static void memory_and_state_arrive_whole(void **state)
 {
     copy_with(POLICY_AUTO);
+}
+
+/* Whose guest it is stops it, or lets it go on, while it is copied: that is what it does afterwards. */
+static void the_users_own_stop_counts(void **state)
+{
+    for (int stopped = 0; stopped < 2; stopped++) {
+        struct world w;
+        struct vm_error *err = NULL;
+        struct sender_progress p;
+        struct sender *s = make_world_of(&w, POLICY_LZ4, stopped);
+        atomic_store(&w.source.user_stopped, stopped);
+        assert_int_equal(sender_run(s, &err), 0);
+        sender_progress(s, &p);
+        assert_int_equal(p.runs, !stopped);
+        assert_int_equal(receiver_wait(w.receiver, &err), 0);
+        expect_whole(&w);
+        sender_destroy(s);
+        end_world(&w);
+    }
 }
 
 static void every_compression_brings_the_same_memory(void **state)
@@ -503,6 +538,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(memory_and_state_arrive_whole),
+        cmocka_unit_test(the_users_own_stop_counts),
         cmocka_unit_test(every_compression_brings_the_same_memory),
         cmocka_unit_test(lost_connections_do_not_matter),
         cmocka_unit_test(a_copy_is_cancelled_to_its_end),
