@@ -71,10 +71,11 @@ struct guest_region {
     int file;
     /*
      * Where the VMM itself has it, in process `process`; 0 if that is not known or may not be used.
-     * vmm/guest_memory.h writes through it before all else.
+     * vmm/guest_memory.h writes through it before all else, and only while that process lives: `process_fd` is its
+     * pidfd, for its number may be another's one day.
      */
     uint64_t remote;
-    int process;
+    int process, process_fd;
     /*
      * A sink's, when it was made: it is known to hold nothing but zeros. Not of a VMM that somebody else started:
      * its memory may be a file with contents, or have firmware in it.

@@ -115,7 +115,8 @@ static int ask(struct qemu *q, const char *command, json_t **ret, const char **r
     return 0;
 }
 
-static int find_one(struct qemu *q, const char *tree, struct guest_region *r, struct vm_error **err)
+static int find_one(struct qemu *q, const char *tree, int process_fd, struct guest_region *r,
+                    struct vm_error **err)
 {
     struct qemu_address_range range;
     char command[48];
@@ -141,10 +142,12 @@ static int find_one(struct qemu *q, const char *tree, struct guest_region *r, st
     }
     r->remote = at - range.offset;
     r->process = q->guest.process.pid;
+    r->process_fd = process_fd;
     return 0;
 }
 
-int qemu_address_find(struct qemu *q, struct guest_region *regions, unsigned n, struct vm_error **err)
+int qemu_address_find(struct qemu *q, int process_fd, struct guest_region *regions, unsigned n,
+                      struct vm_error **err)
 {
     CLEANUP(json) json_t *reply = NULL;
     const char *tree;
@@ -156,7 +159,7 @@ int qemu_address_find(struct qemu *q, struct guest_region *regions, unsigned n, 
     if (ask(q, "info mtree -f", &reply, &tree, err) < 0)
         return -1;
     for (unsigned i = 0; i < n; i++)
-        if (!regions[i].base && find_one(q, tree, &regions[i], err) < 0)
+        if (!regions[i].base && find_one(q, tree, process_fd, &regions[i], err) < 0)
             return -1;
     return 0;
 }

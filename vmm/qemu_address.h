@@ -17,10 +17,11 @@
 
 bool qemu_address_may(void);
 /*
- * Sets `remote` and `process` of each region that can be written so; the others stay as they are, and
+ * `process_fd`: QEMU's pidfd, which outlives the regions. Sets `remote` and `process` of each region that can be written so; the others stay as they are, and
  * the log says why. -1 only if QEMU does not answer.
  */
-int qemu_address_find(struct qemu *q, struct guest_region *regions, unsigned n, struct vm_error **err);
+int qemu_address_find(struct qemu *q, int process_fd, struct guest_region *regions, unsigned n,
+                      struct vm_error **err);
 
 /* The steps, for tests. */
 

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/uio.h>
 
@@ -22,6 +23,7 @@ struct qemu_memory {
     int fds[GUEST_REGIONS_MAX];
     uint64_t remote[GUEST_REGIONS_MAX]; /* where QEMU has the memfd; 0 if it is none */
     struct process_identity process;
+    int process_fd; /* its pidfd; -1 until bind */
 };
 
 static int new_memfd(const char *vm, const struct guest_region *r, struct vm_error **err)
@@ -67,6 +69,7 @@ struct qemu_memory *qemu_memory_create_unmapped(const struct qemu_definition *d,
         error_nomem(err);
         return NULL;
     }
+    m->process_fd = -1;
     for (unsigned i = 0; i < GUEST_REGIONS_MAX; i++)
         m->fds[i] = -1;
     if (qemu_definition_regions(d, &m->regions, &m->n, err) < 0)
@@ -99,6 +102,7 @@ void qemu_memory_destroy(struct qemu_memory *m)
             munmap(m->regions[i].base, m->regions[i].size);
         close_fd(&m->fds[i]);
     }
+    close_fd(&m->process_fd);
     free(m->regions);
     free(m);
 }
@@ -158,7 +162,15 @@ static int bind_files(struct qemu_memory *m, struct vm_error **err)
 int qemu_memory_bind(struct qemu_memory *m, struct qemu *q, struct vm_error **err)
 {
     m->process = qemu_guest(q)->process;
-    return bind_files(m, err) < 0 ? -1 : qemu_address_find(q, m->regions, m->n, err);
+    m->process_fd = (int)syscall(SYS_pidfd_open, m->process.pid, 0);
+    if (m->process_fd < 0)
+        return error_errno(err, errno, "cannot watch process %d", m->process.pid);
+    /* What the descriptor is of was QEMU a moment ago. */
+    if (!process_alive(&m->process))
+        return error_set(err, VM_ERROR_VMM_DIED, "QEMU (process %d) ended", m->process.pid);
+    return bind_files(m, err) < 0
+               ? -1
+               : qemu_address_find(q, m->process_fd, m->regions, m->n, err);
 }
 
 static unsigned gather(const struct qemu_memory *m, const uint64_t *addrs, unsigned n,

@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* What QEMU says of where its guest's memory is; whole moves are in test_qemu_moves.c. */
+#include "vmm/guest_memory.h"
 #include "vmm/qemu_address.h"
 
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 static const char tree[] =
@@ -56,8 +61,36 @@ static void test_host(void **state)
     assert_false(qemu_address_parse_host("Memory at address 0x1 is not RAM (pc.ram) is", "pc.ram", &at));
 }
 
+/* The VMM ended, and its number went to another process: here, to this one. */
+static void test_a_number_that_is_anothers(void **state)
+{
+    (void)state;
+    uint8_t page[GUEST_PAGE_SIZE] = {1}, room[GUEST_PAGE_SIZE];
+    const uint8_t *seen;
+    struct vm_error *err = NULL;
+    int pid = fork();
+    if (!pid)
+        pause();
+    cleanup_close int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    assert_true(pidfd >= 0);
+    struct guest_region r = {.name = "pc.ram", .size = sizeof(page), .remote = (uintptr_t)page,
+                             .process = getpid(), .process_fd = pidfd};
+    assert_int_equal(guest_region_write(&r, 0, "\2", 1, &err), 0);
+    assert_int_equal(page[0], 2);
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+    assert_int_equal(guest_region_write(&r, 0, "\3", 1, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_VMM_DIED);
+    assert_int_equal(page[0], 2);
+    error_clear(&err);
+    assert_int_equal(guest_region_look(&r, 0, room, &seen, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_VMM_DIED);
+    error_clear(&err);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_tree), cmocka_unit_test(test_host)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_tree), cmocka_unit_test(test_host),
+                                       cmocka_unit_test(test_a_number_that_is_anothers)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
