@@ -53,8 +53,8 @@
 
 #define CONN_DEFAULT_PORT "16550"
 #define CONN_VERSION 1
-/* Data that TCP cannot deliver for this long breaks the connection; longer than any outage that a
- * migration survives by default. */
+/* Data that TCP cannot deliver for this long breaks the connection. Whoever uses it gives up, or makes another, when
+ * it thinks fit: a migration survives the loss of its connections. */
 #define CONN_USER_TIMEOUT_MS 30000
 
 struct conn_context;

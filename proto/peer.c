@@ -146,6 +146,8 @@ static int check_handover(const Vmmig__Peer__Handover *h, struct vm_error **err)
         return bad("attempt", err);
     if (h->message > 255)
         return bad("hand-over message", err);
+    if (h->duration_ns > PEER_DURATION_MAX_NS)
+        return bad("duration", err);
     if (h->run != VMMIG__PEER__RUN__AS_PREPARED && h->run != VMMIG__PEER__RUN__RUNS &&
         h->run != VMMIG__PEER__RUN__STANDS)
         return bad("run state", err);

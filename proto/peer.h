@@ -31,6 +31,7 @@
 #define PEER_CHANNELS_MAX 16
 #define PEER_NICS_MAX 64
 #define PEER_DEVICES_MAX 1024
+#define PEER_DURATION_MAX_NS (100ULL * 366 * 86400 * 1000000000) /* so that times can be added to it */
 
 struct peer_message {
     Vmmig__Peer__Type type;
