@@ -9,17 +9,18 @@
 struct page_blocks {
     pthread_mutex_t lock;
     unsigned users; /* the maker, and every block that is out */
-    unsigned n_kept;
+    unsigned keep, n_kept;
     uint8_t *kept[PAGE_BLOCKS_KEPT];
 };
 
-struct page_blocks *page_blocks_create(void)
+struct page_blocks *page_blocks_create(unsigned keep)
 {
     struct page_blocks *b = calloc(1, sizeof(*b));
     if (!b)
         return NULL;
     pthread_mutex_init(&b->lock, NULL);
     b->users = 1;
+    b->keep = keep < PAGE_BLOCKS_KEPT ? keep : PAGE_BLOCKS_KEPT;
     return b;
 }
 
@@ -57,7 +58,7 @@ void page_blocks_give(struct page_blocks *b, uint8_t *block)
     if (!block)
         return;
     pthread_mutex_lock(&b->lock);
-    if (b->n_kept < PAGE_BLOCKS_KEPT)
+    if (b->n_kept < b->keep)
         b->kept[b->n_kept++] = block;
     else
         free(block);

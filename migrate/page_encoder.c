@@ -160,7 +160,7 @@ struct page_encoder *page_encoder_create(const struct page_encoder_config *confi
     enc->lz4 = LZ4_createStream();
     enc->zstd = ZSTD_createCCtx();
     enc->gather = malloc(PAGE_PAYLOAD_MAX);
-    enc->blocks = page_blocks_create();
+    enc->blocks = page_blocks_create(PAGE_BLOCKS_KEPT / config->n_channels + 1);
     if (!enc->lz4 || !enc->zstd || !enc->gather || !enc->blocks) {
         error_nomem(err);
         return NULL;

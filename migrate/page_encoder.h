@@ -74,7 +74,7 @@ enum page_mode {
 
 #define PAGE_ENCODER_CHANNELS_MAX 16u
 #define PAGE_ENCODER_MEMORY_DEFAULT (64ul << 20)
-#define PAGE_ENCODER_MEMORY_MIN (6ul << 20) /* for each channel */
+#define PAGE_ENCODER_MEMORY_MIN (5ul << 20) /* for each channel */
 #define PAGE_PROBE_PAGES 16u
 
 struct page_encoder_config {

@@ -17,6 +17,7 @@ enum { QUEUE_BATCHES = 4, QUEUE_CHUNKS = 16 };
 /* Of all encoders together. With the driver's slabs and what is in flight it keeps the agent below
  * 100 MiB, whatever the guest's size. */
 #define ENCODER_MEMORY (44ul << 20)
+_Static_assert(SENDER_CHANNELS_MAX * PAGE_ENCODER_MEMORY_MIN <= ENCODER_MEMORY, "no encoder takes more than its share");
 /* While so many chunks in a row did not shrink, only one in as many is tried. */
 enum { BYTES_PATIENCE = 16 };
 enum { PILOT_INTERVAL_MS = 10 };
@@ -705,6 +706,9 @@ static int wait_open(struct sender *s, struct channel_sender *channel, int64_t d
 static int open_channels(struct sender *s, struct vm_error **err)
 {
     const struct sender_params *p = &s->params;
+    size_t share = SENDER_WINDOW_ALL / p->channels;
+    if (share > SENDER_WINDOW_MAX)
+        share = SENDER_WINDOW_MAX;
     for (unsigned i = 0; i <= p->channels; i++) {
         struct channel_sender_params params = {
             .id = {.attempt = p->attempt, .token = p->token, .number = (uint16_t)i},
@@ -716,8 +720,7 @@ static int open_channels(struct sender *s, struct vm_error **err)
         s->channels[i] = channel_sender_create(&params, err);
         if (!s->channels[i])
             return -1;
-        channel_sender_set_window_time(s->channels[i], SENDER_IN_FLIGHT_MS, SENDER_WINDOW_MIN,
-                                       SENDER_WINDOW_MAX);
+        channel_sender_set_window_time(s->channels[i], SENDER_IN_FLIGHT_MS, SENDER_WINDOW_MIN, share);
     }
     int64_t deadline = clock_mono_ns() + OPEN_TIMEOUT_MS * NSEC_PER_MSEC;
     for (unsigned i = 0; i <= p->channels; i++)

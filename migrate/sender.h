@@ -45,6 +45,7 @@
 #define SENDER_FAR_MS 300
 #define SENDER_WINDOW_MIN (256u << 10)
 #define SENDER_WINDOW_MAX (4u << 20)
+#define SENDER_WINDOW_ALL (8u << 20) /* of all page channels: what is in flight is memory of the agent's */
 #define SENDER_CHANNELS_MAX 8
 
 struct sender_params {

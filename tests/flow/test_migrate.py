@@ -302,18 +302,20 @@ def test_a_link_that_stays_away_leaves_the_guest_at_the_source(cluster, guests):
 
 # ---- bounds
 
-@pytest.mark.parametrize('mib', [512, pytest.param(5120, marks=pytest.mark.full)])
-def test_the_agents_memory_is_bounded(cluster, guests, mib):
+@pytest.mark.parametrize('mib, options, connections', [
+    (512, {}, 2), (512, {'fill': 'random', 'pattern': 'random'}, 8), pytest.param(5120, {}, 2, marks=pytest.mark.full)])
+def test_the_agents_memory_is_bounded(cluster, guests, mib, options, connections):
     a1, a2 = cluster.agents
-    vm = BareGuest('bounded', mem_mib=mib, dirty_mib=64, rate_mbps=200)
+    name = f'bounded-{mib}-{connections}'
+    vm = BareGuest(name, mem_mib=mib, dirty_mib=64, rate_mbps=200, **options)
     console = boot(cluster, vm)
     pids = [agent.process.pid for agent in (a1, a2)]
     mark = console.mark()
-    a1.vmmig('send', 'bounded', '--to', 'h2', '--background')
+    a1.vmmig('send', name, '--to', 'h2', '--background', '--connections', str(connections))
     most = 0
-    while a1.json('status', 'bounded', check=False).get('job', {}).get('state') == 'running':
+    while a1.json('status', name, check=False).get('job', {}).get('state') == 'running':
         most = max(most, *map(judge.rss_anon, pids))
-    assert a1.json('watch', 'bounded')['state'] == 'done'
+    assert a1.json('watch', name)['state'] == 'done'
     assert most < 100 * MIB
     console.wait_ticks(5)
     assert console.check(after=mark) == ['h1', 'h2']
