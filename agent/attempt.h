@@ -18,6 +18,7 @@
 #define VMMIG_AGENT_ATTEMPT_H
 
 #include "agent/agent.h"
+#include "agent/places.h"
 #include "migrate/conn.h"
 #include "migrate/handover.h"
 #include "migrate/journal.h"
@@ -29,6 +30,9 @@
 #include <stdatomic.h>
 
 #define ATTEMPT_EVENTS_MAX 64
+/* That others have begun here and that are not finished, on both sides: each has a thread and a record. */
+#define ATTEMPTS_OF_HOST_MAX 64
+#define ATTEMPTS_OF_HOSTS_MAX 256
 #define ATTEMPT_TIMER_MS 1000
 #define ATTEMPT_KILL_TIMEOUT_MS 10000
 
@@ -151,13 +155,13 @@ struct transfer {
     struct agent *agent;
     struct conn_context *context;
     struct journal *journal;
-    struct loop_watch *listener;
+    struct acceptor *listener;
     int listen_fd;
     int stop; /* latch */
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
     struct attempt *attempts;
-    unsigned n_connections;
+    struct places places;
 };
 
 struct attempt *attempt_create(struct transfer *t, const struct attempt_role *role,

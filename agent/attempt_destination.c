@@ -516,6 +516,41 @@ int attempt_destination_recover(struct attempt *a, const struct journal_record *
 
 /* ---- Connections of the source ---- */
 
+/* No attempt begins: there is no record of it, and nothing to be forgotten. */
+static void refuse(struct peer_session *session, const Vmmig__Peer__Handover *prepare,
+                   const struct vm_error *why)
+{
+    log_warn("a migration is refused", "peer=%s error=%s", log_q(peer_session_peer(session)),
+             log_q(error_message(why)));
+    Vmmig__Peer__Error reason = VMMIG__PEER__ERROR__INIT;
+    Vmmig__Peer__Handover answer = VMMIG__PEER__HANDOVER__INIT;
+    reason.kind = (char *)(uintptr_t)error_kind_name(why->kind);
+    reason.message = (char *)(uintptr_t)error_message(why);
+    answer.attempt = prepare->attempt;
+    answer.message = HANDOVER_MSG_REFUSED;
+    answer.vm = prepare->vm;
+    answer.reason = &reason;
+    peer_session_send(session, &answer);
+}
+
+/* One host's attempts must not fill the journal, nor take the threads that others need. */
+static int check_room(struct transfer *t, const char *peer, struct vm_error **err)
+{
+    unsigned all = 0, its = 0;
+    SCOPE_LOCK(&t->lock);
+    for (const struct attempt *a = t->attempts; a; a = a->next) {
+        bool from_others = a->role == &attempt_destination_role;
+        all += from_others;
+        its += from_others && !strcmp(a->peer_name, peer);
+    }
+    if (its >= ATTEMPTS_OF_HOST_MAX)
+        return error_set(err, VM_ERROR_REFUSED, "%u migrations from %s are not finished here", its,
+                         *peer ? peer : "such hosts");
+    if (all >= ATTEMPTS_OF_HOSTS_MAX)
+        return error_set(err, VM_ERROR_REFUSED, "%u migrations are not finished here", all);
+    return 0;
+}
+
 /* A new attempt, from its PREPARE; m loses the message. NULL: refused, and logged. */
 static struct attempt *begin(struct transfer *t, struct peer_session *session,
                              struct peer_message *m)
@@ -523,8 +558,9 @@ static struct attempt *begin(struct transfer *t, struct peer_session *session,
     cleanup_error struct vm_error *err = NULL;
     struct uuid id;
     memcpy(id.bytes, m->handover->attempt.data, sizeof(id.bytes));
-    if (vm_name_check(m->handover->vm, &err) < 0) {
-        log_warn("refused", "error=%s", log_q(error_message(err)));
+    if (vm_name_check(m->handover->vm, &err) < 0 ||
+        check_room(t, peer_session_peer(session), &err) < 0) {
+        refuse(session, m->handover, err);
         return NULL;
     }
     CLEANUP(attempt)

@@ -2,6 +2,7 @@
 #include "agent/control.h"
 
 #include "agent/requests.h"
+#include "base/acceptor.h"
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/log.h"
@@ -34,7 +35,7 @@ struct control_session {
 struct control {
     struct agent *agent;
     int fd;
-    struct loop_watch *watch;
+    struct acceptor *acceptor;
     int stop_fd;
     bool has_group;
     gid_t group;
@@ -293,13 +294,10 @@ static void admit(struct control_session *s)
     free(s);
 }
 
-static void on_connection(int listener, int ready, void *arg)
+static void on_connection(int client, void *arg)
 {
     struct control *c = arg;
-    (void)ready;
-    cleanup_close int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
-    if (fd < 0)
-        return;
+    cleanup_close int fd = client;
     struct control_session *s = calloc(1, sizeof(*s));
     if (!s)
         return;
@@ -384,15 +382,15 @@ struct control *control_start(struct agent *agent, struct vm_error **err)
     c->stop_fd = io_latch_new(err);
     if (c->stop_fd < 0 || open_socket(c, err) < 0)
         return NULL;
-    c->watch = loop_watch_fd(agent->loop, c->fd, LOOP_READ, on_connection, c, err);
-    return c->watch ? steal_ptr(&c) : NULL;
+    c->acceptor = acceptor_create(agent->loop, c->fd, on_connection, c, err);
+    return c->acceptor ? steal_ptr(&c) : NULL;
 }
 
 bool control_stop(struct control *c, int timeout_ms)
 {
     int64_t deadline = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
     struct timespec until = {deadline / NSEC_PER_SEC, deadline % NSEC_PER_SEC};
-    loop_watch_destroy(steal_ptr(&c->watch));
+    acceptor_destroy(steal_ptr(&c->acceptor));
     io_latch_set(c->stop_fd);
     SCOPE_LOCK(&c->lock);
     while (c->n_sessions)
@@ -405,7 +403,7 @@ void control_destroy(struct control *c)
 {
     if (!c)
         return;
-    loop_watch_destroy(c->watch);
+    acceptor_destroy(c->acceptor);
     if (c->fd >= 0)
         unlink(c->agent->config->control_socket);
     close_fd(&c->fd);

@@ -3,17 +3,16 @@
 
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
+#include "base/acceptor.h"
 #include "base/cond.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "migrate/address.h"
 
 #include <errno.h>
 #include <string.h>
-#include <sys/socket.h>
 
 enum { GREETING_TIMEOUT_MS = 10000, STOP_TIMEOUT_MS = 15000, SETTLE_TIMEOUT_MS = 10000 };
-/* Connections of peers at once: a thread each. */
-enum { CONNECTIONS_MAX = 256 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
 
@@ -144,21 +143,34 @@ void transfer_get_state(struct transfer *t, const char *vm, struct transfer_stat
 
 struct incoming {
     struct transfer *t;
+    struct place *place;
     int fd;
 };
 
-static void connection_ended(struct transfer *t)
+static void leave_place(struct transfer *t, struct place *place)
 {
     SCOPE_LOCK(&t->lock);
-    t->n_connections--;
+    places_leave(&t->places, place);
     pthread_cond_broadcast(&t->changed);
 }
 
-static void serve(struct transfer *t, int fd)
+/* NULL if it is no host of the cluster, or has too many connections already. */
+static struct conn *welcome(const struct incoming *in, int64_t deadline_ns, struct vm_error **err)
 {
+    struct transfer *t = in->t;
+    CLEANUP(conn) struct conn *conn = conn_accept(t->context, in->fd, deadline_ns, t->stop, err);
+    if (!conn)
+        return NULL;
+    SCOPE_LOCK(&t->lock);
+    return places_know(&t->places, in->place, conn_peer_name(conn), err) < 0 ? NULL : steal_ptr(&conn);
+}
+
+static void serve(const struct incoming *in)
+{
+    struct transfer *t = in->t;
     cleanup_error struct vm_error *err = NULL;
     int64_t deadline = clock_mono_ns() + NSEC(GREETING_TIMEOUT_MS);
-    CLEANUP(conn) struct conn *conn = conn_accept(t->context, fd, deadline, t->stop, &err);
+    CLEANUP(conn) struct conn *conn = welcome(in, deadline, &err);
     if (conn && conn_purpose(conn) == CONN_CHANNEL) {
         destination_serve_channel(t, conn);
         return;
@@ -178,36 +190,51 @@ static void *incoming_main(void *arg)
     struct incoming in = *(struct incoming *)arg;
     free(arg);
     log_set_thread_context(NULL, NULL);
-    serve(in.t, in.fd);
-    connection_ended(in.t);
+    serve(&in);
+    leave_place(in.t, in.place);
     return NULL;
 }
 
-static void on_peer(int listen_fd, int ready, void *arg)
+static struct place *find_place(struct transfer *t, int fd, struct vm_error **err)
 {
-    struct transfer *t = arg;
+    char address[ADDRESS_TEXT_MAX];
+    address_of_peer(fd, address);
+    char *port = strrchr(address, ':');
+    if (port)
+        *port = 0;
+    SCOPE_LOCK(&t->lock);
+    return places_enter(&t->places, address, err);
+}
+
+static int start_serving(struct transfer *t, int fd, struct place *place, struct vm_error **err)
+{
     pthread_t thread;
-    cleanup_close int fd = accept4(listen_fd, NULL, NULL, SOCK_CLOEXEC);
-    if (fd < 0)
-        return;
-    pthread_mutex_lock(&t->lock);
-    bool room = t->n_connections < CONNECTIONS_MAX;
-    t->n_connections += room;
-    pthread_mutex_unlock(&t->lock);
-    if (!room) {
-        log_warn("too many connections of peers; one was dropped");
-        return;
-    }
     struct incoming *in = malloc(sizeof(*in));
-    if (in)
-        *in = (struct incoming){t, fd};
-    if (!in || pthread_create(&thread, NULL, incoming_main, in)) {
+    if (!in)
+        return error_nomem(err);
+    *in = (struct incoming){t, place, fd};
+    int failed = pthread_create(&thread, NULL, incoming_main, in);
+    if (failed) {
         free(in);
-        connection_ended(t);
-        return;
+        return error_errno(err, failed, "cannot start a thread");
     }
     pthread_detach(thread);
-    steal_fd(&fd);
+    return 0;
+}
+
+static void on_peer(int peer, void *arg)
+{
+    struct transfer *t = arg;
+    cleanup_close int fd = peer;
+    cleanup_error struct vm_error *err = NULL;
+    struct place *place = find_place(t, fd, &err);
+    if (place && start_serving(t, fd, place, &err) == 0) {
+        steal_fd(&fd);
+        return;
+    }
+    if (place)
+        leave_place(t, place);
+    log_warn("a connection was dropped", "error=%s", log_q(error_message(err)));
 }
 
 static int listen_for_peers(struct transfer *t, struct vm_error **err)
@@ -218,7 +245,7 @@ static int listen_for_peers(struct transfer *t, struct vm_error **err)
     t->listen_fd = conn_listen(endpoint_text(&c->listen), err);
     if (t->listen_fd < 0)
         return -1;
-    t->listener = loop_watch_fd(t->agent->loop, t->listen_fd, LOOP_READ, on_peer, t, err);
+    t->listener = acceptor_create(t->agent->loop, t->listen_fd, on_peer, t, err);
     return t->listener ? 0 : -1;
 }
 
@@ -303,12 +330,12 @@ struct transfer *transfer_create(struct agent *agent, struct vm_error **err)
 
 static bool all_ended(struct transfer *t)
 {
-    return !t->attempts && !t->n_connections;
+    return !t->attempts && !places_taken(&t->places);
 }
 
 bool transfer_stop(struct transfer *t)
 {
-    loop_watch_destroy(t->listener);
+    acceptor_destroy(t->listener);
     t->listener = NULL;
     close_fd(&t->listen_fd);
     io_latch_set(t->stop);
@@ -332,7 +359,7 @@ void transfer_destroy(struct transfer *t)
 {
     if (!t)
         return;
-    loop_watch_destroy(t->listener);
+    acceptor_destroy(t->listener);
     close_fd(&t->listen_fd);
     conn_context_destroy(t->context);
     journal_close(t->journal);

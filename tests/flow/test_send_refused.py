@@ -11,7 +11,7 @@ import sys
 import pytest
 from agents import PKI, Cluster, eventually
 from lab import BareGuest, huge_pages, judge
-from lab.guests import QEMU, built
+from lab.guests import QEMU, ROOT, built
 
 # An agent that is none: takes connections at a port, with the certificate files that it is given or without TLS, and
 # answers the preamble and what follows with these bytes (hexadecimal).
@@ -54,6 +54,35 @@ try:
 except ConnectionError:
     pass
 print('dropped')
+'''
+# A host of the cluster that asks for many migrations and follows none up. Prints how often it got which message.
+ASKER = r'''
+import collections, os, socket, ssl, struct, sys
+folder, name, hello, prepare, count = sys.argv[1], sys.argv[2], *map(bytes.fromhex, sys.argv[3:5]), int(sys.argv[5])
+context = ssl.create_default_context(cafile=folder + '/ca.crt')
+context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+connection = context.wrap_socket(socket.create_connection((name, 16550)), server_hostname=name)
+connection.settimeout(60)
+stream = connection.makefile('rb')
+def say(kind, body):
+    connection.sendall(struct.pack('<4sIHH', b'VMMG', len(body), kind, 0) + body)
+connection.sendall(b'VMMG\x01\x01\0\0')
+assert len(stream.read(8)) == 8
+say(1, hello)
+head, message, rest = prepare[:2], prepare[18:19], prepare[20:]
+assert head == b'\x0a\x10' and message == b'\x10'
+answers = {}
+for number in range(count):
+    attempt = os.urandom(16)
+    answers[attempt] = None
+    say(4, head + attempt + message + b'\0' + rest)
+while None in answers.values():
+    _, size, kind, _ = struct.unpack('<4sIHH', stream.read(12))
+    body = stream.read(size)
+    if kind == 4 and body[2:18] in answers:
+        assert body[18] == 0x10
+        answers[body[2:18]] = body[19]
+print(*(f'{number}:{times}' for number, times in sorted(collections.Counter(answers.values()).items())))
 '''
 WELCOME, FRAME = '564d4d4701000000', '564d4d47'
 
@@ -178,6 +207,24 @@ def test_an_agent_drops_a_host_that_talks_nonsense(cluster, guest, said):
     for agent in cluster.agents:
         assert agent.vmmig('list').returncode == 0
     assert judge.rss_anon(cluster.agents[1].process.pid) < 100 << 20
+
+
+def test_a_host_that_asks_for_too_much(cluster, guest):
+    """64 of its attempts are begun, which fail; the others are refused (6), and have no record."""
+    h1, _ = cluster.hosts
+    _, a2 = cluster.agents
+
+    def said(name):
+        with open(os.path.join(ROOT, 'tests/fuzz/corpus-peer', name), 'rb') as file:
+            return file.read()[1:].hex()
+    log = len(a2.log())
+    assert h1.run([sys.executable, '-c', ASKER, PKI, 'h2', said('hello'), said('prepare'), 70]) == '6:6 10:64\n'
+    assert '64 migrations from h1 are not finished here' in a2.log()[log:]
+    begun = re.findall(r'journalled.* attempt=(\S+) record=PREPARING', a2.log()[log:])
+    assert len(set(begun)) == 64
+    a2.stop()
+    shutil.rmtree(a2.host.path('/var/lib/vmmig/journal'))
+    a2.start()
 
 
 # ---- a destination that cannot take it

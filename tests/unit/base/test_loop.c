@@ -1,13 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "base/loop.h"
 
+#include "base/acceptor.h"
 #include "base/clock.h"
 
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdio.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 #include <cmocka.h>
 
 struct seen {
@@ -136,10 +141,59 @@ static void watching_can_be_switched_off_and_on(void **state)
     close(fds[1]);
 }
 
+struct guests {
+    struct loop *loop;
+    struct rlimit limit;
+    int n, listener;
+};
+
+static void take_guest(int fd, void *arg)
+{
+    struct guests *g = arg;
+    g->n++;
+    close(fd);
+    loop_stop(g->loop);
+}
+
+static void allow_descriptors(void *arg)
+{
+    struct guests *g = arg;
+    setrlimit(RLIMIT_NOFILE, &g->limit);
+}
+
+/* A connection that cannot be taken waits, and costs no time; it is taken once there are descriptors again. */
+static void an_acceptor_out_of_descriptors_rests(void **state)
+{
+    (void)state;
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct guests g = {.loop = loop_create(NULL)};
+    snprintf(address.sun_path + 1, sizeof(address.sun_path) - 1, "vmmig-test-loop-%d", getpid());
+    g.listener = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    int client = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    assert_int_equal(bind(g.listener, (struct sockaddr *)&address, sizeof(address)), 0);
+    assert_int_equal(listen(g.listener, 8), 0);
+    assert_int_equal(connect(client, (struct sockaddr *)&address, sizeof(address)), 0);
+    struct acceptor *a = acceptor_create(g.loop, g.listener, take_guest, &g, NULL);
+    struct loop_watch *later = loop_watch_timer(g.loop, NSEC_PER_SEC, allow_descriptors, &g, NULL);
+    assert_true(a && later);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &g.limit), 0);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &(struct rlimit){3, g.limit.rlim_max}), 0);
+    int64_t before = clock_thread_cpu_ns();
+    assert_int_equal(loop_run(g.loop, NULL), 0);
+    assert_true(clock_thread_cpu_ns() - before < 200 * NSEC_PER_MSEC);
+    assert_int_equal(g.n, 1);
+    loop_watch_destroy(later);
+    acceptor_destroy(a);
+    loop_destroy(g.loop);
+    close(client);
+    close(g.listener);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_descriptor_is_watched_until_the_watch_goes),
+        cmocka_unit_test(an_acceptor_out_of_descriptors_rests),
         cmocka_unit_test(timers_and_signals_call),
         cmocka_unit_test(posts_of_another_thread_run_in_their_order),
         cmocka_unit_test(what_was_posted_and_never_ran_is_freed),
