@@ -16,7 +16,7 @@
  *         knows, and guest_status has to be asked again. A guest that is still INCOMING is refused,
  *         since QEMU would remember the `cont` and run at the end of loading.
  * source  Every capability of QEMU's migration is turned off but `events` and `auto-converge`, TLS too
- *         (the stream is local); they stay so afterwards. downtime-limit is 1 ms: with 0 QEMU 7.2 would
+ *         (the stream is local); all that is set is set back afterwards (vmm/qemu_settings.h). downtime-limit is 1 ms: with 0 QEMU 7.2 would
  *         never look at the dirty log again before the pause. So an idle guest may be paused by QEMU itself
  *         at the very end. `done` succeeds only at an end of file with migration status `completed`
  *         and run state `postmigrate`.

@@ -513,6 +513,37 @@ static void test_a_receiver_that_forgot(void **state)
     dupe_finish(&d);
 }
 
+static void *acknowledge_without_end(void *arg)
+{
+    static uint8_t out[1000 * CHANNEL_MESSAGE_SIZE];
+    struct dupe *d = arg;
+    size_t len = 0;
+    while (len + CHANNEL_MESSAGE_SIZE <= sizeof(out))
+        len += channel_message_write(out + len, &(struct channel_message){.kind = CHANNEL_APPLIED});
+    while (io_write_full(d->fds[1], out, len, INT64_MAX, -1, NULL) == 0)
+        ;
+    return NULL;
+}
+
+/* Its messages are no reason not to send, nor not to end. */
+static void test_a_receiver_that_never_pauses(void **state)
+{
+    struct dupe d = {.say = {{.kind = CHANNEL_ANSWER}}, .n_say = 1};
+    pthread_t writer;
+    uint8_t in[8 + CHANNEL_HELLO_SIZE + CHANNEL_HEADER_SIZE];
+    dupe_init(&d);
+    assert_int_equal(channel_sender_wait_open(d.sender, in_ms(5000), NULL), 0);
+    assert_int_equal(pthread_create(&writer, NULL, acknowledge_without_end, &d), 0);
+    channel_sender_send(d.sender, &(struct channel_frame){.type = 1}, NULL);
+    assert_int_equal(io_read_full(d.fds[1], in, sizeof(in), in_ms(5000), -1, NULL), 0);
+    int64_t before = clock_mono_ns();
+    channel_sender_destroy(d.sender);
+    assert_true(clock_mono_ns() - before < 5 * NSEC_PER_SEC);
+    pthread_join(writer, NULL);
+    close(d.fds[1]);
+    conn_context_destroy(d.ctx);
+}
+
 /* ---- The parsers ---- */
 
 static void test_messages(void **state)
@@ -550,6 +581,7 @@ int main(void)
         cmocka_unit_test(test_a_stranger_does_no_harm),
         cmocka_unit_test(test_a_new_connection_takes_over),
         cmocka_unit_test(test_receivers_that_lie),
+        cmocka_unit_test(test_a_receiver_that_never_pauses),
         cmocka_unit_test(test_a_receiver_that_forgot),
         cmocka_unit_test(test_messages),
     };
