@@ -511,7 +511,7 @@ BAD_INPUT = [
     (['send', 'web9', '--to', 'h2', '--max-bandwidth', '1'], 2, '--max-bandwidth 1: at least 65536 is allowed'),
     (['send', 'web9', '--to', 'h2', '--compress', 'gzip'], 2,
      '--compress gzip: one of auto|none|lz4|zstd is expected'),
-    (['send', 'web9', '--to', 'h2', '--connections', '99'], 2, '--connections 99: at most 16 is allowed'),
+    (['send', 'web9', '--to', 'h2', '--connections', '99'], 2, '--connections 99: at most 8 is allowed'),
     (['resolve', 'web9', '--gone'], 3, "no hand-over of VM 'web9' is unfinished"),
     (['resolve', 'web9'], 2, 'one of --here and --gone is required'),
     (['resolve', 'web9', '--here', '--gone'], 2, 'one of --here and --gone is required'),

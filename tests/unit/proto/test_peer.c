@@ -9,12 +9,13 @@
 static void expect(uint64_t duration_ns, int run, const char *complaint)
 {
     uint8_t attempt[16] = {1};
+    char name[] = "web1";
     struct peer_message back;
     cleanup_error struct vm_error *err = NULL;
     cleanup_buffer struct buffer out = {0};
     Vmmig__Peer__Handover m = VMMIG__PEER__HANDOVER__INIT;
     m.attempt = (ProtobufCBinaryData){sizeof(attempt), attempt};
-    m.vm = "web1";
+    m.vm = name;
     m.duration_ns = duration_ns;
     m.run = run;
     peer_pack(&m.base, &out);

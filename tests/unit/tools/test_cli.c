@@ -166,7 +166,7 @@ static void bad_lines_get_one_clear_line(void **state)
         {"status web1 --to h", "there is no option --to"},
         {"send web1 --to h --downtime-limit 0",
          "--downtime-limit 0: at least 1 is allowed"},
-        {"send web1 --to h --connections 17", "--connections 17: at most 16 is allowed"},
+        {"send web1 --to h --connections 17", "--connections 17: at most 8 is allowed"},
         {"send web1 --to h --background=no", "--background takes no value"},
         {"send web1 --bakground --to h",
          "there is no option --bakground; did you mean --background?"},
