@@ -12,7 +12,7 @@
  * have the same repository open (a dir: repository: processes of one host).
  *
  * Memory of one import: at most 64 MiB, and 48 MiB per TiB of unique data in the repository for
- * footers. Of one export: 4 MiB per thread and what it read.
+ * footers; on rados librados has up to 64 MiB besides. Of one export: 4 MiB per thread and what it read.
  *
  * Crash: what image_import acknowledged is there, whole; an import that did not end left nothing
  * visible.

@@ -424,6 +424,30 @@ static int make_layout(int folder, struct vm_error **err)
     return fsync(folder) < 0 ? error_errno(err, errno, "cannot sync the folder") : 0;
 }
 
+/* The folders above, of which some may be new: as far up as we may look. */
+static int sync_above(int folder, const char *path, struct vm_error **err)
+{
+    cleanup_close int at = fcntl(folder, F_DUPFD_CLOEXEC, 0);
+    struct stat below, here;
+    while (at >= 0 && fstat(at, &below) == 0) {
+        int above = openat(at, "..", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+        close(at);
+        at = above;
+        if (at < 0 || fstat(at, &here) < 0 ||
+            (here.st_ino == below.st_ino && here.st_dev == below.st_dev))
+            break;
+        if (fsync(at) < 0 && errno != EINVAL && errno != EROFS)
+            return error_errno(err, errno, "cannot sync a folder above %s", path);
+    }
+    return 0;
+}
+
+static int sync_maps(int folder, struct vm_error **err)
+{
+    cleanup_close int maps = openat(folder, "maps", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return maps < 0 || fsync(maps) < 0 ? error_errno(err, errno, "cannot sync folder maps") : 0;
+}
+
 static int open_folder(const struct repo_url *url, int flags, struct vm_error **err)
 {
     bool create = flags & STORE_OPEN_CREATE;
@@ -434,7 +458,7 @@ static int open_folder(const struct repo_url *url, int flags, struct vm_error **
         return error_errno(err, errno, "cannot open folder %s", url->path);
     if (refuse_network_file_system(fd, url->path, err) < 0)
         return -1;
-    if (create && make_layout(fd, err) < 0)
+    if (create && (make_layout(fd, err) < 0 || sync_above(fd, url->path, err) < 0))
         return error_wrap(err, "%s", url->path);
     if (faccessat(fd, "maps", F_OK, 0) < 0)
         return error_set(err, VM_ERROR_NOT_FOUND,
@@ -451,9 +475,11 @@ struct store *store_dir_open(const struct repo_url *url, int flags, struct vm_er
     if (!env)
         return NULL;
     struct store_dir *d = calloc(1, sizeof(*d));
-    if (!d) {
-        dir_env_release(env);
+    if (!d)
         error_nomem(err);
+    if (!d || ((flags & STORE_OPEN_CREATE) && sync_maps(folder, err) < 0)) {
+        dir_env_release(env);
+        free(d);
         return NULL;
     }
     d->store.driver = &dir_driver;

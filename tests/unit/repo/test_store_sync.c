@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What the dir driver promises about crashes hangs on the order of three calls: content synced,
- * then named, then the folder synced. They are wrapped here (-Wl,--wrap) and noted.
+ * then named, then the folder synced; and on commits of maps that wait for the disk. They are
+ * wrapped here (-Wl,--wrap) and noted.
  */
 #include "tests/unit/repo/repo_test.h"
 
+#include <lmdb.h>
 #include <sys/stat.h>
 
 int __real_fdatasync(int fd);
@@ -12,11 +14,14 @@ int __real_fsync(int fd);
 int __real_linkat(int from, const char *path, int to, const char *name, int flags);
 int __real_renameat(int from, const char *path, int to, const char *name);
 int __real_unlinkat(int at, const char *name, int flags);
+int __real_mdb_txn_commit(MDB_txn *txn);
 int __wrap_fdatasync(int fd);
 int __wrap_fsync(int fd);
 int __wrap_linkat(int from, const char *path, int to, const char *name, int flags);
 int __wrap_renameat(int from, const char *path, int to, const char *name);
 int __wrap_unlinkat(int at, const char *name, int flags);
+
+int __wrap_mdb_txn_commit(MDB_txn *txn);
 
 static char calls[256];
 
@@ -58,6 +63,31 @@ int __wrap_unlinkat(int at, const char *name, int flags)
     return __real_unlinkat(at, name, flags);
 }
 
+/* Whether LMDB waits for data and head alike, says the environment. */
+int __wrap_mdb_txn_commit(MDB_txn *txn)
+{
+    unsigned flags;
+    assert_int_equal(mdb_env_get_flags(mdb_txn_env(txn), &flags), 0);
+    note(flags & (MDB_NOSYNC | MDB_NOMETASYNC | MDB_MAPASYNC) ? "loose commit" : "commit", -1);
+    return __real_mdb_txn_commit(txn);
+}
+
+static void a_change_of_a_map_is_synced(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char place[512];
+    struct store *s = test_store_open(test_place(place));
+    struct store_pair set = {"key", "value", 5};
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = "map",
+                          .presence = STORE_EITHER, .sets = &set, .n_sets = 1};
+    calls[0] = 0;
+    store_run(s, &op, 1, &err);
+    assert_ok(err);
+    assert_string_equal(calls, "commit; ");
+    store_close(s);
+    test_place_remove(place);
+}
+
 static void content_is_synced_before_it_is_named(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -82,6 +112,7 @@ int main(void)
     unsetenv("VMMIG_TEST_CEPH_CONF");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(content_is_synced_before_it_is_named),
+        cmocka_unit_test(a_change_of_a_map_is_synced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
