@@ -191,6 +191,8 @@ static void set_handover(struct vm_answer *a, struct transfer *transfer)
     m->text = t->text;
     m->peer = t->peer;
     m->in_doubt = t->in_doubt;
+    m->can_here = t->can_here;
+    m->can_gone = t->can_gone;
     m->settled = t->settled;
     a->message.handover = m;
 }
@@ -230,9 +232,18 @@ bool vm_answer_init_arriving(struct vm_answer *a, const struct agent *agent, con
     m->state = word("arriving");
     set_job(a, agent->jobs, false);
     set_handover(a, agent->transfer);
-    if (m->job || (m->handover && !m->handover->settled))
-        return true;
-    return false;
+    if (!m->job && (!m->handover || m->handover->settled))
+        return false;
+    const struct transfer_state *t = &a->transfer;
+    if (t->known) {
+        m->pid = t->vmm.pid;
+        m->since_ns = t->started_ns;
+    }
+    if (t->known && t->source) { /* it was here before, and the registry does not know it any more */
+        m->origin = word(vm_origin_name(VM_ORIGIN_ATTACHED));
+        m->state = word("unreachable");
+    }
+    return true;
 }
 
 void vm_answer_finish(struct vm_answer *a)

@@ -22,12 +22,25 @@ static bool is_message(enum handover_event event)
     return event < (enum handover_event)HANDOVER_MSG_COUNT;
 }
 
+_Static_assert(ATTEMPT_MESSAGES_MAX + HANDOVER_EV_COUNT <= ATTEMPT_EVENTS_MAX,
+               "each local event has its place");
+
+static bool is_queued(const struct attempt *a, enum handover_event event)
+{
+    for (unsigned i = 0; i < a->n_events; i++)
+        if (a->events[(a->first_event + i) % ATTEMPT_EVENTS_MAX] == event)
+            return true;
+    return false;
+}
+
+/*
+ * Local events must not be lost. Each stands in the queue at most once, which says all that it has to say,
+ * and messages leave room for all of them.
+ */
 void attempt_post(struct attempt *a, enum handover_event event)
 {
     SCOPE_LOCK(&a->lock);
-    /* Local events are few and must not be lost: messages leave them room. */
-    unsigned room = is_message(event) ? ATTEMPT_EVENTS_MAX / 2 : ATTEMPT_EVENTS_MAX;
-    if (a->n_events >= room)
+    if (is_message(event) ? a->n_events >= ATTEMPT_MESSAGES_MAX : is_queued(a, event))
         return;
     a->events[(a->first_event + a->n_events++) % ATTEMPT_EVENTS_MAX] = event;
     pthread_cond_broadcast(&a->changed);
@@ -181,25 +194,43 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
         attempt_post(a, (enum handover_event)m);
 }
 
+/*
+ * What this agent has to say about an attempt that is not in the table. False: nothing. UNKNOWN means that there is
+ * no record: one that is damaged, or cannot be read, may be of a guest that is here. One that is not settled is
+ * taken up, or will be by the next start of the agent, which then knows more.
+ */
+static bool stray_machine(struct transfer *t, enum handover_role role, const struct uuid *id,
+                          const char *peer, struct handover *ret_machine)
+{
+    struct journal_record record;
+    cleanup_error struct vm_error *err = NULL;
+    if (journal_get(t->journal, id, &record, &err) < 0) {
+        if (err->kind != VM_ERROR_NOT_FOUND) {
+            log_warn("nothing can be said of an attempt", "attempt=%s error=%s", uuid_text(id),
+                     log_q(error_message(err)));
+            return false;
+        }
+        handover_init(ret_machine, role);
+        return true;
+    }
+    bool ours = !strcmp(record.peer, peer) && handover_record_role(record.record) == role &&
+                handover_record_is_settled(record.record);
+    if (ours)
+        handover_recover(ret_machine, record.record,
+                         record.vmm.pid && process_alive(&record.vmm));
+    journal_record_finish(&record);
+    return ours;
+}
+
 void attempt_answer_stray(struct transfer *t, enum handover_role role, struct peer_session *session,
                           const char *peer, const Vmmig__Peer__Handover *message)
 {
     struct handover machine;
     struct handover_actions actions;
-    struct journal_record record;
     struct uuid id;
     memcpy(id.bytes, message->attempt.data, sizeof(id.bytes));
-    if (message->message >= HANDOVER_MSG_COUNT)
+    if (message->message >= HANDOVER_MSG_COUNT || !stray_machine(t, role, &id, peer, &machine))
         return;
-    handover_init(&machine, role);
-    if (journal_get(t->journal, &id, &record, NULL) == 0) {
-        bool ours = !strcmp(record.peer, peer) && handover_record_role(record.record) == role;
-        if (ours)
-            handover_recover(&machine, record.record, false);
-        journal_record_finish(&record);
-        if (!ours)
-            return;
-    }
     handover_step(&machine, (enum handover_event)message->message, &actions);
     for (int i = 0; i < actions.count; i++) {
         if (actions.list[i].kind != HANDOVER_ACT_SEND)
@@ -314,27 +345,60 @@ static enum handover_event act_journal(struct attempt *a, enum handover_record r
 
 enum { RESUME_RETRY_MS = 200, QUIT_TIMEOUT_MS = 2000 };
 
+/* Its death is the cause of what follows, unless something else was before. */
+static void blame_death(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    if (!a->reason)
+        error_set(&a->reason, VM_ERROR_VMM_DIED, "the VM's process %d ended", a->record.vmm.pid);
+}
+
+/*
+ * The VMM is dead. If it died between the agent's look and the record RUN, or while that was written, it was not
+ * started: the source has a copy that is as good.
+ */
+static enum handover_event judge_death(struct attempt *a)
+{
+    if (a->cont_sent || a->machine.state != HANDOVER_DST_STARTING)
+        return HANDOVER_EV_VM_GONE;
+    blame_death(a);
+    return HANDOVER_EV_RESUME_FAILED;
+}
+
+/* What the VMM does now; -1 while it does not say. A connection that ended is made anew for the next try. */
+static int ask_status(struct attempt *a, struct guest_status *ret_status)
+{
+    cleanup_error struct vm_error *err = NULL;
+    if (!a->guest)
+        a->role->reconnect(a, NULL);
+    if (!a->guest)
+        return -1;
+    if (guest_status(a->guest, ret_status, &err) == 0)
+        return 0;
+    log_warn("the VMM does not say what it does", "error=%s", log_q(error_message(err)));
+    if (err->kind != VM_ERROR_TIMEOUT && err->kind != VM_ERROR_REFUSED &&
+        process_alive(&a->record.vmm))
+        a->role->reconnect(a, a->guest);
+    return -1;
+}
+
 /* One try: an event, or TIMER while nobody can tell. */
 static enum handover_event try_resume(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     struct guest_status status;
     if (!process_alive(&a->record.vmm))
-        return HANDOVER_EV_VM_GONE;
+        return judge_death(a);
     /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
     if (!a->was_running || a->role->never_paused(a))
         return HANDOVER_EV_RESUMED;
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (!a->guest)
-        return HANDOVER_EV_TIMER;
-    if (guest_status(a->guest, &status, &err) < 0)
+    if (ask_status(a, &status) < 0)
         return HANDOVER_EV_TIMER;
     if (status.state == GUEST_RUNNING)
         return HANDOVER_EV_RESUMED;
     if (FAULT("attempt.resume") == FAULT_ERROR) {
         error_set(&err, VM_ERROR_REFUSED, "attempt.resume: %s", strerror(fault_errno()));
-    } else if (guest_resume(a->guest, &err) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
+    } else if ((a->cont_sent = true, guest_resume(a->guest, &err)) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
         cleanup_error struct vm_error *quiet = NULL;
         if (guest_announce(a->guest, &quiet) < 0)
             log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
@@ -354,6 +418,8 @@ static enum handover_event try_resume(struct attempt *a)
     return HANDOVER_EV_RESUME_FAILED;
 }
 
+static void feed(struct attempt *a, enum handover_event event);
+
 /* Until it is known whether the guest runs. */
 static void act_resume(struct attempt *a)
 {
@@ -362,7 +428,11 @@ static void act_resume(struct attempt *a)
         if (event != HANDOVER_EV_TIMER) {
             if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
                 a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
-            attempt_post(a, event);
+            /* That no vCPU started stays true of a VMM that dies before the event's turn would come. */
+            if (event == HANDOVER_EV_RESUME_FAILED)
+                feed(a, event);
+            else
+                attempt_post(a, event);
             return;
         }
         pthread_mutex_lock(&a->lock);
@@ -384,7 +454,7 @@ static void quit_vmm(struct attempt *a)
 {
     int64_t deadline = clock_mono_ns() + NSEC(QUIT_TIMEOUT_MS);
     if (!a->guest)
-        a->role->reconnect(a);
+        a->role->reconnect(a, NULL);
     if (!a->guest || guest_quit(a->guest, NULL) < 0)
         return;
     while (process_alive(&a->record.vmm) && clock_mono_ns() < deadline)
@@ -423,8 +493,6 @@ static void act_report(struct attempt *a, enum handover_notice notice)
 }
 
 /* ---- The machine ---- */
-
-static void feed(struct attempt *a, enum handover_event event);
 
 static void execute(struct attempt *a, struct handover_action action)
 {
@@ -589,9 +657,8 @@ static void note_death(struct attempt *a)
     bool on_its_own = state == HANDOVER_SRC_PREPARING || state == HANDOVER_SRC_SENDING ||
                       state == HANDOVER_SRC_SENT || state == HANDOVER_DST_PREPARED ||
                       state == HANDOVER_DST_LOADED;
-    SCOPE_LOCK(&a->lock);
-    if (!a->reason && on_its_own)
-        error_set(&a->reason, VM_ERROR_VMM_DIED, "the VM's process %d ended", a->record.vmm.pid);
+    if (on_its_own)
+        blame_death(a);
 }
 
 /*
@@ -668,10 +735,10 @@ struct attempt *attempt_create(struct transfer *t, const struct attempt_role *ro
     return a->cancel < 0 ? NULL : steal_ptr(&a);
 }
 
-int attempt_start(struct attempt *a, struct vm_error **err)
+/* With the table's lock held. */
+static int start_locked(struct attempt *a, struct vm_error **err)
 {
     struct transfer *t = a->transfer;
-    SCOPE_LOCK(&t->lock);
     a->next = t->attempts;
     attempt_ref(a);
     int failed = pthread_create(&a->thread, NULL, attempt_main, a);
@@ -682,6 +749,32 @@ int attempt_start(struct attempt *a, struct vm_error **err)
     t->attempts = a;
     pthread_detach(a->thread);
     return 0;
+}
+
+int attempt_start(struct attempt *a, struct vm_error **err)
+{
+    SCOPE_LOCK(&a->transfer->lock);
+    return start_locked(a, err);
+}
+
+int attempt_start_new(struct attempt *a, struct vm_error **err)
+{
+    struct transfer *t = a->transfer;
+    struct journal_record record;
+    cleanup_error struct vm_error *missing = NULL;
+    SCOPE_LOCK(&t->lock);
+    for (struct attempt *other = t->attempts; other; other = other->next)
+        if (uuid_equal(&other->id, &a->id))
+            return error_set(err, VM_ERROR_CONFLICT, "attempt %s has begun already",
+                             uuid_text(&a->id));
+    if (journal_get(t->journal, &a->id, &record, &missing) == 0) {
+        journal_record_finish(&record);
+        return error_set(err, VM_ERROR_CONFLICT, "attempt %s is in the journal already",
+                         uuid_text(&a->id));
+    }
+    if (missing->kind != VM_ERROR_NOT_FOUND)
+        return error_propagate(err, steal_ptr(&missing));
+    return start_locked(a, err);
 }
 
 struct attempt *attempt_ref(struct attempt *a)

@@ -30,6 +30,7 @@
 #include <stdatomic.h>
 
 #define ATTEMPT_EVENTS_MAX 64
+#define ATTEMPT_MESSAGES_MAX 32 /* of them are messages of the peer */
 /* That others have begun here and that are not finished, on both sides: each has a thread and a record. */
 #define ATTEMPTS_OF_HOST_MAX 64
 #define ATTEMPTS_OF_HOSTS_MAX 256
@@ -51,8 +52,11 @@ struct attempt_role {
     int (*before_record)(struct attempt *a, enum handover_record record, struct vm_error **err);
     /* Once, when the machine has settled; again every second while it returns -1. */
     int (*settled)(struct attempt *a, struct vm_error **err);
-    /* a->guest is NULL: connect to the VMM of the record, if it answers by now. */
-    void (*reconnect)(struct attempt *a);
+    /*
+     * a->guest is NULL, or `lost`, whose connection has ended though the VMM lives: connect to the
+     * VMM of the record, if it answers by now.
+     */
+    void (*reconnect)(struct attempt *a, struct guest *lost);
     /* This agent began the copy, and nothing that has been done in it can have stopped the guest. */
     bool (*never_paused)(struct attempt *a);
     /* Every second: is the peer, or the copy, later than can be borne? */
@@ -63,7 +67,9 @@ struct attempt_role {
 
 struct source_part {
     char peer[ENDPOINT_TEXT_MAX + 1]; /* whom to dial */
-    struct vm *vm;                    /* reference; NULL after recovery of a VM that is gone */
+    struct vm *vm;                    /* reference; NULL after recovery of a VM that is not in the registry */
+    enum vm_driver driver;            /* after recovery: how to reach it all the same, if its VMM lives */
+    char *socket_path;                /* NULL: it need not, or cannot, be reached so */
     struct qemu_definition definition;
     char *root;                       /* of the VMM's mount namespace, for its disks */
     struct disk_offer *offers;
@@ -120,6 +126,7 @@ struct attempt {
     struct guest *guest;     /* source: of the VM; destination: owned until registered */
     bool owns_guest;
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
+    bool cont_sent;          /* since this agent started: a vCPU may have run */
     bool resume_unsure;      /* the answer to a `cont` was lost once */
     int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
     int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */
@@ -168,6 +175,8 @@ struct attempt *attempt_create(struct transfer *t, const struct attempt_role *ro
                                const struct uuid *id, const char *vm_name, struct vm_error **err);
 /* Take part in the table and begin. The caller keeps its reference. */
 int attempt_start(struct attempt *a, struct vm_error **err);
+/* The same for an attempt of which nobody has heard: CONFLICT if the table or the journal has it. */
+int attempt_start_new(struct attempt *a, struct vm_error **err);
 struct attempt *attempt_ref(struct attempt *a);
 void attempt_unref(struct attempt *a);
 DEFINE_CLEANUP(attempt, struct attempt *, attempt_unref)

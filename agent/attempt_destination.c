@@ -361,7 +361,8 @@ static int take_run_state(struct attempt *a, struct vm_error **err)
 
 /*
  * PREPARING is written three times: with the socket's name, with the VMM's process before it
- * becomes one, and with all that is to be remembered once the VMM waits. Once RUNNING is on record,
+ * becomes one, and with all that is to be remembered once the VMM waits. RUN is not written for a VMM that is
+ * dead. Once RUNNING is on record,
  * the journal forgets how to reach the VM: the registry must know it. It forgets that with NEVER and
  * ENDED, too: what the dead VMM left is removed before.
  */
@@ -371,11 +372,23 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
         return remember_socket(a, err);
     if (record == HANDOVER_REC_PREPARING)
         adopt_process(a);
+    if (record == HANDOVER_REC_RUN && !process_alive(&a->record.vmm))
+        return error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", a->record.vmm.pid);
     if ((record == HANDOVER_REC_NEVER || record == HANDOVER_REC_ENDED) && !a->destination.vm)
         remove_leftovers(a);
     if (record == HANDOVER_REC_RUN)
         return take_run_state(a, err);
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
+}
+
+/* A handle whose connection is of no use any more; the VMM has loaded everything, nothing is received by it. */
+static void drop_guest(struct attempt *a)
+{
+    stop_transfer(a);
+    if (a->owns_guest)
+        guest_destroy(a->guest);
+    a->owns_guest = false;
+    a->guest = NULL;
 }
 
 /*
@@ -385,11 +398,7 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
  */
 static void let_go(struct attempt *a)
 {
-    stop_transfer(a);
-    if (a->owns_guest)
-        guest_destroy(a->guest);
-    a->owns_guest = false;
-    a->guest = NULL;
+    drop_guest(a);
     remove_leftovers(a);
     vm_put(steal_ptr(&a->destination.vm));
 }
@@ -412,9 +421,13 @@ static int settled(struct attempt *a, struct vm_error **err)
     }
 }
 
-static void reconnect(struct attempt *a)
+static void reconnect(struct attempt *a, struct guest *lost)
 {
     cleanup_error struct vm_error *err = NULL;
+    if (lost && a->destination.vm)
+        vms_reconnect(a->transfer->agent->vms, a->destination.vm, lost);
+    if (lost)
+        drop_guest(a);
     if (use_registered(a))
         return;
     struct destination_part *d = &a->destination;
@@ -573,7 +586,7 @@ static struct attempt *begin(struct transfer *t, struct peer_session *session,
     snprintf(a->peer_name, sizeof(a->peer_name), "%s", peer_session_peer(session));
     snprintf(a->record.peer, sizeof(a->record.peer), "%s", a->peer_name);
     attempt_set_session(a, session);
-    if (attempt_start(a, &err) < 0) {
+    if (attempt_start_new(a, &err) < 0) {
         log_error("cannot begin an attempt", "error=%s", log_q(error_message(err)));
         return NULL;
     }
@@ -581,11 +594,13 @@ static struct attempt *begin(struct transfer *t, struct peer_session *session,
     return steal_ptr(&a);
 }
 
+/* Also what it cannot read. */
 static bool journal_knows(struct transfer *t, const struct uuid *id)
 {
     struct journal_record record;
-    if (journal_get(t->journal, id, &record, NULL) < 0)
-        return false;
+    cleanup_error struct vm_error *missing = NULL;
+    if (journal_get(t->journal, id, &record, &missing) < 0)
+        return missing->kind != VM_ERROR_NOT_FOUND;
     journal_record_finish(&record);
     return true;
 }

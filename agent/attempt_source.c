@@ -255,11 +255,40 @@ static void start_vm(struct attempt *a)
     (void)a; /* no row of the source's asks for it */
 }
 
-/* After a restart the VM is adopted some time later. */
-static void reconnect(struct attempt *a)
+/*
+ * After a restart the registry has lost its word of the VM (a damaged file), but the journal says how its VMM is
+ * reached: it is the registry's again, as one that was attached.
+ */
+static int register_again(struct attempt *a, struct vm_error **err)
 {
-    if (a->source.vm)
-        a->guest = vm_guest(a->source.vm);
+    struct source_part *s = &a->source;
+    struct vms *vms = a->transfer->agent->vms;
+    cleanup_vm_definition struct vm_definition d = {.argv = NULL};
+    CLEANUP(guest) struct guest *guest = NULL;
+    if (driver_adopt(s->driver, a->vm_name, s->socket_path, &d, &guest, err) < 0)
+        return -1;
+    if (!process_identity_equal(&d.process, &a->record.vmm))
+        return error_set(err, VM_ERROR_REFUSED, "another process, %d, answers at %s",
+                         d.process.pid, s->socket_path);
+    if (vms_add(vms, &d, &guest, err) < 0)
+        return -1;
+    s->vm = vms_get(vms, a->vm_name, err);
+    log_warn("a VM that the registry had lost is known again", "vm=%s pid=%d", a->vm_name,
+             d.process.pid);
+    return s->vm ? 0 : -1;
+}
+
+/* The registry adopts the VMs that it knows some time after a restart. */
+static void reconnect(struct attempt *a, struct guest *lost)
+{
+    struct source_part *s = &a->source;
+    cleanup_error struct vm_error *err = NULL;
+    if (!s->vm && s->socket_path && register_again(a, &err) < 0)
+        log_warn("cannot reach the VMM yet", "error=%s", log_q(error_message(err)));
+    if (s->vm && lost)
+        vms_reconnect(a->transfer->agent->vms, s->vm, lost);
+    if (s->vm)
+        a->guest = vm_guest(s->vm);
 }
 
 /* Asked when the copy has ended. */
@@ -304,6 +333,10 @@ int attempt_source_forget(struct transfer *t, const char *vm_name,
 
 static int settled(struct attempt *a, struct vm_error **err)
 {
+    struct source_part *s = &a->source;
+    bool stays = a->machine.state == HANDOVER_SRC_ABORTED || a->machine.state == HANDOVER_SRC_CLOSED;
+    if (stays && !s->vm && s->socket_path && process_alive(&a->record.vmm))
+        return register_again(a, err);
     if (a->machine.state != HANDOVER_SRC_DONE)
         return 0;
     return attempt_source_forget(a->transfer, a->vm_name, &a->record.vmm, err);
@@ -392,6 +425,7 @@ static void finish(struct attempt *a)
     free(s->offer_disks);
     free(s->regions);
     free(s->dest_socket);
+    free(s->socket_path);
     free(s->root);
     close_fd(&s->copy_cancel);
     vm_put(s->vm);
@@ -545,10 +579,13 @@ int attempt_source_recover(struct attempt *a, const struct journal_record *recor
     s->copy_cancel = io_latch_new(err);
     if (s->copy_cancel < 0)
         return -1;
-    a->was_running = memory && memory->was_running;
     snprintf(s->peer, sizeof(s->peer), "%s", record->peer);
-    if (memory)
+    if (memory) {
+        a->was_running = memory->was_running;
+        s->driver = memory->driver == VM_DRIVER_ATTACH ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU;
+        s->socket_path = *memory->socket_path ? strdup(memory->socket_path) : NULL;
         vmmig__peer__memory__free_unpacked(memory, NULL);
+    }
     s->offline_since_ns = clock_mono_ns();
     s->vm = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
     if (s->vm && !process_identity_equal(&vm_definition(s->vm)->process, &record->vmm))

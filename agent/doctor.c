@@ -3,10 +3,13 @@
 
 #include "agent/attempt.h"
 #include "agent/transfer.h"
+#include "base/clock.h"
 
 #include <string.h>
 
 enum { WHY_MAX = 1024 };
+
+#define ASK_TIMEOUT_NS (2 * NSEC_PER_SEC)
 
 struct finding {
     Vmmig__Control__Finding message;
@@ -30,16 +33,18 @@ enum owner { UNKNOWN, HERE, PEER, UNDECIDED, NOBODY };
 #define VERDICTS(X)                                                                                \
     X(SENDING, HERE, UNDECIDED, "it is being sent and is not committed: until then it is owned here", \
       "its VMM died while it was being sent: the peer owns it if it had loaded all of it")         \
-    X(ABORTING, HERE, NOBODY, "the hand-over was undone before it was committed",                  \
-      "the hand-over was undone, then its VMM died")                                               \
+    X(ABORTING, HERE, NOBODY, "the hand-over was undone: it is being started here again",          \
+      "the hand-over was undone, and its VMM here is gone")                                        \
     X(ABORTED, HERE, NOBODY, "the hand-over was undone; the peer has not confirmed it yet",        \
-      "the hand-over was undone, then its VMM died")                                               \
+      "the hand-over was undone, or an operator gave it up, and its VMM here is gone")             \
     X(COMMIT, UNDECIDED, UNDECIDED,                                                                \
       "committed: the peer owns it once it has recorded RUN, and this host again if it says NEVER", \
       "committed, and the VMM here is gone: the peer has the only copy")                           \
-    X(DONE, PEER, PEER, "the peer confirmed that it started it", "the peer confirmed that it started it") \
-    X(SRC_CLOSED, HERE, NOBODY, "the hand-over was undone, which the peer confirmed",              \
-      "the hand-over was undone; later its VMM ended")                                             \
+    X(DONE, PEER, PEER,                                                                            \
+      "the peer confirmed that it started it, or an operator gave up the copy here",               \
+      "the peer confirmed that it started it, or an operator gave up the copy here")               \
+    X(SRC_CLOSED, HERE, NOBODY, "the hand-over is over, and it stayed here",                       \
+      "the hand-over is over, it did not move, and its VMM here is gone")                          \
     X(PREPARING, PEER, PEER, "it is being received: until it is committed the source owns it",     \
       "it was being received and is being discarded: the source owns it")                          \
     X(LOADED, UNDECIDED, PEER, "loaded completely: the source is to commit it or to undo",         \
@@ -112,28 +117,26 @@ static void set_peer(struct finding *f, const char *peer)
         snprintf(f->peer_host, sizeof(f->peer_host), "%s", f->peer);
 }
 
+/* What an operator can decide, as far as it means something to the hand-over; what `here` takes. */
 static void advise(struct finding *f)
 {
     struct handover h;
+    const char *peer = f->peer_host, *vm = f->vm;
     handover_recover(&h, f->record, f->message.vmm_runs);
     if (!handover_is_in_doubt(&h) || !f->unsettled)
         return;
-    const char *peer = f->peer_host, *vm = f->vm;
-    if (f->record == HANDOVER_REC_SENDING && f->message.vmm_runs)
-        snprintf(f->advice, sizeof(f->advice),
-                 "it resolves itself once the journal here can be written, or %s is back. If that "
-                 "host never comes back, fence it, then `vmmig resolve %s --here --i-fenced %s`",
-                 peer, vm, peer);
-    else if (f->message.vmm_runs)
-        snprintf(f->advice, sizeof(f->advice),
-                 "bring %s back: it resolves itself. If it never will, fence it, then `vmmig "
-                 "resolve %s --here --i-fenced %s`",
-                 peer, vm, peer);
-    else
+    if (!handover_takes(&h, HANDOVER_EV_RESOLVE_HERE))
         snprintf(f->advice, sizeof(f->advice),
                  "bring %s back: if there is a copy, it is there. If that host is lost, so is the "
                  "VM: `vmmig resolve %s --gone`",
                  peer, vm);
+    else
+        snprintf(f->advice, sizeof(f->advice),
+                 "%s%s back: it resolves itself. If that host never comes back, fence it, then "
+                 "`vmmig resolve %s --here --i-fenced %s`",
+                 h.state == HANDOVER_SRC_REVERTING ? "see that the journal here can be written, or bring "
+                                                   : "bring ",
+                 peer, vm, peer);
 }
 
 /* What the record of an attempt says. */
@@ -162,6 +165,7 @@ struct walk {
     struct agent *agent;
     const char *only; /* a name; "": all */
     struct diagnosis *d;
+    bool damaged; /* a record of the journal is */
 };
 
 /* A new finding in the list: *ret is NULL when that is full. */
@@ -204,7 +208,8 @@ static int add_damaged(struct walk *w, const struct journal_record *record,
     snprintf(f->why, sizeof(f->why), "%.400s", error_message(damage));
     field_make_text(f->why, sizeof(f->why) - 1);
     strcpy(f->advice, "ask the doctor of the other hosts about their VMs; the agent leaves this "
-                      "record, and the VM that it was about, alone");
+                      "record, and the VM that it was about, alone, and answers no question about it. "
+                      "`vmmig resolve` of that VM decides");
     return 0;
 }
 
@@ -214,6 +219,7 @@ static int visit(const struct journal_record *record, const struct vm_error *dam
                  struct vm_error **err)
 {
     struct walk *w = arg;
+    w->damaged |= damage != NULL;
     if (damage)
         return *w->only ? 0 : add_damaged(w, record, damage, err);
     if (*w->only && strcmp(w->only, record->vm))
@@ -241,15 +247,42 @@ static const char *state_of(struct agent *agent, const char *vm)
     return handover_state_name(a->state);
 }
 
-/* The registry's own VM, which no hand-over is about, or one that is settled. */
-static void judge_vm(struct finding *f, const struct agent *agent, const struct vm *vm)
+/*
+ * A VM that stands, while a record of the journal is damaged, may have been sent, and run at the peer: only there, and
+ * by an operator, can that be known.
+ */
+static bool may_have_been_sent(struct finding *f, struct vm *vm)
 {
+    struct guest_status status;
+    int64_t deadline = clock_mono_ns() + ASK_TIMEOUT_NS;
+    bool asked = vm_guest(vm) && vm_status(vm, deadline, &status, NULL) == 0;
+    if (asked && status.state == GUEST_RUNNING)
+        return false;
+    snprintf(f->why, sizeof(f->why),
+             "it %s here, and a record of the journal is damaged, which may be of its hand-over",
+             asked ? "stands" : "does not answer");
+    snprintf(f->advice, sizeof(f->advice),
+             "ask the doctor of the host to which it was sent, if it was. If it runs there: `vmmig "
+             "resolve %s --gone`. If it does not run anywhere, fence that host, then `vmmig resolve "
+             "%s --here --i-fenced HOST`",
+             f->vm, f->vm);
+    return true;
+}
+
+/* The registry's own VM, which no hand-over is about, or one that is settled. */
+static void judge_vm(struct finding *f, const struct walk *w, struct vm *vm)
+{
+    const struct agent *agent = w->agent;
     const struct vm_definition *d = vm_definition(vm);
     Vmmig__Control__Finding *m = &f->message;
     char detail[VM_DETAIL_MAX];
     bool same = m->attempt.len && process_identity_equal(&f->vmm, &d->process);
     m->pid = d->process.pid;
     m->vmm_runs = process_alive(&d->process);
+    if (m->vmm_runs && w->damaged && may_have_been_sent(f, vm)) {
+        set_owner(f, agent, UNDECIDED);
+        return;
+    }
     if (same)
         return; /* the record's own words */
     if (m->vmm_runs) {
@@ -274,7 +307,7 @@ static int add_registered(struct walk *w, struct vm *vm, struct vm_error **err)
     if (!f && add_finding(w->d, name, &f, err) < 0)
         return -1;
     if (f && !f->unsettled)
-        judge_vm(f, w->agent, vm);
+        judge_vm(f, w, vm);
     return 0;
 }
 
@@ -305,7 +338,7 @@ int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_di
                    struct vm_error **err)
 {
     cleanup_diagnosis struct diagnosis d = {0};
-    struct walk w = {agent, vm, &d};
+    struct walk w = {.agent = agent, .only = vm, .d = &d};
     if (collect(&w, err) < 0)
         return -1;
     if (*vm && !d.n)

@@ -9,7 +9,8 @@
  *
  * One finding per VM, sorted by name: of its hand-over that is not settled, if there is one; else of the
  * VM as the registry has it; else of the newest attempt in the journal. A damaged record of the journal
- * is a finding without a name. Nothing is changed, no VMM is asked. NOT_FOUND if a name was given that
+ * is a finding without a name; then a VM of the registry that does not run may have been sent, and is undecided.
+ * Nothing is changed; no VMM is asked but for that. NOT_FOUND if a name was given that
  * nobody knows. Bound: CONTROL_FINDINGS_MAX. Threads: any.
  */
 #ifndef VMMIG_AGENT_DOCTOR_H

@@ -95,31 +95,118 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
 
 /* ---- The operator ---- */
 
+static int check_fenced(const struct attempt *a, const char *fenced, struct vm_error **err)
+{
+    struct endpoint named, peer;
+    if (endpoint_parse(fenced, DEFAULT_PEER_PORT, &named, err) < 0 ||
+        endpoint_parse(a->record.peer, DEFAULT_PEER_PORT, &peer, err) < 0)
+        return -1;
+    return strcmp(named.host, peer.host)
+               ? error_set(err, VM_ERROR_USAGE,
+                           "the host to fence is '%s', not '%s': say --i-fenced %s", peer.host,
+                           named.host, peer.host)
+               : 0;
+}
+
+static struct handover machine_of(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    return (struct handover){.role = a->machine.role, .state = a->state};
+}
+
+/* Settled, or waiting for the peer again, in another state than before. */
+static int wait_for_effect(struct attempt *a, enum handover_state before, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + NSEC(STOP_TIMEOUT_MS);
+    SCOPE_LOCK(&a->lock);
+    for (;;) {
+        struct handover now = {.role = a->machine.role, .state = a->state};
+        if (a->is_settled || (now.state != before && handover_is_in_doubt(&now)))
+            return 0;
+        if (!cond_wait_until(&a->changed, &a->lock, deadline))
+            return error_set(err, VM_ERROR_TIMEOUT, "decided, but not settled yet: %s",
+                             handover_state_text(now.state));
+    }
+}
+
+static int resolve_attempt(struct attempt *a, bool here, const char *fenced, struct vm_error **err)
+{
+    enum handover_event event = here ? HANDOVER_EV_RESOLVE_HERE : HANDOVER_EV_RESOLVE_GONE;
+    struct handover machine = machine_of(a);
+    if (!handover_takes(&machine, event))
+        return error_set(err, VM_ERROR_REFUSED, "%s means nothing to the hand-over of VM '%s': %s",
+                         here ? "--here" : "--gone", a->vm_name,
+                         handover_state_text(machine.state));
+    if (here && check_fenced(a, fenced, err) < 0)
+        return -1;
+    attempt_post(a, event);
+    return wait_for_effect(a, machine.state, err);
+}
+
+struct damage {
+    unsigned n;
+    struct uuid attempt; /* of the last */
+};
+
+static int count_damage(const struct journal_record *record, const struct vm_error *damage,
+                        void *arg, struct vm_error **err)
+{
+    struct damage *d = arg;
+    (void)err;
+    if (damage) {
+        d->n++;
+        d->attempt = record->attempt;
+    }
+    return 0;
+}
+
+/* The copy here is to run on, or is given up. */
+static int decide_vm(struct transfer *t, struct vm *vm, bool here, struct vm_error **err)
+{
+    const struct vm_definition *d = vm_definition(vm);
+    if (!here)
+        return process_kill(&d->process, ATTEMPT_KILL_TIMEOUT_MS, err) < 0
+                   ? -1
+                   : attempt_source_forget(t, d->name, &d->process, err);
+    if (guest_resume(vm_guest(vm), err) < 0)
+        return -1;
+    cleanup_error struct vm_error *quiet = NULL;
+    if (guest_announce(vm_guest(vm), &quiet) < 0)
+        log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
+    return 0;
+}
+
+/*
+ * A VM that stands, and no attempt knows why, but a record is damaged: it was sent, and nobody here can tell how far
+ * that went. What the operator decides makes the record needless, if it is the only one.
+ */
+static int resolve_damaged(struct transfer *t, const char *name, bool here, struct vm_error **err)
+{
+    struct damage damage = {0};
+    struct guest_status status;
+    if (journal_each(t->journal, count_damage, &damage, err) < 0)
+        return -1;
+    CLEANUP(vm) struct vm *vm = damage.n ? vms_get_present(t->agent->vms, name, NULL) : NULL;
+    if (!vm)
+        return error_set(err, VM_ERROR_NOT_FOUND, "no hand-over of VM '%s' is unfinished", name);
+    if (guest_status(vm_guest(vm), &status, err) < 0)
+        return -1;
+    if (status.state == GUEST_RUNNING)
+        return error_set(err, VM_ERROR_REFUSED, "VM '%s' runs here, and no hand-over of it is unfinished",
+                         name);
+    if (decide_vm(t, vm, here, err) < 0)
+        return -1;
+    return damage.n == 1 ? journal_remove(t->journal, &damage.attempt, err) : 0;
+}
+
 int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,
                      struct vm_error **err)
 {
     CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(t, vm);
-    if (!a)
-        return error_set(err, VM_ERROR_NOT_FOUND, "no hand-over of VM '%s' is unfinished", vm);
-    pthread_mutex_lock(&a->lock);
-    struct handover machine = {.role = a->machine.role, .state = a->state};
-    pthread_mutex_unlock(&a->lock);
-    if (!handover_is_in_doubt(&machine))
-        return error_set(err, VM_ERROR_REFUSED, "the hand-over of VM '%s' is not in doubt: %s", vm,
-                         handover_state_text(machine.state));
-    if (here) {
-        struct endpoint named, peer;
-        if (endpoint_parse(fenced, DEFAULT_PEER_PORT, &named, err) < 0 ||
-            endpoint_parse(a->record.peer, DEFAULT_PEER_PORT, &peer, err) < 0)
-            return -1;
-        if (strcmp(named.host, peer.host))
-            return error_set(err, VM_ERROR_USAGE,
-                             "the host to fence is '%s', not '%s': say --i-fenced %s", peer.host,
-                             named.host, peer.host);
-    }
+    struct handover machine = a ? machine_of(a) : (struct handover){.state = HANDOVER_SRC_NONE};
     log_warn("an operator decides", "vm=%s here=%d fenced=%s", vm, here, log_q(fenced ? fenced : ""));
-    attempt_post(a, here ? HANDOVER_EV_RESOLVE_HERE : HANDOVER_EV_RESOLVE_GONE);
-    return attempt_wait_settled(a, clock_mono_ns() + NSEC(STOP_TIMEOUT_MS), err);
+    return handover_is_settled(&machine) ? resolve_damaged(t, vm, here, err)
+                                         : resolve_attempt(a, here, fenced, err);
 }
 
 void transfer_get_state(struct transfer *t, const char *vm, struct transfer_state *ret_state)
@@ -133,6 +220,11 @@ void transfer_get_state(struct transfer *t, const char *vm, struct transfer_stat
     ret_state->known = true;
     ret_state->settled = a->is_settled;
     ret_state->in_doubt = handover_is_in_doubt(&machine);
+    ret_state->can_here = handover_takes(&machine, HANDOVER_EV_RESOLVE_HERE);
+    ret_state->can_gone = handover_takes(&machine, HANDOVER_EV_RESOLVE_GONE);
+    ret_state->source = a->role == &attempt_source_role;
+    ret_state->vmm = a->record.vmm;
+    ret_state->started_ns = a->record.started_ns;
     ret_state->attempt = a->id;
     snprintf(ret_state->state, sizeof(ret_state->state), "%s", handover_state_name(a->state));
     snprintf(ret_state->text, sizeof(ret_state->text), "%s", handover_state_text(a->state));

@@ -47,7 +47,11 @@ struct transfer_params {
 struct transfer_state {
     bool known;         /* there is an attempt that is not finished */
     bool in_doubt;      /* `resolve` has an effect */
+    bool can_here, can_gone; /* `resolve` with that verdict has */
     bool settled;
+    bool source;        /* this end */
+    struct process_identity vmm;
+    int64_t started_ns; /* wall clock */
     struct uuid attempt;
     char state[32];     /* name of the machine's state */
     char text[128];     /* what it means */
@@ -69,7 +73,11 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
 /*
  * An operator decides about a hand-over in doubt. `here`: the VM is to run here, the peer's host
  * `fenced` is off for certain and must be the attempt's peer (USAGE otherwise). Else: give up the copy here.
- * NOT_FOUND if nothing of that VM is in doubt.
+ * NOT_FOUND if nothing of that VM is in doubt, REFUSED if the verdict means nothing now. Returns when the hand-over
+ * is settled, or when the copy here is gone and it still waits for the peer; TIMEOUT, which says what was reached,
+ * if neither happens.
+ *
+ * Also about a VM that stands here while a record of the journal is damaged, which may have been of its hand-over.
  */
 int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,
                      struct vm_error **err);

@@ -16,13 +16,19 @@
 
 #define RETRY_NS (3 * NSEC_PER_SEC)
 
+struct retired {
+    struct guest *guest;
+    struct retired *next;
+};
+
 struct vm {
     atomic_uint refs;
     struct vm_definition definition;
     int pidfd; /* -1: the process was gone already */
     pthread_mutex_t lock; /* guards what follows */
     enum vm_presence presence;
-    struct guest *guest; /* once set, it stays */
+    struct guest *guest; /* of the last connection; once set, it stays */
+    struct retired *retired; /* guests of former ones: somebody may be using them */
     char detail[VM_DETAIL_MAX];
     pthread_cond_t asked_cond;
     bool asking;      /* a thread waits for the VMM's answer */
@@ -37,6 +43,7 @@ struct vms {
     pthread_t keeper;
     bool keeper_runs;
     int wake_fd; /* the list changed, or closing */
+    pthread_mutex_t adopt_lock; /* one connects at a time; taken before a vm's lock, never with `lock` */
     pthread_mutex_t lock; /* guards what follows; taken before a vm's lock */
     pthread_cond_t settled_cond;
     struct vm **list; /* sorted by name, params.max long */
@@ -135,6 +142,12 @@ void vm_put(struct vm *vm)
     if (!vm || atomic_fetch_sub(&vm->refs, 1) != 1)
         return;
     guest_destroy(vm->guest);
+    while (vm->retired) {
+        struct retired *r = vm->retired;
+        vm->retired = r->next;
+        guest_destroy(r->guest);
+        free(r);
+    }
     vm_definition_finish(&vm->definition);
     close_fd(&vm->pidfd);
     error_free(vm->status_error);
@@ -175,11 +188,19 @@ const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX])
 static void set_presence(struct vm *vm, enum vm_presence presence, const char *detail)
 {
     SCOPE_LOCK(&vm->lock);
+    if (vm->presence == VM_ENDED)
+        return; /* for good */
     vm->presence = presence;
     snprintf(vm->detail, sizeof(vm->detail), "%s", detail);
 }
 
 /* Asking a VMM: in a thread, since one that hangs answers late or never. */
+
+static bool connection_ended(const struct vm_error *err)
+{
+    return err->kind == VM_ERROR_UNREACHABLE || err->kind == VM_ERROR_VMM_DIED ||
+           err->kind == VM_ERROR_PROTOCOL;
+}
 
 static void *ask_thread(void *arg)
 {
@@ -188,6 +209,11 @@ static void *ask_thread(void *arg)
     struct vm_error *err = NULL;
     guest_status(vm_guest(vm), &status, &err);
     SCOPE_LOCK(&vm->lock);
+    /* The keeper connects again, unless it is the process that has gone. */
+    if (err && connection_ended(err) && vm->presence == VM_PRESENT) {
+        vm->presence = VM_UNREACHABLE;
+        snprintf(vm->detail, sizeof(vm->detail), "%s", error_message(err));
+    }
     error_free(vm->status_error);
     vm->status_error = err;
     vm->status = status;
@@ -306,7 +332,21 @@ static void remove_at(struct vms *vms, unsigned place)
 
 /* The keeper: adopts, retries, notices deaths. */
 
-static void adopt(struct vms *vms, struct vm *vm)
+/* With the lock held: from here on `guest` is the VM's. 0, or no memory and nothing was done. */
+static int replace_guest(struct vm *vm, struct guest **guest, struct vm_error **err)
+{
+    struct retired *r = vm->guest ? malloc(sizeof(*r)) : NULL;
+    if (vm->guest && !r)
+        return error_nomem(err);
+    if (r) {
+        *r = (struct retired){vm->guest, vm->retired};
+        vm->retired = r;
+    }
+    vm->guest = steal_ptr(guest);
+    return 0;
+}
+
+static void adopt_locked(struct vms *vms, struct vm *vm)
 {
     const struct vm_definition *d = &vm->definition;
     cleanup_error struct vm_error *err = NULL;
@@ -318,12 +358,30 @@ static void adopt(struct vms *vms, struct vm *vm)
         set_presence(vm, VM_UNREACHABLE, error_message(err));
         return;
     }
-    log_info("adopted a VM", "vm=%s pid=%d", d->name, d->process.pid);
-    pthread_mutex_lock(&vm->lock);
-    vm->guest = steal_ptr(&guest);
+    SCOPE_LOCK(&vm->lock);
+    if (vm->presence == VM_ENDED || replace_guest(vm, &guest, &err) < 0)
+        return;
     vm->presence = VM_PRESENT;
     vm->detail[0] = 0;
+    log_info("adopted a VM", "vm=%s pid=%d", d->name, d->process.pid);
+}
+
+static void adopt(struct vms *vms, struct vm *vm)
+{
+    SCOPE_LOCK(&vms->adopt_lock);
+    if (vm_presence(vm) == VM_UNREACHABLE) /* or somebody was quicker */
+        adopt_locked(vms, vm);
+}
+
+void vms_reconnect(struct vms *vms, struct vm *vm, struct guest *lost)
+{
+    pthread_mutex_lock(&vm->lock);
+    bool current = vm->guest == lost;
+    if (current && vm->presence == VM_PRESENT)
+        vm->presence = VM_UNREACHABLE;
     pthread_mutex_unlock(&vm->lock);
+    if (current)
+        adopt(vms, vm);
 }
 
 static void set_ended(struct vms *vms, struct vm *vm)
@@ -422,7 +480,8 @@ static void *keeper_thread(void *arg)
         if (due)
             retry_ns = clock_mono_ns() + RETRY_NS;
         announce_settled(vms);
-        watch(vms, list, n, some ? retry_ns : INT64_MAX);
+        /* A connection that ended shows when somebody asks: then it is made anew. */
+        watch(vms, list, n, n || some ? retry_ns : INT64_MAX);
         for (unsigned i = 0; i < n; i++)
             vm_put(list[i]);
         free(list);
@@ -465,6 +524,7 @@ struct vms *vms_open(const struct vms_params *params, struct vm_error **err)
     }
     vms->params = *params;
     vms->wake_fd = -1;
+    pthread_mutex_init(&vms->adopt_lock, NULL);
     pthread_mutex_init(&vms->lock, NULL);
     init_cond(&vms->settled_cond);
     vms->list = calloc(params->max, sizeof(*vms->list));
@@ -501,6 +561,7 @@ void vms_close(struct vms *vms)
     free(vms->folder);
     close_fd(&vms->wake_fd);
     pthread_cond_destroy(&vms->settled_cond);
+    pthread_mutex_destroy(&vms->adopt_lock);
     pthread_mutex_destroy(&vms->lock);
     free(vms);
 }

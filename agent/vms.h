@@ -10,8 +10,9 @@
  *     vms_remove(vms, "web1", &err);                              the VMM runs on, nobody's
  *
  * Presence of a VM:
- *     PRESENT      its process runs and its VMM answered when it was adopted
- *     UNREACHABLE  the process runs, but the VMM did not answer yet: tried again every few seconds
+ *     PRESENT      its process runs and its VMM answered when it was adopted, and since
+ *     UNREACHABLE  the process runs, but the VMM did not answer yet, or its connection has ended: tried
+ *                  again every few seconds
  *     ENDED        the process is gone; the record stays until `detach`, or until the name is
  *                  used again
  *
@@ -21,7 +22,7 @@
  * the records or not, as the last call that returned says.
  *
  * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
- * goes, also after vms_remove. A thread of the registry adopts VMs and notices their deaths. Bound:
+ * goes, also after vms_remove, and also when a new connection has brought a new one. A thread of the registry adopts VMs and notices their deaths. Bound:
  * params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
@@ -132,6 +133,12 @@ struct vm *vms_get_present(struct vms *vms, const char *name, struct vm_error **
 int vms_list(struct vms *vms, struct vm ***ret_vms, unsigned *ret_n, struct vm_error **err);
 void vm_put(struct vm *vm);
 DEFINE_CLEANUP(vm, struct vm *, vm_put)
+
+/*
+ * The connection of `lost`, a guest of that VM, has ended, though its process lives: connect again, now, unless
+ * somebody has. vm_guest() is the new one, or still `lost` if the VMM does not answer.
+ */
+void vms_reconnect(struct vms *vms, struct vm *vm, struct guest *lost);
 
 const struct vm_definition *vm_definition(const struct vm *vm);
 enum vm_presence vm_presence(const struct vm *vm);

@@ -188,7 +188,8 @@ int io_sync_folder_of(const char *path, struct vm_error **err)
         slash[slash == folder] = 0;
     const char *name = slash ? folder : ".";
     cleanup_close int fd = open(name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || fsync(fd) < 0)
+    /* EINVAL: a file system that keeps nothing, as that of cgroups. */
+    if (fd < 0 || (fsync(fd) < 0 && errno != EINVAL))
         return error_errno(err, errno, "cannot sync folder %s", name);
     return 0;
 }
@@ -214,6 +215,14 @@ int io_write_file_durably(const char *path, const void *data, size_t len, mode_t
     return io_sync_folder_of(path, err);
 }
 
+/* The new entry is on the disk, too: what is written into the folder later is worth nothing without it. */
+static int make_folder(const char *path, mode_t mode, struct vm_error **err)
+{
+    if (mkdir(path, mode) < 0)
+        return errno == EEXIST ? 0 : error_errno(err, errno, "cannot make folder %s", path);
+    return sync_folder_of(path, err);
+}
+
 int io_make_folders(const char *path, mode_t mode, struct vm_error **err)
 {
     cleanup_free char *copy = strdup(path);
@@ -223,13 +232,11 @@ int io_make_folders(const char *path, mode_t mode, struct vm_error **err)
         if (*p != '/')
             continue;
         *p = 0;
-        if (mkdir(copy, mode) < 0 && errno != EEXIST)
-            return error_errno(err, errno, "cannot make folder %s", copy);
+        if (make_folder(copy, mode, err) < 0)
+            return -1;
         *p = '/';
     }
-    if (mkdir(copy, mode) < 0 && errno != EEXIST)
-        return error_errno(err, errno, "cannot make folder %s", copy);
-    return 0;
+    return make_folder(copy, mode, err);
 }
 
 int io_send_fds(int socket, const void *data, size_t n, const int *fds, int n_fds,

@@ -39,35 +39,42 @@ static int read_boot_id(struct uuid *ret, struct vm_error **err)
     return 0;
 }
 
+enum existence { IS_THERE, IS_NOT, CANNOT_TELL };
+
 /*
- * Whether a process runs, and its start time; false if there is none. One whose first thread is a zombie
- * runs until its other threads have ended too: those of a VMM may still be vCPUs.
+ * Whether there is such a process, whether it runs, and its start time. One whose first thread is a zombie
+ * runs until its other threads have ended too: those of a VMM may still be vCPUs. Where reading fails for
+ * another reason than that there is none (no descriptor left, no memory), errno says why.
  */
-static bool read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
+static enum existence read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
 {
     char path[32], text[1024], state;
     long threads;
     snprintf(path, sizeof(path), "/proc/%d/stat", pid);
     if (read_small_file(path, text, sizeof(text)) < 0)
-        return false;
+        return errno == ENOENT || errno == ESRCH ? IS_NOT : CANNOT_TELL;
+    errno = EIO; /* of what follows: it is not as the kernel writes it */
     /* The second field is the name in parentheses, which may itself contain any character. */
     const char *after = strrchr(text, ')');
     if (!after)
-        return false;
+        return CANNOT_TELL;
     if (sscanf(after + 1,
                " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %ld %*d "
                "%" SCNu64,
                &state, &threads, ret_start) != 3)
-        return false;
+        return CANNOT_TELL;
     *ret_runs = (state != 'Z' && state != 'X' && state != 'x') || threads > 1;
-    return true;
+    return IS_THERE;
 }
 
 int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err)
 {
     bool runs;
     struct process_identity id = {.pid = pid};
-    if (!read_stat(pid, &runs, &id.start) || !runs)
+    enum existence found = read_stat(pid, &runs, &id.start);
+    if (found == CANNOT_TELL)
+        return error_errno(err, errno, "cannot read the state of process %d", pid);
+    if (found == IS_NOT || !runs)
         return error_set(err, VM_ERROR_NOT_FOUND, "no process %d is running", pid);
     if (read_boot_id(&id.boot, err) < 0)
         return -1;
@@ -80,10 +87,11 @@ bool process_alive(const struct process_identity *id)
     struct uuid boot;
     uint64_t start;
     bool runs;
-    /* If the boot id cannot be read, nobody can know: say alive, which makes callers wait. */
+    /* Where something cannot be read, nobody can know: say alive, which makes callers wait. */
     if (read_boot_id(&boot, NULL) == 0 && !uuid_equal(&boot, &id->boot))
         return false;
-    return read_stat(id->pid, &runs, &start) && start == id->start && runs;
+    enum existence found = read_stat(id->pid, &runs, &start);
+    return found == CANNOT_TELL || (found == IS_THERE && start == id->start && runs);
 }
 
 int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err)

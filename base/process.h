@@ -20,9 +20,15 @@ struct process_identity {
     uint64_t start;   /* clock ticks since boot, field 22 of /proc/PID/stat */
 };
 
-/* Identity of a running process. NOT_FOUND if there is none, or if it is a zombie. */
+/*
+ * Identity of a running process. NOT_FOUND if there is none, or if it is a zombie; another kind when that
+ * cannot be found out.
+ */
 int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err);
-/* Does that very process still run? A zombie does not. A process of another boot does not. */
+/*
+ * Does that very process still run? A zombie does not. A process of another boot does not. Also true when it
+ * cannot be found out (no descriptor is left): a process counts as dead only if it certainly is.
+ */
 bool process_alive(const struct process_identity *id);
 /*
  * SIGKILL to that very process (through a pidfd, so never to a reused pid), then wait until it is

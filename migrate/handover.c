@@ -108,7 +108,8 @@ static const struct handover_row table[] = {
     REPLY(SRC_COMMITTED, LOADED, COMMIT),
     ON(SRC_COMMITTED, MSG_RUNNING, GO(SRC_DISCARDING, REPORT(MOVED), DO(KILL_VM))),
     ON(SRC_COMMITTED, MSG_ENDED, GO(SRC_DISCARDING, REPORT(ENDED), DO(KILL_VM))),
-    ON(SRC_COMMITTED, MSG_NEVER, GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM))),
+    WRITE(SRC_COMMITTED, MSG_NEVER, ABORTING, GO(SRC_RESUMING, DO(STOP_TRANSFER), DO(RESUME_VM)),
+          STAY(SRC_COMMITTED)),
     ON(SRC_COMMITTED, MSG_UNKNOWN, GO(SRC_COMMITTED, REPORT(PEER_FORGOT))),
     ON(SRC_COMMITTED, VM_GONE, GO(SRC_COMMITTED_SOLE, SEND(COMMIT_SOLE))),
     ON(SRC_COMMITTED, CANCEL, GO(SRC_COMMITTED, REPORT(TOO_LATE))),
@@ -203,7 +204,6 @@ static const struct handover_row table[] = {
     WRITE(DST_RESTARTING, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
     ON(DST_STALLED, TIMER, GO(DST_RESTARTING, DO(RESUME_VM))),
-    ON(DST_STALLED, RESOLVE_GONE, GO(DST_STALLED, DO(KILL_VM))),
     WRITE(DST_STALLED, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
     WRITE(DST_STARTED, TIMER, RUNNING, GO(DST_RUNNING, SEND(RUNNING)),
@@ -330,6 +330,11 @@ bool handover_step(struct handover *h, enum handover_event event,
     ret_actions->count = 1;
     ret_actions->list[0] = (struct handover_action){HANDOVER_ACT_JOURNAL, (uint8_t)row->record};
     return true;
+}
+
+bool handover_takes(const struct handover *h, enum handover_event event)
+{
+    return !h->pending && find_row(h->state, event);
 }
 
 bool handover_is_settled(const struct handover *h)

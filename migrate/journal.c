@@ -609,6 +609,13 @@ static int reserve_file(struct journal *j, struct vm_error **err)
     return rc ? error_mdb(err, rc, "reserve its room on the disk") : 0;
 }
 
+/* A new file's name is on the disk, too. */
+static int sync_folder(const char *path, struct vm_error **err)
+{
+    cleanup_close int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return fd < 0 || fsync(fd) < 0 ? error_errno(err, errno, "journal: cannot sync its folder") : 0;
+}
+
 static int open_databases(struct journal *j, struct vm_error **err)
 {
     MDB_txn *txn;
@@ -670,7 +677,7 @@ struct journal *journal_open(const char *path, struct vm_error **err)
         error_wrap(err, "%s", path);
         return NULL;
     }
-    if (reserve_file(j, err) < 0 || open_databases(j, err) < 0) {
+    if (reserve_file(j, err) < 0 || sync_folder(path, err) < 0 || open_databases(j, err) < 0) {
         error_wrap(err, "%s", path);
         return NULL;
     }

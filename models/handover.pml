@@ -32,10 +32,15 @@
  *   P3  A copy starts only with all its memory and state.
  *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held
  *       the sole complete copy or had RUN, to a start that failed at the one while the other was
- *       dead, or to an operator's word.
+ *       dead, or to an operator's word. Two things count as the first: the death of the source's VMM
+ *       once the source gives the hand-over up, though the destination may not have discarded what it
+ *       loaded; and that of the destination's between its agent's look and the record RUN, if that
+ *       agent then crashes, or cannot write that it takes RUN back.
  *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy
  *       running (unless P4 lost it); by an operator only if a host or a journal never came back.
- *   P6  What a state says about the journal is true, and a settled machine leaves the VM alone.
+ *   P6  What a state says about the journal and the VM is true: what status says of a hand-over that
+ *       waits never concerns a VM that runs.
+ *   P7  No `cont` meets the other's image locks, also where nothing enforces them.
  *
  * -DMISTAKE_... seeds a mistake, which must be caught.
  */
@@ -71,6 +76,10 @@
 #ifdef MISTAKE_NEVER_WITHOUT_REVOKED
 #define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_FAILED -> \
     d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
+#endif
+#ifdef MISTAKE_RESUME_WITHOUT_RECORD
+#define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_NEVER -> \
+    s_state = SRC_RESUMING; s_act[0] = ACT_RESUME_VM;
 #endif
 #ifdef MISTAKE_RESUME_ON_UNKNOWN
 #define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_UNKNOWN -> \
@@ -130,7 +139,7 @@ short net;
 bool calm, s_lost, d_lost, wiped;
 
 /* What really happened, for the properties. */
-bool d_ran, d_died_with_run, d_has_only, d_knows_sole, d_failed;
+bool d_ran, d_died, d_died_with_run, d_has_only, d_knows_sole, d_failed;
 bool s_ran_on, s_said_abort, may_be_lost, operator_spoke;
 
 /* Registers of one step; zero between steps. */
@@ -143,6 +152,8 @@ byte event, who, action;
 #define s_hears (s_idle && !s_gone)
 #endif
 #define d_hears (d_idle && !d_gone)
+/* That no vCPU started stays true of a VMM that has died since: then it outranks the death. */
+#define d_has_not_started (d_answer == EV_RESUME_FAILED)
 #define s_idle (s_up && s_act[0] == 0)
 #define d_idle (d_up && d_act[0] == 0)
 
@@ -160,7 +171,11 @@ inline s_write(rec) { s_journal = rec }
 inline d_write(rec) { d_journal = rec }
 #endif
 inline s_write_failed() { skip }
-inline d_write_failed() { d_failed = true }
+inline d_write_failed()
+{
+    d_failed = true;
+    d_loses_dead_start()
+}
 
 /* ---- The VMMs. ---- */
 
@@ -205,6 +220,14 @@ inline d_vmm_ends()
     copy = (copy != COPY_NONE -> COPY_BROKEN : copy)
 }
 
+/* A VMM that died unseen before RUN was recorded has not started: that is taken back by the next record. If that one
+ * cannot be written, or the agent crashes before, a second fault has made it a start. */
+inline d_loses_dead_start()
+{
+    d_died_with_run = d_died_with_run || (d_journal == REC_RUN && d_died);
+    may_be_lost = may_be_lost || d_died_with_run
+}
+
 /* Deaths that nobody here caused may cost the guest, if P4 says so. */
 inline s_vmm_dies()
 {
@@ -218,6 +241,7 @@ inline s_vmm_dies()
 
 inline d_vmm_dies()
 {
+    d_died = true;
     d_died_with_run = d_died_with_run || d_journal == REC_RUN || d_journal == REC_RUNNING;
     may_be_lost = may_be_lost || d_died_with_run || s_vm == DEAD;
     d_vmm_ends()
@@ -263,7 +287,12 @@ inline d_execute()
     :: action == ACT_START_VM ->
        d_vm = PAUSED;
        copy = (copy != COPY_NONE -> COPY_BROKEN : copy) /* that was for another VMM */
-    :: action == ACT_RESUME_VM -> d_cont = d_alive; d_gone = d_gone || !d_alive
+    :: action == ACT_RESUME_VM ->
+       d_cont = d_alive;
+       d_gone = d_gone || !d_alive;
+#ifndef MISTAKE_DEAD_START_ENDS
+       d_answer = (!d_alive && d_state == DST_STARTING -> EV_RESUME_FAILED : d_answer)
+#endif
 #ifdef MISTAKE_RUNNING_BEFORE_RUN
     :: action == ACT_JOURNAL -> d_write(REC_RUN)
 #endif
@@ -296,6 +325,7 @@ inline s_crash()
 
 inline d_crash()
 {
+    d_loses_dead_start();
     d_up = false;
     d_state = DST_NONE;
     d_act[0] = 0; d_act[1] = 0; d_act[2] = 0;
@@ -343,9 +373,12 @@ inline d_restart()
     || s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED))
 #define d_needs_operator (d_up && s_vm == DEAD && (s_lost || wiped) && d_state == DST_LOADED)
 
-/* P6. A mistake is to be caught by the promise itself. */
+/* P6. A mistake is to be caught by the promise itself, if it breaks more than this. */
 inline check_records()
 {
+#if !defined(MISTAKE) || defined(MISTAKE_RESUME_WITHOUT_RECORD)
+    assert(s_state != SRC_COMMITTED || s_vm != RUNS); /* P6 */
+#endif
 #ifndef MISTAKE
     assert(s_state != SRC_COMMITTED || s_journal == REC_COMMIT);
     assert(s_state != SRC_COMMITTED_SOLE || s_journal == REC_COMMIT);
@@ -378,10 +411,21 @@ inline d_receives(m)
     net = (calm -> net & ~BIT(m) : net)
 }
 
+/* P7. With mistakes it is for the locks to hold. */
+inline meets_no_lock(owner)
+{
+#ifndef MISTAKE
+    assert(lock_of != owner || operator_spoke)
+#else
+    skip
+#endif
+}
+
 /* `cont` comes to its end in the source's QEMU; the answer goes to the agent if it lives. */
 inline s_cont_ends()
 {
     s_cont = false;
+    meets_no_lock(2);
     if
     :: s_vm == RUNS || !LOCKS || lock_of != 2 ->
        s_vmm_runs();
@@ -394,6 +438,7 @@ inline s_cont_ends()
 inline d_cont_ends()
 {
     d_cont = false;
+    meets_no_lock(1);
     if
     :: d_vm == RUNS || !LOCKS || lock_of != 1 ->
        d_vmm_runs();
@@ -424,7 +469,10 @@ active proctype calms_down()
     }
 accept_calm: /* P5: staying here is an acceptance cycle, blocking here an invalid end state */
     ended;
-    assert(s_vm == RUNS || d_vm == RUNS || may_be_lost || operator_spoke)
+    assert(s_vm == RUNS || d_vm == RUNS || may_be_lost || operator_spoke); /* P4, P5 */
+    /* P5: and no VMM is left that stands. */
+    assert(s_lost || d_lost || operator_spoke || wiped
+           || ((s_vm == RUNS || s_vm == DEAD) && (d_vm == RUNS || d_vm == DEAD || d_vm == ABSENT)))
 }
 
 active proctype world()
@@ -439,9 +487,10 @@ end:
         :: s_hears && s_state == SRC_NONE && s_vm == RUNS && !calm && !wiped ->
            event = EV_START; who = S
         :: s_idle && s_gone -> s_gone = false; event = EV_VM_GONE; who = S
-        :: d_idle && d_gone -> d_gone = false; event = EV_VM_GONE; who = D
+        :: d_idle && d_gone && !d_has_not_started -> d_gone = false; event = EV_VM_GONE; who = D
         :: s_hears && s_answer != 0 -> event = s_answer; s_answer = 0; who = S
-        :: d_hears && d_answer != 0 -> event = d_answer; d_answer = 0; who = D
+        :: (d_hears || (d_idle && d_has_not_started)) && d_answer != 0 ->
+           event = d_answer; d_answer = 0; who = D
         :: s_hears && (s_tick || !calm) -> s_tick = false; event = EV_TIMER; who = S
         :: d_hears && (d_tick || !calm) -> d_tick = false; event = EV_TIMER; who = D
 #ifndef MISTAKE_NOBODY_REPEATS
@@ -458,7 +507,9 @@ end:
         :: s_hears && (net & BIT(MSG_UNKNOWN)) -> s_receives(MSG_UNKNOWN)
         :: d_hears && (net & BIT(MSG_PREPARE)) -> d_receives(MSG_PREPARE)
         :: d_hears && (net & BIT(MSG_ASK)) -> d_receives(MSG_ASK)
-        :: d_hears && (net & BIT(MSG_COMMIT)) -> d_receives(MSG_COMMIT)
+        /* A death between the look and the record is not seen. */
+        :: (d_hears || (d_idle && d_state == DST_LOADED)) && (net & BIT(MSG_COMMIT)) ->
+           d_receives(MSG_COMMIT)
         :: d_hears && (net & BIT(MSG_COMMIT_SOLE)) -> d_receives(MSG_COMMIT_SOLE)
         :: d_hears && (net & BIT(MSG_ABORT)) -> d_receives(MSG_ABORT)
         :: d_hears && (net & BIT(MSG_FINISHED)) -> d_receives(MSG_FINISHED)
@@ -517,7 +568,7 @@ end:
         :: d_hears && d_state == DST_LOADED && s_vm == DEAD &&
            (calm -> stuck && d_needs_operator : !s_up) ->
            event = EV_RESOLVE_HERE; who = D; operator_spoke = true
-        :: d_hears && (d_state == DST_LOADED || d_state == DST_STALLED) &&
+        :: d_hears && d_state == DST_LOADED &&
            (calm -> stuck && d_needs_operator : !s_up) ->
            event = EV_RESOLVE_GONE; who = D; operator_spoke = true
         fi;

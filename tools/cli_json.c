@@ -138,9 +138,10 @@ static json_t *handover(const Vmmig__Control__Handover *h)
     if (!h)
         return json_null();
     memcpy(id.bytes, h->attempt.data, sizeof(id.bytes));
-    return json_pack("{s:o, s:o, s:o, s:o, s:b, s:b}", "attempt", string(uuid_text(&id)), "state",
-                     string(h->state), "text", string(h->text), "peer", string(h->peer), "in_doubt",
-                     (int)h->in_doubt, "settled", (int)h->settled);
+    return json_pack("{s:o, s:o, s:o, s:o, s:b, s:b, s:b, s:b}", "attempt",
+                     string(uuid_text(&id)), "state", string(h->state), "text", string(h->text),
+                     "peer", string(h->peer), "in_doubt", (int)h->in_doubt, "can_here",
+                     (int)h->can_here, "can_gone", (int)h->can_gone, "settled", (int)h->settled);
 }
 
 json_t *cli_json_vm(const Vmmig__Control__Vm *vm)

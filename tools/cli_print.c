@@ -240,9 +240,14 @@ void cli_print_vms(FILE *out, const Vmmig__Control__Vms *vms)
 static void print_handover(FILE *out, const Vmmig__Control__Handover *h, const char *vm)
 {
     fprintf(out, "  hand-over  with %s: %s\n", h->peer, h->text);
-    if (h->in_doubt)
-        fprintf(out, "             if that host is gone for good and fenced, decide with\n"
-                     "             `vmmig resolve %s --here|--gone --i-fenced HOST`\n", vm);
+    if (!h->in_doubt)
+        return;
+    if (h->can_here)
+        fprintf(out, "             if that host is gone for good, and fenced, run it here:\n"
+                     "             `vmmig resolve %s --here --i-fenced HOST`\n", vm);
+    if (h->can_gone)
+        fprintf(out, "             to give up the copy that is here:\n"
+                     "             `vmmig resolve %s --gone`\n", vm);
 }
 
 /* How a copy that is under way converges. */

@@ -335,12 +335,14 @@ static const struct cli_command commands[] = {
      "source. Once the source has committed itself only the destination decides, and the answer "
      "is \"too late\".",
      run_cancel},
-    {"resolve", "NAME --here|--gone --i-fenced HOST", 1, 1, false, resolve_options,
+    {"resolve", "NAME --here --i-fenced HOST|--gone", 1, 1, false, resolve_options,
      "decide a hand-over that is in doubt",
      "When a host dies in the instant of a hand-over, the other one may not know who owns the "
      "guest, and leaves it paused. This command decides, and only you can know: make sure that "
-     "the other host is off first. Two copies of a VM on one disk destroy it.\n\n"
-     "    vmmig resolve web1 --here --i-fenced host2",
+     "the other host is off first. Two copies of a VM on one disk destroy it. Status and doctor say "
+     "which verdicts mean something.\n\n"
+     "    vmmig resolve web1 --here --i-fenced host2\n\n"
+     "Also for a VM that stands here after it was sent, when the journal's record of that is damaged.",
      run_resolve},
     {"detach", "NAME", 1, 1, false, NULL, "forget a VM, which runs on",
      "The agent forgets the VM and does not touch it. Also for the record of a VM that has ended.",
@@ -353,8 +355,8 @@ static const struct cli_object objects[] = {
      "presence (present, unreachable, ended), detail, origin (run, attached, received), pid, "
      "since, driver (qemu, attach), vmm and tracking (what a VMM that links libvmmig-attach calls "
      "itself, and how it finds written pages; null for others), job (a job, or null), handover "
-     "(null, or attempt, state, text, peer, in_doubt, settled), and in the answer about one VM qmp "
-     "or socket, and argv"},
+     "(null, or attempt, state, text, peer, in_doubt, can_here, can_gone, settled), and in the answer "
+     "about one VM qmp or socket, and argv"},
     {"a job (send, watch, cancel; jobs: an array `jobs`)",
      "job, kind (send, receive, snapshot, restore; of the repository: import, export, gc, scrub, rebuild-index, "
      "copy), vm (null: of the repository), peer (or the image), state (running, done, failed, "

@@ -335,17 +335,28 @@ static int fault_command(const char *command, struct vm_error **err)
     return 0;
 }
 
-/* The command has an effect, its answer is lost. */
-static int fault_answer(const char *command, struct vm_error **err)
+__attribute__((unused)) static int fault_malformed(struct qmp *q, const char *command, struct vm_error **err)
+{
+    struct vm_error *why = NULL;
+    error_set(&why, VM_ERROR_PROTOCOL, "qmp.%s: the answer is malformed", command);
+    close_with(q, error_copy(why));
+    return error_propagate(err, why);
+}
+
+/* The command has an effect, its answer is lost, or (corrupt) such that the connection ends. */
+static int fault_answer(struct qmp *q, const char *command, struct vm_error **err)
 {
 #define X(name)                                                                                    \
     if (!strcmp(command, name)) {                                                                  \
         enum fault_result fault = FAULT("qmp." name ".answer");                                    \
         if (fault == FAULT_ERROR || fault == FAULT_DROP)                                           \
             return error_set(err, VM_ERROR_TIMEOUT, "qmp." name ": the answer was lost");          \
+        if (fault == FAULT_CORRUPT)                                                                \
+            return fault_malformed(q, command, err);                                               \
     }
     FAULT_COMMANDS(X)
 #undef X
+    (void)q;
     (void)command;
     (void)err;
     return 0;
@@ -368,7 +379,7 @@ static int execute(struct qmp *q, const char *command, json_t *args, int fd, int
         forget_waiter(q, &w);
     }
     CLEANUP(json) json_t *reply = w.reply;
-    if (rc < 0 || fault_answer(command, err) < 0)
+    if (rc < 0 || fault_answer(q, command, err) < 0)
         return -1;
     return read_reply(command, reply, ret, err);
 }

@@ -183,6 +183,109 @@ def test_a_destination_that_never_comes_back_needs_an_operator(cluster):
     pair.end()
 
 
+def commit_in_doubt(cluster, name, faults='handover.before.RUN=crash'):
+    """A guest whose source has committed itself, and whose destination died before it heard."""
+    pair = Pair(cluster, name, faults=('', faults), mem_mib=64)
+    pair.begin()
+    pair.wait_death(pair.a2)
+    eventually('doubt', lambda: (pair.a1.json('status', name)['handover'] or {}).get('in_doubt'))
+    pair.a2.host.crash()
+    return pair
+
+
+def advice(agent, name):
+    finding, = agent.json('doctor', name)['findings']
+    return finding
+
+
+def test_an_operator_gives_up_a_copy_step_by_step(cluster):
+    pair = commit_in_doubt(cluster, 'given-up')
+    said = pair.a1.vmmig('status', 'given-up').stdout
+    assert 'resolve given-up --here --i-fenced' in said and 'resolve given-up --gone' in said
+    began = time.monotonic()
+    pair.a1.vmmig('resolve', 'given-up', '--gone')
+    assert pair.ended(pair.a1, pair.qemu.pid)
+    said = pair.a1.vmmig('status', 'given-up').stdout
+    assert 'the destination has the only copy' in said and '--here' not in said
+    assert advice(pair.a1, 'given-up')['owner'] == 'undecided'
+    refused = pair.a1.vmmig('resolve', 'given-up', '--here', '--i-fenced', 'h2', check=False)
+    assert refused.returncode == 5 and '--here means nothing' in refused.stderr, refused
+    pair.a1.vmmig('resolve', 'given-up', '--gone')
+    assert time.monotonic() - began < 10  # nothing of this waits for a host that is away
+    assert 'an operator gave up' in advice(pair.a1, 'given-up')['why']
+    pair.a2.start(build=fault_build())
+    pair.end()
+
+
+def test_a_guest_that_is_taken_back_is_not_in_doubt(cluster):
+    """The destination says NEVER, the guest runs on, the agent dies before it has recorded so, the destination's host
+    is gone: nothing may be said of it by which an operator kills the only copy."""
+    pair = Pair(cluster, 'taken-back', faults=('handover.before.ABORTED=crash', 'attempt.resume=error'), mem_mib=64)
+    pair.begin()
+    pair.wait_death(pair.a1)
+    assert pair.running() == ['h1']
+    pair.a2.host.crash()
+    pair.a1.start(build=fault_build())
+    eventually('an end', lambda: (vm := pair.a1.json('status', 'taken-back'))['state'] == 'running' and
+               vm['handover']['settled'])
+    assert not pair.a1.json('status', 'taken-back')['handover']['in_doubt']
+    assert advice(pair.a1, 'taken-back')['owner'] == 'here'
+    refused = pair.a1.vmmig('resolve', 'taken-back', '--gone', check=False)
+    assert refused.returncode != 0 and pair.running() == ['h1']
+    pair.console.wait_ticks(5)
+    pair.console.verify()
+    pair.a2.start(build=fault_build())
+    pair.end()
+
+
+@pytest.mark.parametrize('verdict', ['here', 'gone'])
+def test_a_damaged_record_leaves_the_guest_to_an_operator(cluster, verdict):
+    """What COMMIT left on the disk is damaged, and the source's agent is restarted: nobody there knows of the
+    hand-over, and nobody claims to."""
+    name = f'damaged-{verdict}'
+    pair = Pair(cluster, name, faults=('journal.record=corrupt@2,handover.after.COMMIT=crash', ''), mem_mib=64)
+    pair.begin()
+    pair.wait_death(pair.a1)
+    pair.a1.start(build=fault_build())
+    eventually('the destination to ask', lambda: advice(pair.a2, name)['state'] == 'DST_LOADED')
+    finding = advice(pair.a1, name)
+    assert finding['owner'] == 'undecided' and f'resolve {name} --gone' in finding['advice'], finding
+    assert advice(pair.a2, name)['owner'] == 'undecided' and pair.running() == []
+    if verdict == 'here':
+        pair.a2.host.crash()  # the operator fences it
+        pair.a1.vmmig('resolve', name, '--here', '--i-fenced', 'h2')
+        pair.a2.start(build=fault_build())
+    else:
+        pair.a1.vmmig('resolve', name, '--gone')
+        assert pair.ended(pair.a1, pair.qemu.pid)
+        pair.a2.vmmig('resolve', name, '--here', '--i-fenced', 'h1')
+    pair.expect('h1' if verdict == 'here' else 'h2')
+    assert not [f for f in pair.a1.json('doctor')['findings'] if not f['vm']]
+    pair.end()
+
+
+@pytest.mark.parametrize('fault, outcome', [('attempt.copied=crash', 'h1'), ('handover.after.COMMIT=crash', 'h2')])
+def test_an_agent_whose_word_of_the_vm_is_damaged(cluster, fault, outcome):
+    """The registry's file of a VM is damaged when its agent restarts in the hand-over: the journal knows how to reach
+    it."""
+    name = f'lost-word-{outcome}'
+    pair = Pair(cluster, name, faults=(fault, ''), mem_mib=64)
+    pair.begin()
+    pair.wait_death(pair.a1)
+    with open(pair.a1.host.path(f'/var/lib/vmmig/vms/{name}.vm'), 'r+b') as file:
+        file.seek(-3, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-3, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    pair.a1.start(build=fault_build())
+    pair.expect(outcome)
+    if outcome == 'h1':
+        assert pair.a1.json('status', name)['pid'] == pair.qemu.pid
+        pair.a1.vmmig('send', name, '--to', 'h2')  # as good as it was
+        pair.expect('h2')
+    pair.end()
+
+
 def test_cancel_before_the_pause_leaves_the_guest_where_it_is(cluster):
     pair = Pair(cluster, 'cancelled', fill='random', mem_mib=512)
     cluster.hosts[0].set_rate('100mbit')

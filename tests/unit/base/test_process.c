@@ -8,6 +8,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -86,11 +88,42 @@ static void test_kill(void **state)
     assert_int_equal(waitpid(pid, NULL, 0), pid);
 }
 
+/* A process that cannot be looked at is not taken for dead. */
+static void test_no_descriptor_is_no_death(void **state)
+{
+    struct process_identity id, again;
+    struct vm_error *err = NULL;
+    struct rlimit before, none;
+    (void)state;
+    pid_t pid = fork();
+    if (pid == 0) {
+        pause();
+        _exit(0);
+    }
+    assert_int_equal(process_identify(pid, &id, &err), 0);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    int lowest = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    close(lowest);
+    none = (struct rlimit){(rlim_t)lowest, before.rlim_max};
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &none), 0);
+    bool alive = process_alive(&id);
+    int identified = process_identify(pid, &again, &err);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+    assert_true(alive);
+    assert_int_equal(identified, -1);
+    assert_int_equal(err->kind, VM_ERROR_SYSTEM);
+    error_free(err);
+    assert_int_equal(process_kill(&id, 5000, NULL), 0);
+    assert_false(process_alive(&id));
+    assert_int_equal(waitpid(pid, NULL, 0), pid);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_zombie_leader_runs),
         cmocka_unit_test(test_kill),
+        cmocka_unit_test(test_no_descriptor_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

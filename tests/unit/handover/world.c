@@ -37,6 +37,29 @@ static bool source_gave_up(const struct world *w)
            s->state == HANDOVER_SRC_REVERTING || w->s_said_abort || w->s_ran_on;
 }
 
+/*
+ * A VMM that died unseen before RUN was recorded has not started: the next record takes that back. If it cannot be
+ * written, or the agent crashes before, a second fault has made it a start.
+ */
+static void lose_dead_start(struct world *w)
+{
+    const struct side *d = &w->side[DST];
+    w->d_died_with_run |= d->record == HANDOVER_REC_RUN && w->d_died;
+    w->may_be_lost |= w->d_died_with_run;
+}
+
+static void destination_fails(struct world *w)
+{
+    w->d_failed = 1;
+    lose_dead_start(w);
+}
+
+/* That no vCPU started stays true of a VMM that has died since. */
+static bool has_not_started(const struct side *s, int role)
+{
+    return role == DST && s->answer == HANDOVER_EV_RESUME_FAILED;
+}
+
 /* ---- The machines ---- */
 
 static void note_row(const struct handover *h, enum handover_event event, bool failed)
@@ -74,7 +97,7 @@ static bool feed(struct world *w, int role, enum handover_event event, bool can_
         if (can_write)
             s->record = actions.list[0].arg;
         else if (role == DST)
-            w->d_failed = 1;
+            destination_fails(w);
         handover_step(&h, failed ? HANDOVER_EV_JOURNAL_FAILED : HANDOVER_EV_JOURNALED, &actions);
     } else if (!can_write) {
         return false; /* nothing to write: the same as can_write */
@@ -118,6 +141,7 @@ static void vm_dies(struct world *w, int role)
         w->may_be_lost |= !safe;
         w->d_has_only |= safe;
     } else {
+        w->d_died = 1;
         w->d_died_with_run |=
             d->record == HANDOVER_REC_RUN || d->record == HANDOVER_REC_RUNNING;
         w->may_be_lost |= w->d_died_with_run || s->vm == VM_DEAD;
@@ -187,6 +211,8 @@ static void execute(struct world *w, int role)
     case HANDOVER_ACT_RESUME_VM:
         s->cont = alive(s);
         s->gone |= !alive(s);
+        if (!alive(s) && s->state == HANDOVER_DST_STARTING)
+            s->answer = HANDOVER_EV_RESUME_FAILED;
         break;
     case HANDOVER_ACT_KILL_VM:
         kill_vm(w, role);
@@ -201,6 +227,8 @@ static void execute(struct world *w, int role)
 static void crash(struct world *w, int role)
 {
     struct side *s = &w->side[role];
+    if (role == DST)
+        lose_dead_start(w);
     s->up = s->answer = s->gone = 0;
     s->state = role == SRC ? HANDOVER_SRC_NONE : HANDOVER_DST_NONE;
     memset(s->actions, 0, sizeof(s->actions));
@@ -258,7 +286,11 @@ static void agent_moves(const struct walk *walk, int role)
     }
     if (!idle(s))
         return;
-    if (s->gone) {
+    /* A death between the look and the record is not seen. */
+    if (s->gone && s->state == HANDOVER_DST_LOADED &&
+        walk->from->net[role] & BIT(HANDOVER_MSG_COMMIT))
+        emit_event(walk, &next, role, HANDOVER_EV_MSG_COMMIT);
+    if (s->gone && !has_not_started(s, role)) {
         next.side[role].gone = 0;
         if (!emit_event(walk, &next, role, HANDOVER_EV_VM_GONE))
             emit(walk, &next);
@@ -268,6 +300,8 @@ static void agent_moves(const struct walk *walk, int role)
         next.side[role].answer = 0;
         emit_event(walk, &next, role, s->answer);
     }
+    if (s->gone)
+        return;
     next = *walk->from;
     emit_event(walk, &next, role, HANDOVER_EV_TIMER);
     emit_event(walk, &next, role, HANDOVER_EV_CANCEL);
@@ -378,7 +412,7 @@ static bool settle_one(struct world *w, int role)
     struct side *s = &w->side[role];
     if (s->actions[0].kind) {
         execute(w, role);
-    } else if (s->gone) {
+    } else if (s->gone && !has_not_started(s, role)) {
         s->gone = 0;
         feed(w, role, HANDOVER_EV_VM_GONE, true);
     } else if (s->cont) {
@@ -438,6 +472,11 @@ static bool finished(const struct world *w)
     return true;
 }
 
+static bool stands(const struct side *s)
+{
+    return alive(s) && s->vm != VM_RUNS;
+}
+
 bool world_calms_down(const struct world *from)
 {
     struct world w = *from;
@@ -455,8 +494,8 @@ bool world_calms_down(const struct world *from)
         if (w.broken)
             return false;
         if (finished(&w))
-            return w.side[SRC].vm == VM_RUNS || w.side[DST].vm == VM_RUNS || w.may_be_lost ||
-                   w.operator_spoke;
+            return !stands(&w.side[SRC]) && !stands(&w.side[DST]) &&
+                   (w.side[SRC].vm == VM_RUNS || w.side[DST].vm == VM_RUNS || w.may_be_lost);
         feed(&w, SRC, HANDOVER_EV_TIMER, true);
         feed(&w, DST, HANDOVER_EV_TIMER, true);
     }

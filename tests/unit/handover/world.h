@@ -32,10 +32,9 @@ struct world {
     uint8_t copy;
     uint8_t calm, wiped, operator_spoke;
     /* What really happened: see models/handover.pml. */
-    uint8_t d_ran, d_died_with_run, d_failed, d_knows_sole, d_has_only;
+    uint8_t d_ran, d_died, d_died_with_run, d_failed, d_knows_sole, d_has_only;
     uint8_t s_ran_on, s_said_abort, may_be_lost;
     uint8_t broken; /* enum rule */
-    uint8_t zero;
     uint16_t net[2]; /* to the source, to the destination: a bit per message */
 };
 
