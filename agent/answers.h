@@ -47,8 +47,8 @@ struct vm_answer {
 void vm_answer_init(struct vm_answer *a, const struct agent *agent, struct vm *vm, bool whole,
                     int64_t deadline_ns);
 /*
- * A VM of that name that is in a hand-over and not in the registry: it is being received, or is being sent and the
- * registry has lost it; false if there is none.
+ * A VM of that name that is in a hand-over and not in the registry: it is being received, or is
+ * being sent and the registry has lost it; false if there is none.
  */
 bool vm_answer_init_arriving(struct vm_answer *a, const struct agent *agent, const char *name);
 void vm_answer_finish(struct vm_answer *a);

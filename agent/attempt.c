@@ -34,8 +34,8 @@ static bool is_queued(const struct attempt *a, enum handover_event event)
 }
 
 /*
- * Local events must not be lost. Each stands in the queue at most once, which says all that it has to say,
- * and messages leave room for all of them.
+ * Local events must not be lost. Each stands in the queue at most once, which says all that it has
+ * to say, and messages leave room for all of them.
  */
 void attempt_post(struct attempt *a, enum handover_event event)
 {
@@ -195,9 +195,10 @@ void attempt_receive(struct attempt *a, Vmmig__Peer__Handover *message)
 }
 
 /*
- * What this agent has to say about an attempt that is not in the table. False: nothing. UNKNOWN means that there is
- * no record: one that is damaged, or cannot be read, may be of a guest that is here. One that is not settled is
- * taken up, or will be by the next start of the agent, which then knows more.
+ * What this agent has to say about an attempt that is not in the table. False: nothing. UNKNOWN
+ * means that there is no record: one that is damaged, or cannot be read, may be of a guest that is
+ * here. One that is not settled is taken up, or will be by the next start of the agent, which then
+ * knows more.
  */
 static bool stray_machine(struct transfer *t, enum handover_role role, const struct uuid *id,
                           const char *peer, struct handover *ret_machine)
@@ -233,7 +234,8 @@ void attempt_answer_stray(struct transfer *t, enum handover_role role, struct pe
         return;
     handover_step(&machine, (enum handover_event)message->message, &actions);
     for (int i = 0; i < actions.count; i++) {
-        if (actions.list[i].kind != HANDOVER_ACT_SEND)
+        if (actions.list[i].kind != HANDOVER_ACT_SEND ||
+            fault_send(actions.list[i].arg) == FAULT_DROP)
             continue;
         Vmmig__Peer__Handover answer = VMMIG__PEER__HANDOVER__INIT;
         answer.attempt = message->attempt;
@@ -354,8 +356,8 @@ static void blame_death(struct attempt *a)
 }
 
 /*
- * The VMM is dead. If it died between the agent's look and the record RUN, or while that was written, it was not
- * started: the source has a copy that is as good.
+ * The VMM is dead. If it died between the agent's look and the record RUN, or while that was
+ * written, it was not started: the source has a copy that is as good.
  */
 static enum handover_event judge_death(struct attempt *a)
 {
@@ -365,7 +367,10 @@ static enum handover_event judge_death(struct attempt *a)
     return HANDOVER_EV_RESUME_FAILED;
 }
 
-/* What the VMM does now; -1 while it does not say. A connection that ended is made anew for the next try. */
+/*
+ * What the VMM does now; -1 while it does not say. A connection that ended is made anew for the
+ * next try.
+ */
 static int ask_status(struct attempt *a, struct guest_status *ret_status)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -380,6 +385,12 @@ static int ask_status(struct attempt *a, struct guest_status *ret_status)
         process_alive(&a->record.vmm))
         a->role->reconnect(a, a->guest);
     return -1;
+}
+
+static int send_cont(struct attempt *a, struct vm_error **err)
+{
+    a->cont_sent = true;
+    return guest_resume(a->guest, err);
 }
 
 /* One try: an event, or TIMER while nobody can tell. */
@@ -398,7 +409,7 @@ static enum handover_event try_resume(struct attempt *a)
         return HANDOVER_EV_RESUMED;
     if (FAULT("attempt.resume") == FAULT_ERROR) {
         error_set(&err, VM_ERROR_REFUSED, "attempt.resume: %s", strerror(fault_errno()));
-    } else if ((a->cont_sent = true, guest_resume(a->guest, &err)) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
+    } else if (send_cont(a, &err) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
         cleanup_error struct vm_error *quiet = NULL;
         if (guest_announce(a->guest, &quiet) < 0)
             log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
@@ -428,7 +439,10 @@ static void act_resume(struct attempt *a)
         if (event != HANDOVER_EV_TIMER) {
             if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
                 a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
-            /* That no vCPU started stays true of a VMM that dies before the event's turn would come. */
+            /*
+             * That no vCPU started stays true of a VMM that dies before the event's turn would
+             * come.
+             */
             if (event == HANDOVER_EV_RESUME_FAILED)
                 feed(a, event);
             else
@@ -447,8 +461,8 @@ static void act_resume(struct attempt *a)
 }
 
 /*
- * The guest stands and will not run here (again): let the VMM clear up after itself, if it does so at
- * once.
+ * The guest stands and will not run here (again): let the VMM clear up after itself, if it does so
+ * at once.
  */
 static void quit_vmm(struct attempt *a)
 {
@@ -529,7 +543,10 @@ static void execute(struct attempt *a, struct handover_action action)
     }
 }
 
-/* Tell those who wait, and let the role take stock once of each settled state: what has run here may end. */
+/*
+ * Tell those who wait, and let the role take stock once of each settled state: what has run here
+ * may end.
+ */
 static void publish(struct attempt *a)
 {
     bool settled = handover_is_settled(&a->machine);
@@ -568,8 +585,8 @@ static void show_state(struct attempt *a)
 }
 
 /*
- * Plausible shortcuts, which the tests must notice (base/fault.h, "mistake"): they take the place of
- * a row of the table.
+ * Plausible shortcuts, which the tests must notice (base/fault.h, "mistake"): they take the place
+ * of a row of the table.
  */
 static bool make_mistake(struct attempt *a, enum handover_event event)
 {
@@ -662,8 +679,8 @@ static void note_death(struct attempt *a)
 }
 
 /*
- * A VMM's death outranks every other event: what the copy reports because of it, or what the peer says
- * meanwhile, must not be judged as if the VMM lived.
+ * A VMM's death outranks every other event: what the copy reports because of it, or what the peer
+ * says meanwhile, must not be judged as if the VMM lived.
  */
 static void feed_with_death_first(struct attempt *a, enum handover_event event)
 {
@@ -701,7 +718,10 @@ static void *attempt_main(void *arg)
     pthread_mutex_unlock(&a->lock);
     bool last = remove_from_table(a);
     attempt_unref(a);
-    /* malloc keeps what the many threads of a migration have freed; an agent that idles needs none of it. */
+    /*
+     * malloc keeps what the many threads of a migration have freed; an agent that idles needs none
+     * of it.
+     */
     if (last)
         malloc_trim(0);
     return NULL;

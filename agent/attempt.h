@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * attempt: one attempt to move one VM, at either end: the hand-over machine (migrate/handover.h) with
- * a thread that executes its actions, and the table of all attempts of the agent. Internal to
+ * attempt: one attempt to move one VM, at either end: the hand-over machine (migrate/handover.h)
+ * with a thread that executes its actions, and the table of all attempts of the agent. Internal to
  * the agent's transfer; the rest of the agent uses agent/transfer.h.
  *
  *     attempt_source.c        the source: preflight, the control connection, the copy
@@ -9,10 +9,11 @@
  *     attempt.c               what both share: events, journal, resume, kill, table
  *
  * Life. attempt_create puts it into the table; attempt_start begins its thread, which runs until
- * the hand-over is finished on both sides (long after it is settled, if the peer is away). Everybody
- * who holds a pointer holds a reference.
+ * the hand-over is finished on both sides (long after it is settled, if the peer is away).
+ * Everybody who holds a pointer holds a reference.
  *
- * Locks: `lock` of an attempt guards what is marked; the table's lock is taken before it, never after.
+ * Locks: `lock` of an attempt guards what is marked; the table's lock is taken before it, never
+ * after.
  */
 #ifndef VMMIG_AGENT_ATTEMPT_H
 #define VMMIG_AGENT_ATTEMPT_H
@@ -67,9 +68,10 @@ struct attempt_role {
 
 struct source_part {
     char peer[ENDPOINT_TEXT_MAX + 1]; /* whom to dial */
-    struct vm *vm;                    /* reference; NULL after recovery of a VM that is not in the registry */
-    enum vm_driver driver;            /* after recovery: how to reach it all the same, if its VMM lives */
-    char *socket_path;                /* NULL: it need not, or cannot, be reached so */
+    struct vm *vm; /* reference; NULL after recovery, if the registry does not know it */
+    /* How to reach such a VM all the same; NULL: not. */
+    enum vm_driver driver;
+    char *socket_path;
     struct qemu_definition definition;
     char *root;                       /* of the VMM's mount namespace, for its disks */
     struct disk_offer *offers;
@@ -140,7 +142,7 @@ struct attempt {
     unsigned first_event, n_events;
     enum handover_state state;
     bool is_settled, settled_done, stop;
-    enum handover_state settled_in; /* the state of which the role has taken stock, if settled_done */
+    enum handover_state settled_in; /* of which the role has taken stock, if settled_done */
     enum handover_notice notice;
     bool has_notice;
     bool cancelled;          /* the user wished so */
@@ -175,7 +177,9 @@ struct attempt *attempt_create(struct transfer *t, const struct attempt_role *ro
                                const struct uuid *id, const char *vm_name, struct vm_error **err);
 /* Take part in the table and begin. The caller keeps its reference. */
 int attempt_start(struct attempt *a, struct vm_error **err);
-/* The same for an attempt of which nobody has heard: CONFLICT if the table or the journal has it. */
+/*
+ * The same for an attempt of which nobody has heard: CONFLICT if the table or the journal has it.
+ */
 int attempt_start_new(struct attempt *a, struct vm_error **err);
 struct attempt *attempt_ref(struct attempt *a);
 void attempt_unref(struct attempt *a);
@@ -191,8 +195,8 @@ void attempt_post(struct attempt *a, enum handover_event event);
 void attempt_fail(struct attempt *a, struct vm_error *reason);
 void attempt_set_session(struct attempt *a, struct peer_session *session);
 /*
- * The other end closed what this one was using: that is not the cause. Wait a moment for the peer to say what
- * was; takes `why` over and returns it.
+ * The other end closed what this one was using: that is not the cause. Wait a moment for the peer
+ * to say what was; takes `why` over and returns it.
  */
 struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why);
 /* A message of the peer: keep what belongs to it, post its event. Takes what it keeps. */
@@ -218,7 +222,10 @@ Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 extern const struct attempt_role attempt_source_role, attempt_destination_role;
 
 /* attempt_source.c */
-/* A VM that has moved away, if it is here still: no word of it any more, and no socket that was made for it. */
+/*
+ * A VM that has moved away, if it is here still: no word of it any more, and no socket that was
+ * made for it.
+ */
 int attempt_source_forget(struct transfer *t, const char *vm_name,
                           const struct process_identity *moved, struct vm_error **err);
 int attempt_source_recover(struct attempt *a, const struct journal_record *record,

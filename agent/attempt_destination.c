@@ -24,8 +24,8 @@ enum { IDLE_MARGIN_MS = 10000 };
 /* ---- A VMM that waits for the guest ---- */
 
 /*
- * The VMM's process is there, and waits before it becomes the VMM. From here on a crash of the agent
- * must not forget it; the attempt's own thread writes no record before this one's end.
+ * The VMM's process is there, and waits before it becomes the VMM. From here on a crash of the
+ * agent must not forget it; the attempt's own thread writes no record before this one's end.
  */
 static int remember_birth(const struct process_identity *process, void *arg, struct vm_error **err)
 {
@@ -51,8 +51,8 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
         error_errno(err, fault_errno(), "attempt.spawn");
         return NULL;
     }
-    return driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition, p->assume_shared,
-                             &birth, err);
+    return driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition,
+                             p->assume_shared, &birth, err);
 }
 
 static int answer_disks(struct attempt *a, struct vm_error **err)
@@ -320,7 +320,10 @@ static int remember_socket(struct attempt *a, struct vm_error **err)
     return attempt_remember(a, d->driver, d->socket_path, NULL, NULL, err);
 }
 
-/* A VM of this name that is here, and is why the attempt was refused, has its socket in the same place. */
+/*
+ * A VM of this name that is here, and is why the attempt was refused, has its socket in the same
+ * place.
+ */
 static bool name_is_anothers(struct attempt *a)
 {
     CLEANUP(vm) struct vm *known = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
@@ -361,10 +364,10 @@ static int take_run_state(struct attempt *a, struct vm_error **err)
 
 /*
  * PREPARING is written three times: with the socket's name, with the VMM's process before it
- * becomes one, and with all that is to be remembered once the VMM waits. RUN is not written for a VMM that is
- * dead. Once RUNNING is on record,
- * the journal forgets how to reach the VM: the registry must know it. It forgets that with NEVER and
- * ENDED, too: what the dead VMM left is removed before.
+ * becomes one, and with all that is to be remembered once the VMM waits. RUN is not written for a
+ * VMM that is dead. Once RUNNING is on record, the journal forgets how to reach the VM: the
+ * registry must know it. It forgets that with NEVER and ENDED, too: what the dead VMM left is
+ * removed before.
  */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
@@ -381,7 +384,10 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
     return record == HANDOVER_REC_RUNNING ? register_vm(a, err) : 0;
 }
 
-/* A handle whose connection is of no use any more; the VMM has loaded everything, nothing is received by it. */
+/*
+ * A handle whose connection is of no use any more; the VMM has loaded everything, nothing is
+ * received by it.
+ */
 static void drop_guest(struct attempt *a)
 {
     stop_transfer(a);
@@ -393,8 +399,8 @@ static void drop_guest(struct attempt *a)
 
 /*
  * Its VMM is dead. The record may wait for the source's last word for as long as that host is away;
- * the guest's memory must not, which we had mapped, or which a later move from here had, of the VM that
- * this attempt brought.
+ * the guest's memory must not, which we had mapped, or which a later move from here had, of the VM
+ * that this attempt brought.
  */
 static void let_go(struct attempt *a)
 {

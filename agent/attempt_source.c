@@ -100,7 +100,8 @@ static void *link_main(void *arg)
         if (!session)
             session = peer_session_open(a->transfer->context, a->source.peer,
                                         a->transfer->agent->config->host,
-                                        clock_mono_ns() + PATIENCE(DIAL_TIMEOUT_MS), a->cancel, &err);
+                                        clock_mono_ns() + PATIENCE(DIAL_TIMEOUT_MS), a->cancel,
+                                        &err);
         if (session) {
             set_online(a, session);
             attempt_post(a, HANDOVER_EV_TIMER);
@@ -121,13 +122,14 @@ static int dial_channel(void *arg, int64_t deadline_ns, int cancel_fd, struct co
                         struct vm_error **err)
 {
     struct attempt *a = arg;
-    *ret_conn = conn_dial(a->transfer->context, a->source.peer, CONN_CHANNEL, deadline_ns, cancel_fd,
-                          err);
+    *ret_conn = conn_dial(a->transfer->context, a->source.peer, CONN_CHANNEL, deadline_ns,
+                          cancel_fd, err);
     return *ret_conn ? 0 : -1;
 }
 
 /* The destination's proof that its disks are ours. */
-static int check_disks(struct attempt *a, const Vmmig__Peer__Prepared *answer, struct vm_error **err)
+static int check_disks(struct attempt *a, const Vmmig__Peer__Prepared *answer,
+                       struct vm_error **err)
 {
     struct source_part *s = &a->source;
     if (answer->n_answers != s->n_offers)
@@ -256,8 +258,8 @@ static void start_vm(struct attempt *a)
 }
 
 /*
- * After a restart the registry has lost its word of the VM (a damaged file), but the journal says how its VMM is
- * reached: it is the registry's again, as one that was attached.
+ * After a restart the registry has lost its word of the VM (a damaged file), but the journal says
+ * how its VMM is reached: it is the registry's again, as one that was attached.
  */
 static int register_again(struct attempt *a, struct vm_error **err)
 {
@@ -334,10 +336,11 @@ int attempt_source_forget(struct transfer *t, const char *vm_name,
 static int settled(struct attempt *a, struct vm_error **err)
 {
     struct source_part *s = &a->source;
-    bool stays = a->machine.state == HANDOVER_SRC_ABORTED || a->machine.state == HANDOVER_SRC_CLOSED;
+    enum handover_state state = a->machine.state;
+    bool stays = state == HANDOVER_SRC_ABORTED || state == HANDOVER_SRC_CLOSED;
     if (stays && !s->vm && s->socket_path && process_alive(&a->record.vmm))
         return register_again(a, err);
-    if (a->machine.state != HANDOVER_SRC_DONE)
+    if (state != HANDOVER_SRC_DONE)
         return 0;
     return attempt_source_forget(a->transfer, a->vm_name, &a->record.vmm, err);
 }
@@ -373,8 +376,8 @@ static bool expects_an_answer(enum handover_state state)
 }
 
 /*
- * TCP finds out that a cut has ended as late again as it was long, and the guest may stand meanwhile. A
- * connection that is silent is given up: the next is there as soon as the link is.
+ * TCP finds out that a cut has ended as late again as it was long, and the guest may stand
+ * meanwhile. A connection that is silent is given up: the next is there as soon as the link is.
  */
 static void give_up_silent_link(struct attempt *a)
 {
@@ -558,8 +561,9 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
     CLEANUP(peer_session)
     struct peer_session *session =
         peer_session_open(t->context, s->peer, t->agent->config->host, deadline, cancel_fd, err);
-    if (!session || attempt_remember(a, vm_definition(s->vm)->driver, vm_definition(s->vm)->socket_path,
-                                     NULL, s->peer, err) < 0)
+    const struct vm_definition *known = vm_definition(s->vm);
+    if (!session ||
+        attempt_remember(a, known->driver, known->socket_path, NULL, s->peer, err) < 0)
         return NULL;
     attempt_set_session(a, session);
     return steal_ptr(&a);

@@ -27,18 +27,20 @@ struct finding {
 enum owner { UNKNOWN, HERE, PEER, UNDECIDED, NOBODY };
 
 /*
- * What a record says about the owner. X(record, owner while its VMM lives, once it is dead, why while it
- * lives, why once it is dead)
+ * What a record says about the owner. X(record, owner while its VMM lives, once it is dead, why
+ * while it lives, why once it is dead)
  */
 #define VERDICTS(X)                                                                                \
-    X(SENDING, HERE, UNDECIDED, "it is being sent and is not committed: until then it is owned here", \
+    X(SENDING, HERE, UNDECIDED,                                                                    \
+      "it is being sent and is not committed: until then it is owned here",                        \
       "its VMM died while it was being sent: the peer owns it if it had loaded all of it")         \
     X(ABORTING, HERE, NOBODY, "the hand-over was undone: it is being started here again",          \
       "the hand-over was undone, and its VMM here is gone")                                        \
     X(ABORTED, HERE, NOBODY, "the hand-over was undone; the peer has not confirmed it yet",        \
       "the hand-over was undone, or an operator gave it up, and its VMM here is gone")             \
     X(COMMIT, UNDECIDED, UNDECIDED,                                                                \
-      "committed: the peer owns it once it has recorded RUN, and this host again if it says NEVER", \
+      "committed: the peer owns it once it has recorded RUN, and this host again if it says "      \
+      "NEVER",                                                                                     \
       "committed, and the VMM here is gone: the peer has the only copy")                           \
     X(DONE, PEER, PEER,                                                                            \
       "the peer confirmed that it started it, or an operator gave up the copy here",               \
@@ -57,7 +59,8 @@ enum owner { UNKNOWN, HERE, PEER, UNDECIDED, NOBODY };
       "it was received and started here, and ended here")                                          \
     X(REVOKED, PEER, PEER, "it could not be started here: the source gets it back",                \
       "it could not be started here: the source gets it back")                                     \
-    X(NEVER, PEER, PEER, "it never ran here: the source owns it", "it never ran here: the source owns it") \
+    X(NEVER, PEER, PEER, "it never ran here: the source owns it",                                  \
+      "it never ran here: the source owns it")                                                     \
     X(DST_CLOSED, HERE, UNKNOWN, "received and started here, which the source knows",              \
       "a hand-over from the peer is finished, and it is not here")
 
@@ -134,8 +137,9 @@ static void advise(struct finding *f)
         snprintf(f->advice, sizeof(f->advice),
                  "%s%s back: it resolves itself. If that host never comes back, fence it, then "
                  "`vmmig resolve %s --here --i-fenced %s`",
-                 h.state == HANDOVER_SRC_REVERTING ? "see that the journal here can be written, or bring "
-                                                   : "bring ",
+                 h.state == HANDOVER_SRC_REVERTING
+                     ? "see that the journal here can be written, or bring "
+                     : "bring ",
                  peer, vm, peer);
 }
 
@@ -208,8 +212,8 @@ static int add_damaged(struct walk *w, const struct journal_record *record,
     snprintf(f->why, sizeof(f->why), "%.400s", error_message(damage));
     field_make_text(f->why, sizeof(f->why) - 1);
     strcpy(f->advice, "ask the doctor of the other hosts about their VMs; the agent leaves this "
-                      "record, and the VM that it was about, alone, and answers no question about it. "
-                      "`vmmig resolve` of that VM decides");
+                      "record, and the VM that it was about, alone, and answers no question about "
+                      "it. `vmmig resolve` of that VM decides");
     return 0;
 }
 
@@ -248,8 +252,8 @@ static const char *state_of(struct agent *agent, const char *vm)
 }
 
 /*
- * A VM that stands, while a record of the journal is damaged, may have been sent, and run at the peer: only there, and
- * by an operator, can that be known.
+ * A VM that stands, while a record of the journal is damaged, may have been sent, and run at the
+ * peer: only there, and by an operator, can that be known.
  */
 static bool may_have_been_sent(struct finding *f, struct vm *vm)
 {
@@ -263,8 +267,8 @@ static bool may_have_been_sent(struct finding *f, struct vm *vm)
              asked ? "stands" : "does not answer");
     snprintf(f->advice, sizeof(f->advice),
              "ask the doctor of the host to which it was sent, if it was. If it runs there: `vmmig "
-             "resolve %s --gone`. If it does not run anywhere, fence that host, then `vmmig resolve "
-             "%s --here --i-fenced HOST`",
+             "resolve %s --gone`. If it does not run anywhere, fence that host, then `vmmig "
+             "resolve %s --here --i-fenced HOST`",
              f->vm, f->vm);
     return true;
 }

@@ -1,17 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * doctor: which host owns each VM, and why, from the journal, the registry, and whether the recorded
- * VMM lives. docs/hand-over.md, "Who owns it", is the reasoning in words.
+ * doctor: which host owns each VM, and why, from the journal, the registry, and whether the
+ * recorded VMM lives. docs/hand-over.md, "Who owns it", is the reasoning in words.
  *
  *     cleanup_diagnosis struct diagnosis d = {0};
  *     if (doctor_examine(agent, "", &d, &err) < 0) ...
  *     control_reply(s, VMMIG__CONTROL__TYPE__DIAGNOSIS, &d.message.base, &err);
  *
- * One finding per VM, sorted by name: of its hand-over that is not settled, if there is one; else of the
- * VM as the registry has it; else of the newest attempt in the journal. A damaged record of the journal
- * is a finding without a name; then a VM of the registry that does not run may have been sent, and is undecided.
- * Nothing is changed; no VMM is asked but for that. NOT_FOUND if a name was given that
- * nobody knows. Bound: CONTROL_FINDINGS_MAX. Threads: any.
+ * One finding per VM, sorted by name: of its hand-over that is not settled, if there is one; else
+ * of the VM as the registry has it; else of the newest attempt in the journal. A damaged record of
+ * the journal is a finding without a name; then a VM of the registry that does not run may have
+ * been sent, and is undecided. Nothing is changed; no VMM is asked but for that. NOT_FOUND if a
+ * name was given that nobody knows. Bound: CONTROL_FINDINGS_MAX. Threads: any.
  */
 #ifndef VMMIG_AGENT_DOCTOR_H
 #define VMMIG_AGENT_DOCTOR_H

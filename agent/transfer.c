@@ -177,8 +177,9 @@ static int decide_vm(struct transfer *t, struct vm *vm, bool here, struct vm_err
 }
 
 /*
- * A VM that stands, and no attempt knows why, but a record is damaged: it was sent, and nobody here can tell how far
- * that went. What the operator decides makes the record needless, if it is the only one.
+ * A VM that stands, and no attempt knows why, but a record is damaged: it was sent, and nobody here
+ * can tell how far that went. What the operator decides makes the record needless, if it is the
+ * only one.
  */
 static int resolve_damaged(struct transfer *t, const char *name, bool here, struct vm_error **err)
 {
@@ -192,8 +193,8 @@ static int resolve_damaged(struct transfer *t, const char *name, bool here, stru
     if (guest_status(vm_guest(vm), &status, err) < 0)
         return -1;
     if (status.state == GUEST_RUNNING)
-        return error_set(err, VM_ERROR_REFUSED, "VM '%s' runs here, and no hand-over of it is unfinished",
-                         name);
+        return error_set(err, VM_ERROR_REFUSED,
+                         "VM '%s' runs here, and no hand-over of it is unfinished", name);
     if (decide_vm(t, vm, here, err) < 0)
         return -1;
     return damage.n == 1 ? journal_remove(t->journal, &damage.attempt, err) : 0;
@@ -204,7 +205,8 @@ int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *
 {
     CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(t, vm);
     struct handover machine = a ? machine_of(a) : (struct handover){.state = HANDOVER_SRC_NONE};
-    log_warn("an operator decides", "vm=%s here=%d fenced=%s", vm, here, log_q(fenced ? fenced : ""));
+    log_warn("an operator decides", "vm=%s here=%d fenced=%s", vm, here,
+             log_q(fenced ? fenced : ""));
     return handover_is_settled(&machine) ? resolve_damaged(t, vm, here, err)
                                          : resolve_attempt(a, here, fenced, err);
 }
@@ -269,7 +271,8 @@ static void serve(const struct incoming *in)
     }
     CLEANUP(peer_session)
     struct peer_session *session =
-        conn ? peer_session_accept(steal_ptr(&conn), t->agent->config->host, deadline, t->stop, &err)
+        conn ? peer_session_accept(steal_ptr(&conn), t->agent->config->host, deadline, t->stop,
+                                   &err)
              : NULL;
     if (session)
         destination_serve_control(t, session);

@@ -8,8 +8,8 @@
  *     transfer_resolve(t, "web1", ...)
  *     transfer_stop(t); transfer_destroy(t)
  *
- * A transfer is a job (agent/jobs.h): JOB_SEND here, JOB_RECEIVE at the other end; job_cancel
- * works on both. What becomes of the VM is decided by migrate/handover.h and survives a crash of the
+ * A transfer is a job (agent/jobs.h): JOB_SEND here, JOB_RECEIVE at the other end; job_cancel works
+ * on both. What becomes of the VM is decided by migrate/handover.h and survives a crash of the
  * agent; what a job knows does not.
  *
  * Threads: any. When the journal cannot tell whether its last write happened, the process exits
@@ -43,7 +43,9 @@ struct transfer_params {
     bool assume_shared;
 };
 
-/* Who an unfinished hand-over leaves the VM to, as far as this agent knows: for status and doctor. */
+/*
+ * Who an unfinished hand-over leaves the VM to, as far as this agent knows: for status and doctor.
+ */
 struct transfer_state {
     bool known;         /* there is an attempt that is not finished */
     bool in_doubt;      /* `resolve` has an effect */
@@ -60,8 +62,8 @@ struct transfer_state {
 
 struct transfer *transfer_create(struct agent *agent, struct vm_error **err);
 /*
- * No new transfers; threads end. What is unfinished stays in the journal for the next agent. False if
- * some threads did not end in time: the process can only exit then.
+ * No new transfers; threads end. What is unfinished stays in the journal for the next agent. False
+ * if some threads did not end in time: the process can only exit then.
  */
 bool transfer_stop(struct transfer *t);
 void transfer_destroy(struct transfer *t);
@@ -72,12 +74,13 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
                   struct vm_error **err);
 /*
  * An operator decides about a hand-over in doubt. `here`: the VM is to run here, the peer's host
- * `fenced` is off for certain and must be the attempt's peer (USAGE otherwise). Else: give up the copy here.
- * NOT_FOUND if nothing of that VM is in doubt, REFUSED if the verdict means nothing now. Returns when the hand-over
- * is settled, or when the copy here is gone and it still waits for the peer; TIMEOUT, which says what was reached,
- * if neither happens.
+ * `fenced` is off for certain and must be the attempt's peer (USAGE otherwise). Else: give up the
+ * copy here. NOT_FOUND if nothing of that VM is in doubt, REFUSED if the verdict means nothing now.
+ * Returns when the hand-over is settled, or when the copy here is gone and it still waits for the
+ * peer; TIMEOUT, which says what was reached, if neither happens.
  *
- * Also about a VM that stands here while a record of the journal is damaged, which may have been of its hand-over.
+ * Also about a VM that stands here while a record of the journal is damaged, which may have been of
+ * its hand-over.
  */
 int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,
                      struct vm_error **err);

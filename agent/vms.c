@@ -43,7 +43,7 @@ struct vms {
     pthread_t keeper;
     bool keeper_runs;
     int wake_fd; /* the list changed, or closing */
-    pthread_mutex_t adopt_lock; /* one connects at a time; taken before a vm's lock, never with `lock` */
+    pthread_mutex_t adopt_lock; /* one connects at a time; before a vm's lock, never with `lock` */
     pthread_mutex_t lock; /* guards what follows; taken before a vm's lock */
     pthread_cond_t settled_cond;
     struct vm **list; /* sorted by name, params.max long */

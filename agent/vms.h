@@ -11,8 +11,8 @@
  *
  * Presence of a VM:
  *     PRESENT      its process runs and its VMM answered when it was adopted, and since
- *     UNREACHABLE  the process runs, but the VMM did not answer yet, or its connection has ended: tried
- *                  again every few seconds
+ *     UNREACHABLE  the process runs, but the VMM did not answer yet, or its connection has ended:
+ *                  tried again every few seconds
  *     ENDED        the process is gone; the record stays until `detach`, or until the name is
  *                  used again
  *
@@ -22,8 +22,8 @@
  * the records or not, as the last call that returned says.
  *
  * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
- * goes, also after vms_remove, and also when a new connection has brought a new one. A thread of the registry adopts VMs and notices their deaths. Bound:
- * params.max VMs.
+ * goes, also after vms_remove, and also when a new connection has brought a new one. A thread of
+ * the registry adopts VMs and notices their deaths. Bound: params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
 #define VMMIG_AGENT_VMS_H
@@ -135,8 +135,8 @@ void vm_put(struct vm *vm);
 DEFINE_CLEANUP(vm, struct vm *, vm_put)
 
 /*
- * The connection of `lost`, a guest of that VM, has ended, though its process lives: connect again, now, unless
- * somebody has. vm_guest() is the new one, or still `lost` if the VMM does not answer.
+ * The connection of `lost`, a guest of that VM, has ended, though its process lives: connect again,
+ * now, unless somebody has. vm_guest() is the new one, or still `lost` if the VMM does not answer.
  */
 void vms_reconnect(struct vms *vms, struct vm *vm, struct guest *lost);
 

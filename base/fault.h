@@ -2,13 +2,13 @@
 /*
  * fault: named points at which a test makes the program fail.
  *
- *     if (FAULT("journal.commit") == FAULT_ERROR)
- *         return error_errno(err, fault_errno(), "cannot commit the journal");
+ *     if (FAULT("journal.write") == FAULT_ERROR)
+ *         return error_errno(err, fault_errno(), "journal: cannot write");
  *
  * A point does nothing until it is armed (VMMIG_FAULTS in the environment, or fault_arm) with
  *
- *     NAME=ACTION[:ARGUMENT][@N]      several separated by commas; @N: at the Nth passage (default 1st),
- *                                     @*: at every passage
+ *     NAME=ACTION[:ARGUMENT][@N]      several separated by commas; @N: at the Nth passage (default
+ *                                     the first), @*: at every passage
  *
  *     crash         the process ends at once, as by kill -9
  *     error[:ERRNO] FAULT() returns FAULT_ERROR, fault_errno() the errno (default EIO)
@@ -20,18 +20,18 @@
  *     duplicate     FAULT() returns FAULT_DUPLICATE: the caller sends it twice
  *     corrupt       FAULT() returns FAULT_CORRUPT: the caller flips a byte
  *     jump:MS       of a clock: it goes wrong by that much
- *     mistake       FAULT() returns FAULT_MISTAKE at points named mistake.*: the program does what a
- *                   careless programmer might have written, for tests that must notice
+ *     mistake       FAULT() returns FAULT_MISTAKE at points named mistake.*: the program does what
+ *                   a careless programmer might have written, for tests that must notice
  *
  * Crash, delay, hang and hold act inside FAULT(); a caller handles those of the other actions that
- * make sense at its point, and ignores the rest. A running agent lists and arms points by
- * `vmmig debug faults`. A program that nobody can ask, as a VMM is, appends NAME=ACTION to the file
- * that VMMIG_FAULTS_TOLD in the environment names, before a fault acts. Without -Dfaults=true (never in
+ * make sense at its point, and ignores the rest. A running agent lists and arms points by `vmmig
+ * debug faults`. A program that nobody can ask, as a VMM is, appends NAME=ACTION to the file that
+ * VMMIG_FAULTS_TOLD in the environment names, before a fault acts. Without -Dfaults=true (never in
  * a release) FAULT() is the constant FAULT_NONE and the names are not in the binary. Threads: any.
  *
  * Patience. Limits after which the program gives up or tries again are told by fault_patience_ns;
- * with faults compiled in, VMMIG_PATIENCE=N in the environment divides them, so that a test does not
- * wait for minutes. It does not touch what a user sets.
+ * with faults compiled in, VMMIG_PATIENCE=N in the environment divides them, so that a test does
+ * not wait for minutes. It does not touch what a user sets.
  */
 #ifndef VMMIG_BASE_FAULT_H
 #define VMMIG_BASE_FAULT_H

@@ -215,12 +215,15 @@ int io_write_file_durably(const char *path, const void *data, size_t len, mode_t
     return io_sync_folder_of(path, err);
 }
 
-/* The new entry is on the disk, too: what is written into the folder later is worth nothing without it. */
+/*
+ * The new entry is on the disk, too: what is written into the folder later is worth nothing without
+ * it.
+ */
 static int make_folder(const char *path, mode_t mode, struct vm_error **err)
 {
     if (mkdir(path, mode) < 0)
         return errno == EEXIST ? 0 : error_errno(err, errno, "cannot make folder %s", path);
-    return sync_folder_of(path, err);
+    return io_sync_folder_of(path, err);
 }
 
 int io_make_folders(const char *path, mode_t mode, struct vm_error **err)
@@ -267,7 +270,9 @@ int io_send_fds(int socket, const void *data, size_t n, const int *fds, int n_fd
     return io_write_full(socket, (const char *)data + put, n - (size_t)put, INT64_MAX, -1, err);
 }
 
-/* Take the descriptors out of a received message; those over max are closed. Returns how many came. */
+/*
+ * Take the descriptors out of a received message; those over max are closed. Returns how many came.
+ */
 static int take_fds(struct msghdr *msg, int *ret_fds, int max_fds)
 {
     int n = 0;

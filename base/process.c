@@ -42,9 +42,10 @@ static int read_boot_id(struct uuid *ret, struct vm_error **err)
 enum existence { IS_THERE, IS_NOT, CANNOT_TELL };
 
 /*
- * Whether there is such a process, whether it runs, and its start time. One whose first thread is a zombie
- * runs until its other threads have ended too: those of a VMM may still be vCPUs. Where reading fails for
- * another reason than that there is none (no descriptor left, no memory), errno says why.
+ * Whether there is such a process, whether it runs, and its start time. One whose first thread is a
+ * zombie runs until its other threads have ended too: those of a VMM may still be vCPUs. Where
+ * reading fails for another reason than that there is none (no descriptor left, no memory), errno
+ * says why.
  */
 static enum existence read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
 {

@@ -21,13 +21,14 @@ struct process_identity {
 };
 
 /*
- * Identity of a running process. NOT_FOUND if there is none, or if it is a zombie; another kind when that
- * cannot be found out.
+ * Identity of a running process. NOT_FOUND if there is none, or if it is a zombie; another kind
+ * when that cannot be found out.
  */
 int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err);
 /*
- * Does that very process still run? A zombie does not. A process of another boot does not. Also true when it
- * cannot be found out (no descriptor is left): a process counts as dead only if it certainly is.
+ * Does that very process still run? A zombie does not. A process of another boot does not. Also
+ * true when it cannot be found out (no descriptor is left): a process counts as dead only if it
+ * certainly is.
  */
 bool process_alive(const struct process_identity *id);
 /*

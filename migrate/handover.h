@@ -27,14 +27,15 @@
  *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED
  *     or VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone
  *     for good (its boot id, pid and start time do not run), and again after each KILL_VM.
- *   - VM_GONE outranks every other event but RESUME_FAILED: before feeding one, look whether the VMM lives
- *     (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died must not
- *     take the end of its stream for FAILED: the destination may hold the only copy.
+ *   - VM_GONE outranks every other event but RESUME_FAILED: before feeding one, look whether the
+ *     VMM lives (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died
+ *     must not take the end of its stream for FAILED: the destination may hold the only copy.
  *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run
- *     state is paused, no RESUME event was seen), and at once. When the answer was lost, ask the VMM again.
- *     In DST_STARTING it is also the answer for a VMM that is dead, if no `cont` was ever sent to it: it died
- *     between the look and the record RUN, and was not started.
- *   - SEND waits a moment at most and may lose the message: whoever needs an answer repeats itself on TIMER.
+ *     state is paused, no RESUME event was seen), and at once. When the answer was lost, ask the
+ *     VMM again. In DST_STARTING it is also the answer for a VMM that is dead, if no `cont` was ever
+ *     sent to it: it died between the look and the record RUN, and was not started.
+ *   - SEND waits a moment at most and may lose the message: whoever needs an answer repeats itself
+ *     on TIMER.
  *     Feed TIMER to every unfinished attempt every second or so, and as soon as a connection to the
  *     peer comes up.
  *   - A message of an attempt is fed only if it came from the host that the record names,
@@ -160,7 +161,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(START_TRANSFER, "source: copy until TRANSFERRED or FAILED")                                  \
     X(STOP_TRANSFER, "source: close the channels, cancel the VMM's migration")                     \
     X(RESUME_VM, "the run state that the VM had before (nothing if it has it), announce-self")     \
-    X(KILL_VM, "stop receiving; the VMM of the record is told to quit, then SIGKILL, until it is gone")
+    X(KILL_VM, "stop receiving; the VMM of the record has to quit, then SIGKILL until it is gone")
 
 /* What the user is told. X(id, text). */
 #define HANDOVER_NOTICES(X)                                                                        \

@@ -9,10 +9,10 @@
  *
  * Durability. When journal_put, journal_advance or journal_remove returns 0, the change is on the
  * disk (fdatasync of the data, then of the page that names it): a crash of the agent or of the host
- * does not undo it; so are, when journal_open returns, the file of a new journal and the folders that it made.
- * When one returns -1, the journal is as it was before, except for an error of
- * kind IN_DOUBT: the last write of the commit failed, and nobody can tell what the disk holds. From
- * then on every call fails so, and the agent must exit; its restart reads the truth.
+ * does not undo it; so are, when journal_open returns, the file of a new journal and the folders
+ * that it made. When one returns -1, the journal is as it was before, except for an error of kind
+ * IN_DOUBT: the last write of the commit failed, and nobody can tell what the disk holds. From then
+ * on every call fails so, and the agent must exit; its restart reads the truth.
  *
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
  * disk that fills up later does not take the journal with it. New attempts are refused with
@@ -56,7 +56,7 @@ struct journal_record {
     char vm[JOURNAL_VM_NAME_MAX + 1];
     char peer[JOURNAL_PEER_MAX + 1];  /* the host at the other end; others are not heard */
     struct process_identity vmm;      /* pid 0: none was started yet */
-    int64_t started_ns, changed_ns;   /* wall clock: the order of journal_each, what is pruned first */
+    int64_t started_ns, changed_ns; /* wall clock: order of journal_each, what is pruned first */
     /* What the agent needs to go on after a restart, in a format of its own (bounded). */
     void *blob;
     size_t blob_len;
@@ -74,7 +74,10 @@ DEFINE_CLEANUP(journal, struct journal *, journal_close)
  * the other role; CORRUPT if it exists and is damaged.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
-/* The same, also over a damaged record: for who has lived through the whole attempt, and so knows all of it. */
+/*
+ * The same, also over a damaged record: for who has lived through the whole attempt, and so knows
+ * all of it.
+ */
 int journal_mend(struct journal *j, const struct journal_record *record, struct vm_error **err);
 /*
  * Change the record of an attempt, and its VMM unless `vmm` is NULL; the rest stays, except that a

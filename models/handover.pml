@@ -32,14 +32,14 @@
  *   P3  A copy starts only with all its memory and state.
  *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held
  *       the sole complete copy or had RUN, to a start that failed at the one while the other was
- *       dead, or to an operator's word. Two things count as the first: the death of the source's VMM
- *       once the source gives the hand-over up, though the destination may not have discarded what it
- *       loaded; and that of the destination's between its agent's look and the record RUN, if that
- *       agent then crashes, or cannot write that it takes RUN back.
+ *       dead, or to an operator's word. Two things count as the first: the death of the source's
+ *       VMM once the source gives the hand-over up, though the destination may not have discarded
+ *       what it loaded; and that of the destination's between its agent's look and the record RUN,
+ *       if that agent then crashes, or cannot write that it takes RUN back.
  *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy
  *       running (unless P4 lost it); by an operator only if a host or a journal never came back.
- *   P6  What a state says about the journal and the VM is true: what status says of a hand-over that
- *       waits never concerns a VM that runs.
+ *   P6  What a state says about the journal and the VM is true: what status says of a hand-over
+ *       that waits never concerns a VM that runs.
  *   P7  No `cont` meets the other's image locks, also where nothing enforces them.
  *
  * -DMISTAKE_... seeds a mistake, which must be caught.
@@ -220,8 +220,8 @@ inline d_vmm_ends()
     copy = (copy != COPY_NONE -> COPY_BROKEN : copy)
 }
 
-/* A VMM that died unseen before RUN was recorded has not started: that is taken back by the next record. If that one
- * cannot be written, or the agent crashes before, a second fault has made it a start. */
+/* A VMM that died unseen before RUN was recorded has not started: the next record takes that back.
+ * If it cannot be written, or the agent crashes before, a second fault has made it a start. */
 inline d_loses_dead_start()
 {
     d_died_with_run = d_died_with_run || (d_journal == REC_RUN && d_died);

@@ -335,7 +335,7 @@ static int fault_command(const char *command, struct vm_error **err)
     return 0;
 }
 
-__attribute__((unused)) static int fault_malformed(struct qmp *q, const char *command, struct vm_error **err)
+static int fault_malformed(struct qmp *q, const char *command, struct vm_error **err)
 {
     struct vm_error *why = NULL;
     error_set(&why, VM_ERROR_PROTOCOL, "qmp.%s: the answer is malformed", command);

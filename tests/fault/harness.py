@@ -293,6 +293,7 @@ class Harness:
         elif kind == 'host':
             agent.host.crash()
             agent.process.wait(10)  # nobody is to be armed there any more
+            self.lose_unsynced(agent)
             eventually('the end of the host', lambda: self.dead(agent))
         elif kind == 'agent':
             agent.kill()
@@ -300,6 +301,12 @@ class Harness:
             agents[0].vmmig('cancel', self.vm.name)
         else:
             raise ValueError(what)
+
+    def lose_unsynced(self, agent):
+        """What a host that lost its power had not synced is gone: with that mistake the agent keeps aside what was."""
+        synced = agent.host.path('/var/lib/vmmig/journal/data.mdb.synced')
+        if 'journal-not-synced' in self.mistakes and os.path.exists(synced):
+            os.replace(synced, synced.removesuffix('.synced'))
 
     def repair(self, what, agents):
         kind, *rest = what.split(':')
@@ -344,6 +351,7 @@ class Harness:
             mine += [case.options['with']] if agent is victim and 'with' in case.options else []
             mine += [case.options['peer']] if agent is not victim and 'peer' in case.options else []
             self.arm(agent, ','.join(mine))
+        processes = [agent.process for agent in agents]
         mark = self.console.mark()
         self.watch.begin()
         source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
@@ -372,6 +380,11 @@ class Harness:
         if in_vmm:
             self.driver.arm_incoming('')
         self.judge(case, agents, mark, began)
+        for agent, process in zip(agents, processes):
+            option = case.options.get('with' if agent is victim else 'peer', '')
+            for name, fault in (spec.split('=', 1) for spec in option.split(',') if spec):
+                acted = agent.process is not process or not fault.startswith('crash') and self.acted(agent, name)
+                assert acted, f'{name}={fault} has not acted'
         if in_vmm and case.fault.startswith(('hang', 'delay')):
             self.forget()  # a callback of it may still be late
 
@@ -401,10 +414,14 @@ class Harness:
 
         place = eventually(f'{case.name}: an end', look, self.limit)
         case.recovery = time.monotonic() - began
-        case.seen = 'operator' if 'operator' in case.outcomes else names[place]
+        case.seen = names[place]
         assert not self.watch.overlaps(), f'TWO COPIES RAN: {self.watch.overlaps()}'
         assert not self.watch.late, 'the test saw a VMM too late'
+        if 'operator' in case.outcomes:
+            assert case.seen == self.ordered(case), f'ended as {case.seen}, not as {self.ordered(case)}, as was ordered'
+            case.seen = 'operator'
         assert case.seen in case.outcomes, f'ended as {case.seen}, not {"|".join(case.outcomes)}'
+        self.judge_doctor(agents, place)
         if place != 'ended':
             self.console.wait_ticks(3)
             hosts = self.console.check(after=mark)
@@ -420,6 +437,20 @@ class Harness:
                 eventually(f'{case.name}: left over on {agent.host.name}: {left}',
                            lambda a=agent: not self.left(a, place == a.host.name), 5)
 
+    @staticmethod
+    def ordered(case):
+        """Where the guest is after what an operator decided: one that is given up has ended, as the other host has."""
+        role, verdict = case.options['resolve'].split(':')
+        return role if verdict == 'here' else 'ended'
+
+    def judge_doctor(self, agents, place):
+        """The owner's doctor says that it is here, and nobody else's does."""
+        for agent in agents:
+            owners = [finding['owner'] for finding in self.findings(agent)]
+            here = place == agent.host.name
+            assert owners == ['here'] if here else not set(owners) & {'here', 'undecided'}, \
+                f'the doctor of {agent.host.name} says {owners} of a guest that is on {place}'
+
     def left(self, agent, owner):
         """What is left of the guest on a host, besides itself if it is there. Sockets of the user's own options are
         QEMU's to remove, which one that was killed did not."""
@@ -427,6 +458,9 @@ class Harness:
         if owner:
             found = [what for what in found if not what.startswith(('process', 'file'))] + \
                 [what for what in found if what.startswith('process')][1:]
+        vm = {} if owner else self.vm_at(agent)
+        if vm:
+            found.append(f'record of a VM: {vm["state"]}')
         users = ('.judge', f'vmlab/{self.vm.name}.qmp', f'vmlab/{self.vm.name}.vmm')
         return [what for what in found if not what.endswith(users)]
 

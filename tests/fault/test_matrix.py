@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every fault of matrix.table and attach.table, during a migration of the guest that checks itself: one copy runs where the table
-says, whole, and nothing is left over. Prints the matrix as a table."""
+"""Every fault of matrix.table and attach.table, during a migration of the guest that checks itself: one copy runs where
+the table says, whole, the doctors know, and nothing is left over. Prints the matrix as a table."""
 import dataclasses
 import os
 import sys

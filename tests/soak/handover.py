@@ -6,11 +6,11 @@
 
 Two hosts, eight small guests that share a part of a core, agents whose time-outs are divided by ten: agents crash,
 stand still, get errors, slow and full disks, lost and repeated messages; links are cut. Every twenty seconds or so the
-faults end, everything has to settle, and is judged: each guest runs on exactly one host, its VMMs never ran at the same
-instant, its memory is clean, its console without a gap; of descriptors an agent holds what it needs for its VMs, and
-none besides. In the second half of the time no fault ends an agent, so that what one leaks adds up: its memory of then
-is printed, and must be flat. What is done follows from the seed, which is printed: --seed does the same again, at
-moments that the machine's load shifts. Ends with status 1 at the first failure."""
+faults end, everything has to settle, and is judged: each guest runs on exactly one host, its VMMs never ran at the
+same instant, its memory is clean, its console without a gap; of descriptors an agent holds what it needs for its VMs,
+and none besides. In the second half of the rounds no fault ends an agent, so that what one leaks adds up: its memory
+of then is printed, and must be flat. What is done follows from the seed, which is printed, and the minutes: the same
+two do the same again, at moments that the machine's load shifts. Ends with status 1 at the first failure."""
 import argparse
 import os
 import random
@@ -29,8 +29,9 @@ from watch import Watch  # noqa: E402
 
 CPU_PERCENT = 90   # of one core, for all guests together
 STEPS_PER_ROUND = 24
+ROUND_SECONDS = 15  # about what one takes: how many rounds the minutes are
 SETTLE_LIMIT = 60
-LIVES_ON = 0.5     # of the time no agent is ended
+LIVES_ON = 0.5     # of the rounds no agent is ended
 FDS_PER_VM = 3     # that runs under an agent: two of QMP, and one of its process
 FLAT_BYTES = 4 << 20
 
@@ -252,15 +253,13 @@ class Soak:
 
     def run(self):
         began = time.monotonic()
-        whole = 60 * self.options.minutes
-        rounds = 0
-        while (spent := time.monotonic() - began) < whole:
+        rounds = max(2, round(60 * self.options.minutes / ROUND_SECONDS))
+        for number in range(rounds):
             for _ in range(STEPS_PER_ROUND):
-                self.step(lives_on=spent > (1 - LIVES_ON) * whole)
+                self.step(lives_on=number >= (1 - LIVES_ON) * rounds)
             self.calm()
-            rounds += 1
-            print(f'round {rounds}, at {time.monotonic() - began:.0f} s: {self.sent} migrations begun, {self.moved} '
-                  f'arrived, {self.faults} faults, {self.crashes} agents restarted', flush=True)
+            print(f'round {number + 1} of {rounds}, at {time.monotonic() - began:.0f} s: {self.sent} migrations begun, '
+                  f'{self.moved} arrived, {self.faults} faults, {self.crashes} agents restarted', flush=True)
         self.judge_usage()
         for agent in self.cluster.agents:
             assert agent.stop() == 0, f'the agent on {agent.host.name} ended with status {agent.process.returncode}'

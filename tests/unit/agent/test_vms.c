@@ -354,6 +354,41 @@ static void a_vmm_that_hangs_is_waited_for_until_the_deadline(void **state)
     vms_close(vms);
 }
 
+/* A VMM that lives is connected to again; who holds the guest of the old connection may go on. */
+static void a_connection_that_ended_is_made_anew(void **state)
+{
+    struct fixture *f = *state;
+    struct guest_status status;
+    cleanup_error struct vm_error *err = NULL;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    struct vm *vm = vms_get_present(vms, "web1", NULL);
+    assert_non_null(vm);
+    struct guest *first = vm_guest(vm);
+    atomic_store(&times_asked, 98);
+    assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, &err), -1);
+    int64_t deadline = clock_mono_ns() + LONG_NS;
+    while (vm_guest(vm) == first && clock_mono_ns() < deadline)
+        poll(NULL, 0, 10); /* the keeper tries within seconds */
+    assert_int_equal(vm_presence(vm), VM_PRESENT);
+    assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL), 0);
+    assert_int_equal(guest_status(first, &status, NULL), 0); /* is there still */
+
+    struct guest *second = vm_guest(vm);
+    vms_reconnect(vms, vm, first); /* somebody has */
+    assert_ptr_equal(vm_guest(vm), second);
+    vms_reconnect(vms, vm, second);
+    assert_ptr_not_equal(vm_guest(vm), second);
+    assert_int_equal(vm_presence(vm), VM_PRESENT);
+    atomic_store(&f->reachable, false);
+    second = vm_guest(vm);
+    vms_reconnect(vms, vm, second);
+    assert_ptr_equal(vm_guest(vm), second);
+    assert_int_equal(vm_presence(vm), VM_UNREACHABLE);
+    vm_put(vm);
+    vms_close(vms);
+}
+
 static void record_path(const struct fixture *f, char out[128])
 {
     snprintf(out, 128, "%s/vms/web1.vm", f->dir);
@@ -519,6 +554,7 @@ int main(void)
         WITH_FIXTURE(names_and_processes_are_unique),
         WITH_FIXTURE(a_removed_vm_is_forgotten_and_runs_on),
         WITH_FIXTURE(a_vmm_that_hangs_is_waited_for_until_the_deadline),
+        WITH_FIXTURE(a_connection_that_ended_is_made_anew),
         WITH_FIXTURE(damaged_records_are_put_aside),
         WITH_FIXTURE(a_record_under_another_name_is_not_that_vm),
         WITH_FIXTURE(a_write_that_was_cut_off_leaves_nothing),

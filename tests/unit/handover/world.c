@@ -38,8 +38,8 @@ static bool source_gave_up(const struct world *w)
 }
 
 /*
- * A VMM that died unseen before RUN was recorded has not started: the next record takes that back. If it cannot be
- * written, or the agent crashes before, a second fault has made it a start.
+ * A VMM that died unseen before RUN was recorded has not started: the next record takes that back.
+ * If it cannot be written, or the agent crashes before, a second fault has made it a start.
  */
 static void lose_dead_start(struct world *w)
 {
