@@ -173,9 +173,8 @@ static int check_source(const struct image *image, struct vm_error **err)
     return 0;
 }
 
-/* `to` as another name of what `from` is. `before` (NULL: none) is what it was. */
-static int commit_as(struct store *s, const struct image *from, const char *to, const char *parent,
-                     const struct image *before, struct vm_error **err)
+static int commit_once(struct store *s, const struct image *from, const char *to,
+                       const char *parent, const struct image *before, struct vm_error **err)
 {
     cleanup_free struct image *image = malloc(sizeof(*image));
     if (!image)
@@ -190,6 +189,30 @@ static int commit_as(struct store *s, const struct image *from, const char *to, 
     image->writer = registration_number(r);
     image->bytes_added = 0;
     return catalogue_commit(r, image, &nothing, err);
+}
+
+/*
+ * `to` as another name of what `from` is. `before` (NULL: none) is what it was. Collections may give
+ * `from` other roots meanwhile.
+ */
+static int commit_as(struct store *s, const struct image *from, const char *to, const char *parent,
+                     const struct image *before, struct vm_error **err)
+{
+    cleanup_free struct image *now = malloc(sizeof(*now));
+    if (!now)
+        return error_nomem(err);
+    *now = *from;
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        enum image_fate fate = IMAGE_GONE;
+        if (commit_once(s, now, to, parent, before, &failed) == 0)
+            return 0;
+        if (failed->kind == VM_ERROR_NOT_FOUND && i < TRIES &&
+            catalogue_find_again(s, from, now, &fate, err) < 0)
+            return -1;
+        if (fate == IMAGE_GONE)
+            return error_propagate(err, steal_ptr(&failed));
+    }
 }
 
 /* From the snapshot `source`, or from whatever has that content. */
