@@ -82,8 +82,12 @@ static void *drain(void *arg)
 
 static bool lives(const struct watch *w)
 {
-    struct process_identity now;
-    return process_identify((pid_t)w->pid, &now, NULL) == 0 && now.start == w->start;
+    struct process_identity p;
+    if (process_identify(getpid(), &p, NULL) < 0)
+        return true; /* nobody can know */
+    p.pid = (pid_t)w->pid;
+    p.start = w->start;
+    return process_alive(&p);
 }
 
 static const char *socket_of(const struct watch *w)

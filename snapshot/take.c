@@ -355,7 +355,7 @@ static int freeze(struct take *t, struct vm_error **err)
     return 0;
 }
 
-/* Only a warning: the snapshot is good, and the guest's agent thaws by itself sooner or later. */
+/* Only a warning: the snapshot is good. But somebody has to thaw what this could not. */
 static void thaw(struct take *t)
 {
     cleanup_error struct vm_error *failed = NULL;

@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_preflight.h"
 
 #include <errno.h>
 #include <inttypes.h>
@@ -428,7 +429,8 @@ struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *cons
         return NULL;
     /* A state that was saved while the guest stood for an instant makes QEMU stand, too. */
     bool run = params->vm->definition.state == GUEST_RUNNING;
-    if (wait_loaded(q, err) < 0 || (run && guest_resume(&q->guest, err) < 0)) {
+    if (wait_loaded(q, err) < 0 || qemu_verify_cpus(q, &params->vm->definition, err) < 0 ||
+        (run && guest_resume(&q->guest, err) < 0)) {
         guest_kill(&q->guest, KILL_TIMEOUT_MS, NULL);
         unlink(launch.qmp_path);
         qemu_destroy(q);

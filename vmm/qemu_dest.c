@@ -264,6 +264,12 @@ static int verify_cpus(const struct qemu_definition *d, const struct qemu_defini
     return verify_features(d->cpu_features, here->cpu_features, err);
 }
 
+int qemu_verify_cpus(struct qemu *q, const struct qemu_definition *d, struct vm_error **err)
+{
+    cleanup_qemu_definition struct qemu_definition here = {0};
+    return qemu_inspect_cpus(q, &here, err) < 0 ? -1 : verify_cpus(d, &here, err);
+}
+
 static int verify_ram(struct qemu *q, const struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_free struct qemu_ram_block *blocks = NULL;

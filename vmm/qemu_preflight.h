@@ -52,5 +52,7 @@ int qemu_dest_explain(const struct qemu_definition *d, const struct qemu_host *h
 
 /* Is the QEMU that waits the one of the definition? REFUSED with the first difference. */
 int qemu_verify(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
+/* Its CPUs alone, which a clone's must be as well: a guest uses what it found when it booted. */
+int qemu_verify_cpus(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
 
 #endif

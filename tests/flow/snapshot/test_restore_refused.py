@@ -70,14 +70,28 @@ def test_a_machine_type_that_is_not_here(agent, files):
     refused(agent, 'machine', 5, f'does not have the machine type {there}')
 
 
-def test_a_cpu_that_is_not_here(agent, files):
+def of_another_cpu(files):
     definition = definition_of(files)
     words = definition['cpu_features'].split(';')
     assert len(words) > 2
     key, value = words[0].split('=')
     definition['cpu_features'] = ';'.join([f'{key}={int(value, 16) ^ 0x80000000:08x}', *words[1:]])
-    store(agent, files, 'cpu', definition)
+    return definition
+
+
+def test_a_cpu_that_is_not_here(agent, files):
+    store(agent, files, 'cpu', of_another_cpu(files))
     refused(agent, 'cpu', 5, 'the CPU that this host offers is not the guest\'s: CPUID word')
+
+
+def test_a_template_of_a_cpu_that_is_not_here(agent, files):
+    store(agent, files, 'cloned', of_another_cpu(files))
+    agent.vmmig('template', 'publish', 'web1@cloned', 'cpu:1')
+    agent.cluster.console('never')  # to which its QEMU connects
+    failed = agent.vmmig('clone', 'cpu:1', '--as', 'never', check=False)
+    assert failed.returncode == 5 and 'the CPU that this host offers is not the guest\'s' in failed.stderr, failed
+    assert [vm['vm'] for vm in agent.json('list')['vms']] == ['web1']
+    assert not [argv for argv in agent.host.processes().values() if 'never' in argv]
 
 
 def test_more_memory_than_there_is(agent, files, tmp_path):
