@@ -483,14 +483,19 @@ static int restore_into(struct restore_job *t, struct restore *r, struct vm_erro
     return -1;
 }
 
-static int note_disks(struct restore_job *t, const struct restore *r, struct vm_error **err)
+static int note_disk(void *arg, const char *path, const char *image, struct vm_error **err)
 {
-    for (unsigned i = 0; i < restore_definition(r)->n_disks; i++) {
-        const char *path = restore_made_disk(r, i), *image = restore_made_image(r, i);
-        if (path && (image ? making_image(&t->making, path, image, err)
-                           : making_file(&t->making, path, err)) < 0)
-            return -1;
-    }
+    struct restore_job *t = arg;
+    if ((image ? making_image(&t->making, path, image, err) : making_file(&t->making, path, err)) < 0)
+        return -1;
+    FAULT("restore.disk");
+    return 0;
+}
+
+static int make_disks(struct restore_job *t, struct restore *r, struct vm_error **err)
+{
+    if (restore_make_disks(r, t->agent->config->vm_user, note_disk, t, err) < 0)
+        return -1;
     FAULT("restore.made");
     return 0;
 }
@@ -505,15 +510,13 @@ static int note_socket(struct restore_job *t, const struct restore *r, struct vm
 static int restore_noted(struct restore_job *t, struct vm_error **err)
 {
     char holder[IMAGE_NAME_MAX + 1];
-    const struct config *config = t->agent->config;
     struct uuid unique = uuid_new();
     snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
     if (making_lease(&t->making, holder, err) < 0)
         return -1;
     CLEANUP(restore) struct restore *r = restore_open(t->repo, t->image, holder, err);
     if (!r || note_socket(t, r, err) < 0 || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
-        restore_make_disks(r, config->vm_user, err) < 0 || note_disks(t, r, err) < 0 ||
-        restore_into(t, r, err) < 0)
+        make_disks(t, r, err) < 0 || restore_into(t, r, err) < 0)
         return -1;
     t->progress.snapshot.memory_bytes = restore_boots(r) ? 0 : restore_definition(r)->memory;
     return 0;

@@ -164,16 +164,6 @@ const struct qemu_definition *restore_definition(const struct restore *r)
     return &r->vm.definition;
 }
 
-const char *restore_made_disk(const struct restore *r, unsigned i)
-{
-    return r->made[i] ? r->vm.definition.disks[i].file : NULL;
-}
-
-const char *restore_made_image(const struct restore *r, unsigned i)
-{
-    return r->made[i] && *r->ids[i] ? r->ids[i] : NULL;
-}
-
 bool restore_is_frozen(const struct restore *r)
 {
     return r->vm.frozen && !r->boots;
@@ -299,7 +289,8 @@ static int give_to(const char *path, const char *user, struct vm_error **err)
                : 0;
 }
 
-int restore_make_disks(struct restore *r, const char *user, struct vm_error **err)
+int restore_make_disks(struct restore *r, const char *user, restore_note *note, void *arg,
+                       struct vm_error **err)
 {
     for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
         const struct qemu_disk *k = &r->vm.definition.disks[i];
@@ -312,6 +303,8 @@ int restore_make_disks(struct restore *r, const char *user, struct vm_error **er
         if (ceph && rbd_image_id(k->file, r->ids[i], err) < 0)
             return -1;
         r->made[i] = true;
+        if (note(arg, k->file, ceph ? r->ids[i] : NULL, err) < 0)
+            return -1;
         if (!ceph && give_to(k->file, user, err) < 0)
             return -1;
     }

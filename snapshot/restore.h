@@ -4,7 +4,7 @@
  *
  *     r = restore_open(repo, "web1@nightly", "restore web1", &err)     lease, definition
  *     restore_place_disks(r, "web1b", "/srv/disks" or NULL, &err)      where they go; CONFLICT if one is there
- *     restore_make_disks(r, user, &err)                                empty ones
+ *     restore_make_disks(r, user, note, arg, &err)                     empty ones, each told as it is made
  *     guest = a VMM that waits for the guest of restore_definition(r)
  *     restore_fill_disks(r, &control, &err)
  *     restore_load(r, guest, &control, &err)                           memory and device state; the guest stands
@@ -51,15 +51,17 @@ int restore_thaw(const struct restore *r, struct vm_error **err);
 bool restore_is_frozen(const struct restore *r);
 int restore_place_disks(struct restore *r, const char *vm, const char *folder,
                         struct vm_error **err);
-/* They will be `user`'s; "" or NULL: ours. */
-int restore_make_disks(struct restore *r, const char *user, struct vm_error **err);
+/* What was just made: its path, or its name and its id in Ceph (snapshot/rbd_image.h). */
+typedef int restore_note(void *arg, const char *path, const char *image, struct vm_error **err);
+/*
+ * They will be `user`'s; "" or NULL: ours. Each is told to `note` before the next one is made, so that
+ * what a crash leaves is known.
+ */
+int restore_make_disks(struct restore *r, const char *user, restore_note *note, void *arg,
+                       struct vm_error **err);
 int restore_fill_disks(struct restore *r, const struct restore_control *c, struct vm_error **err);
 int restore_load(struct restore *r, struct guest *guest, const struct restore_control *c,
                  struct vm_error **err);
-/* The path or name of disk i of the definition, if it was made here; else NULL. */
-const char *restore_made_disk(const struct restore *r, unsigned i);
-/* Of one in Ceph: its id (snapshot/rbd_image.h); else NULL. */
-const char *restore_made_image(const struct restore *r, unsigned i);
 void restore_keep(struct restore *r);
 
 #endif

@@ -176,7 +176,7 @@ def test_several_clones_are_all_or_those_that_are_whole(agent):
     kill(agent, {'vm': 'many-1', 'pid': agent.json('status', 'many-1')['pid']})
 
 
-@pytest.mark.parametrize('point', ['restore.made', 'restore.filled', 'restore.memory'])
+@pytest.mark.parametrize('point', ['restore.disk', 'restore.made', 'restore.filled', 'restore.memory'])
 def test_a_vm_that_was_being_restored(agent, point):
     folder = os.path.join(agent.cluster.shared, 'restored')
     os.makedirs(folder, exist_ok=True)
