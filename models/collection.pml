@@ -451,7 +451,7 @@ inline repack()
 #ifdef MISTAKE_FORWARDING_NOT_GUARDED
           safe = true;
 #endif
-          COMMIT_FORWARDING;
+          COMMIT_FORWARDING; /* P1 */
           atomic { seen = 0; safe = false }
        :: atomic { epoch[0] != seen -> condemned[list] = condemned[list] & ~P0; seen = 0 }
        fi
