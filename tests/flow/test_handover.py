@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Agents that die during a migration: afterwards exactly one copy of the guest runs, all of it, and where
 nobody can know, an operator decides."""
+import contextlib
 import os
 import time
 
@@ -116,23 +117,26 @@ def test_an_agent_killed_in_mid_copy(cluster, side):
 
 
 def test_what_the_user_prepared_is_his_also_after_a_restart(cluster):
-    """The agent that received into it was killed: the next one ends the QEMU, and leaves the socket that it made."""
+    """The agent that received into it was killed: the next one ends the QEMU, and leaves the socket of the user's. It
+    has another name than that by which a QEMU that quits removes it."""
     pair = Pair(cluster, 'prepared', fill='random', mem_mib=256)
-    h2 = pair.a2.host
+    h2, socket = pair.a2.host, pair.vm.qmp_path.replace('.qmp', '.mine.qmp')
     h2.popen(pair.vm.argv(incoming='defer'), name='prepared')
     eventually('the destination', lambda: os.path.exists(h2.path(pair.vm.judge_path)))
+    os.rename(h2.path(pair.vm.qmp_path), h2.path(socket))
     cluster.hosts[0].set_rate('1gbit')
     try:
-        pair.begin('--dest-qmp', pair.vm.qmp_path)
+        pair.begin('--dest-qmp', socket)
         eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 20 * MIB)
         pair.a2.kill()
         pair.a2.start(build=fault_build())
         pair.expect('h1')
-        assert os.path.exists(h2.path(pair.vm.qmp_path))
+        assert os.path.exists(h2.path(socket))
     finally:
         cluster.hosts[0].set_rate(None)
-        for path in (pair.vm.qmp_path, pair.vm.judge_path):
-            os.unlink(h2.path(path))
+        for path in (socket, pair.vm.judge_path):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(h2.path(path))
     pair.end()
 
 
