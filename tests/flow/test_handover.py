@@ -20,6 +20,13 @@ def cluster():
         yield made
 
 
+@pytest.fixture
+def fresh():
+    """Hosts whose journals are empty: what is said of the second record is said of the hand-over's."""
+    with Cluster(start=False) as made:
+        yield made
+
+
 class Pair:
     """A guest on h1, two agents, and what became of them."""
 
@@ -243,11 +250,11 @@ def test_a_guest_that_is_taken_back_is_not_in_doubt(cluster):
 
 
 @pytest.mark.parametrize('verdict', ['here', 'gone'])
-def test_a_damaged_record_leaves_the_guest_to_an_operator(cluster, verdict):
+def test_a_damaged_record_leaves_the_guest_to_an_operator(fresh, verdict):
     """What COMMIT left on the disk is damaged, and the source's agent is restarted: nobody there knows of the
     hand-over, and nobody claims to."""
     name = f'damaged-{verdict}'
-    pair = Pair(cluster, name, faults=('journal.record=corrupt@2,handover.after.COMMIT=crash', ''), mem_mib=64)
+    pair = Pair(fresh, name, faults=('journal.record=corrupt@2,handover.after.COMMIT=crash', ''), mem_mib=64)
     pair.begin()
     pair.wait_death(pair.a1)
     pair.a1.start(build=fault_build())
