@@ -148,6 +148,10 @@ def cold(agent):
 
 def test_where_a_clone_was_made_before_the_next_one_waits_less(agent, template):
     cold(agent)
+    # Published anew, so that what other clones read is forgotten.
+    agent.vmmig('template', 'delete', 'debian12:v1')
+    agent.vmmig('template', 'publish', template['source'], 'debian12:v1')
+    assert not agent.json('template', 'show', 'debian12:v1')['working_set']
     waits = []
     for name in ('w1', 'w2'):
         made, console = clone(agent, 'debian12:v1', name)
