@@ -413,8 +413,8 @@ def test_the_first_interrupt_leaves_the_job(h1):
         command.send_signal(signal.SIGINT)
         _, stderr = command.communicate(timeout=20)
         assert command.returncode == 130
-        assert stderr.splitlines()[-1] == ('vmmig: the job goes on in the background; Ctrl-C again '
-                                           'cancels it now, `vmmig cancel web1` later')
+        assert ('vmmig: the job goes on in the background; Ctrl-C again cancels it now, `vmmig cancel web1` later'
+                in stderr.splitlines())
         assert job_of(h1, 'web1')['state'] == 'running'
         h1.ok('cancel', 'web1')
         h1.run('watch', 'web1')
