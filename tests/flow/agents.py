@@ -95,6 +95,15 @@ class Agent:
     def kill(self):
         return self.stop(signal.SIGKILL)
 
+    def end(self, name):
+        """Kills the VMM of that name, unless it has ended, and forgets it."""
+        vm = self.json('status', name)
+        if vm['presence'] != 'ended':
+            os.kill(vm['pid'], signal.SIGKILL)
+            eventually('the end of the VMM',
+                       lambda: self.host.reap() or self.json('status', name)['presence'] == 'ended')
+        self.vmmig('detach', name)
+
     def log(self):
         with open(self.process.log, encoding='utf-8', errors='replace') as file:
             return file.read()

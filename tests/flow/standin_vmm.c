@@ -4,12 +4,14 @@
  * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
- *                 [--incoming] [--by-hand] [--still] [--firmware] [--fail CALLBACK] [--hang CALLBACK]
+ *                 [--incoming] [--by-hand] [--still] [--firmware] [--save-writes]
+ *                 [--fail CALLBACK] [--hang CALLBACK]
  *
  * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
  * started. --still: the guest is paused, by the VMM itself.
- * --firmware: its memory is full of something from the start, also with --incoming. Its state is a hash of all its memory, which `load` compares with what arrived: one page that is
- * missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
+ * --firmware: its memory is full of something from the start, also with --incoming. --save-writes: saving its state
+ * writes to its memory, as some devices do. Its state is a hash of all its memory, which `load` compares with what
+ * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
  */
 #include "dirtylog/vmmig-attach.h"
 
@@ -47,7 +49,7 @@ struct vmm {
     double rate; /* pages a slice */
     uint64_t working, writes;
     pthread_t writer;
-    bool running;
+    bool running, save_writes;
     atomic_bool stop, quit;
     const char *fails, *hangs; /* callbacks */
     struct vmmig_slot told[2];
@@ -154,6 +156,8 @@ static uint64_t hash_memory(const struct vmm *v)
 static int on_save(void *arg, int fd)
 {
     struct vmm *v = arg;
+    if (v->save_writes)
+        write_page(v, v->writes % v->working);
     struct state s = {v->writes, hash_memory(v)};
     if (misbehave(v, "save") < 0)
         return -EIO;
@@ -277,7 +281,7 @@ static uint64_t number(const char *text)
 
 struct options {
     const char *socket, *machine, *memory, *rate, *working, *fail, *hang;
-    bool incoming, by_hand, still, firmware;
+    bool incoming, by_hand, still, firmware, save_writes;
 };
 
 static struct options parse(int argc, char **argv)
@@ -287,7 +291,9 @@ static struct options parse(int argc, char **argv)
         {"rate", required_argument, NULL, 'r'},    {"working", required_argument, NULL, 'w'},
         {"machine", required_argument, NULL, 'M'}, {"incoming", no_argument, NULL, 'i'},
         {"fail", required_argument, NULL, 'f'},    {"hang", required_argument, NULL, 'h'},
-        {"by-hand", no_argument, NULL, 'b'}, {"still", no_argument, NULL, 'S'},       {"firmware", no_argument, NULL, 'F'}, {0}};
+        {"by-hand", no_argument, NULL, 'b'},       {"still", no_argument, NULL, 'S'},
+        {"firmware", no_argument, NULL, 'F'},      {"save-writes", no_argument, NULL, 'W'},
+        {0}};
     struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8", .fail = "", .hang = ""};
     for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
         switch (c) {
@@ -302,6 +308,7 @@ static struct options parse(int argc, char **argv)
         case 'b': o.by_hand = true; break;
         case 'S': o.still = true; break;
         case 'F': o.firmware = true; break;
+        case 'W': o.save_writes = true; break;
         default: exit(2);
         }
     }
@@ -327,6 +334,7 @@ int main(int argc, char **argv)
     struct options o = parse(argc, argv);
     struct vmm v = {.rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
                     .working = number(o.working) * MIB / PAGE,
+                    .save_writes = o.save_writes,
                     .fails = o.fail,
                     .hangs = o.hang};
     const char *const incoming[] = {argv[0],   "--socket", VMMIG_SOCKET_WORD, "--memory", o.memory,

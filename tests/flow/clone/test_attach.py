@@ -3,7 +3,6 @@
 checks all of its memory."""
 import os
 import re
-import signal
 
 import pytest
 from agents import Cluster, eventually, fault_build
@@ -18,14 +17,6 @@ STANDIN = 'tests/flow/standin_vmm'
 
 def heartbeats(console):
     return [int(found.group(1)) for line in console.lines if (found := HEARTBEAT.match(line.text))]
-
-
-def end(agent, name):
-    vm = agent.json('status', name)
-    if vm['presence'] != 'ended':
-        os.kill(vm['pid'], signal.SIGKILL)
-        eventually('the end of the VMM', lambda: agent.host.reap() or agent.json('status', name)['presence'] == 'ended')
-    agent.vmmig('detach', name)
 
 
 @pytest.fixture(scope='module')
@@ -60,7 +51,7 @@ def template(agent):
     console.wait_ticks(2)
     published = agent.json('template', 'publish', 'busy@first', 'busy:v1')
     published['instant'] = before, heartbeats(console)[-1]
-    end(agent, 'busy')
+    agent.end('busy')
     return published
 
 
@@ -70,7 +61,7 @@ def nothing_is_left(agent):
     if agent.process.poll() is not None:
         restart(agent)
     for vm in agent.json('list')['vms']:
-        end(agent, vm['vm'])
+        agent.end(vm['vm'])
     eventually('no lease', lambda: leases(agent) == [])
 
 
@@ -142,7 +133,7 @@ def test_a_vmm_that_takes_no_files(agent):
     agent.vmmig('attach', 'plain', '--socket', path)
     agent.vmmig('snapshot', 'plain', 'first')
     agent.vmmig('template', 'publish', 'plain@first', 'plain:v1')
-    end(agent, 'plain')
+    agent.end('plain')
     refused = agent.vmmig('clone', 'plain:v1', '--as', 'never', check=False)
     assert refused.returncode == 5 and "cannot run on a template's memory" in refused.stderr, refused
     assert agent.json('list')['vms'] == []

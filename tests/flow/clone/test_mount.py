@@ -200,43 +200,42 @@ def test_the_cache_has_a_limit(url, tmp_path, mounts):
         with open(path, 'rb') as want:
             assert f.read() == want.read()
 
-def test_a_full_file_system_below_the_cache(url, tmp_path, mounts):
+
+@pytest.fixture
+def small_cache(tmp_path):
+    """The folder of the first mount's cache, a file system of 8 MiB."""
+    cache = tmp_path / 'mount' / 'cache'
+    cache.mkdir(parents=True)
+    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'none', cache], check=True)
+    yield cache
+    subprocess.run(['umount', '-l', cache], check=True)
+
+
+def test_a_full_file_system_below_the_cache(url, tmp_path, small_cache, mounts):
     """What was read goes from the cache, and the reading goes on."""
     path = tmp_path / 'large.raw'
     path.write_bytes(random.Random(6).randbytes(20 * MIB))
     store(url, 'a', memory_raw=path)
-    cache = tmp_path / 'mount' / 'cache'
-    cache.mkdir(parents=True)
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'none', cache], check=True)
     m = mounts(url)
-    try:
-        subprocess.run(['cmp', m.file('a', 'memory.raw'), path], check=True, timeout=60)
-        assert 0 < m.status()['cache_used'] <= 8 * MIB and m.status()['evicted'] > 0
-        assert 'file system is full' in m.log()
-    finally:
-        subprocess.run(['umount', '-l', cache], check=True)
+    subprocess.run(['cmp', m.file('a', 'memory.raw'), path], check=True, timeout=60)
+    assert 0 < m.status()['cache_used'] <= 8 * MIB and m.status()['evicted'] > 0
+    assert 'file system is full' in m.log()
 
 
-def test_others_fill_the_file_system_below_the_cache(url, raw, tmp_path, mounts):
+def test_others_fill_the_file_system_below_the_cache(url, raw, small_cache, mounts):
     """Memory waits until there is room again; the state says why."""
     store(url, 'a', memory_raw=raw)
-    cache = tmp_path / 'mount' / 'cache'
-    cache.mkdir(parents=True)
-    subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8M', 'none', cache], check=True)
     m = mounts(url)
-    try:
-        with open(m.file('a', 'memory.raw'), 'rb', buffering=0) as f:
-            subprocess.run(['dd', 'if=/dev/zero', f'of={cache}/of-others', 'bs=64k'], capture_output=True, check=False)
-            got = []
-            thread = threading.Thread(target=lambda: got.append(os.pread(f.fileno(), MIB, 0)))
-            thread.start()
-            eventually('it is told', lambda: m.status()['cache_full'])
-            assert not got and m.status()['failed_reads'] == 0
-            (cache / 'of-others').unlink()
-            thread.join(20)
-            assert got == [raw.read_bytes()[:MIB]] and not m.status()['cache_full']
-    finally:
-        subprocess.run(['umount', '-l', cache], check=True)
+    with open(m.file('a', 'memory.raw'), 'rb', buffering=0) as f:
+        subprocess.run(['dd', 'if=/dev/zero', f'of={small_cache}/of-others', 'bs=64k'], capture_output=True, check=False)
+        got = []
+        thread = threading.Thread(target=lambda: got.append(os.pread(f.fileno(), MIB, 0)))
+        thread.start()
+        eventually('it is told', lambda: m.status()['cache_full'])
+        assert not got and m.status()['failed_reads'] == 0
+        (small_cache / 'of-others').unlink()
+        thread.join(20)
+        assert got == [raw.read_bytes()[:MIB]] and not m.status()['cache_full']
 
 
 def recorded(url, path, mounts, image='t:web@0123456789abcdef'):

@@ -12,7 +12,7 @@ from agents import Cluster, eventually
 from lab import BareGuest
 from lab.guests import built
 
-from repo.conftest import ceph_cluster
+from repo.conftest import ceph_with
 
 from .test_clone import content, kill, start_agent, write
 
@@ -30,12 +30,7 @@ def cluster():
 @pytest.fixture(scope='module')
 def ceph(cluster, tmp_path_factory):
     """In the first host's network."""
-    lacking = ceph_cluster.missing()
-    if lacking:
-        pytest.skip(f'no Ceph: {", ".join(lacking)} not installed')
-    with ceph_cluster.CephCluster(tmp_path_factory.mktemp('ceph'), osds=OSDS,
-                                  network_of=cluster.hosts[0].pid) as ceph:
-        ceph.create_pool('images')
+    with ceph_with('images', tmp_path_factory.mktemp('ceph'), osds=OSDS, network_of=cluster.hosts[0].pid) as ceph:
         yield ceph
 
 

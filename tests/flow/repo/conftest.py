@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repositories over both stores, and the program that drives them."""
+import contextlib
 import json
 import os
 import subprocess
@@ -65,13 +66,20 @@ class Repository:
         return done.stdout
 
 
-@pytest.fixture(scope='session')
-def ceph(tmp_path_factory):
+@contextlib.contextmanager
+def ceph_with(pool, folder, **options):
+    """A cluster with that pool; skips the test where Ceph is not installed."""
     lacking = ceph_cluster.missing()
     if lacking:
         pytest.skip(f'no Ceph: {", ".join(lacking)} not installed')
-    with ceph_cluster.CephCluster(tmp_path_factory.mktemp('ceph')) as running:
-        running.create_pool('images')
+    with ceph_cluster.CephCluster(folder, **options) as running:
+        running.create_pool(pool)
+        yield running
+
+
+@pytest.fixture(scope='session')
+def ceph(tmp_path_factory):
+    with ceph_with('images', tmp_path_factory.mktemp('ceph')) as running:
         yield running
 
 

@@ -2,7 +2,6 @@
 """VMs are restored with their disks in Ceph, from there to elsewhere in Ceph, and from there to files."""
 import json
 import os
-import signal
 import subprocess
 
 import pytest
@@ -10,7 +9,7 @@ from agents import Cluster, eventually, fault_build
 from lab import BareGuest
 from snapshots import disks, export_file, image_file, make_agent, start
 
-from repo.conftest import ceph_cluster
+from repo.conftest import ceph_with
 
 MIB = 1 << 20
 
@@ -24,11 +23,7 @@ def cluster():
 @pytest.fixture(scope='module')
 def ceph(cluster, tmp_path_factory):
     """In the host's network."""
-    lacking = ceph_cluster.missing()
-    if lacking:
-        pytest.skip(f'no Ceph: {", ".join(lacking)} not installed')
-    with ceph_cluster.CephCluster(tmp_path_factory.mktemp('ceph'), osds=2, network_of=cluster.hosts[0].pid) as ceph:
-        ceph.create_pool('vms')
+    with ceph_with('vms', tmp_path_factory.mktemp('ceph'), osds=2, network_of=cluster.hosts[0].pid) as ceph:
         yield ceph
 
 
@@ -44,7 +39,7 @@ def web1(agent):
     paths = disks(agent.cluster, vm)
     start(agent, vm)
     agent.vmmig('snapshot', 'web1', 'first')
-    end(agent, 'web1')
+    agent.end('web1')
     return vm, paths
 
 
@@ -52,15 +47,7 @@ def web1(agent):
 def nothing_runs_after_it(agent):
     yield
     for vm in agent.json('list')['vms']:
-        end(agent, vm['vm'])
-
-
-def end(agent, name):
-    vm = agent.json('status', name)
-    if vm['presence'] != 'ended':
-        os.kill(vm['pid'], signal.SIGKILL)
-        eventually('its end', lambda: agent.host.reap() or agent.json('status', name)['presence'] == 'ended')
-    agent.vmmig('detach', name)
+        agent.end(vm['vm'])
 
 
 def rbd(agent, ceph, *words):
@@ -112,13 +99,13 @@ def test_to_ceph_and_from_there(agent, ceph, web1):
     # To another place in Ceph, and to files.
     rbd(agent, ceph, 'namespace', 'create', 'vms/other')
     restored(agent, vm, 'inceph@second', 'elsewhere', '--disk-dir', f'rbd:vms/other:conf={ceph.conf}')
-    end(agent, 'elsewhere')
+    agent.end('elsewhere')
     assert images(agent, ceph, '--namespace', 'other') == sorted(
         [f'elsewhere-disk{numbers[0]}', f'elsewhere-disk{numbers[1]}.qcow2'])
     folder = os.path.join(agent.cluster.shared, 'files')
     os.mkdir(folder)
     restored(agent, vm, 'inceph@second', 'files', '--disk-dir', folder)
-    end(agent, 'files')
+    agent.end('files')
     assert same(agent, 'inceph@second', raw, f'{folder}/files-disk{numbers[0]}.raw', 'raw')
     with export_file(agent, 'inceph@second', other) as path, open(path, 'rb') as file:
         assert file.read()[8 * MIB:9 * MIB] == b'\x78' * MIB
@@ -130,7 +117,7 @@ def test_to_ceph_and_from_there(agent, ceph, web1):
             capture_output=True, check=False).returncode == 0, 60)
     restored(agent, vm, 'inceph@second', 'inceph')
     assert len(images(agent, ceph)) == 2
-    end(agent, 'inceph')
+    agent.end('inceph')
 
 
 def definition(agent, image):
