@@ -321,7 +321,6 @@ static bool is_zero(const uint8_t *data, size_t len)
     return !*data && !memcmp(data, data + 1, len - 1);
 }
 
-/* Everything of one file that is not zero, in whole blocks. */
 /* Blocks that are not zero, as many at a time as lie side by side. */
 static int write_runs(const uint8_t *data, size_t n, uint64_t at, size_t block, write_fn *write,
                       void *arg, struct vm_error **err)

@@ -3,15 +3,13 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
-#include "base/io.h"
 #include "base/log.h"
 #include "repo/template.h"
 #include "snapshot/chain.h"
-#include "snapshot/definition_file.h"
 #include "snapshot/disk_target.h"
 #include "snapshot/guest_agent.h"
-#include "snapshot/memory_image.h"
 #include "snapshot/take_attach.h"
+#include "snapshot/taking.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_preflight.h"
 #include "vmm/qemu_snapshot.h"
@@ -32,43 +30,23 @@
 enum { PRECOPY_REST = 16 << 20, PRECOPY_ROUNDS = 8 };
 
 struct take {
-    const struct snapshot_params *p;
+    struct taking s;
     struct qemu *qemu;
-    struct qemu_json vm;
-    struct snapshot_progress progress;
-    struct snapshot_report *report;
 
     struct qemu_snapshot *disks;
     unsigned n_disks;
-    struct image_session *session;
-    struct gather *gather;
-    struct memory_image *memory;
     struct disk_target *targets[QEMU_SNAPSHOT_DISKS_MAX];
     struct guest_agent *guest_agent;
     struct guard *guard;
-    bool was_running, sourcing;
     bool precopy; /* memory is copied before the instant, since it cannot be write-protected */
     int nbd_fds[QEMU_SNAPSHOT_DISKS_MAX]; /* QEMU's ends, until it has them */
     char prefix[QEMU_SNAPSHOT_PREFIX_MAX], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX];
     bool layers[QEMU_SNAPSHOT_DISKS_MAX]; /* disks that are overlays upon the parent's, and read as such */
 };
 
-static void tell(struct take *t, enum snapshot_phase phase)
-{
-    struct image_writer_stat stat = {0};
-    t->progress.phase = phase;
-    if (t->session)
-        image_writer_stat(image_session_writer(t->session), &stat);
-    if (t->memory)
-        memory_image_progress(t->memory, &t->progress.memory_done, &t->progress.memory_total);
-    t->progress.stored = stat.bytes_stored;
-    if (t->p->progress)
-        t->p->progress(t->p->arg, &t->progress);
-}
-
 static void note(struct take *t, const char *text)
 {
-    char *out = t->report->note;
+    char *out = t->s.report->note;
     size_t n = strlen(out);
     snprintf(out + n, SNAPSHOT_NOTE_MAX - n, "%s%s", n ? "; " : "", text);
 }
@@ -80,10 +58,10 @@ static int choose_way(struct take *t, struct vm_error **err)
 {
     cleanup_error struct vm_error *cannot = NULL;
     char text[SNAPSHOT_NOTE_MAX];
-    if (t->p->disk_only)
+    if (t->s.p->disk_only)
         return 0;
     t->precopy = true;
-    if (!t->was_running)
+    if (!t->s.was_running)
         return 0;
     if (qemu_snapshot_can_protect(t->qemu, &cannot) == 0) {
         t->precopy = false;
@@ -99,22 +77,22 @@ static int choose_way(struct take *t, struct vm_error **err)
 
 static int look_at_vm(struct take *t, struct vm_error **err)
 {
-    struct qemu_definition *d = &t->vm.definition;
+    struct qemu_definition *d = &t->s.vm.definition;
     struct guest_status status;
-    if (guest_status(t->p->guest, &status, err) < 0)
+    if (guest_status(t->s.p->guest, &status, err) < 0)
         return -1;
     if (status.state == GUEST_POSTMIGRATE)
         return error_set(err, VM_ERROR_REFUSED,
                          "the guest stands as QEMU last gave its memory away, for a snapshot or a migration, and "
                          "QEMU does that once: resume it first");
-    snprintf(t->vm.name, sizeof(t->vm.name), "%s", t->p->vm);
-    if (qemu_snapshot_wait_former(t->qemu, clock_mono_ns() + FORMER_NS, t->p->cancel_fd, err) < 0 ||
-        qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->vm, err) < 0)
+    snprintf(t->s.vm.name, sizeof(t->s.vm.name), "%s", t->s.p->vm);
+    if (qemu_snapshot_wait_former(t->qemu, clock_mono_ns() + FORMER_NS, t->s.p->cancel_fd, err) < 0 ||
+        qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->s.vm, err) < 0)
         return -1;
     for (unsigned i = 0; i < d->n_disks; i++)
         if (!d->disks[i].writable)
-            t->vm.disk_files[i][0] = 0;
-    t->was_running = d->state == GUEST_RUNNING;
+            t->s.vm.disk_files[i][0] = 0;
+    t->s.was_running = d->state == GUEST_RUNNING;
     return choose_way(t, err);
 }
 
@@ -134,7 +112,7 @@ static bool sizes_fit(const struct take *t, const struct image *parent)
     unsigned n;
     const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
     for (unsigned i = 0; i < n; i++) {
-        const struct image_entry *e = image_find_file(parent, t->vm.disk_files[disks[i].number]);
+        const struct image_entry *e = image_find_file(parent, t->s.vm.disk_files[disks[i].number]);
         if (!e || e->size != disks[i].size)
             return false;
     }
@@ -145,8 +123,8 @@ static bool sizes_fit(const struct take *t, const struct image *parent)
 static bool is_cloned(const struct take *t, const struct qemu_snapshot_disk *disk,
                       char ret_image[IMAGE_NAME_MAX + 1], char ret_file[IMAGE_FILE_NAME_MAX + 1])
 {
-    return t->p->mount && *disk->backing &&
-           mount_has(t->p->mount, disk->backing, t->p->guest->process.pid, ret_image, ret_file) &&
+    return t->s.p->mount && *disk->backing &&
+           mount_has(t->s.p->mount, disk->backing, t->s.p->guest->process.pid, ret_image, ret_file) &&
            template_is_version(ret_image);
 }
 
@@ -157,12 +135,12 @@ static void name_cloned(struct take *t)
     const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
     char image[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1];
     for (unsigned i = 0; i < n; i++) {
-        char *name = t->vm.disk_files[disks[i].number];
+        char *name = t->s.vm.disk_files[disks[i].number];
         if (!is_cloned(t, &disks[i], image, file) || strlen(file) > QEMU_JSON_FILE_MAX)
             continue;
-        for (unsigned k = 0; k < t->vm.definition.n_disks; k++)
-            if (k != disks[i].number && !strcmp(t->vm.disk_files[k], file))
-                strcpy(t->vm.disk_files[k], name);
+        for (unsigned k = 0; k < t->s.vm.definition.n_disks; k++)
+            if (k != disks[i].number && !strcmp(t->s.vm.disk_files[k], file))
+                strcpy(t->s.vm.disk_files[k], name);
         memmove(name, file, strlen(file) + 1);
     }
 }
@@ -173,7 +151,7 @@ static bool is_layer_upon(const struct take *t, const struct qemu_snapshot_disk 
 {
     char found[IMAGE_NAME_MAX + 1], file[IMAGE_FILE_NAME_MAX + 1];
     if (!is_cloned(t, disk, found, file) || strcmp(found, image->name) ||
-        strcmp(file, t->vm.disk_files[disk->number]))
+        strcmp(file, t->s.vm.disk_files[disk->number]))
         return false;
     const struct image_entry *e = image_find_file(image, file);
     return e && e->size == disk->backing_size && e->size <= disk->size;
@@ -190,7 +168,7 @@ static int find_template(struct take *t, struct image *ret_template, struct vm_e
     for (unsigned i = 0; i < n; i++) {
         if (!is_cloned(t, &disks[i], image, file))
             continue;
-        if (catalogue_find(repo_store(t->p->repo), image, ret_template, &gone) == 0)
+        if (catalogue_find(repo_store(t->s.p->repo), image, ret_template, &gone) == 0)
             return 0;
         ret_template->name[0] = 0;
         if (gone->kind != VM_ERROR_NOT_FOUND)
@@ -224,9 +202,9 @@ static int choose_parent(struct take *t, struct image *parent,
 {
     char prefix[QEMU_SNAPSHOT_PREFIX_MAX];
     ret_prefix[0] = 0;
-    if (snapshot_newest(t->p->repo, t->p->vm, parent, err) < 0)
+    if (snapshot_newest(t->s.p->repo, t->s.p->vm, parent, err) < 0)
         return -1;
-    bitmap_prefix(t->p->repo, parent->writer, prefix);
+    bitmap_prefix(t->s.p->repo, parent->writer, prefix);
     if (parent->name[0] && qemu_snapshot_has_bitmap(t->disks, prefix) && sizes_fit(t, parent)) {
         memcpy(ret_prefix, prefix, sizeof(prefix));
         return 0;
@@ -245,15 +223,15 @@ static int open_targets(struct take *t, struct vm_error **err)
     unsigned n;
     const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
     for (unsigned i = 0; i < n; i++) {
-        const char *name = t->vm.disk_files[disks[i].number];
-        struct disk_target_params p = {.gather = t->gather,
+        const char *name = t->s.vm.disk_files[disks[i].number];
+        struct disk_target_params p = {.gather = t->s.gather,
                                        .file =
-                                           image_session_file(t->session, name, disks[i].size, err),
+                                           image_session_file(t->s.session, name, disks[i].size, err),
                                        .size = disks[i].size,
-                                       .plugin = t->p->plugin};
+                                       .plugin = t->s.p->plugin};
         if (!p.file || !(t->targets[i] = disk_target_create(&p, &t->nbd_fds[i], err)))
             return -1;
-        t->report->disk_bytes += disks[i].size;
+        t->s.report->disk_bytes += disks[i].size;
     }
     return 0;
 }
@@ -261,7 +239,7 @@ static int open_targets(struct take *t, struct vm_error **err)
 static struct qemu_snapshot_params disk_params(const struct take *t)
 {
     return (struct qemu_snapshot_params){.nbd_fds = t->nbd_fds,
-                                         .scratch_dir = t->p->scratch_dir,
+                                         .scratch_dir = t->s.p->scratch_dir,
                                          .bitmap = t->prefix,
                                          .layers = t->layers,
                                          .parent = *t->parent_prefix ? t->parent_prefix : NULL};
@@ -275,29 +253,23 @@ static void forget_fds(struct take *t)
 
 static int begin_image(struct take *t, struct vm_error **err)
 {
-    char image[IMAGE_NAME_MAX + 1];
     cleanup_free struct image *parent = calloc(1, sizeof(*parent));
     if (!parent)
         return error_nomem(err);
-    if (snapshot_image_name(t->p->vm, t->p->name, image, err) < 0 ||
-        !(t->disks = qemu_snapshot_create(t->qemu, &t->vm.definition, err)))
+    t->disks = qemu_snapshot_create(t->qemu, &t->s.vm.definition, err);
+    if (!t->disks)
         return -1;
     qemu_snapshot_disks(t->disks, &t->n_disks);
     name_cloned(t);
-    if (choose_parent(t, parent, t->parent_prefix, err) < 0 ||
-        !(t->session = image_session_begin(t->p->repo, image, *parent->name ? parent->name : NULL,
-                                           err)) ||
-        !(t->gather = gather_create(image_session_writer(t->session), err)))
+    if (choose_parent(t, parent, t->parent_prefix, err) < 0 || taking_begin(&t->s, parent, err) < 0)
         return -1;
-    strcpy(t->report->image, image);
-    strcpy(t->report->parent, parent->name);
-    bitmap_prefix(t->p->repo, image_session_number(t->session), t->prefix);
+    bitmap_prefix(t->s.p->repo, image_session_number(t->s.session), t->prefix);
     return 0;
 }
 
 static int prepare_disks(struct take *t, struct vm_error **err)
 {
-    t->guard = guard_start(&t->p->guard, err);
+    t->guard = guard_start(&t->s.p->guard, err);
     if (!t->guard || open_targets(t, err) < 0)
         return -1;
     if (t->precopy)
@@ -312,17 +284,17 @@ static int open_image(struct take *t, struct vm_error **err)
 {
     if (begin_image(t, err) < 0 || prepare_disks(t, err) < 0)
         return -1;
-    struct memory_image_setup memory = {.vm = t->vm.ram_files ? &t->vm : NULL,
-                                        .session = t->session,
-                                        .gather = t->gather,
-                                        .scratch_dir = t->p->scratch_dir,
+    struct memory_image_setup memory = {.vm = t->s.vm.ram_files ? &t->s.vm : NULL,
+                                        .session = t->s.session,
+                                        .gather = t->s.gather,
+                                        .scratch_dir = t->s.p->scratch_dir,
                                         .guard = t->guard,
                                         .repeats = t->precopy};
-    if (t->p->disk_only)
+    if (t->s.p->disk_only)
         return 0;
-    t->report->memory_bytes = t->vm.definition.memory;
-    t->memory = memory_image_create(&memory, err);
-    return t->memory ? 0 : -1;
+    t->s.report->memory_bytes = t->s.vm.definition.memory;
+    t->s.memory = memory_image_create(&memory, err);
+    return t->s.memory ? 0 : -1;
 }
 
 /* ---- the instant ---- */
@@ -333,21 +305,21 @@ static int freeze(struct take *t, struct vm_error **err)
     struct vm_error *failed = NULL;
     char text[SNAPSHOT_NOTE_MAX];
     cleanup_free char *found =
-        t->p->guest_agent || !t->was_running
+        t->s.p->guest_agent || !t->s.was_running
             ? NULL
-            : guest_agent_find(t->vm.definition.argv, t->vm.definition.cwd);
-    const char *path = t->p->guest_agent ? t->p->guest_agent : found;
+            : guest_agent_find(t->s.vm.definition.argv, t->s.vm.definition.cwd);
+    const char *path = t->s.p->guest_agent ? t->s.p->guest_agent : found;
     if (!path)
         return 0;
-    if (!t->was_running)
+    if (!t->s.was_running)
         return error_set(err, VM_ERROR_REFUSED, "the guest is paused: its agent cannot answer");
     int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
     t->guest_agent = guest_agent_open(path, deadline, &failed);
     if (t->guest_agent && guard_frozen(t->guard, path, &failed) == 0 &&
-        guest_agent_freeze(t->guest_agent, deadline, &t->report->frozen, &failed) == 0)
+        guest_agent_freeze(t->guest_agent, deadline, &t->s.report->frozen, &failed) == 0)
         return 0;
     guest_agent_close(steal_ptr(&t->guest_agent));
-    if (t->p->guest_agent)
+    if (t->s.p->guest_agent)
         return error_propagate(err, failed);
     snprintf(text, sizeof(text), "file systems were not frozen: %s", error_message(failed));
     note(t, text);
@@ -367,21 +339,10 @@ static void thaw(struct take *t)
     guest_agent_close(steal_ptr(&t->guest_agent));
 }
 
-static int start_memory(struct take *t, struct vm_error **err)
-{
-    struct guest_source_params source = {.channels = 1, .background = !t->precopy};
-    source.regions = memory_image_regions(t->memory, &source.n_regions);
-    if (guest_source_start(t->p->guest, &source, memory_image_events(), t->memory, err) < 0)
-        return -1;
-    t->sourcing = true;
-    FAULT("snapshot.waiting");
-    return 0;
-}
-
 static int go_on(struct take *t, struct vm_error **err)
 {
-    if (!t->memory)
-        return t->was_running ? guest_resume(t->p->guest, err) : 0;
+    if (!t->s.memory)
+        return t->s.was_running ? guest_resume(t->s.p->guest, err) : 0;
     if (qemu_source_go(t->qemu, err) < 0)
         return -1;
     FAULT("snapshot.protecting");
@@ -390,18 +351,10 @@ static int go_on(struct take *t, struct vm_error **err)
 
 static int switch_protected(struct take *t, struct vm_error **err)
 {
-    return (t->memory && start_memory(t, err) < 0) || freeze(t, err) < 0 ||
+    return (t->s.memory && taking_start_memory(&t->s, !t->precopy, err) < 0) || freeze(t, err) < 0 ||
                    qemu_snapshot_switch(t->disks, err) < 0
                ? -1
                : go_on(t, err);
-}
-
-static int stop_source(struct take *t, struct vm_error **err)
-{
-    if (!t->sourcing)
-        return 0;
-    t->sourcing = false;
-    return guest_source_stop(t->p->guest, err);
 }
 
 /* What is left is little, or will not become less: time to pause the guest, unless QEMU does so itself. */
@@ -414,43 +367,43 @@ static bool is_enough(const struct guest_source_progress *p)
 /* Until QEMU gave all memory away and the guest stands. */
 static int copy_before(struct take *t, struct vm_error **err)
 {
-    bool paused = !t->was_running;
+    bool paused = !t->s.was_running;
     for (;;) {
         struct guest_source_progress p;
-        int r = memory_image_wait(t->memory, clock_mono_ns() + PRECOPY_LOOK_NS, t->p->cancel_fd, err);
+        int r = memory_image_wait(t->s.memory, clock_mono_ns() + PRECOPY_LOOK_NS, t->s.p->cancel_fd, err);
         if (r)
             return r < 0 ? -1 : 0;
-        if (!paused && guest_source_progress(t->p->guest, &p, NULL) == 0 && is_enough(&p)) {
-            if (guest_pause(t->p->guest, err) < 0)
+        if (!paused && guest_source_progress(t->s.p->guest, &p, NULL) == 0 && is_enough(&p)) {
+            if (guest_pause(t->s.p->guest, err) < 0)
                 return -1;
             paused = true;
             FAULT("snapshot.paused");
         }
-        tell(t, SNAPSHOT_SWITCHING);
+        taking_tell(&t->s, SNAPSHOT_SWITCHING);
     }
 }
 
 /* File systems hold still while memory is copied: nobody can say before when QEMU will pause the guest. */
 static int switch_copied(struct take *t, struct vm_error **err)
 {
-    if (freeze(t, err) < 0 || start_memory(t, err) < 0 || copy_before(t, err) < 0 ||
-        stop_source(t, err) < 0)
+    if (freeze(t, err) < 0 || taking_start_memory(&t->s, !t->precopy, err) < 0 ||
+        copy_before(t, err) < 0 || taking_stop_memory(&t->s, err) < 0)
         return -1;
     struct qemu_snapshot_params disks = disk_params(t);
     int r = qemu_snapshot_switch_migrated(t->disks, &disks, err);
     forget_fds(t);
-    return r < 0 ? -1 : t->was_running ? guest_resume(t->p->guest, err) : 0;
+    return r < 0 ? -1 : t->s.was_running ? guest_resume(t->s.p->guest, err) : 0;
 }
 
 static int switch_over(struct take *t, struct vm_error **err)
 {
-    tell(t, SNAPSHOT_SWITCHING);
+    taking_tell(&t->s, SNAPSHOT_SWITCHING);
     if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
     thaw(t);
-    t->vm.frozen = t->report->frozen > 0;
-    t->report->pause_ns = t->was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
-    t->progress.pause_ns = t->report->pause_ns;
+    t->s.vm.frozen = t->s.report->frozen > 0;
+    t->s.report->pause_ns = t->s.was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
+    t->s.progress.pause_ns = t->s.report->pause_ns;
     return 0;
 }
 
@@ -471,27 +424,27 @@ static int check_targets(struct take *t, struct vm_error **err)
 
 static int copy(struct take *t, struct vm_error **err)
 {
-    bool memory = !t->memory || t->precopy, disks = !t->n_disks;
+    bool memory = !t->s.memory || t->precopy, disks = !t->n_disks;
     if (qemu_snapshot_push(t->disks, err) < 0)
         return check_targets(t, err);
-    if (t->precopy && memory_image_store_pages(t->memory, t->p->cancel_fd, err) < 0)
+    if (t->precopy && memory_image_store_pages(t->s.memory, t->s.p->cancel_fd, err) < 0)
         return -1;
     while (!memory || !disks) {
         struct qemu_snapshot_progress p;
         int64_t until = clock_mono_ns() + STEP_NS;
-        int r = disks ? 1 : qemu_snapshot_wait(t->disks, until, t->p->cancel_fd, &p, err);
+        int r = disks ? 1 : qemu_snapshot_wait(t->disks, until, t->s.p->cancel_fd, &p, err);
         if (r < 0)
             return check_targets(t, err);
         if (!disks) {
-            t->progress.disk_done = p.done;
-            t->progress.disk_total = p.total;
+            t->s.progress.disk_done = p.done;
+            t->s.progress.disk_total = p.total;
         }
         disks = r;
-        r = memory ? 1 : memory_image_wait(t->memory, disks ? until : 0, t->p->cancel_fd, err);
+        r = memory ? 1 : memory_image_wait(t->s.memory, disks ? until : 0, t->s.p->cancel_fd, err);
         if (r < 0)
             return -1;
         memory = r;
-        tell(t, SNAPSHOT_COPYING);
+        taking_tell(&t->s, SNAPSHOT_COPYING);
     }
     FAULT("snapshot.copied");
     return 0;
@@ -501,48 +454,30 @@ static int copy(struct take *t, struct vm_error **err)
 static int detach(struct take *t, struct vm_error **err)
 {
     bool found;
-    if (stop_source(t, err) < 0 || qemu_snapshot_sweep(t->qemu, &found, err) < 0)
+    if (taking_stop_memory(&t->s, err) < 0 || qemu_snapshot_sweep(t->qemu, &found, err) < 0)
         return -1;
     for (unsigned i = 0; i < t->n_disks; i++) {
-        if (disk_target_finish(t->targets[i], clock_mono_ns() + TARGET_NS, t->p->cancel_fd, err) < 0)
+        if (disk_target_finish(t->targets[i], clock_mono_ns() + TARGET_NS, t->s.p->cancel_fd, err) < 0)
             return -1;
-        t->report->disk_read += disk_target_bytes(t->targets[i]);
+        t->s.report->disk_read += disk_target_bytes(t->targets[i]);
     }
-    return 0;
-}
-
-static int commit(struct take *t, struct vm_error **err)
-{
-    struct import_report written;
-    tell(t, SNAPSHOT_COMMITTING);
-    if ((t->memory && memory_image_store_state(t->memory, err) < 0) ||
-        definition_file_store(&t->vm, t->session, t->gather, err) < 0)
-        return -1;
-    gather_flush(t->gather);
-    FAULT("snapshot.commit");
-    if (io_latch_is_set(t->p->cancel_fd))
-        return error_set(err, VM_ERROR_CANCELLED, "cancelled");
-    if (image_session_commit(t->session, &written, err) < 0)
-        return -1;
-    FAULT("snapshot.committed");
-    t->report->stored = written.written.bytes_stored;
     return 0;
 }
 
 static int run(struct take *t, struct vm_error **err)
 {
-    tell(t, SNAPSHOT_PREPARING);
+    taking_tell(&t->s, SNAPSHOT_PREPARING);
     return look_at_vm(t, err) < 0 || open_image(t, err) < 0 || switch_over(t, err) < 0 ||
                    copy(t, err) < 0 || detach(t, err) < 0
                ? -1
-               : commit(t, err);
+               : taking_commit(&t->s, err);
 }
 
 /* The guest runs, whatever happened; what else fails here is only logged. */
 static void clean_up(struct take *t, bool committed)
 {
     cleanup_error struct vm_error *failed = NULL;
-    if (stop_source(t, &failed) < 0)
+    if (taking_stop_memory(&t->s, &failed) < 0)
         log_warn("memory's migration does not end", "error=%s", log_q(error_message(failed)));
     error_clear(&failed);
     if (qemu_snapshot_finish(t->disks, committed, &failed) < 0)
@@ -554,17 +489,14 @@ static void clean_up(struct take *t, bool committed)
         close_fd(&t->nbd_fds[i]);
     for (unsigned i = 0; i < t->n_disks; i++)
         disk_target_destroy(t->targets[i]);
-    memory_image_destroy(t->memory);
-    gather_destroy(t->gather);
-    image_session_end(t->session);
-    qemu_json_finish(&t->vm);
+    taking_finish(&t->s);
 }
 
 static int take_qemu(struct qemu *q, const struct snapshot_params *params, struct snapshot_report *ret_report,
                      struct vm_error **err)
 {
     struct snapshot_report report = {.pause_ns = -1};
-    struct take t = {.p = params, .qemu = q, .report = &report, .progress = {.pause_ns = -1}};
+    struct take t = {.s = {.p = params, .report = &report, .progress = {.pause_ns = -1}}, .qemu = q};
     forget_fds(&t);
     int r = run(&t, err);
     clean_up(&t, r == 0);

@@ -3,11 +3,9 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
-#include "base/io.h"
 #include "base/log.h"
 #include "snapshot/chain.h"
-#include "snapshot/definition_file.h"
-#include "snapshot/memory_image.h"
+#include "snapshot/taking.h"
 
 #include <poll.h>
 #include <stdlib.h>
@@ -20,40 +18,21 @@
 enum { REST = 2 << 20, ROUNDS = 20, RESUME_AGAIN_MS = 100 };
 
 struct take {
-    const struct snapshot_params *p;
+    struct taking s;
     struct attach *attach;
-    struct qemu_json vm;
-    struct snapshot_progress progress;
-    struct snapshot_report *report;
-    struct image_session *session;
-    struct gather *gather;
-    struct memory_image *memory;
     struct guard *guard;
-    bool was_running, sourcing, paused;
+    bool paused;
     int64_t paused_at_ns;
 };
-
-static void tell(struct take *t, enum snapshot_phase phase)
-{
-    struct image_writer_stat stat = {0};
-    t->progress.phase = phase;
-    if (t->session)
-        image_writer_stat(image_session_writer(t->session), &stat);
-    if (t->memory)
-        memory_image_progress(t->memory, &t->progress.memory_done, &t->progress.memory_total);
-    t->progress.stored = stat.bytes_stored;
-    if (t->p->progress)
-        t->p->progress(t->p->arg, &t->progress);
-}
 
 /* ---- before the instant ---- */
 
 static int check_request(const struct take *t, struct vm_error **err)
 {
-    if (t->p->disk_only)
+    if (t->s.p->disk_only)
         return error_set(err, VM_ERROR_REFUSED,
                          "--disk-only: nothing is known of disks of %s", attach_info(t->attach)->vmm);
-    if (t->p->guest_agent)
+    if (t->s.p->guest_agent)
         return error_set(err, VM_ERROR_REFUSED,
                          "--guest-agent: nothing is known of disks of %s whose file systems could hold still",
                          attach_info(t->attach)->vmm);
@@ -62,18 +41,18 @@ static int check_request(const struct take *t, struct vm_error **err)
 
 static int look_at_vm(struct take *t, struct vm_error **err)
 {
-    struct qemu_definition *d = &t->vm.definition;
+    struct qemu_definition *d = &t->s.vm.definition;
     bool held;
     if (check_request(t, err) < 0 || attach_define(t->attach, d, err) < 0 ||
-        qemu_json_name_files(&t->vm, err) < 0 || attach_query_held(t->attach, &held, err) < 0)
+        qemu_json_name_files(&t->s.vm, err) < 0 || attach_query_held(t->attach, &held, err) < 0)
         return -1;
-    snprintf(t->vm.name, sizeof(t->vm.name), "%s", t->p->vm);
+    snprintf(t->s.vm.name, sizeof(t->s.vm.name), "%s", t->s.p->vm);
     if (!strcmp(d->binary, ATTACH_NO_BINARY))
         return error_set(err, VM_ERROR_REFUSED,
                          "%s does not say how one is started that waits for its guest: nothing could be restored",
                          d->cpu_model);
-    t->was_running = d->state == GUEST_RUNNING;
-    if (!t->was_running && !held)
+    t->s.was_running = d->state == GUEST_RUNNING;
+    if (!t->s.was_running && !held)
         return error_set(err, VM_ERROR_REFUSED,
                          "%s itself holds the guest paused: let it run first", d->cpu_model);
     return 0;
@@ -81,67 +60,41 @@ static int look_at_vm(struct take *t, struct vm_error **err)
 
 static int begin_image(struct take *t, struct vm_error **err)
 {
-    char image[IMAGE_NAME_MAX + 1];
     cleanup_free struct image *parent = calloc(1, sizeof(*parent));
     if (!parent)
         return error_nomem(err);
-    if (snapshot_image_name(t->p->vm, t->p->name, image, err) < 0 ||
-        snapshot_newest(t->p->repo, t->p->vm, parent, err) < 0 ||
-        !(t->session = image_session_begin(t->p->repo, image, *parent->name ? parent->name : NULL,
-                                           err)) ||
-        !(t->gather = gather_create(image_session_writer(t->session), err)))
+    if (snapshot_newest(t->s.p->repo, t->s.p->vm, parent, err) < 0)
         return -1;
-    strcpy(t->report->image, image);
-    strcpy(t->report->parent, parent->name);
-    return 0;
+    return taking_begin(&t->s, parent, err);
 }
 
 static int open_image(struct take *t, struct vm_error **err)
 {
-    struct guard_params guard = t->p->guard;
+    struct guard_params guard = t->s.p->guard;
     guard.attach = true;
     if (begin_image(t, err) < 0)
         return -1;
     /* A guest that stood before is nobody's to set going. */
-    if (t->was_running && !(t->guard = guard_start(&guard, err)))
+    if (t->s.was_running && !(t->guard = guard_start(&guard, err)))
         return -1;
-    struct memory_image_setup memory = {.vm = &t->vm,
-                                        .session = t->session,
-                                        .gather = t->gather,
-                                        .scratch_dir = t->p->scratch_dir,
+    struct memory_image_setup memory = {.vm = &t->s.vm,
+                                        .session = t->s.session,
+                                        .gather = t->s.gather,
+                                        .scratch_dir = t->s.p->scratch_dir,
                                         .repeats = true};
-    t->report->memory_bytes = t->vm.definition.memory;
-    t->memory = memory_image_create(&memory, err);
-    return t->memory ? 0 : -1;
+    t->s.report->memory_bytes = t->s.vm.definition.memory;
+    t->s.memory = memory_image_create(&memory, err);
+    return t->s.memory ? 0 : -1;
 }
 
 /* ---- the instant ---- */
-
-static int start_source(struct take *t, struct vm_error **err)
-{
-    struct guest_source_params source = {.channels = 1};
-    source.regions = memory_image_regions(t->memory, &source.n_regions);
-    if (guest_source_start(t->p->guest, &source, memory_image_events(), t->memory, err) < 0)
-        return -1;
-    t->sourcing = true;
-    FAULT("snapshot.waiting");
-    return 0;
-}
-
-static int stop_source(struct take *t, struct vm_error **err)
-{
-    if (!t->sourcing)
-        return 0;
-    t->sourcing = false;
-    return guest_source_stop(t->p->guest, err);
-}
 
 /* From before it stands until it may run again. Whatever happens in between, clean_up sets it going. */
 static int pause_guest(struct take *t, struct vm_error **err)
 {
     t->paused_at_ns = clock_mono_ns();
     t->paused = true;
-    if (guest_pause(t->p->guest, err) < 0)
+    if (guest_pause(t->s.p->guest, err) < 0)
         return -1;
     FAULT("snapshot.paused");
     return 0;
@@ -150,7 +103,7 @@ static int pause_guest(struct take *t, struct vm_error **err)
 static bool is_enough(const struct take *t)
 {
     struct guest_source_progress p;
-    return guest_source_progress(t->p->guest, &p, NULL) == 0 && p.round > 1 &&
+    return guest_source_progress(t->s.p->guest, &p, NULL) == 0 && p.round > 1 &&
            (p.remaining <= REST || p.round > ROUNDS);
 }
 
@@ -158,12 +111,12 @@ static bool is_enough(const struct take *t)
 static int copy_memory(struct take *t, struct vm_error **err)
 {
     for (;;) {
-        int r = memory_image_wait(t->memory, clock_mono_ns() + LOOK_NS, t->p->cancel_fd, err);
+        int r = memory_image_wait(t->s.memory, clock_mono_ns() + LOOK_NS, t->s.p->cancel_fd, err);
         if (r)
             return r < 0 ? -1 : 0;
-        if (t->was_running && !t->paused && is_enough(t) && pause_guest(t, err) < 0)
+        if (t->s.was_running && !t->paused && is_enough(t) && pause_guest(t, err) < 0)
             return -1;
-        tell(t, SNAPSHOT_SWITCHING);
+        taking_tell(&t->s, SNAPSHOT_SWITCHING);
     }
 }
 
@@ -176,7 +129,7 @@ static int set_going(struct take *t, struct vm_error **err)
     int64_t deadline = clock_mono_ns() + RESUME_NS;
     for (;;) {
         cleanup_error struct vm_error *failed = NULL;
-        if (guest_resume(t->p->guest, &failed) == 0 || failed->kind == VM_ERROR_VMM_DIED)
+        if (guest_resume(t->s.p->guest, &failed) == 0 || failed->kind == VM_ERROR_VMM_DIED)
             break;
         if (clock_mono_ns() > deadline)
             return error_set(err, failed->kind, "the guest stands, its VMM does not let it go on: %s",
@@ -191,20 +144,21 @@ static int go_on(struct take *t, struct vm_error **err)
 {
     if (set_going(t, err) < 0)
         return -1;
-    t->report->pause_ns = t->progress.pause_ns = attach_resumed_ns(t->attach) - t->paused_at_ns;
+    t->s.report->pause_ns = t->s.progress.pause_ns = attach_resumed_ns(t->attach) - t->paused_at_ns;
     return 0;
 }
 
 static int switch_over(struct take *t, struct vm_error **err)
 {
-    tell(t, SNAPSHOT_SWITCHING);
-    if (start_source(t, err) < 0 || copy_memory(t, err) < 0 || stop_source(t, err) < 0)
+    taking_tell(&t->s, SNAPSHOT_SWITCHING);
+    if (taking_start_memory(&t->s, false, err) < 0 || copy_memory(t, err) < 0 ||
+        taking_stop_memory(&t->s, err) < 0)
         return -1;
     FAULT("snapshot.switched");
-    if (t->was_running)
+    if (t->s.was_running)
         return go_on(t, err);
     attach_end_copy(t->attach);
-    t->report->pause_ns = 0;
+    t->s.report->pause_ns = 0;
     return 0;
 }
 
@@ -212,59 +166,38 @@ static int switch_over(struct take *t, struct vm_error **err)
 
 static int store(struct take *t, struct vm_error **err)
 {
-    tell(t, SNAPSHOT_COPYING);
-    if (memory_image_store_pages(t->memory, t->p->cancel_fd, err) < 0)
+    taking_tell(&t->s, SNAPSHOT_COPYING);
+    if (memory_image_store_pages(t->s.memory, t->s.p->cancel_fd, err) < 0)
         return -1;
     FAULT("snapshot.copied");
     return 0;
 }
 
-static int commit(struct take *t, struct vm_error **err)
-{
-    struct import_report written;
-    tell(t, SNAPSHOT_COMMITTING);
-    if (memory_image_store_state(t->memory, err) < 0 ||
-        definition_file_store(&t->vm, t->session, t->gather, err) < 0)
-        return -1;
-    gather_flush(t->gather);
-    FAULT("snapshot.commit");
-    if (io_latch_is_set(t->p->cancel_fd))
-        return error_set(err, VM_ERROR_CANCELLED, "cancelled");
-    if (image_session_commit(t->session, &written, err) < 0)
-        return -1;
-    FAULT("snapshot.committed");
-    t->report->stored = written.written.bytes_stored;
-    return 0;
-}
-
 static int run(struct take *t, struct vm_error **err)
 {
-    tell(t, SNAPSHOT_PREPARING);
+    taking_tell(&t->s, SNAPSHOT_PREPARING);
     return look_at_vm(t, err) < 0 || open_image(t, err) < 0 || switch_over(t, err) < 0 ||
                    store(t, err) < 0
                ? -1
-               : commit(t, err);
+               : taking_commit(&t->s, err);
 }
 
 /* The guest runs, whatever happened. That it does not is told before what else went wrong. */
 static void clean_up(struct take *t, struct vm_error **err)
 {
     cleanup_error struct vm_error *stands = NULL;
-    stop_source(t, NULL);
+    taking_stop_memory(&t->s, NULL);
     if (t->paused && set_going(t, &stands) < 0)
         error_wrap(err, "%s, after", error_message(stands));
     guard_end(t->guard);
-    memory_image_destroy(t->memory);
-    gather_destroy(t->gather);
-    image_session_end(t->session);
-    qemu_json_finish(&t->vm);
+    taking_finish(&t->s);
 }
 
 int take_attach(struct attach *a, const struct snapshot_params *params, struct snapshot_report *ret_report,
                 struct vm_error **err)
 {
     struct snapshot_report report = {.pause_ns = -1};
-    struct take t = {.p = params, .attach = a, .report = &report, .progress = {.pause_ns = -1}};
+    struct take t = {.s = {.p = params, .report = &report, .progress = {.pause_ns = -1}}, .attach = a};
     struct vm_error *failed = NULL;
     int r = run(&t, &failed);
     clean_up(&t, &failed);
