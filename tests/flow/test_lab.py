@@ -13,7 +13,7 @@ import pytest
 TESTS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, TESTS)
 
-from lab import (HEARTBEAT_PORT, BareGuest, Lab, LinuxGuest, check_disk, huge_pages, judge,  # noqa: E402
+from lab import (HEARTBEAT_PORT, BareGuest, Lab, LinuxGuest, Timeline, check_disk, huge_pages, judge,  # noqa: E402
                  linux_guest, make_disk, make_vars)
 
 pytest_plugins = ['lab.plugin']
@@ -228,6 +228,27 @@ def test_no_line_is_lost_when_a_console_is_read_late(lab, monkeypatch):
     console.wait_ticks(200)
     assert console.check(after=mark) == ['h1']
     process.kill()
+
+
+@pytest.mark.parametrize('stopped', ['between two ticks', 'within a tick'])
+def test_a_guest_whose_clock_goes_on_tells_its_pause_itself(stopped):
+    """Stopped for 30 ms while ticks are 20 ms apart, either between two of them or in the middle of one's line."""
+    timeline = Timeline('web')
+    timeline.feed(0, 'h1', b'vmmig-guest ready mem=64 tsc_khz=1000\n')
+    for number in range(10):
+        timeline.feed(number * 0.02, 'h1', b'hb %d %x\n' % (number, number * 20000))
+    gap, none = b' gap=30000\n', b'\n'
+    if stopped == 'within a tick':
+        timeline.feed(0.2, 'h1', b'hb 10 ')
+        gap, none = none, gap
+    else:
+        timeline.feed(0.23, 'h2', b'hb 10 ')
+    timeline.feed(0.23, 'h2', b'%x' % 200000 + gap)
+    timeline.feed(0.24, 'h2', b'hb 11 %x' % 240000 + none)
+    for number in range(12, 20):
+        timeline.feed(number * 0.02, 'h2', b'hb %d %x\n' % (number, number * 20000))
+    assert timeline.check() == ['h1', 'h2']
+    assert timeline.hand_overs() == [pytest.approx(0.03, abs=0.001)]
 
 
 def test_a_migration_by_qemu_is_seen_as_it_was(lab):

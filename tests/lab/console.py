@@ -145,7 +145,8 @@ class Timeline:
     def hand_overs(self, after=0):
         """As pause(), of each change of the host, in their order: what the guest stood still elsewhere, for lack of a
         CPU, does not count. A line is seen late when this program waits for a CPU, and never early: so of the
-        SETTLING ticks before the change, and of those after it, the one counts that was seen with the least delay."""
+        SETTLING ticks before the change, and of those after it, the one counts that was seen with the least delay.
+        A guest that was stopped within a tick, after it had looked at its clock, tells of it in the next one."""
         ticks = self.ticks(after)
         found = []
         for place in range(1, len(ticks)):
@@ -154,7 +155,7 @@ class Timeline:
                 continue
             before = [tick.at - tick.clock for tick in ticks[max(0, place - SETTLING):place] if tick.host == left.host]
             then = [tick.at - tick.clock for tick in ticks[place:place + SETTLING] if tick.host == entered.host]
-            found.append(min(then) - min(before) + entered.stood_still)
+            found.append(min(then) - min(before) + max(tick.stood_still for tick in ticks[place:place + 2]))
         return found
 
     def missing(self, after=0):

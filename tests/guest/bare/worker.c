@@ -375,9 +375,9 @@ static void lead(uint64_t now)
     if (left != 0 && left <= interval)
         return;
     due = now + interval;
-    check_writer(false);
-    heartbeat(now, gap);
+    heartbeat(now, gap); /* at once: a stop before its first byte would be the next one's gap */
     gap = 0;
+    check_writer(false);
     poll_console();
     finish_verify();
 }
