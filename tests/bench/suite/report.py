@@ -125,22 +125,26 @@ LINKS = {'100mbit': 100e6 / 8, '1gbit': 1e9 / 8, '10gbit': 10e9 / 8}
 
 
 def bounds(suite, part, case, tool):
-    """{what limits: the seconds that its share of the work takes at least, by the limits measured beside it}"""
+    """{what limits: the seconds that its share of the work takes at least, by the limits measured beside it}. Of the
+    cores: the CPU time that the run used, were it spread over all of them without a gap."""
     def limit(name):
         return suite.median('limits', 'limits', 'machine', f'{name}_MBps') * 1e6
 
     def figure(metric):
         return suite.median(part, case, tool, metric) or 0
 
+    cores = {'cores': figure('cpu_s') / suite.machine[part]['cpus']}
     if part == 'migrate':
         wire, link = figure('wire_bytes'), case.partition('/')[0]
-        return {'link': wire / LINKS[link]} if link in LINKS else {'loopback_tcp': wire / limit('loopback_tcp'),
-                                                                    'memcpy': figure('memory_bytes') / limit('memcpy')}
+        if link in LINKS:
+            return {**cores, 'link': wire / LINKS[link]}
+        return {**cores, 'loopback_tcp': wire / limit('loopback_tcp'), 'memcpy': figure('memory_bytes') / limit('memcpy')}
     if part == 'repo' and case in ('disk', 'memory', 'versions', 'siblings', 'export'):
-        disk = 'disk_read' if case == 'export' else 'sha256'
-        found = {disk: figure('data_bytes') / limit(disk)}
-        if tool == 'vmmig-rados' and case == 'disk':
-            found['cluster_write'] = figure('stored_bytes') / limit('cluster_write')
+        codec = 'lz4_decompress' if case == 'export' else 'sha256'
+        found = {**cores, codec: figure('data_bytes') / limit(codec)}
+        if tool == 'vmmig-rados' and case in ('disk', 'export'):
+            cluster = 'cluster_write' if case == 'disk' else 'cluster_read'
+            found[cluster] = figure('stored_bytes') / limit(cluster)
         return found
     return {}
 
