@@ -196,6 +196,13 @@ static int place_disk(struct making *m, unsigned *i, struct vm_error **err)
 
 /* ---- devices ---- */
 
+static int place_name(struct making *m, struct qemu_props *p, bool *ret_changed,
+                      struct vm_error **err)
+{
+    m->has_name = *ret_changed = true;
+    return qemu_props_set(p, "guest", m->params->name, err);
+}
+
 /* What the guest has: QEMU gives NICs without a MAC one after the other. */
 static int note_mac(struct making *m, const struct qemu_props *p, const char *fresh,
                     struct vm_error **err)
@@ -293,19 +300,16 @@ static int place_option(struct making *m, unsigned *i, struct vm_error **err)
 {
     static const char *const texts[] = {"qmp", "qmp-pretty", "monitor", "serial", "parallel",
                                         "gdb", NULL};
-    static const char *const props[] = {"device", "netdev", "object", "chardev", NULL};
+    static const char *const props[] = {"name", "device", "netdev", "object", "chardev", NULL};
     struct qemu_option *o = &m->a.options[*i];
-    char *fresh;
     if (!strcmp(o->name, "drive") || !strcmp(o->name, "blockdev"))
         return place_disk(m, i, err);
     if (is_one_of(o->name, texts))
         return make_text_own(m, *i, err);
-    if (!strcmp(o->name, "uuid") || !strcmp(o->name, "name")) {
-        bool name = !strcmp(o->name, "name");
+    if (!strcmp(o->name, "uuid")) {
         struct uuid u = uuid_new();
-        fresh = strdup(name ? m->params->name : uuid_text(&u));
-        m->has_name |= name;
-        m->has_uuid |= !name;
+        char *fresh = strdup(uuid_text(&u));
+        m->has_uuid = true;
         if (fresh)
             qemu_argv_set(&m->a, *i, fresh);
         return fresh ? 0 : error_nomem(err);
@@ -316,7 +320,8 @@ static int place_option(struct making *m, unsigned *i, struct vm_error **err)
     bool changed = false;
     if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0)
         return -1;
-    int r = !strcmp(o->name, "device")   ? place_device(m, &p, &changed, err)
+    int r = !strcmp(o->name, "name")     ? place_name(m, &p, &changed, err)
+            : !strcmp(o->name, "device") ? place_device(m, &p, &changed, err)
             : !strcmp(o->name, "netdev") ? place_netdev(m, &p, &changed, err)
             : !strcmp(o->name, "object") ? place_memory(m, &p, &changed, err)
                                          : make_chardev_own(m, &p, &changed, err);

@@ -69,9 +69,8 @@ class AttachRace(HandOverRace):
         total, cpu = self.send(options)
         return total, total - self.until_prepared(), (cpu, cpu_of(self.there.json('status', self.vm.name)['pid']))
 
-    def vmm_pids(self):
-        return [pid for agent in (self.here, self.there) for pid, argv in agent.host.processes().items()
-                if argv[0].endswith('vmmig-vmm') and self.vm.attach_path in argv]
+    def is_vmm(self, argv):
+        return argv[0].endswith('vmmig-vmm') and self.vm.attach_path in argv
 
     def end(self):
         super().end()

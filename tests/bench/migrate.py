@@ -75,17 +75,24 @@ def cpu_times(path):
     return int(fields[11]) + int(fields[12])
 
 
+def vcpu_threads(pid):
+    found = []
+    for task in os.listdir(f'/proc/{pid}/task'):
+        with contextlib.suppress(OSError):
+            with open(f'/proc/{pid}/task/{task}/comm', encoding='ascii') as file:
+                found += [task] if file.read().startswith('CPU ') else []
+    return found
+
+
 def cpu_of(pid, vcpus=None):
     """CPU seconds of a process and the threads that it had, without its vCPUs' threads. Of those, threads may end
     before the process does: vcpus, an empty dictionary at first, is where a caller that looks again and again keeps
     what they had used."""
     total = cpu_times(f'/proc/{pid}/stat')
     vcpus = {} if vcpus is None else vcpus
-    for task in os.listdir(f'/proc/{pid}/task'):
+    for task in vcpu_threads(pid):
         with contextlib.suppress(OSError):
-            with open(f'/proc/{pid}/task/{task}/comm', encoding='ascii') as file:
-                if file.read().startswith('CPU '):
-                    vcpus[task] = cpu_times(f'/proc/{pid}/task/{task}/stat')
+            vcpus[task] = cpu_times(f'/proc/{pid}/task/{task}/stat')
     return (total - sum(vcpus.values())) / HZ
 
 
@@ -121,6 +128,7 @@ class Race:
     """One guest that every tool moves in turn."""
 
     limit_s = None
+    boot_s = 600  # Debian under TCG, on a slow machine
 
     def __init__(self, cluster, vm, dest_qmp=False):
         self.cluster, self.vm, self.dest_qmp = cluster, vm, dest_qmp
@@ -133,12 +141,18 @@ class Race:
     def boot(self):
         mark = self.console.mark()
         self.here.host.popen(self.vm.argv(), name=self.vm.name)
-        self.console.wait_for('ready', timeout=180, after=mark)
+        self.console.wait_for('ready', timeout=self.boot_s, after=mark)
         self.console.wait_ticks(20)
+        for pid in self.vmm_pids():
+            assert vcpu_threads(pid), 'a VMM whose vCPUs cannot be told from its other threads'
 
-    def vmm_pids(self):
-        return [pid for agent in (self.here, self.there) for pid, argv in agent.host.processes().items()
-                if 'qemu-system' in argv[0] and self.vm.name in argv]
+    def is_vmm(self, argv):
+        return 'qemu-system' in argv[0] and self.vm.qmp_path in ' '.join(argv)
+
+    def vmm_pids(self, *agents):
+        """Of both hosts, or of these."""
+        return [pid for agent in agents or (self.here, self.there)
+                for pid, argv in agent.host.processes().items() if self.is_vmm(argv)]
 
     def let_run(self, whether):
         """Or let it stand still, while another guest is moved on the same machine."""
@@ -254,8 +268,8 @@ class Race:
     def native(self, capabilities, parameters):
         source, began = self.vm.qmp(self.here.host), time.monotonic()
         target = self.start_destination()
-        source_pid = next(pid for pid, argv in self.here.host.processes().items() if 'qemu-system' in argv[0])
-        target_pid = next(pid for pid, argv in self.there.host.processes().items() if 'qemu-system' in argv[0])
+        source_pid, = self.vmm_pids(self.here)
+        target_pid, = self.vmm_pids(self.there)
         tls = not self.cluster.plain
         for qmp, endpoint, agent in ((source, 'client', self.here), (target, 'server', self.there)):
             qmp('migrate-set-capabilities', capabilities=[

@@ -115,9 +115,10 @@ class Guest:
         return Qmp(host.path(self.judge_path))
 
     def argv(self, incoming=None):
-        """The whole command line; incoming is the URI (or 'defer') for a QEMU that waits for the guest."""
-        return [QEMU, '-name', self.name, '-M', 'q35', '-nodefaults', '-no-reboot', '-display', 'none',
-                '-smp', str(self.vcpus), *self._machine(), *self._memory(), *self._devices(),
+        """The whole command line; incoming is the URI (or 'defer') for a QEMU that waits for the guest. Threads have
+        names, so that what the guest's vCPUs use can be told from the rest."""
+        return [QEMU, '-name', f'{self.name},debug-threads=on', '-M', 'q35', '-nodefaults', '-no-reboot',
+                '-display', 'none', '-smp', str(self.vcpus), *self._machine(), *self._memory(), *self._devices(),
                 '-chardev', f'socket,id=console,path={self.console_path}', '-serial', 'chardev:console',
                 '-qmp', f'unix:{self.qmp_path},server=on,wait=off',
                 '-qmp', f'unix:{self.judge_path},server=on,wait=off', *self.options,

@@ -114,7 +114,7 @@ def measure_many(results, scene, counts):
         started = [scene.start_peer(['-snapshot', *scene.peers()['qemu-incoming-file']], i) for i in range(count)]
         for vm, _, _, _, process in started:
             q, _ = clone.until_running(process, scene.agent.host.path(vm.judge_path))
-            total += resident(next(pid for pid, argv in scene.agent.host.processes().items() if vm.name in argv))
+            total += resident(process.pid)
             q('quit')
             process.wait()
         results.add(str(count), 'qemu-incoming-file', 'resident_bytes', [total])

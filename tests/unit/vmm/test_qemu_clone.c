@@ -118,6 +118,9 @@ static void identity_is_fresh(void **state)
     assert_int_equal(notes.n_macs, 1); /* it does not look at its MAC again */
     assert_string_equal(notes.macs[0].from, "52:54:00:00:00:01");
     has(line, notes.macs[0].to);
+    cleanup_free char *named = MAKE(&notes, NULL, "-name", "guest=web1,debug-threads=on");
+    has(named, "c7,debug-threads=on");
+    lacks(named, "web1");
 }
 
 static void paths_are_the_clone_s_own(void **state)
