@@ -200,8 +200,7 @@ bool attach_is_definition(const struct qemu_definition *d)
 int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
-    if (attach_request(&a->client, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL, -1,
-                       VMMIG__ATTACH__TYPE__MEMORY, &answer, err) < 0)
+    if (attach_memory_ask(&a->client, &answer, err) < 0)
         return -1;
     for (size_t i = 0; i < answer.message.memory->n_slots; i++) {
         const Vmmig__Attach__Slot *slot = answer.message.memory->slots[i];

@@ -39,7 +39,8 @@
  *
  * Errors: VMM_DIED when the process ended; UNREACHABLE when only the connection did (the next call connects anew,
  * unless a copy was under way, which has failed then). Callbacks of the VMM that fail, and slots that change, come
- * with the library's own words and kind. Memory: two bits per page of the guest.
+ * with the library's own words and kind. Memory: two bits per page of the guest, whose slots may be ATTACH_OVERCOMMIT
+ * times the host's memory together: at most a thousandth of that.
  */
 #ifndef VMMIG_VMM_ATTACH_H
 #define VMMIG_VMM_ATTACH_H
@@ -54,6 +55,7 @@
 #include <stdint.h>
 
 #define ATTACH_PIECE (32u << 20)
+#define ATTACH_OVERCOMMIT 16
 
 /* binary of a definition whose VMM does not say how a destination is started. */
 #define ATTACH_NO_BINARY "none"

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 /* Holes of hugetlb memory are found by reading; a piece at a time. */
 #define PROBE_BYTES (2u << 20)
@@ -97,13 +98,36 @@ static int map_answer(struct attach_memory_map *m, const struct attach_answer *a
     return 0;
 }
 
+static int check_total(const Vmmig__Attach__Memory *memory, struct vm_error **err)
+{
+    long pages = sysconf(_SC_PHYS_PAGES), page_size = sysconf(_SC_PAGESIZE);
+    uint64_t most = (uint64_t)(pages > 0 ? pages : 1) * (uint64_t)page_size * ATTACH_OVERCOMMIT, total = 0;
+    for (size_t i = 0; i < memory->n_slots; i++)
+        total += memory->slots[i]->size; /* each is checked: there is no overflow */
+    if (total <= most)
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "the guest's memory slots are %llu bytes, more than %d times the memory of this host",
+                     (unsigned long long)total, ATTACH_OVERCOMMIT);
+}
+
+int attach_memory_ask(struct attach_client *c, struct attach_answer *ret_answer, struct vm_error **err)
+{
+    cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
+    if (attach_request(c, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL, -1, VMMIG__ATTACH__TYPE__MEMORY, &a, err) < 0 ||
+        check_total(a.message.memory, err) < 0)
+        return -1;
+    *ret_answer = a;
+    a = (struct attach_answer){.n_fds = 0};
+    return 0;
+}
+
 int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool writable,
                       struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
     *m = (struct attach_memory_map){.n = 0};
-    if (attach_request(c, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL, -1, VMMIG__ATTACH__TYPE__MEMORY, &a,
-                       err) < 0)
+    if (attach_memory_ask(c, &a, err) < 0)
         return -1;
     if (map_answer(m, &a, writable, err) == 0)
         return 0;

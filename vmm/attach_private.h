@@ -79,7 +79,12 @@ struct attach_memory_map {
     size_t bitmap_size;
 };
 
-/* Ask for the guest's memory and map it. On failure the map is empty. */
+/*
+ * Ask for the guest's memory slots. REFUSED if they are more than ATTACH_OVERCOMMIT times this host's memory together:
+ * what the driver keeps per page is bounded by that, whatever a VMM says.
+ */
+int attach_memory_ask(struct attach_client *c, struct attach_answer *ret_answer, struct vm_error **err);
+/* The same, and map it. On failure the map is empty. */
 int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool writable,
                       struct vm_error **err);
 void attach_memory_unmap(struct attach_memory_map *m);

@@ -6,12 +6,14 @@
 #include "vmm/attach.h"
 #include "vmm/attach_private.h"
 
+#include <linux/kvm.h>
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -485,6 +487,63 @@ static void changed_slots_end_the_copy_and_nothing_else(void **state)
     engine_end(&e);
 }
 
+/* Has KVM nothing at the address of the data slot? Another slot is put there, and taken away, if it can be. */
+static bool kvm_has_room(const struct toy_vmm *v)
+{
+    struct kvm_userspace_memory_region r = {.slot = 7,
+                                            .guest_phys_addr = TINY_VM_DATA_ADDRESS,
+                                            .memory_size = GUEST_PAGE_SIZE,
+                                            .userspace_addr = (uintptr_t)v->memory[TINY_VM_DATA_SLOT]};
+    if (ioctl(tiny_vm_fd(v->vm), KVM_SET_USER_MEMORY_REGION, &r) < 0)
+        return false;
+    r.memory_size = 0;
+    assert_return_code(ioctl(tiny_vm_fd(v->vm), KVM_SET_USER_MEMORY_REGION, &r), 0);
+    return true;
+}
+
+static void set_kvm_data_slot(const struct toy_vmm *v, bool there)
+{
+    struct kvm_userspace_memory_region r = {.slot = TINY_VM_DATA_SLOT,
+                                            .guest_phys_addr = TINY_VM_DATA_ADDRESS,
+                                            .memory_size = there ? v->sizes[TINY_VM_DATA_SLOT] : 0,
+                                            .userspace_addr = (uintptr_t)v->memory[TINY_VM_DATA_SLOT]};
+    assert_return_code(ioctl(tiny_vm_fd(v->vm), KVM_SET_USER_MEMORY_REGION, &r), 0);
+}
+
+/*
+ * Memory that is unplugged in the midst of a copy, and plugged again: told to the library before it goes, it is gone
+ * when the copy has ended; told after, it would have been made anew.
+ */
+static void memory_that_goes_is_told_before_it_goes(void **state)
+{
+    for (int in_order = 1; in_order >= 0; in_order--) {
+        struct engine e;
+        struct vm_error *err = NULL;
+        struct vmmig_error error;
+        engine_begin(&e, &(struct toy_params){.kind = kind});
+        struct toy_vmm *v = e.source;
+        vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+        e.pause_after = 1000000;
+        assert_int_equal(engine_start(&e, &err), 0);
+        if (in_order)
+            assert_int_equal(vmmig_set_slots(v->attach, v->slots, 1, &error), 0);
+        set_kvm_data_slot(v, false);
+        if (!in_order)
+            assert_int_equal(vmmig_set_slots(v->attach, v->slots, 1, &error), 0);
+        engine_wait(&e);
+        assert_non_null(e.error);
+        error_clear(&e.error);
+        assert_int_equal(kvm_has_room(v), in_order);
+        set_kvm_data_slot(v, true);
+        assert_int_equal(vmmig_set_slots(v->attach, v->slots, 2, &error), 0);
+        e.done = false;
+        e.pause_after = 2;
+        engine_copy(&e);
+        assert_true(memory_is_equal(&e));
+        engine_end(&e);
+    }
+}
+
 static int run_group(enum dirtylog_kind which)
 {
     char name[32];
@@ -503,6 +562,7 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(a_complete_copy_can_be_taken_back),
         cmocka_unit_test(an_agent_that_dies_leaves_a_guest_that_runs_untracked),
         cmocka_unit_test(changed_slots_end_the_copy_and_nothing_else),
+        cmocka_unit_test(memory_that_goes_is_told_before_it_goes),
     };
     kind = which;
     snprintf(name, sizeof(name), "attach %s", dirtylog_kind_name(which));

@@ -788,6 +788,31 @@ static void a_destination_must_be_the_same_machine_and_wait(void **state)
     toy_vmm_destroy(v);
 }
 
+/* The agent keeps something for each page: a VMM must not make that as large as it likes. */
+static void memory_beyond_all_measure_is_refused(void **state)
+{
+    uint64_t most = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE) * ATTACH_OVERCOMMIT;
+    struct toy_vmm like = {.sizes = {MIB}};
+    for (int too_much = 0; too_much < 2; too_much++) {
+        struct vm_error *err = NULL;
+        cleanup_qemu_definition struct qemu_definition d = {0};
+        like.sizes[1] = most - (too_much ? 0 : MIB);
+        struct toy_vmm *v = toy_vmm_create_incoming(&like);
+        vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+        CLEANUP(attach) struct attach *a = agent_of(v);
+        assert_int_equal(attach_define(a, &d, &err), too_much ? -1 : 0);
+        char text[128];
+        snprintf(text, sizeof(text),
+                 "the guest's memory slots are %llu bytes, more than 16 times the memory of this host",
+                 (unsigned long long)(like.sizes[0] + like.sizes[1]));
+        assert_string_equal(error_message(err), too_much ? text : "no error");
+        if (too_much)
+            assert_int_equal(err->kind, VM_ERROR_REFUSED);
+        error_clear(&err);
+        toy_vmm_destroy(v);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -812,6 +837,7 @@ int main(void)
         cmocka_unit_test(a_vmm_that_dies_is_named),
         cmocka_unit_test(a_qemu_is_told_from_such_a_vmm),
         cmocka_unit_test(a_destination_must_be_the_same_machine_and_wait),
+        cmocka_unit_test(memory_beyond_all_measure_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
