@@ -9,14 +9,14 @@ enum { FULL_THROTTLE_PERCENT = 99 };
 enum { PATIENCE_ROUNDS = 40, PATIENCE_ROUNDS_THROTTLED = 4 };
 /* A round "helps" when it shortens the prediction to less than this share. */
 static const double MARKED_GAIN = 0.75;
-/* Share of the elapsed time that refinement may cost, and a pause that needs none. */
+/* Share of the elapsed time that refinement may cost. */
 static const double REFINE_SHARE = 0.10;
-static const int64_t SHORT_ENOUGH_NS = 5 * NSEC_PER_MSEC;
 
-void converge_init(struct converge *c, int64_t limit_ns, int64_t now_ns)
+void converge_init(struct converge *c, int64_t limit_ns, int64_t short_enough_ns, int64_t now_ns)
 {
     *c = (struct converge){
         .limit_ns = limit_ns,
+        .short_enough_ns = short_enough_ns,
         .started_ns = now_ns,
         .round_started_ns = now_ns,
         .judged_round = 1,
@@ -42,7 +42,7 @@ static bool refine(struct converge *c, const struct converge_input *in)
     int64_t round_ns = drain_ns(in) + in->in_flight_ns;
     double budget = REFINE_SHARE * (double)(in->now_ns - c->started_ns);
     bool helped = !c->refining || (double)c->predicted_ns < MARKED_GAIN * (double)c->last_predicted_ns;
-    if (!helped || round_ns <= SHORT_ENOUGH_NS || (double)(c->refined_ns + round_ns) > budget)
+    if (!helped || round_ns <= c->short_enough_ns || (double)(c->refined_ns + round_ns) > budget)
         return false;
     c->refining = true;
     c->refined_ns += round_ns;

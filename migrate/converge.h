@@ -46,7 +46,7 @@ struct converge_input {
 };
 
 struct converge {
-    int64_t limit_ns, started_ns;
+    int64_t limit_ns, short_enough_ns, started_ns;
     unsigned judged_round;     /* the last round judged */
     int64_t round_started_ns;
     int64_t last_predicted_ns; /* at the former round */
@@ -57,7 +57,8 @@ struct converge {
     int64_t predicted_ns;      /* the newest prediction; INT64_MAX while unknown */
 };
 
-void converge_init(struct converge *c, int64_t limit_ns, int64_t now_ns);
+/* short_enough_ns: what is left may take so long to leave, and is not worth another round of this VMM. */
+void converge_init(struct converge *c, int64_t limit_ns, int64_t short_enough_ns, int64_t now_ns);
 /* Judge; c->predicted_ns is renewed. */
 enum converge_verdict converge_judge(struct converge *c, const struct converge_input *in);
 

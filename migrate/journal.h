@@ -15,7 +15,8 @@
  * on every call fails so, and the agent must exit; its restart reads the truth.
  *
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
- * disk that fills up later does not take the journal with it. New attempts are refused with
+ * disk that fills up later does not take the journal with it; its first JOURNAL_WRITTEN_SIZE have been
+ * written, so that a commit there waits for its own bytes alone. New attempts are refused with
  * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free; a change
  * of one that exists is small (its blob is not written again) and fits into the reserve.
  *
@@ -45,6 +46,7 @@
 #define JOURNAL_PEER_MAX 255       /* bytes, without the NUL: host[:port] */
 #define JOURNAL_BLOB_MAX (256 << 10)
 #define JOURNAL_MAP_SIZE (32 << 20)
+#define JOURNAL_WRITTEN_SIZE (2 << 20)
 #define JOURNAL_RECORDS_MAX 4096
 #define JOURNAL_HISTORY_MAX 256
 

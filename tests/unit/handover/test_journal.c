@@ -621,6 +621,31 @@ static void run_on_tmpfs(const char *options, int (*body)(void))
     assert_int_equal(WEXITSTATUS(status), 0);
 }
 
+/* On a file system that can tell, no commit has to find out that a block is written for the first time. */
+static void its_first_blocks_are_written_when_it_is_opened(void **state)
+{
+    (void)state;
+    char path[128];
+    struct journal_record r = a_record(HANDOVER_REC_SENDING), read;
+    struct journal *j = open_journal();
+    put(j, &r);
+    for (int again = 0; again < 2; again++) { /* also when another version of the agent made it */
+        snprintf(path, sizeof(path), "%s/data.mdb", folder);
+        int fd = open(path, O_RDWR | O_CLOEXEC);
+        off_t hole = lseek(fd, 0, SEEK_HOLE);
+        assert_true(hole >= JOURNAL_WRITTEN_SIZE);
+        journal_close(j);
+        assert_return_code(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 1 << 20, 512 << 10), errno);
+        assert_int_equal(lseek(fd, 0, SEEK_HOLE), 1 << 20);
+        close(fd);
+        j = open_journal();
+        read = get(j, &r.attempt);
+        assert_int_equal(read.record, HANDOVER_REC_SENDING);
+        journal_record_finish(&read);
+    }
+    journal_close(j);
+}
+
 static void a_disk_that_fills_up_does_not_hurt(void **state)
 {
     (void)state;
@@ -656,6 +681,7 @@ int main(void)
         TEST(history_is_pruned_and_open_attempts_are_kept),
         TEST(a_full_journal_refuses_new_attempts_and_finishes_the_old_ones),
         TEST(the_number_of_records_is_bounded),
+        TEST(its_first_blocks_are_written_when_it_is_opened),
         TEST(a_disk_that_fills_up_does_not_hurt),
         TEST(a_disk_without_room_is_refused_at_once),
     };

@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #define MB 1e6
+#define SHORT_ENOUGH_NS (5 * NSEC_PER_MSEC)
 
 struct world {
     double memory, working_set, dirty_rate, link_rate;
@@ -28,7 +29,7 @@ static struct outcome simulate(const struct world *w, double limit_ms)
     struct converge c;
     struct outcome o = {0};
     double to_send = w->memory;
-    converge_init(&c, (int64_t)(limit_ms * 1e6), 0);
+    converge_init(&c, (int64_t)(limit_ms * 1e6), SHORT_ENOUGH_NS, 0);
     for (o.rounds = 1; o.rounds < 1000; o.rounds++) {
         struct converge_input in = {.now_ns = (int64_t)(o.seconds * 1e9),
                                     .round = o.rounds,
@@ -110,7 +111,7 @@ static void the_first_pass_is_never_interrupted(void **state)
 {
     (void)state;
     struct converge c;
-    converge_init(&c, NSEC_PER_SEC, 0);
+    converge_init(&c, NSEC_PER_SEC, SHORT_ENOUGH_NS, 0);
     struct converge_input in = {.round = 1, .remaining = 4096, .drain_rate = 1000000000};
     assert_int_equal(converge_judge(&c, &in), CONVERGE_CONTINUE);
 }
@@ -119,10 +120,25 @@ static void an_unknown_rate_never_fits(void **state)
 {
     (void)state;
     struct converge c;
-    converge_init(&c, NSEC_PER_SEC, 0);
+    converge_init(&c, NSEC_PER_SEC, SHORT_ENOUGH_NS, 0);
     struct converge_input in = {.now_ns = NSEC_PER_SEC, .round = 2, .remaining = 1 << 20};
     assert_int_equal(converge_judge(&c, &in), CONVERGE_CONTINUE);
     assert_true(c.predicted_ns > 3600 * NSEC_PER_SEC);
+}
+
+/* What waits on the way alone, 3 ms, is worth a round where rounds are cheap, and none where they are not. */
+static void a_cheap_round_empties_what_is_on_the_way(void **state)
+{
+    (void)state;
+    for (int cheap = 0; cheap < 2; cheap++) {
+        struct converge c;
+        struct converge_input in = {.now_ns = NSEC_PER_SEC, .round = 2, .drain_rate = 1 << 30, .in_flight_ns = 3 * NSEC_PER_MSEC};
+        converge_init(&c, 300 * NSEC_PER_MSEC, cheap ? NSEC_PER_MSEC : SHORT_ENOUGH_NS, 0);
+        assert_int_equal(converge_judge(&c, &in), cheap ? CONVERGE_CONTINUE : CONVERGE_PAUSE);
+        in.in_flight_ns = NSEC_PER_MSEC / 2;
+        in.round = 3;
+        assert_int_equal(converge_judge(&c, &in), CONVERGE_PAUSE);
+    }
 }
 
 int main(void)
@@ -135,6 +151,7 @@ int main(void)
         cmocka_unit_test(what_never_converges_is_paused_at_its_best),
         cmocka_unit_test(the_first_pass_is_never_interrupted),
         cmocka_unit_test(an_unknown_rate_never_fits),
+        cmocka_unit_test(a_cheap_round_empties_what_is_on_the_way),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
