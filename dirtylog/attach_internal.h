@@ -96,8 +96,6 @@ int attach_memory_harvest(struct attach_memory *m, uint64_t *ret_pages, uint64_t
                           struct vm_error **err);
 int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
                         struct vm_error **err);
-/* REFUSED if a slot's memory is a private mapping of another file. */
-int attach_memory_check_own(const struct attach_memory *m, struct vm_error **err);
 /* Put a private mapping of the file where the slot's memory is. */
 int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err);
 /*

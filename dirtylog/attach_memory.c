@@ -107,8 +107,19 @@ static int check_mapping(const struct vmmig_slot *s, struct vm_error **err)
     return 0;
 }
 
-static int check_slots(const struct vmmig_slot *slots, unsigned n, uint64_t *ret_page_sizes,
-                       struct vm_error **err)
+/* Has the library put a template's file there, when the VMM told of that very slot before? */
+static bool maps_file(const struct attach_memory *m, const struct vmmig_slot *s)
+{
+    for (unsigned i = 0; i < m->n_slots; i++)
+        if (m->slots[i].maps_file && m->slots[i].slot.host == s->host &&
+            m->slots[i].slot.size == s->size && !strcmp(m->slots[i].slot.name, s->name))
+            return true;
+    return false;
+}
+
+/* m: as it was before. */
+static int check_slots(const struct attach_memory *m, const struct vmmig_slot *slots, unsigned n,
+                       uint64_t *ret_page_sizes, struct vm_error **err)
 {
     if (!n || n > VMMIG_SLOTS_MAX)
         return error_set(err, VM_ERROR_USAGE, "%u memory slots; 1 to %d are possible", n,
@@ -119,7 +130,8 @@ static int check_slots(const struct vmmig_slot *slots, unsigned n, uint64_t *ret
         for (unsigned j = 0; j < i; j++)
             if (check_overlap(&slots[j], &slots[i], err) < 0)
                 return -1;
-        if (check_memfd(&slots[i], &ret_page_sizes[i], err) < 0 || check_mapping(&slots[i], err) < 0)
+        if (check_memfd(&slots[i], &ret_page_sizes[i], err) < 0 ||
+            (!maps_file(m, &slots[i]) && check_mapping(&slots[i], err) < 0))
             return -1;
     }
     return 0;
@@ -158,14 +170,14 @@ static int make_bitmap(struct attach_memory *m, struct vm_error **err)
 }
 
 static int take_slots(struct attach_memory *m, const struct vmmig_slot *slots, unsigned n,
-                      const uint64_t *page_sizes, struct vm_error **err)
+                      const uint64_t *page_sizes, const bool *map_files, struct vm_error **err)
 {
     for (unsigned i = 0; i < n; i++) {
         struct attach_slot *s = &m->slots[i];
         s->slot = slots[i];
         s->page_size = page_sizes[i];
         s->marks = NULL;
-        s->maps_file = false;
+        s->maps_file = map_files[i];
         s->slot.memfd = fcntl(slots[i].memfd, F_DUPFD_CLOEXEC, 0);
         if (s->slot.memfd < 0)
             return error_errno(err, errno, "cannot keep the memfd of memory slot %s", slots[i].name);
@@ -188,12 +200,16 @@ int attach_memory_set(struct attach_memory *m, const struct vmmig_slot *slots, u
                       struct vm_error **err)
 {
     uint64_t page_sizes[VMMIG_SLOTS_MAX];
+    bool map_files[VMMIG_SLOTS_MAX];
     SCOPE_LOCK(&m->memory_lock);
     untrack_locked(m);
+    int r = check_slots(m, slots, n, page_sizes, err);
+    for (unsigned i = 0; r == 0 && i < n; i++)
+        map_files[i] = maps_file(m, &slots[i]);
     drop_slots(m);
-    if (check_slots(slots, n, page_sizes, err) < 0)
+    if (r < 0)
         return -1;
-    if (take_slots(m, slots, n, page_sizes, err) == 0)
+    if (take_slots(m, slots, n, page_sizes, map_files, err) == 0)
         return 0;
     drop_slots(m);
     return -1;
@@ -246,8 +262,6 @@ int attach_memory_track(struct attach_memory *m, const char *record_path, struct
     SCOPE_LOCK(&m->memory_lock);
     if (!m->n_slots)
         return error_set(err, VM_ERROR_REFUSED, "the VMM has not told its memory slots");
-    if (attach_memory_check_own(m, err) < 0)
-        return -1;
     if (atomic_load(&m->tracking))
         return error_set(err, VM_ERROR_CONFLICT, "dirty pages are being tracked already");
     if (record_path && dirtylog_record(m->log, record_path, err) < 0)
@@ -349,16 +363,6 @@ int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, 
 
 /* ---- Memory that is shared with other guests ---- */
 
-int attach_memory_check_own(const struct attach_memory *m, struct vm_error **err)
-{
-    for (unsigned i = 0; i < m->n_slots; i++)
-        if (m->slots[i].maps_file)
-            return error_set(err, VM_ERROR_REFUSED,
-                             "this guest is a clone, whose memory is its template's until it is written: that "
-                             "of such a VMM can be neither moved nor snapshotted");
-    return 0;
-}
-
 int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err)
 {
     struct stat st;
@@ -389,6 +393,8 @@ int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t firs
     if (slot >= m->n_slots)
         return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
     const struct vmmig_slot *s = &m->slots[slot].slot;
+    if (m->slots[slot].maps_file)
+        return error_set(err, VM_ERROR_REFUSED, "memory slot %s is a template's", s->name);
     uint64_t pages = s->size / DIRTYLOG_PAGE;
     if (first >= pages || n > pages - first)
         return error_set(err, VM_ERROR_USAGE, "memory slot %s ends before page %llu", s->name,

@@ -234,12 +234,10 @@ static int handle_get_memory(const struct request *r, struct vm_error **err)
     struct attach_memory *m = &r->attach->memory;
     Vmmig__Attach__Memory out = VMMIG__ATTACH__MEMORY__INIT;
     Vmmig__Attach__Slot slots[VMMIG_SLOTS_MAX], *list[VMMIG_SLOTS_MAX];
-    int fds[ATTACH_FDS_MAX];
+    int fds[ATTACH_FDS_MAX], n_fds = 0;
     SCOPE_LOCK(&m->memory_lock);
     if (!m->n_slots)
         return error_set(err, VM_ERROR_REFUSED, "the VMM has not told its memory slots");
-    if (attach_memory_check_own(m, err) < 0)
-        return -1;
     for (unsigned i = 0; i < m->n_slots; i++) {
         struct attach_slot *s = &m->slots[i];
         vmmig__attach__slot__init(&slots[i]);
@@ -250,14 +248,16 @@ static int handle_get_memory(const struct request *r, struct vm_error **err)
         slots[i].bitmap_offset = s->bitmap_offset;
         slots[i].guest_address = s->slot.guest_address;
         list[i] = &slots[i];
-        fds[i] = s->slot.memfd;
+        if (s->maps_file) /* an agent that does not know of this finds a descriptor too few */
+            slots[i].private_at = (uintptr_t)s->slot.host;
+        else
+            fds[n_fds++] = s->slot.memfd;
     }
-    fds[m->n_slots] = m->bitmap_fd;
+    fds[n_fds++] = m->bitmap_fd;
     out.slots = list;
     out.n_slots = m->n_slots;
     out.bitmap_size = m->bitmap_size;
-    return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__MEMORY, &out.base, fds,
-                           (int)m->n_slots + 1, err);
+    return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__MEMORY, &out.base, fds, n_fds, err);
 }
 
 static int handle_track(const struct request *r, struct vm_error **err)

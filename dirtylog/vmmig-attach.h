@@ -184,8 +184,8 @@ struct vmmig_config {
      * Templates: while the VMM waits for a guest, the library may put a private mapping of a template's file in place of
      * the memory at `host` of a slot, the file descriptor of which the VMM then has no use for. So a clone begins at
      * once, and shares with others what it does not write. Only for a VMM that reaches guest memory through `host`
-     * alone: not for one whose memfds others map (vhost-user), or that has huge pages. Such a guest can be neither
-     * moved nor snapshotted.
+     * alone: not for one whose memfds others map (vhost-user), or that has huge pages. An agent that moves or
+     * snapshots such a guest reads its memory out of this process, for which it has to be root, or may trace it.
      */
     bool takes_files;
 };

@@ -92,6 +92,8 @@ static int check_slot(const Vmmig__Attach__Slot *s, uint64_t bitmap_size, struct
         return out_of_range("a memory slot's page size", err);
     if (s->memfd_offset % s->page_size || s->memfd_offset > UINT64_MAX / 4)
         return out_of_range("a memory slot's place in its memfd", err);
+    if (s->private_at % ATTACH_PAGE || s->private_at > INT64_MAX - s->size)
+        return out_of_range("a memory slot's place in its process", err);
     uint64_t bitmap = (s->size / ATTACH_PAGE + 63) / 64 * 8;
     if (s->bitmap_offset % 8 || s->bitmap_offset > bitmap_size ||
         bitmap > bitmap_size - s->bitmap_offset)

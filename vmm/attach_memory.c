@@ -53,6 +53,26 @@ static int reopen(int fd, bool writable, struct vm_error **err)
     return own;
 }
 
+/*
+ * The memory of that process, also when its number is another's one day. Reading a page that its guest has not written
+ * leaves it the template's.
+ */
+static int open_process(const struct process_identity *p, struct vm_error **err)
+{
+    char path[32];
+    snprintf(path, sizeof(path), "/proc/%d/mem", p->pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 && errno != ENOENT)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "this guest is a clone, whose memory is private to its VMM (pid %d), and the agent may "
+                         "not read it there: %s",
+                         p->pid, strerror(errno));
+    if (fd >= 0 && process_alive(p))
+        return fd;
+    close_fd(&fd);
+    return error_set(err, VM_ERROR_VMM_DIED, "the VMM (pid %d) ended", p->pid);
+}
+
 static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *slot, int fd,
                       bool writable, struct vm_error **err)
 {
@@ -65,6 +85,12 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
     snprintf(r->region.name, sizeof(r->region.name), "%s", slot->name);
     r->region.size = slot->size;
     r->region.page_size = slot->page_size;
+    if (slot->private_at) {
+        r->fd = fd;
+        r->offset = slot->private_at;
+        m->list[m->n++] = r->region;
+        return 0;
+    }
     if (check_file(fd, slot->memfd_offset + slot->size, slot->name, err) < 0)
         return -1;
     r->region.base = map_file(fd, slot->size, slot->memfd_offset, writable, slot->name, err);
@@ -78,24 +104,46 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
     return r->fd < 0 ? -1 : 0;
 }
 
-static int map_answer(struct attach_memory_map *m, const struct attach_answer *a, bool writable,
-                      struct vm_error **err)
+static int map_private(struct attach_memory_map *m, const Vmmig__Attach__Slot *slot,
+                       const struct process_identity *process, bool writable, struct vm_error **err)
+{
+    if (writable)
+        return error_set(err, VM_ERROR_REFUSED, "memory slot %s is a template's: no guest can be put there",
+                         slot->name);
+    int fd = open_process(process, err);
+    return fd < 0 ? -1 : map_region(m, slot, fd, false, err);
+}
+
+static int map_slots(struct attach_memory_map *m, const struct attach_answer *a,
+                     const struct process_identity *process, bool writable, struct vm_error **err)
 {
     const Vmmig__Attach__Memory *memory = a->message.memory;
-    if ((size_t)a->n_fds != memory->n_slots + 1)
+    const int *fd = a->fds;
+    for (size_t i = 0; i < memory->n_slots; i++) {
+        const Vmmig__Attach__Slot *slot = memory->slots[i];
+        if ((slot->private_at ? map_private(m, slot, process, writable, err)
+                              : map_region(m, slot, *fd++, writable, err)) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int map_answer(struct attach_memory_map *m, const struct attach_answer *a,
+                      const struct process_identity *process, bool writable, struct vm_error **err)
+{
+    const Vmmig__Attach__Memory *memory = a->message.memory;
+    size_t files = 0;
+    for (size_t i = 0; i < memory->n_slots; i++)
+        files += !memory->slots[i]->private_at;
+    if ((size_t)a->n_fds != files + 1)
         return error_set(err, VM_ERROR_PROTOCOL, "the VMM passed %d descriptors for %zu memory slots",
-                         a->n_fds, memory->n_slots);
+                         a->n_fds, files);
     m->bitmap_size = memory->bitmap_size;
-    int bitmap_fd = a->fds[memory->n_slots];
+    int bitmap_fd = a->fds[files];
     if (check_file(bitmap_fd, m->bitmap_size, "the dirty bitmap", err) < 0)
         return -1;
     m->bitmap = map_file(bitmap_fd, m->bitmap_size, 0, false, "the dirty bitmap", err);
-    if (!m->bitmap)
-        return -1;
-    for (size_t i = 0; i < memory->n_slots; i++)
-        if (map_region(m, memory->slots[i], a->fds[i], writable, err) < 0)
-            return -1;
-    return 0;
+    return m->bitmap ? map_slots(m, a, process, writable, err) : -1;
 }
 
 static int check_total(const Vmmig__Attach__Memory *memory, struct vm_error **err)
@@ -129,7 +177,7 @@ int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool
     *m = (struct attach_memory_map){.n = 0};
     if (attach_memory_ask(c, &a, err) < 0)
         return -1;
-    if (map_answer(m, &a, writable, err) == 0)
+    if (map_answer(m, &a, &c->process, writable, err) == 0)
         return 0;
     attach_memory_unmap(m);
     return -1;
@@ -138,12 +186,31 @@ int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool
 void attach_memory_unmap(struct attach_memory_map *m)
 {
     for (unsigned i = 0; i < m->n; i++) {
-        munmap(m->regions[i].region.base, m->regions[i].region.size);
+        if (m->regions[i].region.base)
+            munmap(m->regions[i].region.base, m->regions[i].region.size);
         close_fd(&m->regions[i].fd);
     }
     if (m->bitmap)
         munmap(m->bitmap, m->bitmap_size);
     *m = (struct attach_memory_map){.n = 0};
+}
+
+int attach_region_read(const struct attach_region *r, uint64_t page, uint64_t n, uint8_t *out,
+                       struct vm_error **err)
+{
+    size_t size = (size_t)(n * GUEST_PAGE_SIZE);
+    for (size_t done = 0; done < size;) {
+        ssize_t got = pread(r->fd, out + done, size - done,
+                            (off_t)(r->offset + page * GUEST_PAGE_SIZE + done));
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got < 0)
+            return error_errno(err, errno, "the memory of slot %s cannot be read", r->region.name);
+        if (got == 0)
+            return error_set(err, VM_ERROR_VMM_DIED, "the VMM ended");
+        done += (size_t)got;
+    }
+    return 0;
 }
 
 /* ---- Holes ---- */

@@ -64,10 +64,10 @@ void attach_client_pin(struct attach_client *c, bool pinned);
 /* ---- Memory ---- */
 
 struct attach_region {
-    struct guest_region region; /* base: mapped */
+    struct guest_region region; /* base: mapped; NULL: it is private to the VMM's process, and read out of fd */
     uint64_t pages;
     int fd;                     /* a file position of our own */
-    uint64_t offset;            /* in the memfd */
+    uint64_t offset;            /* of its first page in fd */
     const uint64_t *dirty;      /* the shared bitmap; written by the VMM at any time */
 };
 
@@ -84,10 +84,14 @@ struct attach_memory_map {
  * what the driver keeps per page is bounded by that, whatever a VMM says.
  */
 int attach_memory_ask(struct attach_client *c, struct attach_answer *ret_answer, struct vm_error **err);
-/* The same, and map it. On failure the map is empty. */
+/* The same, and map it. On failure the map is empty. Writable: REFUSED if some is private. */
 int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool writable,
                       struct vm_error **err);
 void attach_memory_unmap(struct attach_memory_map *m);
+
+/* Read n pages from `page` on of a private region, as they are now. VMM_DIED once the process is gone. */
+int attach_region_read(const struct attach_region *r, uint64_t page, uint64_t n, uint8_t *out,
+                       struct vm_error **err);
 
 /*
  * Where memory has pages, walking upwards: for the first pass over it. What was found out is true for that instant

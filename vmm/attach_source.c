@@ -14,6 +14,8 @@
  *   unless it is in this harvest already, is in the next.
  *   A hole is looked for after CLEAR, and anew for each piece: what the guest puts there later is logged.
  *   A copy that was torn by a write is a copy that missed that write.
+ *   Private memory is copied through the VMM's own page tables, as its vCPUs see it, when a batch is full: still
+ *   after the CLEAR of each of its pages.
  *   Before the pause all of this may be repeated without end; PAUSE is answered when no vCPU runs, no device
  *   writes and every mark is made, `paused` is set after that, and the harvest of copy_rest begins after it.
  *   What `todo` still holds of the round that the pause broke off is given out with it.
@@ -52,6 +54,7 @@ struct attach_source {
     const struct guest_source_events *events;
     void *arg;
     struct page_batch *open[CHANNELS_MAX]; /* being filled */
+    const struct attach_region *open_from[CHANNELS_MAX]; /* whose pages those are */
     unsigned round;
     unsigned throttle, strikes;
     uint64_t sent_in_round;
@@ -87,15 +90,61 @@ static int check_stop(struct attach_source *s, struct vm_error **err)
 
 /* ---- Batches ---- */
 
+/* Of private memory, which cannot be mapped here: with room for copies of its pages, whose place is `data`. */
+struct copied_batch {
+    struct page_batch batch; /* first */
+    uint8_t bytes[PAGE_BATCH_MAX * GUEST_PAGE_SIZE];
+};
+
 static void release_batch(struct page_batch *batch)
 {
     free(batch);
 }
 
+static struct page_batch *make_batch(const struct attach_region *r, unsigned channel, struct vm_error **err)
+{
+    struct page_batch *batch = malloc(r->region.base ? sizeof(*batch) : sizeof(struct copied_batch));
+    if (!batch) {
+        error_nomem(err);
+        return NULL;
+    }
+    atomic_init(&batch->refs, 1);
+    batch->release = release_batch;
+    batch->channel = channel;
+    batch->n = 0;
+    batch->file = r->region.base && r->region.page_size == GUEST_PAGE_SIZE ? r->fd : 0;
+    batch->file_offset = r->offset;
+    batch->file_start = r->region.base;
+    return batch;
+}
+
+/* Pages that follow one another are read at once. */
+static int copy_pages(struct page_batch *batch, const struct attach_region *r, struct vm_error **err)
+{
+    struct copied_batch *copied = (struct copied_batch *)(void *)batch;
+    for (unsigned i = 0; i < batch->n;) {
+        unsigned n = 1;
+        while (i + n < batch->n && batch->pages[i + n].addr == batch->pages[i].addr + n)
+            n++;
+        if (attach_region_read(r, page_addr_number(batch->pages[i].addr), n,
+                               copied->bytes + (size_t)i * GUEST_PAGE_SIZE, err) < 0)
+            return -1;
+        i += n;
+    }
+    return 0;
+}
+
 static int flush(struct attach_source *s, unsigned channel, struct vm_error **err)
 {
     struct page_batch *batch = steal_ptr(&s->open[channel]);
-    return batch ? s->events->pages(s->arg, batch, err) : 0;
+    const struct attach_region *from = s->open_from[channel];
+    if (!batch)
+        return 0;
+    if (!from->region.base && copy_pages(batch, from, err) < 0) {
+        page_batch_unref(batch);
+        return -1;
+    }
+    return s->events->pages(s->arg, batch, err);
 }
 
 static int flush_all(struct attach_source *s, struct vm_error **err)
@@ -111,23 +160,17 @@ static int add_page(struct attach_source *s, const struct attach_region *r, uint
                     const uint8_t *data, struct vm_error **err)
 {
     unsigned channel = page_stripe_channel(addr, s->channels);
-    if (s->open[channel] && s->open[channel]->file_start != r->region.base &&
-        flush(s, channel, err) < 0)
+    if (s->open[channel] && s->open_from[channel] != r && flush(s, channel, err) < 0)
         return -1;
     struct page_batch *batch = s->open[channel];
     if (!batch) {
-        batch = malloc(sizeof(*batch));
+        batch = s->open[channel] = make_batch(r, channel, err);
         if (!batch)
-            return error_nomem(err);
-        atomic_init(&batch->refs, 1);
-        batch->release = release_batch;
-        batch->channel = channel;
-        batch->n = 0;
-        batch->file = r->region.page_size == GUEST_PAGE_SIZE ? r->fd : 0;
-        batch->file_offset = r->offset;
-        batch->file_start = r->region.base;
-        s->open[channel] = batch;
+            return -1;
+        s->open_from[channel] = r;
     }
+    if (!r->region.base)
+        data = ((struct copied_batch *)(void *)batch)->bytes + (size_t)batch->n * GUEST_PAGE_SIZE;
     batch->pages[batch->n++] = (struct page_ref){addr, data};
     return batch->n == PAGE_BATCH_MAX ? flush(s, channel, err) : 0;
 }
@@ -160,7 +203,8 @@ static int give_word(struct attach_source *s, const struct source_region *r, uin
     r->todo[word] = 0;
     while (bits) {
         uint64_t page = word * 64 + (unsigned)__builtin_ctzll(bits);
-        const uint8_t *data = r->memory->region.base + page * GUEST_PAGE_SIZE;
+        const uint8_t *base = r->memory->region.base; /* NULL: private */
+        const uint8_t *data = base ? base + page * GUEST_PAGE_SIZE : NULL;
         bits &= bits - 1;
         if (holes && !attach_holes_has(holes, page)) {
             data = NULL;
@@ -213,7 +257,8 @@ static enum walk give_region(struct attach_source *s, const struct source_region
                              struct vm_error **err)
 {
     struct attach_holes holes = {0};
-    if (s->round == 1 && attach_holes_init(&holes, r->memory, err) < 0)
+    bool looks = s->round == 1 && r->memory->region.base; /* of private memory nobody can say */
+    if (looks && attach_holes_init(&holes, r->memory, err) < 0)
         return WALK_FAILED;
     enum walk result = WALK_DONE;
     for (uint64_t first = 0; first < r->memory->pages && result == WALK_DONE; first += PIECE_PAGES) {

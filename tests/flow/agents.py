@@ -69,13 +69,14 @@ class Agent:
         with open(self.host.path('/etc/vmmig/vmmigd.conf'), 'w', encoding='ascii') as file:
             file.writelines(f'{key} = {value}\n' for key, value in lines.items())
 
-    def start(self, faults=None, build=None):
-        """Starts vmmigd and waits until it answers. faults: what VMMIG_FAULTS says, in a build that has them."""
+    def start(self, faults=None, build=None, wrapper=()):
+        """Starts vmmigd and waits until it answers. faults: what VMMIG_FAULTS says, in a build that has them; wrapper:
+        the command that runs it."""
         self.write_config()
         binary = os.path.join(build or (fault_build() if faults else os.path.dirname(
             os.path.dirname(built('agent/vmmigd')))), 'agent/vmmigd')
         environment = {**os.environ, **({'VMMIG_FAULTS': faults} if faults else {})}
-        self.process = self.host.popen([binary], name='vmmigd', env=environment)
+        self.process = self.host.popen([*wrapper, binary], name='vmmigd', env=environment)
         eventually(f'vmmigd on {self.host.name}', self.answers)
         return self
 

@@ -21,9 +21,9 @@ def heartbeats(console):
 
 @pytest.fixture(scope='module')
 def agent():
-    with Cluster(hosts=1, start=False, plain=True) as cluster:
-        cluster.agents[0].options['attach-vmm'] = \
-            f'{built("tools/vmmig-vmm/vmmig-vmm")}\nattach-vmm = {built(STANDIN)}'
+    with Cluster(hosts=2, start=False, plain=True) as cluster:
+        for one in cluster.agents:
+            one.options['attach-vmm'] = f'{built("tools/vmmig-vmm/vmmig-vmm")}\nattach-vmm = {built(STANDIN)}'
         agent = make_agent(cluster, fault_build())
         restart(agent)
         yield agent
@@ -58,8 +58,7 @@ def template(agent):
 @pytest.fixture(autouse=True)
 def nothing_is_left(agent):
     yield
-    if agent.process.poll() is not None:
-        restart(agent)
+    restart(agent)
     for vm in agent.json('list')['vms']:
         agent.end(vm['vm'])
     eventually('no lease', lambda: leases(agent) == [])
@@ -100,15 +99,64 @@ def test_one_runs_on_whatever_becomes_of_template_and_agent(agent, template):
     assert console.check() == ['h1']
 
 
-@pytest.mark.parametrize('words', [['snapshot', 'stays', 'never'], ['send', 'stays', '--to', 'h1']])
-def test_a_clone_can_be_neither_moved_nor_snapshotted(agent, template, words):
+def test_a_clone_is_snapshotted(agent, template):
+    """While it writes, twice; it shares with its template what it did before, and each snapshot is a whole guest."""
+    console = agent.cluster.console('taken')
+    made, = agent.json('clone', 'busy:v1', '--as', 'taken')['clones']
+    console.wait_ticks(3)
+    signs = []
+    for name in ('one', 'two'):
+        console.wait_ticks(2)
+        before = heartbeats(console)[-1]
+        assert agent.json('snapshot', 'taken', name)['state'] == 'done'
+        console.wait_ticks(2)
+        signs.append((before, heartbeats(console)[-1]))
+    console.verify()
+    assert console.check() == ['h1'] and shared_memory(made['pid']) == ['memory.high.raw', 'memory.raw']
+    agent.end('taken')
+    for name, (before, after) in zip(('one', 'two'), signs):
+        console = agent.cluster.console(f'back-{name}')
+        assert agent.json('restore', f'taken@{name}', '--as', f'back-{name}')['state'] == 'done'
+        console.wait_ticks(3)
+        assert before <= heartbeats(console)[0] <= after
+        console.verify()
+        assert console.check() == ['h1'] and shared_memory(agent.json('status', f'back-{name}')['pid']) == []
+
+
+def test_a_clone_is_moved(agent, template):
+    """To a host that has nothing of the template: all of its memory goes along, and is its own from then on."""
+    there = agent.cluster.agents[1]
+    there.start(build=fault_build())
+    console = agent.cluster.console('moves')
+    agent.vmmig('clone', 'busy:v1', '--as', 'moves')
+    console.wait_ticks(3)
+    mark = console.mark()
+    assert agent.json('send', 'moves', '--to', 'h2')['state'] == 'done'
+    console.wait_ticks(5)
+    console.verify()
+    assert console.check(mark)[-1] == 'h2'
+    assert shared_memory(there.json('status', 'moves')['pid']) == []
+    there.end('moves')
+    there.stop()
+
+
+def test_a_clone_whose_memory_cannot_be_read_stays(agent, template):
+    """By an agent that may not trace processes."""
     console = agent.cluster.console('stays')
     agent.vmmig('clone', 'busy:v1', '--as', 'stays')
-    refused = agent.vmmig(*words, check=False)
-    assert refused.returncode == 5, refused
-    assert "this guest is a clone, whose memory is its template's" in refused.stderr.strip().splitlines()[-1]
+    agent.kill()
+    agent.start(build=fault_build(), wrapper=['setpriv', '--bounding-set=-sys_ptrace', '--inh-caps=-sys_ptrace'])
+    eventually('the VM', lambda: agent.json('status', 'stays')['presence'] == 'present')
+    there = agent.cluster.agents[1]
+    there.start(build=fault_build())
+    for words in (['snapshot', 'stays', 'never'], ['send', 'stays', '--to', 'h2']):
+        refused = agent.vmmig(*words, check=False)
+        assert refused.returncode == 5, refused
+        assert 'this guest is a clone, whose memory is private to its VMM' in refused.stderr.strip().splitlines()[-1]
+    there.stop()
     console.wait_ticks(3)
     assert agent.json('status', 'stays')['state'] == 'running'
+    there.stop()
 
 
 @pytest.mark.parametrize('words, says', [

@@ -418,7 +418,38 @@ static int greet(const struct toy_vmm *v)
     return fd;
 }
 
-static void memory_of_a_template_is_private_and_stays_here(void **state)
+static void populate(int fd, unsigned slot, uint64_t first, uint64_t pages)
+{
+    Vmmig__Attach__Populate m = VMMIG__ATTACH__POPULATE__INIT;
+    Vmmig__Attach__Run run = VMMIG__ATTACH__RUN__INIT, *runs[] = {&run};
+    run.slot = slot;
+    run.first = first;
+    run.pages = pages;
+    m.runs = runs;
+    m.n_runs = 1;
+    ask(fd, VMMIG__ATTACH__TYPE__POPULATE, &m.base);
+}
+
+/* What the VMM says of its memory: one descriptor for each slot that has a file of its own, and the bitmap's. */
+static void expect_private(int fd, const void *private_0, const void *private_1)
+{
+    static uint8_t packet[65536];
+    int fds[ATTACH_FDS_MAX], n_fds;
+    struct attach_message m;
+    ask(fd, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL);
+    ssize_t n = io_recv_fds(fd, packet, sizeof(packet), fds, ATTACH_FDS_MAX, &n_fds, NULL);
+    assert_true(n > 0);
+    for (int i = 0; i < n_fds; i++)
+        close(fds[i]);
+    assert_int_equal(attach_unpack(packet, (size_t)n, &m, NULL), 0);
+    assert_int_equal(m.type, VMMIG__ATTACH__TYPE__MEMORY);
+    assert_int_equal(n_fds, 1 + !private_0 + !private_1);
+    assert_int_equal(m.memory->slots[0]->private_at, (uintptr_t)private_0);
+    assert_int_equal(m.memory->slots[1]->private_at, (uintptr_t)private_1);
+    attach_message_finish(&m);
+}
+
+static void memory_of_a_template_is_private(void **state)
 {
     struct toy_vmm *v = new_vmm();
     char byte = 0;
@@ -431,12 +462,12 @@ static void memory_of_a_template_is_private_and_stays_here(void **state)
     v->memory[0][0] = 'T';
     assert_int_equal(pread(file, &byte, 1, 0), 1);
     assert_int_equal(byte, 't');
-    static const unsigned forbidden[] = {VMMIG__ATTACH__TYPE__GET_MEMORY, VMMIG__ATTACH__TYPE__TRACK};
-    for (unsigned i = 0; i < 2; i++) {
-        ask(fd, forbidden[i], NULL);
-        expect_error(fd, "refused: this guest is a clone, whose memory is its template's until it is written: that of "
-                         "such a VMM can be neither moved nor snapshotted");
-    }
+    expect_private(fd, v->memory[0], NULL);
+    populate(fd, 0, 0, 64);
+    expect_error(fd, "refused: memory slot low is a template's");
+    struct vmmig_error error;
+    assert_int_equal(vmmig_set_slots(v->attach, v->slots, 2, &error), 0); /* the same, as when others came */
+    expect_private(fd, v->memory[0], NULL);
     close(file);
     close(ask_to_map(fd, 1, 0));
     expect_error(fd, "protocol: the file for memory slot high is none, or not as large as it");
@@ -517,18 +548,6 @@ static void versions_are_negotiated(void **state)
     expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
     close(fd);
     toy_vmm_destroy(v);
-}
-
-static void populate(int fd, unsigned slot, uint64_t first, uint64_t pages)
-{
-    Vmmig__Attach__Populate m = VMMIG__ATTACH__POPULATE__INIT;
-    Vmmig__Attach__Run run = VMMIG__ATTACH__RUN__INIT, *runs[] = {&run};
-    run.slot = slot;
-    run.first = first;
-    run.pages = pages;
-    m.runs = runs;
-    m.n_runs = 1;
-    ask(fd, VMMIG__ATTACH__TYPE__POPULATE, &m.base);
 }
 
 static uint64_t pages_of(int memfd)
@@ -823,7 +842,7 @@ int main(void)
         cmocka_unit_test(an_inherited_socket_is_used),
         cmocka_unit_test(what_is_no_socket_for_packets_is_refused),
         cmocka_unit_test(messages_out_of_order_are_answered),
-        cmocka_unit_test(memory_of_a_template_is_private_and_stays_here),
+        cmocka_unit_test(memory_of_a_template_is_private),
         cmocka_unit_test(a_vmm_that_takes_no_files_says_so),
         cmocka_unit_test(garbage_ends_its_connection_only),
         cmocka_unit_test(versions_are_negotiated),
