@@ -4,6 +4,7 @@
 #include "agent/driver.h"
 #include "agent/makings.h"
 #include "agent/repository.h"
+#include "agent/snapshots.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/fault.h"
@@ -424,6 +425,7 @@ static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **
         .prepare = prepare_launch,
         .made = note_made,
         .arg = c,
+        .thawer = snapshots_thawer(c->agent->config),
         .uid = c->uid,
         .gid = c->gid,
     };

@@ -2,6 +2,7 @@
 #include "agent/doctor.h"
 
 #include "agent/attempt.h"
+#include "agent/snapshots.h"
 #include "agent/transfer.h"
 #include "base/clock.h"
 
@@ -302,6 +303,23 @@ static void judge_vm(struct finding *f, const struct walk *w, struct vm *vm)
     f->advice[0] = 0;
 }
 
+/* A guest that hangs since a snapshot, or is being snapshotted at this instant. */
+static void mention_frozen(struct finding *f, const struct agent *agent, const struct vm_definition *d)
+{
+    struct thawer thawer = snapshots_thawer(agent->config);
+    char path[FROZEN_PATH_MAX];
+    frozen_path(&thawer, &d->process, path);
+    if (!f->message.vmm_runs || !frozen_is_noted(path))
+        return;
+    size_t n = strlen(f->why);
+    snprintf(f->why + n, sizeof(f->why) - n,
+             "; its file systems are frozen for a snapshot, and have not been thawed yet");
+    if (!*f->advice)
+        snprintf(f->advice, sizeof(f->advice),
+                 "if this stays so, see why its agent (qemu-ga) does not answer: it is asked again "
+                 "and again to thaw them");
+}
+
 static int add_registered(struct walk *w, struct vm *vm, struct vm_error **err)
 {
     const char *name = vm_definition(vm)->name;
@@ -312,6 +330,8 @@ static int add_registered(struct walk *w, struct vm *vm, struct vm_error **err)
         return -1;
     if (f && !f->unsettled)
         judge_vm(f, w, vm);
+    if (f)
+        mention_frozen(f, w->agent, vm_definition(vm));
     return 0;
 }
 

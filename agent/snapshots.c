@@ -76,6 +76,11 @@ static void report(struct take_job *t, const struct snapshot_report *r)
     job_update(t->job, &t->progress);
 }
 
+struct thawer snapshots_thawer(const struct config *config)
+{
+    return (struct thawer){config->libexec_dir, config->log_dir, config->runtime_dir};
+}
+
 /* Of a snapshot that is being taken (snapshot/guard.h). */
 static void make_note_path(const struct config *config, const char *vm, char out[PATH_BYTES])
 {
@@ -90,8 +95,9 @@ struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct
     if (guard_settle_before(note, &d->process, err) < 0)
         return NULL;
     struct guest *guest = driver_connect(d, arg, err);
+    struct thawer thawer = snapshots_thawer(config);
     if (guest)
-        guard_settle(note, guest);
+        guard_settle(note, &thawer, guest);
     return guest;
 }
 
@@ -100,10 +106,8 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
     struct take_job *t = arg;
     const struct config *config = t->agent->config;
     const struct vm_definition *vm = vm_definition(t->vm);
-    char guard[PATH_BYTES], guard_log[PATH_BYTES], note[PATH_BYTES];
+    char note[PATH_BYTES];
     struct snapshot_report r;
-    snprintf(guard, sizeof(guard), "%s/vmmig-guard", config->libexec_dir);
-    snprintf(guard_log, sizeof(guard_log), "%s/guard.log", config->log_dir);
     make_note_path(config, t->vm_name, note);
     struct snapshot_params p = {.guest = vm_guest(t->vm),
                                 .vm = t->vm_name,
@@ -113,7 +117,7 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
                                 .scratch_dir = config->scratch_dir,
                                 .plugin = config->nbdkit_plugin,
                                 .mount = t->agent->mount,
-                                .guard = {guard, guard_log, vm->socket_path, vm->process, note, false},
+                                .guard = {snapshots_thawer(config), vm->socket_path, vm->process, note, false},
                                 .cancel_fd = job_cancel_fd(job),
                                 .progress = on_progress,
                                 .arg = t};
@@ -405,9 +409,10 @@ static int keep_restored(struct restore_job *t, struct guest **guest, struct vm_
 static int go_on(struct restore_job *t, const struct restore *r, struct guest *guest, struct vm_error **err)
 {
     cleanup_error struct vm_error *frozen = NULL;
+    struct thawer thawer = snapshots_thawer(t->agent->config);
     if (guest_resume(guest, err) < 0)
         return -1;
-    if (restore_thaw(r, &frozen) < 0) {
+    if (restore_thaw(r, guest, &thawer, &frozen) < 0) {
         log_warn("a restored guest is not thawed", "vm=%s error=%s", t->vm, log_q(error_message(frozen)));
         snprintf(t->progress.note, sizeof(t->progress.note), "%s", error_message(frozen));
     }

@@ -10,7 +10,10 @@
 
 #include "agent/control.h"
 #include "agent/vms.h"
+#include "snapshot/frozen.h"
 
+/* Who thaws file systems that a snapshot froze (snapshot/frozen.h). */
+struct thawer snapshots_thawer(const struct config *config);
 /* driver_connect, and what a snapshot that an agent died of has left is settled first. For vms_params. */
 struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
 int snapshots_handle_take(struct control_session *s, const struct control_message *m,

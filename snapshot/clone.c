@@ -364,7 +364,7 @@ static int tell_guest(const struct making *m, struct clone *c)
 {
     cleanup_error struct vm_error *frozen = NULL, *kept = NULL;
     if (c->running && m->vm.frozen &&
-        guest_agent_thaw_restored(c->argv, m->vm.definition.cwd, &frozen) < 0)
+        frozen_thaw_restored(&m->p->thawer, &c->guest->process, c->argv, m->vm.definition.cwd, &frozen) < 0)
         note(c, "%s", error_message(frozen));
     if (!c->notes.n_macs)
         return 0;

@@ -20,6 +20,7 @@
 
 #include "repo/repo.h"
 #include "repo/template.h"
+#include "snapshot/frozen.h"
 #include "snapshot/mount.h"
 #include "vmm/qemu_clone.h"
 
@@ -41,6 +42,7 @@ struct clone_params {
     /* A file or a folder was made. May be NULL. */
     int (*made)(void *arg, const char *path, struct vm_error **err);
     void *arg;
+    struct thawer thawer; /* of a guest whose file systems stood frozen */
     uid_t uid; /* who owns overlays */
     gid_t gid;
 };

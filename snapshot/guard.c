@@ -4,7 +4,6 @@
 #include "base/clock.h"
 #include "base/io.h"
 #include "base/log.h"
-#include "snapshot/guest_agent.h"
 #include "vmm/attach.h"
 #include "vmm/spawn.h"
 #include "vmm/write_protection.h"
@@ -17,8 +16,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 
-enum { END_TIMEOUT_MS = 5000, NOTE_MAX = 2 * GUARD_PATH_MAX };
-#define THAW_NS (10 * NSEC_PER_SEC)
+enum { END_TIMEOUT_MS = 5000, NOTE_MAX = 128 };
 
 struct guard {
     int socket;
@@ -29,38 +27,31 @@ struct guard {
 
 /* ---- the note ---- */
 
-static int write_note(const struct guard *g, const char *guest_agent, struct vm_error **err)
+static int write_note(const struct guard *g, struct vm_error **err)
 {
     char text[NOTE_MAX];
-    int n = snprintf(text, sizeof(text), "%" PRId32 " %" PRIu64 " %" PRId32 " %" PRIu64 " %d\n%s",
-                     g->vmm.pid, g->vmm.start, g->process.pid, g->process.start, g->attach, guest_agent);
+    int n = snprintf(text, sizeof(text), "%" PRId32 " %" PRIu64 " %" PRId32 " %" PRIu64 " %d\n",
+                     g->vmm.pid, g->vmm.start, g->process.pid, g->process.start, g->attach);
     return io_write_file_durably(g->note_path, text, (size_t)n, 0600, err);
 }
 
 struct note {
     struct process_identity vmm, guard;
     int attach;
-    const char *guest_agent;
-    char *text;
 };
 
 /* False: there is none of this VMM. */
 static bool read_note(const char *path, const struct process_identity *vmm, struct note *ret)
 {
-    char *text = NULL;
+    cleanup_free char *text = NULL;
     size_t n;
     cleanup_error struct vm_error *absent = NULL;
     if (io_read_file(path, NOTE_MAX, &text, &n, &absent) < 0)
         return false;
-    *ret = (struct note){.vmm = *vmm, .guard = *vmm, .text = text};
-    char *line = strchr(text, '\n');
-    ret->guest_agent = line ? line + 1 : "";
-    if (sscanf(text, "%" SCNd32 " %" SCNu64 " %" SCNd32 " %" SCNu64 " %d", &ret->vmm.pid, &ret->vmm.start,
+    *ret = (struct note){.vmm = *vmm, .guard = *vmm};
+    return sscanf(text, "%" SCNd32 " %" SCNu64 " %" SCNd32 " %" SCNu64 " %d", &ret->vmm.pid, &ret->vmm.start,
                &ret->guard.pid, &ret->guard.start, &ret->attach) == 5 &&
-        process_identity_equal(&ret->vmm, vmm))
-        return true;
-    free(text);
-    return false;
+           process_identity_equal(&ret->vmm, vmm);
 }
 
 int guard_settle_before(const char *note_path, const struct process_identity *process,
@@ -75,36 +66,35 @@ int guard_settle_before(const char *note_path, const struct process_identity *pr
         r = process_alive(&note.guard) ? process_kill(&note.guard, END_TIMEOUT_MS, err) : 0;
     else if (!process_alive(&note.guard))
         r = write_protection_lift(process, &found, err);
-    free(note.text);
     if (found)
         log_warn("the guest's memory was left write-protected; it is free again", "pid=%d",
                  process->pid);
     return r;
 }
 
-static void thaw(const char *guest_agent)
+/* Whoever tries already is not disturbed. */
+static void thaw_later(const struct thawer *thawer, const struct process_identity *vmm)
 {
+    char path[FROZEN_PATH_MAX];
     cleanup_error struct vm_error *err = NULL;
-    int64_t deadline = clock_mono_ns() + THAW_NS;
-    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(guest_agent, deadline, &err);
-    if (!ga || guest_agent_thaw(ga, deadline, &err) < 0)
+    frozen_path(thawer, vmm, path);
+    if (frozen_is_noted(path) && frozen_thaw_later(thawer, vmm, &err) < 0)
         log_error("the guest's file systems may still be frozen", "error=%s",
                   log_q(error_message(err)));
 }
 
-void guard_settle(const char *note_path, struct guest *guest)
+void guard_settle(const char *note_path, const struct thawer *thawer, struct guest *guest)
 {
     struct note note;
     cleanup_error struct vm_error *err = NULL;
-    if (!read_note(note_path, &guest->process, &note))
-        return;
-    if (note.attach && attach_let_go(attach_from_guest(guest), &err) < 0)
+    bool noted = read_note(note_path, &guest->process, &note);
+    if (noted && note.attach && attach_let_go(attach_from_guest(guest), &err) < 0)
         log_error("a guest that was paused for a snapshot still stands", "pid=%d error=%s",
                   guest->process.pid, log_q(error_message(err)));
-    if (*note.guest_agent && !process_alive(&note.guard))
-        thaw(note.guest_agent);
-    free(note.text);
-    unlink(note_path);
+    if (!noted || !process_alive(&note.guard)) /* else the guard does so */
+        thaw_later(thawer, &guest->process);
+    if (noted)
+        unlink(note_path);
 }
 
 /* ---- its life ---- */
@@ -112,6 +102,7 @@ void guard_settle(const char *note_path, struct guest *guest)
 struct guard *guard_start(const struct guard_params *params, struct vm_error **err)
 {
     char fd[16], pid[16], start[24];
+    char binary[FROZEN_PATH_MAX], log[FROZEN_PATH_MAX], frozen[FROZEN_PATH_MAX];
     int pair[2];
     if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0) {
         error_errno(err, errno, "cannot make a socket");
@@ -121,12 +112,14 @@ struct guard *guard_start(const struct guard_params *params, struct vm_error **e
     snprintf(fd, sizeof(fd), "%d", theirs);
     snprintf(pid, sizeof(pid), "%" PRId32, params->process.pid);
     snprintf(start, sizeof(start), "%" PRIu64, params->process.start);
-    const char *argv[] = {params->binary, "--socket", fd,
+    thawer_paths(&params->thawer, binary, log);
+    frozen_path(&params->thawer, &params->process, frozen);
+    const char *argv[] = {binary, "--socket", fd, "--frozen", frozen,
                           params->attach ? "--attach" : "--qmp", params->socket_path,
                           "--process", pid, "--start", start, "--note", params->note_path, NULL};
-    struct spawn_params spawn = {.binary = params->binary,
+    struct spawn_params spawn = {.binary = binary,
                                  .argv = (char *const *)(uintptr_t)argv,
-                                 .log_path = params->log_path,
+                                 .log_path = log,
                                  .fds = &theirs,
                                  .n_fds = 1};
     struct guard *g = calloc(1, sizeof(*g));
@@ -142,7 +135,7 @@ struct guard *guard_start(const struct guard_params *params, struct vm_error **e
         return NULL;
     }
     g->socket = steal_fd(&ours);
-    if (write_note(g, "", err) == 0)
+    if (write_note(g, err) == 0)
         return g;
     guard_end(g);
     return NULL;
@@ -154,19 +147,6 @@ int guard_stream(struct guard *g, int fd, struct vm_error **err)
     return io_send_fds(g->socket, &word, 1, &fd, 1, err) < 0
                ? error_wrap(err, "the snapshot's guard (%d)", g->process.pid)
                : 0;
-}
-
-int guard_frozen(struct guard *g, const char *guest_agent, struct vm_error **err)
-{
-    char packet[GUARD_PATH_MAX + 1] = {GUARD_FROZEN};
-    int n = snprintf(packet + 1, GUARD_PATH_MAX, "%s", guest_agent ? guest_agent : "");
-    if (n >= GUARD_PATH_MAX)
-        return error_set(err, VM_ERROR_USAGE, "the path of the guest's agent is too long");
-    if (write_note(g, packet + 1, err) < 0)
-        return -1;
-    if (send(g->socket, packet, (size_t)n + 1, MSG_NOSIGNAL) < 0)
-        return error_errno(err, errno, "the snapshot's guard (%d)", g->process.pid);
-    return 0;
 }
 
 void guard_end(struct guard *g)

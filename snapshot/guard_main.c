@@ -6,7 +6,6 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "base/options.h"
-#include "snapshot/guest_agent.h"
 #include "vmm/attach.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_snapshot.h"
@@ -22,45 +21,40 @@
 #include <unistd.h>
 
 enum { DRAIN_BYTES = 1 << 20, ATTACH_MS = 2000, TRY_AGAIN_MS = 50 };
+#define NO_SOCKET UINT64_MAX
 #define GIVE_UP_NS (60 * NSEC_PER_SEC)
-#define THAW_NS (10 * NSEC_PER_SEC)
 
 struct watch {
     uint64_t socket, pid, start;
-    char *qmp, *attach, *note; /* qmp or attach: where the VMM answers */
+    char *qmp, *attach, *note; /* qmp or attach: where the VMM answers; NULL: there is but to thaw */
+    char *frozen;
     bool help;
     int stream; /* -1: QEMU writes no memory */
-    char guest_agent[GUARD_PATH_MAX]; /* "": nothing is frozen */
     bool ended;
 };
 
 /* ---- while the agent lives ---- */
 
-static void note(struct watch *w, char *packet, size_t n, int fd)
+static void note(struct watch *w, char word, int fd)
 {
-    packet[n] = 0;
-    if (packet[0] == GUARD_STREAM && fd >= 0) {
+    if (word == GUARD_STREAM && fd >= 0) {
         close_fd(&w->stream);
         w->stream = fd;
         return;
     }
     close_fd(&fd);
-    if (packet[0] == GUARD_FROZEN)
-        memcpy(w->guest_agent, packet + 1, n);
-    w->ended |= packet[0] == GUARD_END;
+    w->ended |= word == GUARD_END;
 }
 
 /* Until it says that it is through, or is gone; a connection that fails counts as that. */
 static void listen_to_agent(struct watch *w)
 {
     while (!w->ended) {
-        char packet[GUARD_PATH_MAX + 1];
+        char word;
         int fd = -1, n_fds = 0;
-        ssize_t n =
-            io_recv_fds((int)w->socket, packet, sizeof(packet) - 1, &fd, 1, &n_fds, NULL);
-        if (n <= 0)
+        if (io_recv_fds((int)w->socket, &word, 1, &fd, 1, &n_fds, NULL) <= 0)
             return;
-        note(w, packet, (size_t)n, n_fds ? fd : -1);
+        note(w, word, n_fds ? fd : -1);
     }
 }
 
@@ -80,14 +74,20 @@ static void *drain(void *arg)
     }
 }
 
+/* The VMM is of the same boot as we are. */
+static int identify(const struct watch *w, struct process_identity *ret, struct vm_error **err)
+{
+    if (process_identify(getpid(), ret, err) < 0)
+        return -1;
+    ret->pid = (pid_t)w->pid;
+    ret->start = w->start;
+    return 0;
+}
+
 static bool lives(const struct watch *w)
 {
     struct process_identity p;
-    if (process_identify(getpid(), &p, NULL) < 0)
-        return true; /* nobody can know */
-    p.pid = (pid_t)w->pid;
-    p.start = w->start;
-    return process_alive(&p);
+    return identify(w, &p, NULL) < 0 || process_alive(&p); /* nobody can know */
 }
 
 static const char *socket_of(const struct watch *w)
@@ -141,15 +141,13 @@ static void sweep_soon(struct watch *w)
     }
 }
 
-static void thaw(struct watch *w)
+static int thaw(const struct watch *w, struct vm_error **err)
 {
-    cleanup_error struct vm_error *err = NULL;
-    int64_t deadline = clock_mono_ns() + THAW_NS;
-    CLEANUP(guest_agent)
-    struct guest_agent *ga = guest_agent_open(w->guest_agent, deadline, &err);
-    if (!ga || guest_agent_thaw(ga, deadline, &err) < 0)
-        log_error("the guest's file systems may still be frozen", "error=%s",
-                  log_q(error_message(err)));
+    struct process_identity vmm;
+    if (identify(w, &vmm, err) < 0)
+        return -1;
+    frozen_thaw(w->frozen, &vmm);
+    return 0;
 }
 
 static int take_over(struct watch *w, struct vm_error **err)
@@ -162,24 +160,25 @@ static int take_over(struct watch *w, struct vm_error **err)
     log_warn("the agent ended while it took a snapshot", "socket=%s pid=%llu", log_q(socket_of(w)),
              (unsigned long long)w->pid);
     sweep_soon(w);
-    if (*w->guest_agent)
-        thaw(w);
+    int r = thaw(w, err);
     if (draining)
         pthread_join(drainer, NULL);
-    return 0;
+    return r;
 }
 
 /* ---- the program ---- */
 
 #define MEMBER(name) .offset = offsetof(struct watch, name)
 static const struct option rows[] = {
-    {"socket", "FD", option_parse_u64, .max = 1024 * 1024, .required = true, MEMBER(socket),
+    {"socket", "FD", option_parse_u64, .max = 1024 * 1024, MEMBER(socket),
      .text = "The connection to the agent"},
     {"qmp", "PATH", option_parse_text, MEMBER(qmp), .text = "QEMU's monitor"},
     {"attach", "PATH", option_parse_text, MEMBER(attach),
      .text = "Or the socket of a VMM that links libvmmig-attach"},
-    {"note", "PATH", option_parse_text, .required = true, MEMBER(note),
+    {"note", "PATH", option_parse_text, MEMBER(note),
      .text = "A file that is gone when another agent has taken over"},
+    {"frozen", "PATH", option_parse_text, .required = true, MEMBER(frozen),
+     .text = "The note of file systems that are frozen. With nothing else: thaw them"},
     {"process", "PID", option_parse_u64, .max = INT32_MAX, .required = true, MEMBER(pid),
      .text = "The VMM's process"},
     {"start", "TICKS", option_parse_u64, .max = INT64_MAX, .required = true, MEMBER(start),
@@ -190,19 +189,24 @@ static const struct option rows[] = {
 
 static int run(int argc, char **argv, struct vm_error **err)
 {
-    static struct watch w = {.stream = -1};
+    static struct watch w = {.socket = NO_SOCKET, .stream = -1};
     struct positionals p;
     if (argc == 2 && !strcmp(argv[1], "--help")) {
         puts("usage: vmmig-guard OPTION...\n\nStands beside a snapshot that the agent takes, and "
-             "lets the guest go on if\nthe agent dies meanwhile. The agent starts it.\n");
+             "lets the guest go on if\nthe agent dies meanwhile. Or thaws a guest's file systems. The agent "
+             "starts it.\n");
         options_print_help(stdout, rows, "--");
         return 0;
     }
     if (options_parse(rows, argc - 1, argv + 1, &w, &p, err) < 0)
         return -1;
-    if (!w.qmp == !w.attach)
-        return error_set(err, VM_ERROR_USAGE, "either --qmp or --attach is needed");
+    bool watching = w.socket != NO_SOCKET;
+    if (watching != (w.qmp || w.attach) || watching != !!w.note || (w.qmp && w.attach))
+        return error_set(err, VM_ERROR_USAGE,
+                         "--socket and --note come with either --qmp or --attach");
     signal(SIGPIPE, SIG_IGN);
+    if (!watching)
+        return thaw(&w, err);
     listen_to_agent(&w);
     return w.ended ? 0 : take_over(&w, err);
 }

@@ -16,13 +16,12 @@
 #include <sys/un.h>
 
 static const char port_name[] = "org.qemu.guest_agent.0";
-#define CLOSE_TIMEOUT_NS (5 * NSEC_PER_SEC)
-#define RESTORED_TIMEOUT_NS (10 * NSEC_PER_SEC)
-enum { PROGRAM_LOOK_MS = 5 };
+enum { PROGRAM_LOOK_MS = 5, QUEUE_LOOK_MS = 20 };
 
 struct guest_agent {
     int fd;
     bool frozen;
+    bool unanswered; /* an answer may still come: whoever says something else has to skip it */
     char line[GUEST_AGENT_LINE];
     size_t n; /* bytes of `line` that were read */
 };
@@ -124,13 +123,19 @@ static json_t *read_reply(struct guest_agent *ga, bool marked, int64_t deadline,
 /* Say a command; what it returned is the caller's, NULL if it failed. */
 static json_t *ask(struct guest_agent *ga, const char *text, int64_t deadline, struct vm_error **err)
 {
+    ga->unanswered = true;
     if (io_write_full(ga->fd, text, strlen(text), deadline, -1, err) < 0)
         return NULL;
     cleanup_json json_t *reply = read_reply(ga, false, deadline, err);
     if (!reply)
         return NULL;
-    json_t *value = json_object_get(reply, "return");
-    const char *why = json_string_value(json_object_get(json_object_get(reply, "error"), "desc"));
+    json_t *value = json_object_get(reply, "return"), *refusal = json_object_get(reply, "error");
+    const char *why = json_string_value(json_object_get(refusal, "desc"));
+    if (!value && !refusal) {
+        error_set(err, VM_ERROR_PROTOCOL, "the guest's agent answers what cannot be understood");
+        return NULL;
+    }
+    ga->unanswered = false;
     if (!value)
         error_set(err, VM_ERROR_FAILED, "the guest's agent refuses: %s",
                   why ? log_q(why) : "it does not say why");
@@ -162,21 +167,30 @@ static int synchronise(struct guest_agent *ga, int64_t deadline, struct vm_error
         cleanup_json json_t *reply = read_reply(ga, true, deadline, err);
         if (!reply)
             return -1;
-        if (json_integer_value(json_object_get(reply, "return")) == id)
+        if (json_integer_value(json_object_get(reply, "return")) == id) {
+            ga->unanswered = false;
             return 0;
+        }
     }
 }
 
 /* ---- connecting ---- */
 
-static int connect_to(int fd, const char *path, struct vm_error **err)
+/* QEMU takes one at a time; where the queue behind that one is full, too, nobody says when there will be room. */
+static int connect_to(int fd, const char *path, int64_t deadline, struct vm_error **err)
 {
     struct sockaddr_un a = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof(a.sun_path))
         return error_set(err, VM_ERROR_USAGE, "the path of the guest's agent is too long: %s", path);
     strcpy(a.sun_path, path);
-    return connect(fd, (struct sockaddr *)&a, sizeof(a)) < 0 ? error_errno(err, errno, "%s", path)
-                                                             : 0;
+    while (connect(fd, (struct sockaddr *)&a, sizeof(a)) < 0) {
+        if (errno != EAGAIN)
+            return error_errno(err, errno, "%s", path);
+        if (clock_mono_ns() >= deadline)
+            return error_set(err, VM_ERROR_TIMEOUT, "%s: others have it, and wait for it", path);
+        poll(NULL, 0, QUEUE_LOOK_MS);
+    }
+    return 0;
 }
 
 struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, struct vm_error **err)
@@ -191,7 +205,7 @@ struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, stru
         error_errno(err, errno, "cannot make a socket");
         return NULL;
     }
-    if (connect_to(ga->fd, path, err) < 0 || io_set_nonblocking(ga->fd, true, err) < 0 ||
+    if (io_set_nonblocking(ga->fd, true, err) < 0 || connect_to(ga->fd, path, deadline_ns, err) < 0 ||
         synchronise(ga, deadline_ns, err) < 0) {
         error_wrap(err, "the guest's agent");
         return NULL;
@@ -206,19 +220,26 @@ int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *re
 {
     int64_t n;
     ga->frozen = true; /* also if the answer is lost */
-    if (command(ga, "{\"execute\":\"guest-fsfreeze-freeze\"}\n", deadline_ns, &n, err) < 0)
-        return -1;
-    *ret_n = n > 0 && n < 1 << 20 ? (unsigned)n : 0;
-    return 0;
+    int r = command(ga, "{\"execute\":\"guest-fsfreeze-freeze\"}\n", deadline_ns, &n, err);
+    ga->frozen = ga->unanswered || (r == 0 && n > 0);
+    if (r == 0)
+        *ret_n = n > 0 && n < 1 << 20 ? (unsigned)n : 0;
+    return r;
 }
 
 int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err)
 {
     int64_t n;
-    if (command(ga, "{\"execute\":\"guest-fsfreeze-thaw\"}\n", deadline_ns, &n, err) < 0)
+    if ((ga->unanswered && synchronise(ga, deadline_ns, err) < 0) ||
+        command(ga, "{\"execute\":\"guest-fsfreeze-thaw\"}\n", deadline_ns, &n, err) < 0)
         return -1;
     ga->frozen = false;
     return 0;
+}
+
+bool guest_agent_is_frozen(const struct guest_agent *ga)
+{
+    return ga->frozen;
 }
 
 /* ---- interfaces ---- */
@@ -300,30 +321,10 @@ int guest_agent_set_mac(struct guest_agent *ga, const char *from, const char *to
                : error_set(err, VM_ERROR_FAILED, "its interface does not take another one");
 }
 
-/* ---- a guest that goes on ---- */
-
-int guest_agent_thaw_restored(char *const *argv, const char *cwd, struct vm_error **err)
-{
-    int64_t deadline = clock_mono_ns() + RESTORED_TIMEOUT_NS;
-    cleanup_free char *path = guest_agent_find(argv, cwd);
-    struct vm_error *why = NULL;
-    CLEANUP(guest_agent)
-    struct guest_agent *ga = path ? guest_agent_open(path, deadline, &why) : NULL;
-    if (ga && guest_agent_thaw(ga, deadline, &why) == 0)
-        return 0;
-    if (!path)
-        error_set(&why, VM_ERROR_NOT_FOUND, "its command line names no socket of its agent");
-    error_propagate(err, why);
-    return error_wrap(err, "the guest's file systems are frozen, as they were when it was snapshotted, and could "
-                           "not be thawed");
-}
-
 void guest_agent_close(struct guest_agent *ga)
 {
     if (!ga)
         return;
-    if (ga->frozen && guest_agent_thaw(ga, clock_mono_ns() + CLOSE_TIMEOUT_NS, NULL) < 0)
-        log_warn("the guest's file systems may still be frozen");
     close_fd(&ga->fd);
     free(ga);
 }

@@ -6,7 +6,6 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/disk_file.h"
-#include "snapshot/guest_agent.h"
 #include "snapshot/rbd_image.h"
 #include "snapshot/snapshot.h"
 #include "vmm/guest_memory.h"
@@ -169,10 +168,11 @@ bool restore_is_frozen(const struct restore *r)
     return r->vm.frozen && !r->boots;
 }
 
-int restore_thaw(const struct restore *r, struct vm_error **err)
+int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer,
+                 struct vm_error **err)
 {
     const struct qemu_definition *d = &r->vm.definition;
-    return restore_is_frozen(r) ? guest_agent_thaw_restored(d->argv, d->cwd, err) : 0;
+    return restore_is_frozen(r) ? frozen_thaw_restored(thawer, &guest->process, d->argv, d->cwd, err) : 0;
 }
 
 void restore_keep(struct restore *r)

@@ -8,7 +8,7 @@
  *     guest = a VMM that waits for the guest of restore_definition(r)
  *     restore_fill_disks(r, &control, &err)
  *     restore_load(r, guest, &control, &err)                           memory and device state; the guest stands
- *     guest_resume(guest, &err), restore_thaw(r, &err)
+ *     guest_resume(guest, &err), restore_thaw(r, guest, &thawer, &err)
  *     restore_keep(r)                                                  the disks stay
  *     restore_close(r)                                                 always; without keep they are removed
  *
@@ -23,6 +23,7 @@
 #define VMMIG_SNAPSHOT_RESTORE_H
 
 #include "repo/repo.h"
+#include "snapshot/frozen.h"
 #include "vmm/guest.h"
 #include "vmm/qemu_definition.h"
 
@@ -45,9 +46,10 @@ bool restore_boots(const struct restore *r);
 const struct qemu_definition *restore_definition(const struct restore *r);
 /*
  * The guest goes on: thaw its file systems, if they stood frozen at the instant. 0 if there is nothing to be done. It
- * runs in any case; an error is what its user has to do by hand.
+ * runs in any case; an error is what its user should know, or do by hand.
  */
-int restore_thaw(const struct restore *r, struct vm_error **err);
+int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer,
+                 struct vm_error **err);
 bool restore_is_frozen(const struct restore *r);
 int restore_place_disks(struct restore *r, const char *vm, const char *folder,
                         struct vm_error **err);

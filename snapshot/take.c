@@ -37,6 +37,8 @@ struct take {
     unsigned n_disks;
     struct disk_target *targets[QEMU_SNAPSHOT_DISKS_MAX];
     struct guest_agent *guest_agent;
+    char frozen[FROZEN_PATH_MAX]; /* the note of it */
+    struct vm_error *stands;      /* why they could not be thawed */
     struct guard *guard;
     bool precopy; /* memory is copied before the instant, since it cannot be write-protected */
     int nbd_fds[QEMU_SNAPSHOT_DISKS_MAX]; /* QEMU's ends, until it has them */
@@ -299,10 +301,48 @@ static int open_image(struct take *t, struct vm_error **err)
 
 /* ---- the instant ---- */
 
+/* What an earlier snapshot could not thaw is thawed first: what is frozen already cannot be frozen. */
+static int freeze_through(struct take *t, const char *path, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
+    t->guest_agent = guest_agent_open(path, deadline, err);
+    if (!t->guest_agent)
+        return -1;
+    if (frozen_is_noted(t->frozen)) {
+        if (guest_agent_thaw(t->guest_agent, deadline, err) < 0)
+            return error_wrap(err, "still frozen since an earlier snapshot");
+        frozen_forget(t->frozen);
+    }
+    if (frozen_note(t->frozen, path, err) < 0)
+        return -1;
+    int r = guest_agent_freeze(t->guest_agent, deadline, &t->s.report->frozen, err);
+    if (!guest_agent_is_frozen(t->guest_agent))
+        frozen_forget(t->frozen);
+    return r;
+}
+
+/* If it fails somebody else goes on trying, and t->stands is what the guest's user should know. */
+static void thaw(struct take *t)
+{
+    const struct guard_params *guard = &t->s.p->guard;
+    cleanup_error struct vm_error *nobody = NULL;
+    CLEANUP(guest_agent) struct guest_agent *ga = steal_ptr(&t->guest_agent);
+    if (!ga || !guest_agent_is_frozen(ga))
+        return;
+    if (guest_agent_thaw(ga, clock_mono_ns() + GUEST_AGENT_NS, &t->stands) == 0)
+        frozen_forget(t->frozen);
+    else if (frozen_thaw_later(&guard->thawer, &guard->process, &nobody) < 0)
+        error_wrap(&t->stands, "the guest's file systems may still be frozen: thaw them by hand (%s)",
+                   error_message(nobody));
+    else
+        error_wrap(&t->stands, "the guest's file systems may still be frozen; trying again to thaw them "
+                               "until they are");
+}
+
 /* File systems hold still: must be so if the user named the agent, is good to have if not. */
 static int freeze(struct take *t, struct vm_error **err)
 {
-    struct vm_error *failed = NULL;
+    cleanup_error struct vm_error *failed = NULL;
     char text[SNAPSHOT_NOTE_MAX];
     cleanup_free char *found =
         t->s.p->guest_agent || !t->s.was_running
@@ -313,30 +353,14 @@ static int freeze(struct take *t, struct vm_error **err)
         return 0;
     if (!t->s.was_running)
         return error_set(err, VM_ERROR_REFUSED, "the guest is paused: its agent cannot answer");
-    int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
-    t->guest_agent = guest_agent_open(path, deadline, &failed);
-    if (t->guest_agent && guard_frozen(t->guard, path, &failed) == 0 &&
-        guest_agent_freeze(t->guest_agent, deadline, &t->s.report->frozen, &failed) == 0)
+    if (freeze_through(t, path, &failed) == 0)
         return 0;
-    guest_agent_close(steal_ptr(&t->guest_agent));
     if (t->s.p->guest_agent)
-        return error_propagate(err, failed);
+        return error_propagate(err, steal_ptr(&failed));
     snprintf(text, sizeof(text), "file systems were not frozen: %s", error_message(failed));
     note(t, text);
-    error_free(failed);
+    thaw(t);
     return 0;
-}
-
-/* Only a warning: the snapshot is good. But somebody has to thaw what this could not. */
-static void thaw(struct take *t)
-{
-    cleanup_error struct vm_error *failed = NULL;
-    if (t->guest_agent &&
-        guest_agent_thaw(t->guest_agent, clock_mono_ns() + GUEST_AGENT_NS, &failed) < 0)
-        note(t, error_message(failed));
-    else if (t->guest_agent)
-        guard_frozen(t->guard, NULL, NULL);
-    guest_agent_close(steal_ptr(&t->guest_agent));
 }
 
 static int go_on(struct take *t, struct vm_error **err)
@@ -400,8 +424,8 @@ static int switch_over(struct take *t, struct vm_error **err)
     taking_tell(&t->s, SNAPSHOT_SWITCHING);
     if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
+    t->s.vm.frozen = frozen_is_noted(t->frozen);
     thaw(t);
-    t->s.vm.frozen = t->s.report->frozen > 0;
     t->s.report->pause_ns = t->s.was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
     t->s.progress.pause_ns = t->s.report->pause_ns;
     return 0;
@@ -473,8 +497,8 @@ static int run(struct take *t, struct vm_error **err)
                : taking_commit(&t->s, err);
 }
 
-/* The guest runs, whatever happened; what else fails here is only logged. */
-static void clean_up(struct take *t, bool committed)
+/* The guest runs, whatever happened; what else fails here is only logged, but that its file systems stand. */
+static void clean_up(struct take *t, bool committed, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
     if (taking_stop_memory(&t->s, &failed) < 0)
@@ -484,6 +508,11 @@ static void clean_up(struct take *t, bool committed)
         log_warn("a snapshot leaves something in QEMU", "error=%s", log_q(error_message(failed)));
     qemu_settings_restore(t->qemu);
     thaw(t);
+    if (t->stands && committed)
+        note(t, error_message(t->stands));
+    else if (t->stands)
+        error_wrap(err, "%s, after", error_message(t->stands));
+    error_clear(&t->stands);
     guard_end(t->guard);
     for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
         close_fd(&t->nbd_fds[i]);
@@ -497,12 +526,15 @@ static int take_qemu(struct qemu *q, const struct snapshot_params *params, struc
 {
     struct snapshot_report report = {.pause_ns = -1};
     struct take t = {.s = {.p = params, .report = &report, .progress = {.pause_ns = -1}}, .qemu = q};
+    struct vm_error *failed = NULL;
     forget_fds(&t);
-    int r = run(&t, err);
-    clean_up(&t, r == 0);
-    if (r == 0)
-        *ret_report = report;
-    return r;
+    frozen_path(&params->guard.thawer, &params->guard.process, t.frozen);
+    int r = run(&t, &failed);
+    clean_up(&t, r == 0, &failed);
+    if (r < 0)
+        return error_propagate(err, failed);
+    *ret_report = report;
+    return 0;
 }
 
 int snapshot_take(const struct snapshot_params *params, struct snapshot_report *ret_report,

@@ -93,7 +93,7 @@ def untouched(vm, agent):
     """Nothing of a snapshot is left, in QEMU or on the host."""
     assert left_in_qemu(vm.qmp(agent.host)) == []
     assert [line for line in agent.host.processes() if 'nbdkit' in str(line)] == []
-    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.snapshot')] == []
+    assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith(('.snapshot', '.frozen'))] == []
     assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []
 
 

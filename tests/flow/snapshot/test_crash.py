@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something dies or fails while a snapshot is taken: the guest runs on, no half snapshot is visible, nothing is left."""
-import contextlib
 import os
 import signal
 
@@ -36,16 +35,10 @@ def unprivileged(agent):
     return vm, start(agent, vm, unprivileged=True)
 
 
-def processes_of(program, word=b''):
-    """Pids of processes of that program with that in their command line."""
-    found = []
-    for pid in os.listdir('/proc'):
-        with contextlib.suppress(OSError):
-            with open(f'/proc/{pid}/cmdline', 'rb') as file:
-                words = file.read().split(b'\0')
-            if pid.isdigit() and os.path.basename(words[0]) == program and any(word in w for w in words):
-                found.append(int(pid))
-    return found
+def processes_of(agent, program, word=''):
+    """Pids of the host's processes of that program with that in their command line."""
+    return [pid for pid, argv in agent.host.processes().items()
+            if os.path.basename(argv[0]) == program and any(word in w for w in argv)]
 
 
 def names(agent, vm='web1'):
@@ -67,8 +60,8 @@ def present(agent):
     eventually('the VM', lambda: agent.json('status', 'web1')['presence'] == 'present')
 
 
-def guards():
-    return processes_of(b'vmmig-guard')
+def guards(agent):
+    return processes_of(agent, 'vmmig-guard')
 
 
 @pytest.mark.parametrize('point', BEFORE + AFTER)
@@ -88,7 +81,7 @@ def test_the_agent_dies(agent, guest, point):
     assert (name in names(agent)) == (point in AFTER)
     agent.vmmig('snapshot', 'web1', f'{name}-again')  # after which no bitmap of the dead one is left, either
     runs_on(agent, vm, console)
-    eventually('the end of the guard', lambda: not guards())
+    eventually('the end of the guard', lambda: not guards(agent))
 
 
 # QEMU pauses the guest by itself when what is left is little for the rate at which it gives memory away. With a reader
@@ -124,7 +117,7 @@ def held_at(agent, point, name, vm='web1'):
     arm(agent, point.replace('@', '=hold@') if '@' in point else f'{point}=hold')
     agent.vmmig('snapshot', vm, name, '--background')
     eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
-    guard, = guards()
+    guard, = guards(agent)
     return guard
 
 
@@ -184,7 +177,7 @@ def test_file_systems_hold_still_for_the_instant(agent, guest):
         eventually('the instant', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
         assert inside.frozen
         if both:
-            guard, = guards()
+            guard, = guards(agent)
             os.kill(guard, signal.SIGKILL)
         agent.kill()
         if both:
@@ -198,8 +191,8 @@ def test_file_systems_hold_still_for_the_instant(agent, guest):
     runs_on(agent, vm, console)
 
 
-def nbdkits():
-    return processes_of(b'nbdkit', b'vmmig-plugin')
+def nbdkits(agent):
+    return processes_of(agent, 'nbdkit', 'vmmig-plugin')
 
 
 def restart(agent, faults):
@@ -233,7 +226,7 @@ def test_nbdkit_dies(agent, guest):
     vm, console = guest
     restart(agent, 'snapshot.memory=delay:50@*')
     agent.vmmig('snapshot', 'web1', 'nbdkit', '--background')
-    for pid in eventually('nbdkit', nbdkits):
+    for pid in eventually('nbdkit', lambda: nbdkits(agent)):
         os.kill(pid, signal.SIGKILL)
     failed = agent.vmmig('watch', 'web1', check=False)
     assert failed.returncode in (1, 5, 6) and 'web1@nbdkit' in failed.stderr.strip().splitlines()[-1], failed
@@ -261,7 +254,7 @@ def test_qemu_dies(agent, way, point):
     eventually('the end of the VM', lambda: agent.host.reap() or
                agent.json('status', vm.name)['presence'] == 'ended')
     assert names(agent, vm.name) == []
-    eventually('the end of nbdkit and the guard', lambda: not guards() and not nbdkits())
+    eventually('the end of nbdkit and the guard', lambda: not guards(agent) and not nbdkits(agent))
     assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []
     assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.snapshot')] == []
     agent.vmmig('detach', vm.name)
