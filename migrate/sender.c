@@ -66,6 +66,7 @@ struct sender {
     pthread_t byte_thread;
     bool byte_thread_started;
     atomic_uint_fast64_t pages_given, zero_pages_given; /* by the driver */
+    atomic_uint_fast64_t pages_out;                     /* of those: with the channels, or needless */
     atomic_uint_fast64_t pages_acked, page_bytes_acked, blocked_ns; /* for the policy */
 
     pthread_mutex_t policy_lock; /* taken alone */
@@ -188,6 +189,7 @@ static void *page_worker_main(void *arg)
     while ((batch = queue_get(w->batches))) {
         struct vm_error *err = NULL;
         int sent = send_batch(w, batch, &err);
+        atomic_fetch_add(&w->s->pages_out, batch->n);
         page_batch_unref(batch);
         if (sent < 0) {
             sender_fail(w->s, err);
@@ -362,7 +364,21 @@ static void on_round(void *arg, unsigned round)
     pthread_cond_broadcast(&s->changed);
 }
 
+/* The driver's thread waits here, so nothing is put into the queues meanwhile, and no worker is in a send. */
+static int on_settle(void *arg, struct vm_error **err)
+{
+    struct sender *s = arg;
+    for (unsigned i = 0; i < s->params.channels; i++)
+        if (!queue_wait_idle(s->workers[i].batches))
+            return stopped(err);
+    for (unsigned i = 0; i < s->params.channels; i++)
+        if (channel_sender_flush(s->channels[i + 1], INT64_MAX, err) < 0)
+            return -1;
+    return 0;
+}
+
 static const struct guest_source_events source_events = {.pages = on_pages,
+                                                         .settle = on_settle,
                                                          .bytes = on_bytes,
                                                          .memory_done = on_memory_done,
                                                          .done = on_done,
@@ -498,6 +514,19 @@ static int64_t in_flight_ns(const struct link_totals *link)
 }
 
 /*
+ * Pages that wait for an encoder. Where rounds are cheap one more empties the queues, which hold several milliseconds'
+ * worth; a QEMU fills them again meanwhile.
+ */
+static int64_t queued_ns(struct sender *s, const struct pilot *pilot)
+{
+    if (!s->params.guest->ops->mapped_source || pilot->drain_rate < 1)
+        return 0;
+    uint64_t out = atomic_load(&s->pages_out); /* before the other, which is never less */
+    uint64_t queued = atomic_load(&s->pages_given) - out;
+    return (int64_t)((double)(queued * GUEST_PAGE_SIZE) * 1e9 / pilot->drain_rate);
+}
+
+/*
  * Does the guest stand by its user's wish? He may stop it and let it go on while it is copied. What the VMM itself
  * does for the copy's end is not his.
  */
@@ -552,7 +581,7 @@ static int judge(struct sender *s, struct pilot *pilot, const struct guest_sourc
                                 .round = source->round,
                                 .remaining = source->remaining,
                                 .drain_rate = (uint64_t)pilot->drain_rate,
-                                .in_flight_ns = in_flight_ns(link),
+                                .in_flight_ns = in_flight_ns(link) + queued_ns(s, pilot),
                                 .fixed_ns = FIXED_PAUSE_NS,
                                 .throttle_percent = source->throttle_percent};
     enum converge_verdict verdict = converge_judge(&pilot->converge, &in);

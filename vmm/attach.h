@@ -15,7 +15,8 @@
  * source  One thread. Round 1 is all memory, what its memfds have no pages for coming as zero pages. Each
  *         round: the VMM reads the dirty log into a bitmap that it shares (HARVEST); then piece by piece
  *         of ATTACH_PIECE bytes the VMM protects these pages anew (CLEAR), and only after that their addresses go
- *         out, so that whoever copies them copies what the log has not seen yet. When the engine has paused the guest:
+ *         out, so that whoever copies them copies what the log has not seen yet. The next round begins when they have
+ *         arrived (events->settle), and 5 ms after this one at the earliest. When the engine has paused the guest:
  *         what is left, then the device state is saved, then one more harvest (saving may write memory), then
  *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source).
  *         Throttling: when a round that lasted 30 ms or more left half as much dirty as it carried, twice in a row,

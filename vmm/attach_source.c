@@ -387,11 +387,17 @@ static int begin_round(struct attach_source *s, struct vm_error **err)
     return 0;
 }
 
+static int settle(struct attach_source *s, struct vm_error **err)
+{
+    return s->events->settle && !is_paused(s) ? s->events->settle(s->arg, err) : 0;
+}
+
 /* Round after round until the engine pauses the guest; what is dirty then is still to be done. */
 static int copy_live(struct attach_source *s, struct vm_error **err)
 {
     while (!is_paused(s)) {
-        if (check_stop(s, err) < 0 || begin_round(s, err) < 0 || give_all(s, false, err) == WALK_FAILED)
+        if (check_stop(s, err) < 0 || begin_round(s, err) < 0 || give_all(s, false, err) == WALK_FAILED ||
+            settle(s, err) < 0)
             return -1;
         wait_a_while(s);
     }

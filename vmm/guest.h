@@ -124,6 +124,12 @@ struct guest_source_events {
     /* A new round begins (2, 3, ...): the dirty log was read again. From the driver's thread. */
     void (*round)(void *arg, unsigned round);
     /*
+     * May be NULL. Asked by a driver that can choose when its log is read (ops->mapped_source), before each reading
+     * while the guest runs: returns when all pages that were given are where they belong. So a round finds what is
+     * left, all of it, and nothing is on its way to be overtaken.
+     */
+    int (*settle)(void *arg, struct vm_error **err);
+    /*
      * Background, may be NULL: the stream is about to begin; `fd` is the end from which this process reads it, and
      * stays the driver's. As long as somebody holds a copy, the VMM does not see this process die. -1: it does
      * not begin.

@@ -36,6 +36,7 @@ struct engine {
     /* Called after a page was copied. */
     void (*copied)(struct engine *e, uint64_t page);
     unsigned round;
+    bool unsettled; /* pages came, and nobody asked whether they have arrived */
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool done;
@@ -45,6 +46,7 @@ struct engine {
 static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
 {
     struct engine *e = arg;
+    e->unsettled = true;
     for (unsigned i = 0; i < batch->n; i++) {
         const struct page_ref *p = &batch->pages[i];
         unsigned region = page_addr_region(p->addr);
@@ -96,11 +98,18 @@ static void wait_for_writes(struct toy_vmm *v)
         sched_yield();
 }
 
+static int on_settle(void *arg, struct vm_error **err)
+{
+    ((struct engine *)arg)->unsettled = false;
+    return 0;
+}
+
 static void on_round(void *arg, unsigned round)
 {
     struct engine *e = arg;
     struct guest_source_progress p;
     e->round = round;
+    assert_false(e->unsettled); /* what was given before is where it belongs when the log is read again */
     if (guest_source_progress(attach_guest(e->from), &p, NULL) == 0)
         e->saw_dirty_rate |= p.dirty_rate > 0; /* the last round may have found nothing */
     wait_for_writes(e->source);
@@ -109,7 +118,7 @@ static void on_round(void *arg, unsigned round)
 }
 
 static const struct guest_source_events events = {
-    .pages = on_pages, .bytes = on_bytes, .memory_done = on_memory_done, .done = on_done, .round = on_round};
+    .pages = on_pages, .settle = on_settle, .bytes = on_bytes, .memory_done = on_memory_done, .done = on_done, .round = on_round};
 
 static void engine_begin(struct engine *e, const struct toy_params *params)
 {
