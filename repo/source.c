@@ -10,27 +10,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_error **err)
-{
-    cleanup_free char *found = NULL;
-    /* Absolute, so that QEMU takes no part of it for a protocol. */
-    cleanup_free char *absolute = realpath(path, NULL);
-    if (!absolute || access(absolute, R_OK) < 0)
-        return error_errno(err, errno, "cannot read %s", path);
-    if (!format || strcmp(format, "raw") != 0) {
-        if (source_probe(absolute, format, &found, err) < 0)
-            return -1;
-        format = found;
-    }
-    if (strcmp(format, "raw") != 0)
-        return source_nbd_serve(absolute, format, ret_fd, err);
-    int fd = open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
-    if (fd < 0)
-        return error_errno(err, errno, "cannot open %s", path);
-    *ret_fd = fd;
-    return 0;
-}
-
 struct source *source_open_fd(int fd, const char *name, struct vm_error **err)
 {
     struct stat st;

@@ -21,12 +21,5 @@ struct source {
 /* On descriptors that stay the caller's. */
 struct source *source_raw_open(int fd, const char *name, struct vm_error **err);
 struct source *source_nbd_open(int fd, const char *name, struct vm_error **err);
-/* A socket at which a qemu-nbd of its own serves the file. */
-int source_nbd_serve(const char *path, const char *format, int *ret_fd, struct vm_error **err);
-/*
- * The format of the file by qemu-img, with the checks of repo.h's image_import; *ret_format is the
- * caller's. `format`: what the user said, or NULL.
- */
-int source_probe(const char *path, const char *format, char **ret_format, struct vm_error **err);
 
 #endif

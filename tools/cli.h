@@ -22,6 +22,7 @@
 
 /* Everything that a command line can say. */
 struct cli {
+    char **argv; /* as it came, with the command's own name */
     struct positionals args;
     const char *socket;
     bool json, help;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tools/cli.h"
+#include "tools/cli_local.h"
 #include "tools/cli_print.h"
-#include "tools/pki.h"
 
 #include "proto/control.h"
 
@@ -19,7 +19,7 @@ static int say_pki(const struct cli *c, const char *host, struct vm_error **err)
 
 static int run_pki_init(const struct cli *c, struct vm_error **err)
 {
-    return pki_init(c->args.list[0], err) < 0 ? -1 : say_pki(c, "ca", err);
+    return cli_local_pki_init(c, c->args.list[0], err) < 0 ? -1 : say_pki(c, "ca", err);
 }
 
 static int run_pki_issue(const struct cli *c, struct vm_error **err)
@@ -31,7 +31,7 @@ static int run_pki_issue(const struct cli *c, struct vm_error **err)
         .days = (unsigned)c->days,
         .replace = c->replace,
     };
-    return pki_issue(c->args.list[0], &host, err) < 0 ? -1 : say_pki(c, host.name, err);
+    return cli_local_pki_issue(c, c->args.list[0], &host, err) < 0 ? -1 : say_pki(c, host.name, err);
 }
 
 static const struct option pki_issue_options[] = {

@@ -1,12 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "tools/cli_repo.h"
 
-#include "base/clock.h"
-#include "base/fault.h"
+#include "client/client.h"
 #include "repo/repo.h"
 #include "repo/service.h"
-#include "client/client.h"
 #include "tools/cli_follow.h"
+#include "tools/cli_local.h"
 #include "tools/cli_print.h"
 
 #include <string.h>
@@ -19,57 +18,6 @@ static int end(struct cli_repo_view *view, int64_t elapsed_ns, struct vm_error *
         image_export_keep(m->path, view->fd, err) < 0)
         return -1;
     return cli_repo_end(view, elapsed_ns, err);
-}
-
-/* ---- in this process ---- */
-
-struct direct {
-    struct cli_repo_view *view;
-    struct cli_progress progress;
-    int64_t started_ns;
-};
-
-static void show_direct(const struct repo_progress *p, void *arg)
-{
-    struct direct *d = arg;
-    const Vmmig__Control__Repo *m = d->view->request;
-    Vmmig__Control__Job job = VMMIG__CONTROL__JOB__INIT;
-    if (d->view->cli->json)
-        return;
-    job.kind = client_word(repo_service_verb_name(m->verb));
-    job.peer = *m->to ? m->to : m->image;
-    job.phase = client_word("working");
-    job.total = p->total;
-    job.remaining = p->total - p->done;
-    job.stored_bytes = p->stored;
-    job.elapsed_ns = clock_mono_ns() - d->started_ns;
-    cli_progress_show(&d->progress, &job);
-}
-
-static int take_direct(const Vmmig__Control__RepoResult *part, void *arg, struct vm_error **err)
-{
-    struct direct *d = arg;
-    cli_progress_close(&d->progress);
-    return cli_repo_part(d->view, part, err);
-}
-
-static int run_direct(const struct cli *c, struct cli_repo_view *view, struct vm_error **err)
-{
-    struct direct d = {.view = view, .started_ns = clock_mono_ns()};
-    bool is_long = repo_service_is_long(view->request->verb);
-    /* A Ctrl-C makes it readable, which cancels. */
-    cleanup_close int signal_fd = is_long ? cli_follow_prepare(err) : -1;
-    if (is_long && signal_fd < 0)
-        return -1;
-    struct repo_service service = {.fd = view->fd, .control = {show_direct, &d, signal_fd},
-                                   .emit = take_direct, .arg = &d};
-    if (fault_init(err) < 0)
-        return -1;
-    int result = repo_service_run(c->repo, view->request, &service, err);
-    cli_progress_close(&d.progress);
-    if (result < 0)
-        return -1;
-    return end(view, is_long ? clock_mono_ns() - d.started_ns : -1, err);
 }
 
 /* ---- through the agent ---- */
@@ -124,7 +72,8 @@ int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int f
     if (control_check(VMMIG__CONTROL__TYPE__REPO, &request->base, err) < 0)
         return error_set_kind(err, VM_ERROR_USAGE);
     if (c->repo) {
-        result = run_direct(c, &view, err);
+        int64_t elapsed_ns = -1;
+        result = cli_local_repo(c, &view, &elapsed_ns, err) < 0 ? -1 : end(&view, elapsed_ns, err);
     } else {
         CLEANUP(client) struct client *client = client_open(c->socket, err);
         if (!client)

@@ -58,6 +58,7 @@ static int run(int argc, char **argv, struct vm_error **err)
         cli_print_command_help(stdout, command);
         return 0;
     }
+    c.argv = argv;
     return command->run(&c, err);
 }
 

@@ -1,0 +1,237 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with the
+ * connection serves them, read-only. Reading them is repo/source_nbd.c's: so a command that only
+ * hands the descriptor on needs no libnbd.
+ */
+#include "repo/source.h"
+
+#include "base/bytes.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <jansson.h>
+#include <spawn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { INFO_MAX = 1 << 20 };
+
+extern char **environ;
+
+/* ---- what qemu-img says ---- */
+
+static int spawn_tool(char *const argv[], int out, pid_t *ret_pid, struct vm_error **err)
+{
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, out, 1);
+    posix_spawn_file_actions_adddup2(&actions, out, 2);
+    int rc = posix_spawnp(ret_pid, argv[0], &actions, NULL, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    return rc ? error_errno(err, rc, "cannot run qemu-img, which reads formats other than raw") : 0;
+}
+
+static int read_all(int fd, struct buffer *out, struct vm_error **err)
+{
+    for (;;) {
+        uint8_t *to = buffer_grow(out, 4096);
+        if (!to)
+            return error_set(err, VM_ERROR_FAILED, "qemu-img says too much");
+        ssize_t n = read(fd, to, 4096);
+        out->len -= 4096 - (n > 0 ? (size_t)n : 0);
+        if (n < 0 && errno != EINTR)
+            return error_errno(err, errno, "cannot read what qemu-img says");
+        if (!n)
+            return 0;
+    }
+}
+
+/* The last line of a text, for a message. */
+static const char *last_line(char *text)
+{
+    size_t n = strlen(text);
+    while (n && text[n - 1] == '\n')
+        text[--n] = 0;
+    char *at = strrchr(text, '\n');
+    return at ? at + 1 : text;
+}
+
+/*
+ * Run `qemu-img VERB --output=json -U [EXTRA] [-f FORMAT] -- PATH`; its exit status, -1 with an
+ * error.
+ */
+static int run_tool(const char *verb, const char *extra, const char *path, const char *format,
+                    struct buffer *out, struct vm_error **err)
+{
+    const char *words[12] = {"qemu-img", verb, "--output=json", "-U"};
+    size_t n = 4;
+    if (extra)
+        words[n++] = extra;
+    if (format) {
+        words[n++] = "-f";
+        words[n++] = format;
+    }
+    words[n++] = "--";
+    words[n] = path;
+    char *argv[12];
+    memcpy(argv, words, sizeof(argv)); /* exec takes char *, and changes nothing */
+    int fds[2], status = 0;
+    pid_t pid;
+    if (pipe2(fds, O_CLOEXEC) < 0)
+        return error_errno(err, errno, "cannot make a pipe");
+    cleanup_close int from = fds[0], to = fds[1];
+    if (spawn_tool(argv, to, &pid, err) < 0)
+        return -1;
+    close_fd(&to);
+    int done = read_all(from, out, err);
+    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+        ;
+    buffer_put_u8(out, 0);
+    if (done < 0 || out->failed)
+        return done < 0 ? -1 : error_nomem(err);
+    if (!WIFEXITED(status))
+        return error_set(err, VM_ERROR_FAILED, "qemu-img died on %s", path);
+    return WEXITSTATUS(status);
+}
+
+/* Does the description of one file name further ones? */
+static const char *further_file(const json_t *info)
+{
+    const json_t *data =
+        json_object_get(json_object_get(json_object_get(info, "format-specific"), "data"),
+                        "data-file");
+    const char *backing = json_string_value(json_object_get(info, "backing-filename"));
+    return backing ? backing : json_string_value(data);
+}
+
+/* QEMU reads what a truncated image lacks as zeros: so its structure is checked first. */
+static int check_structure(const char *path, const char *format, struct vm_error **err)
+{
+    enum { CHECK_GOOD = 0, CHECK_LEAKS = 3, CHECK_UNSUPPORTED = 63 };
+    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
+    int status = run_tool("check", NULL, path, format, &out, err);
+    if (status < 0)
+        return -1;
+    if (status == CHECK_GOOD || status == CHECK_LEAKS || status == CHECK_UNSUPPORTED)
+        return 0;
+    return error_set(err, VM_ERROR_CORRUPT,
+                     "%s is damaged: \"qemu-img check\" finds parts of it missing or inconsistent",
+                     path);
+}
+
+static int take_format(const char *path, const char *format, const json_t *info, char **ret_format,
+                       struct vm_error **err)
+{
+    const char *name = json_string_value(json_object_get(info, "format"));
+    const char *further = further_file(info);
+    if (!name)
+        return error_set(err, VM_ERROR_CORRUPT, "qemu-img does not say what %s is", path);
+    if (further && !format)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "%s is a %s image that builds upon %s; say its format explicitly if that "
+                         "is meant",
+                         path, name, further);
+    if (strcmp(name, "raw") != 0 && check_structure(path, name, err) < 0)
+        return -1;
+    *ret_format = strdup(name);
+    return *ret_format ? 0 : error_nomem(err);
+}
+
+/* The format of the file, with the checks of repo.h's image_import. `format`: what the user said, or NULL. */
+static int find_format(const char *path, const char *format, char **ret_format, struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
+    int status = run_tool("info", "--backing-chain", path, format, &out, err);
+    if (status < 0)
+        return -1;
+    if (status)
+        return error_set(err, VM_ERROR_CORRUPT, "%s cannot be read: %s", path,
+                         last_line((char *)out.data));
+    json_t *chain = json_loads((const char *)out.data, 0, NULL);
+    int result = take_format(path, format, json_array_get(chain, 0), ret_format, err);
+    json_decref(chain);
+    return result;
+}
+
+/* ---- serving ---- */
+
+/*
+ * A session of its own, so that Ctrl-C on the terminal does not reach it: who reads may outlive
+ * who opened. The shell is there because LISTEN_PID has to name the process that becomes qemu-nbd.
+ */
+static int spawn_server(const char *path, const char *format, int listener, struct vm_error **err)
+{
+    cleanup_free char *option = NULL;
+    if (asprintf(&option, "--format=%s", format) < 0)
+        return error_nomem(err);
+    const char *words[] = {"sh", "-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec qemu-nbd \"$@\"", "sh",
+                           "--read-only", option, "--", path, NULL};
+    char *argv[9];
+    memcpy(argv, words, sizeof(argv)); /* exec takes char *, and changes nothing */
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    pid_t pid;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
+    posix_spawn_file_actions_adddup2(&actions, 0, 1);
+    posix_spawn_file_actions_adddup2(&actions, 0, 2);
+    posix_spawn_file_actions_adddup2(&actions, listener, 3);
+    int rc = posix_spawnp(&pid, argv[0], &actions, &attributes, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    posix_spawnattr_destroy(&attributes);
+    return rc ? error_errno(err, rc, "cannot run qemu-nbd, which reads formats other than raw") : 0;
+}
+
+/* A socket at which a qemu-nbd of its own serves the file. */
+static int serve(const char *path, const char *format, int *ret_fd, struct vm_error **err)
+{
+    /* An abstract name that the kernel chooses: no file is left behind. */
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    socklen_t size = sizeof(sa_family_t);
+    cleanup_close int bound = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    /* Not 3, which dup2 would leave close-on-exec. */
+    cleanup_close int listener = bound < 0 ? -1 : fcntl(bound, F_DUPFD_CLOEXEC, 4);
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (listener < 0 || fd < 0 || bind(listener, (struct sockaddr *)&address, size) < 0 ||
+        listen(listener, 1) < 0)
+        return error_errno(err, errno, "cannot make a socket for qemu-nbd");
+    size = sizeof(address);
+    if (getsockname(listener, (struct sockaddr *)&address, &size) < 0 ||
+        connect(fd, (struct sockaddr *)&address, size) < 0)
+        return error_errno(err, errno, "cannot connect to qemu-nbd");
+    if (spawn_server(path, format, listener, err) < 0)
+        return -1;
+    *ret_fd = steal_fd(&fd);
+    return 0;
+}
+
+/* ---- both ---- */
+
+int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_error **err)
+{
+    cleanup_free char *found = NULL;
+    /* Absolute, so that QEMU takes no part of it for a protocol. */
+    cleanup_free char *absolute = realpath(path, NULL);
+    if (!absolute || access(absolute, R_OK) < 0)
+        return error_errno(err, errno, "cannot read %s", path);
+    if (!format || strcmp(format, "raw") != 0) {
+        if (find_format(absolute, format, &found, err) < 0)
+            return -1;
+        format = found;
+    }
+    if (strcmp(format, "raw") != 0)
+        return serve(absolute, format, ret_fd, err);
+    int fd = open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0)
+        return error_errno(err, errno, "cannot open %s", path);
+    *ret_fd = fd;
+    return 0;
+}
