@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define JOB_END_NS (30 * NSEC_PER_SEC)
+#define TARGET_END_NS (500 * NSEC_PER_MSEC)
 #define LOOK_AGAIN_NS (10 * NSEC_PER_MSEC)
 #define FORMER_LOOK_NS (50 * NSEC_PER_MSEC)
 #define BREAK_OFF_NS (2 * NSEC_PER_SEC)
@@ -53,9 +54,9 @@ static int end_jobs_once(struct qemu *q, unsigned *ret_left, struct vm_error **e
     return 0;
 }
 
-static int end_jobs(struct qemu *q, struct vm_error **err)
+static int end_jobs(struct qemu *q, int64_t limit_ns, struct vm_error **err)
 {
-    int64_t deadline = clock_mono_ns() + JOB_END_NS;
+    int64_t deadline = clock_mono_ns() + limit_ns;
     for (;;) {
         unsigned left;
         if (end_jobs_once(q, &left, err) < 0)
@@ -147,16 +148,35 @@ static bool any_node(const json_t *nodes)
     return false;
 }
 
-static int sweep_nodes(struct qemu *q, const json_t *nodes, struct vm_error **err)
+static int list_nodes(struct qemu *q, json_t **ret, struct vm_error **err)
 {
+    return qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), ret, err);
+}
+
+static int sweep_nodes(struct qemu *q, struct vm_error **err)
+{
+    CLEANUP(json) json_t *nodes = NULL;
+    if (list_nodes(q, &nodes, err) < 0)
+        return -1;
     /* A filter that is read through lets nobody else write below it: so readers go first. */
-    return end_jobs(q, err) < 0 || delete_nodes(q, nodes, SNAPSHOT_ACCESS, err) < 0 ||
+    return end_jobs(q, JOB_END_NS, err) < 0 || delete_nodes(q, nodes, SNAPSHOT_ACCESS, err) < 0 ||
                    take_filters_out(q, err) < 0 ||
                    delete_nodes(q, nodes, SNAPSHOT_FILTER, err) < 0 ||
                    delete_nodes(q, nodes, SNAPSHOT_SCRATCH, err) < 0 ||
                    delete_nodes(q, nodes, SNAPSHOT_TARGET, err) < 0
                ? -1
                : 0;
+}
+
+/*
+ * A target whose server is gone is connected again by QEMU (7.2), after 0, 1, 3 ... seconds, at the number of the
+ * descriptor that it was given, whatever QEMU has there by then: it would close that. So targets go at once, and what
+ * hinders that is met again by sweep_nodes.
+ */
+static void end_targets(struct qemu *q, const json_t *nodes)
+{
+    if (end_jobs(q, TARGET_END_NS, NULL) == 0)
+        delete_nodes(q, nodes, SNAPSHOT_TARGET, NULL);
 }
 
 /* Exports by which disks were to be activated, and their server. */
@@ -268,15 +288,18 @@ int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
 {
     CLEANUP(json) json_t *nodes = NULL;
     bool marker, found;
-    if (has_marker(q, &marker, err) < 0 ||
-        qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) < 0)
+    if (has_marker(q, &marker, err) < 0 || list_nodes(q, &nodes, err) < 0)
         return -1;
     found = any_node(nodes);
     if (marker || found)
         qemu_forget_fd(q, QEMU_STREAM_FD); /* one that was not written to yet */
     /* The guest first: it waits. */
-    if ((marker && let_go_on(q, err) < 0) || free_memory(q, err) < 0 || end_exports(q, err) < 0 ||
-        (found && sweep_nodes(q, nodes, err) < 0) || (marker && snapshot_drop_marker(q, err) < 0))
+    if (marker && let_go_on(q, err) < 0)
+        return -1;
+    if (found)
+        end_targets(q, nodes);
+    if (free_memory(q, err) < 0 || end_exports(q, err) < 0 ||
+        (found && sweep_nodes(q, err) < 0) || (marker && snapshot_drop_marker(q, err) < 0))
         return -1;
     *ret_found = found || marker;
     return 0;
