@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "vmm/qemu.h"
 #include "vmm/qemu_preflight.h"
+#include "vmm/qemu_settings.h"
 #include "vmm/qemu_snapshot.h"
 
 static struct qemu_launch make_launch(const struct driver_launch *l)
@@ -44,6 +45,7 @@ static struct guest *adopt(const char *path, struct vm_error **err)
                  log_q(error_message(failed)));
     else if (found)
         log_warn("a snapshot was cut short; it is taken out of QEMU", "qmp=%s", log_q(path));
+    qemu_settings_recover(q);
     return qemu_guest(q);
 }
 

@@ -8,6 +8,7 @@
 #include "base/options.h"
 #include "vmm/attach.h"
 #include "vmm/qemu.h"
+#include "vmm/qemu_settings.h"
 #include "vmm/qemu_snapshot.h"
 
 #include <errno.h>
@@ -106,7 +107,10 @@ static int sweep_qemu(struct watch *w, struct vm_error **err)
 {
     bool found;
     CLEANUP(qemu) struct qemu *q = qemu_attach(w->qmp, ATTACH_MS, err);
-    return !q || check_process(w, qemu_guest(q), err) < 0 ? -1 : qemu_snapshot_sweep(q, &found, err);
+    if (!q || check_process(w, qemu_guest(q), err) < 0 || qemu_snapshot_sweep(q, &found, err) < 0)
+        return -1;
+    qemu_settings_recover(q);
+    return 0;
 }
 
 static int let_go(struct watch *w, struct vm_error **err)
@@ -161,8 +165,10 @@ static int take_over(struct watch *w, struct vm_error **err)
              (unsigned long long)w->pid);
     sweep_soon(w);
     int r = thaw(w, err);
-    if (draining)
+    if (draining) {
         pthread_join(drainer, NULL);
+        sweep_soon(w); /* now that QEMU has come to its end: what its user had set */
+    }
     return r;
 }
 

@@ -251,7 +251,7 @@ static void destroy(struct guest *g)
     struct qemu *q = of(g);
     qemu_source_stop(g, NULL);
     qemu_sink_destroy(q->sink);
-    qemu_settings_drop(q);
+    qemu_settings_finish(q);
     qmp_destroy(q->qmp);
     close_fd(&q->poke);
     pthread_cond_destroy(&q->changed);

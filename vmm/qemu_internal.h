@@ -38,6 +38,10 @@ struct qemu {
     struct outgoing *outgoing;
     pthread_mutex_t settings_lock; /* guards what follows, also during the commands; taken after source_lock */
     json_t *kept_capabilities, *kept_parameters; /* of the user's; NULL: nothing was changed (vmm/qemu_settings.h) */
+    bool settings_noted;    /* QEMU has the note */
+    bool settings_recovered; /* they are a former agent's, and the thread is to set them back */
+    bool has_settler;
+    pthread_t settler;
     struct sink *sink;
 };
 

@@ -107,7 +107,11 @@ class Pair:
 
 @pytest.mark.parametrize('side', ['source', 'destination'])
 def test_an_agent_killed_in_mid_copy(cluster, side):
+    """Also what its user had set for migrations of his own is in QEMU as it was."""
     pair = Pair(cluster, f'mid-{side}', fill='random', mem_mib=512)
+    monitor = pair.vm.qmp(pair.a1.host)
+    judge.set_migration(monitor)
+    monitor.close()
     cluster.hosts[0].set_rate('1gbit')
     try:
         pair.begin()
@@ -118,6 +122,9 @@ def test_an_agent_killed_in_mid_copy(cluster, side):
         pair.console.wait_ticks(5)
         victim.start(build=fault_build())
         pair.expect('h1')
+        monitor = pair.vm.qmp(pair.a1.host)
+        eventually('the settings', lambda: judge.migration_is_set(monitor))
+        monitor.close()
     finally:
         cluster.hosts[0].set_rate(None)
     pair.end()
@@ -347,6 +354,30 @@ def test_a_guest_that_stands_goes_on_after_a_cancel_and_after_a_cut(cluster):
         cluster.hosts[0].heal()
         for agent in cluster.agents:
             del agent.options['peer-timeout']
+
+
+def test_a_guest_does_not_stand_for_a_destination_that_takes_nothing(cluster, monkeypatch):
+    """The link is there, and nothing moves over it: that is waited for as long as a destination may load, 30 s, here a
+    tenth of that."""
+    monkeypatch.setenv('VMMIG_PATIENCE', '10')
+    pair = Pair(cluster, 'stuck', faults=('', 'stream.write=hold'), mem_mib=64)
+    pair.begin()
+    done = pair.a1.vmmig('watch', 'stuck', check=False)
+    assert done.returncode == 10 and 'the destination took nothing while the guest stood' in done.stderr, done
+    eventually('the guest goes on', lambda: pair.running() == ['h1'])
+    pair.a2.vmmig('debug', 'faults', '--arm', 'none')
+    pair.expect('h1')
+    pair.end()
+
+
+def test_a_stream_that_cannot_be_taken_apart_is_relayed(cluster):
+    """As one of a QEMU with a live section before its memory: nothing of it goes as pages, and all of it arrives."""
+    pair = Pair(cluster, 'opaque', faults=('stream.opaque=error', ''), fill='random')
+    job = pair.a1.json('send', 'opaque', '--to', 'h2')
+    assert job['opaque_bytes'] > 128 * MIB
+    assert sum(encoding['pages'] for encoding in job['pages'].values()) == 0
+    pair.expect('h2')
+    pair.end()
 
 
 def test_a_guest_that_dies_at_the_source_ends_the_job(cluster):

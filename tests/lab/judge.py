@@ -57,3 +57,22 @@ def leftovers(host, vm_name, agents=()):
                   if re.search(rf'\b{re.escape(vm_name)}\b', name) and not name.endswith('.console')]
     found += [f'memfd {name} in agent {pid}' for pid in agents for name in open_memfds(pid)]
     return found
+
+
+# Of a user who migrates by himself at times, by his own tools.
+PARAMETERS = {'downtime-limit': 2000, 'max-bandwidth': 12345678}
+CAPABILITIES = ['xbzrle']
+
+
+def set_migration(qmp):
+    """Sets QEMU's migration to what no driver of the agent's wants."""
+    qmp('migrate-set-parameters', **PARAMETERS)
+    qmp('migrate-set-capabilities', capabilities=[{'capability': name, 'state': True} for name in CAPABILITIES])
+
+
+def migration_is_set(qmp):
+    """Whether it is all so again, and nothing else of the agent's is in QEMU for it."""
+    parameters = qmp('query-migrate-parameters')
+    return {name: parameters[name] for name in PARAMETERS} == PARAMETERS and \
+        [c['capability'] for c in qmp('query-migrate-capabilities') if c['state']] == CAPABILITIES and \
+        not [o['name'] for o in qmp('qom-list', path='/objects') if o['name'].startswith('vmmig-')]

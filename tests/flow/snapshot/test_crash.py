@@ -5,7 +5,7 @@ import signal
 
 import pytest
 from agents import Cluster, eventually
-from lab import BareGuest
+from lab import BareGuest, judge
 from snapshots import GuestAgent, disks, make_agent, start, untouched
 
 # Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
@@ -25,7 +25,11 @@ def agent():
 def guest(agent):
     vm = BareGuest('web1', mem_mib=128, dirty_mib=4, rate_mbps=1)
     disks(agent.cluster, vm)
-    return vm, start(agent, vm)
+    console = start(agent, vm)
+    monitor = vm.qmp(agent.host)
+    judge.set_migration(monitor)
+    monitor.close()
+    return vm, console
 
 
 @pytest.fixture(scope='module')
@@ -75,6 +79,9 @@ def test_the_agent_dies(agent, guest, point):
     agent.process.wait(20)
     console.wait_ticks(3, GOES_ON)
     console.verify(10)  # each page is touched: none is protected
+    monitor = vm.qmp(agent.host)
+    eventually('what its user had set for migrations', lambda: judge.migration_is_set(monitor))
+    monitor.close()
     agent.start(faults='snapshot.arrived=delay:0')
     present(agent)
     assert agent.json('status', 'web1')['state'] == 'running'

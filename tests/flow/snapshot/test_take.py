@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 from agents import Cluster, eventually
-from lab import BareGuest
+from lab import BareGuest, judge
 from snapshots import GuestAgent, disks, export, export_file, image_file, left_in_qemu, make_agent, start, untouched
 
 MIB = 1 << 20
@@ -25,8 +25,8 @@ def web1(agent):
     plain, qcow2 = disks(agent.cluster, vm)
     console = start(agent, vm)
     monitor = vm.qmp(agent.host)
-    monitor('migrate-set-parameters', **{'downtime-limit': 2000, 'max-bandwidth': 12345678})
-    monitor('migrate-set-capabilities', capabilities=[{'capability': 'xbzrle', 'state': True}])
+    judge.set_migration(monitor)
+    monitor.close()
     first = agent.json('snapshot', 'web1', 'first')
     return vm, console, plain, qcow2, first
 
@@ -53,10 +53,7 @@ def test_all_of_it_is_one_image(agent, web1):
 
 
 def test_settings_of_the_user_stay(agent, web1):
-    monitor = web1[0].qmp(agent.host)
-    parameters = monitor('query-migrate-parameters')
-    assert (parameters['downtime-limit'], parameters['max-bandwidth']) == (2000, 12345678)
-    assert [c['capability'] for c in monitor('query-migrate-capabilities') if c['state']] == ['xbzrle']
+    assert judge.migration_is_set(web1[0].qmp(agent.host))
 
 
 def test_an_idle_disk_is_not_read_again_and_little_is_stored(agent, web1):
