@@ -13,13 +13,13 @@
 #include "agent/transfer.h"
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/heap.h"
 #include "base/io.h"
 #include "base/options.h"
 #include "base/text.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <malloc.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/file.h>
@@ -277,9 +277,7 @@ int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
     /* What a migration held goes back when it ends, instead of staying in some thread's arena. */
-    mallopt(M_MMAP_THRESHOLD, 512 << 10);
-    mallopt(M_TRIM_THRESHOLD, 1 << 20);
-    mallopt(M_ARENA_MAX, 4);
+    heap_give_back();
     int r = run(argc, argv, &err);
     if (fflush(stdout) == EOF)
         return 1;

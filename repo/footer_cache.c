@@ -8,8 +8,9 @@
 #include <xxhash.h>
 
 enum {
-    BYTES_PER_PAGE = PAGE_ID_BYTES + 12, /* identity, its share of the table and of the records */
-    LOAD_BATCH = 16,
+    BYTES_PER_PAGE = PAGE_ID_BYTES + 2, /* its identity, and its share of the record */
+    TABLE_FIRST = 1024,
+    LOAD_BATCH = 8,
     UNREADABLE = 256, /* packs remembered as such, the latest ones */
     PAGE_BITS = 14,
     SLOTS_MAX = 1 << 20,
@@ -36,6 +37,14 @@ struct footer_cache {
 
 _Static_assert(PACK_PAGES_MAX <= 1 << PAGE_BITS, "a page's number fits");
 
+/* Pages that fit into `limit` bytes together with a table of so many entries, four fifths full. */
+static size_t pages_beside(size_t limit, size_t table_size)
+{
+    size_t table = table_size * sizeof(uint64_t);
+    size_t fit = limit > table ? (limit - table) / BYTES_PER_PAGE : 0;
+    return fit < table_size / 5 * 4 ? fit : table_size / 5 * 4;
+}
+
 struct footer_cache *footer_cache_create(struct store *s, size_t limit, struct vm_error **err)
 {
     struct footer_cache *c = calloc(1, sizeof(*c));
@@ -44,12 +53,10 @@ struct footer_cache *footer_cache_create(struct store *s, size_t limit, struct v
         return NULL;
     }
     c->store = s;
-    c->max_pages = limit / BYTES_PER_PAGE;
-    if (c->max_pages < 4 * PACK_PAGES_MAX)
-        c->max_pages = 4 * PACK_PAGES_MAX;
-    uint64_t size = 1024;
-    while (size < c->max_pages + c->max_pages / 4)
+    size_t size = TABLE_FIRST;
+    while (pages_beside(limit, 2 * size) > pages_beside(limit, size))
         size *= 2;
+    c->max_pages = pages_beside(limit, size);
     c->table_mask = size - 1;
     c->table = calloc(size, sizeof(*c->table));
     if (!c->table) {
@@ -183,14 +190,16 @@ void footer_cache_trim(struct footer_cache *c)
 static int grow_table(struct footer_cache *c, size_t n, struct vm_error **err)
 {
     uint64_t size = c->table_mask + 1;
-    if (c->n_pages + n < size - size / 8)
+    while (c->n_pages + n >= size - size / 8)
+        size *= 2;
+    if (size == c->table_mask + 1)
         return 0;
-    uint64_t *table = calloc(2 * size, sizeof(*table));
+    uint64_t *table = calloc(size, sizeof(*table));
     if (!table)
         return error_nomem(err);
     free(c->table);
     c->table = table;
-    c->table_mask = 2 * size - 1;
+    c->table_mask = size - 1;
     c->n_pages = 0;
     for (unsigned i = 0; i < c->n_slots; i++)
         for (uint32_t page = 0; c->slots[i] && page < c->slots[i]->footer.n_pages; page++)
@@ -404,16 +413,8 @@ uint64_t footer_cache_loads(const struct footer_cache *c)
 bool cached_footer_identity(const struct cached_footer *f, uint32_t offset, unsigned page,
                             struct page_id *ret_id)
 {
-    uint32_t low = 0, high = f->footer.n_records;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (f->footer.records[middle].offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    const struct footer_record *r = &f->footer.records[low];
-    if (low == f->footer.n_records || r->offset != offset || page >= r->n_pages)
+    const struct footer_record *r = footer_record_at(&f->footer, offset);
+    if (!r || page >= r->n_pages)
         return false;
     *ret_id = f->footer.ids[r->first_page + page];
     return true;

@@ -6,9 +6,9 @@
  * a pack's whole footer, and its neighbours are found here without asking again. A writer's own
  * packs are in it from their first record on.
  *
- * Memory: footers of at most `limit` bytes (44 bytes per page, and the pinned ones above it), the
- * least recently hit ones leave. Threads: one, but for the fields of an own footer that
- * pack_writer.h fills in.
+ * Memory: footers of at most `limit` bytes (42 to 50 bytes per page, with the table; the pinned ones
+ * may go beyond it), the least recently hit ones leave. Threads: one, but for the fields of an own
+ * footer that pack_writer.h fills in.
  */
 #ifndef VMMIG_REPO_FOOTER_CACHE_H
 #define VMMIG_REPO_FOOTER_CACHE_H

@@ -128,8 +128,7 @@ static int search_pack(struct heal *h, const struct footer *f, struct vm_error *
         for (; l < h->lost + h->n_lost && !by_id(l, &key); l++)
             if (!l->to.pack)
                 l->to = (struct recipe_page){.pack = f->pack, .offset = r->offset,
-                                             .len = (r->len + RECORD_ALIGN - 1) / RECORD_ALIGN *
-                                                    RECORD_ALIGN,
+                                             .len = record_room(r->len),
                                              .page = (uint8_t)(i - r->first_page)};
     }
     return 0;

@@ -32,7 +32,7 @@
 #include "repo/pack_writer.h"
 #include "repo/tree.h"
 
-enum { SEGMENTS_MAX = 10 };
+enum { SEGMENTS_MAX = 9 };
 
 struct image_writer;
 struct image_file;

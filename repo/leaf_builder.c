@@ -204,7 +204,7 @@ static bool settle(struct place *p)
     const struct footer_record *r = &p->footer->footer.records[p->record];
     p->stored.pack = p->footer->footer.pack;
     p->stored.offset = r->offset;
-    p->stored.len = (r->len + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN;
+    p->stored.len = record_room(r->len);
     footer_cache_unpin(p->footer);
     p->footer = NULL;
     return true;

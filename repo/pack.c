@@ -31,6 +31,19 @@ uint32_t footer_record_of(const struct footer *f, uint32_t page)
     return low;
 }
 
+const struct footer_record *footer_record_at(const struct footer *f, uint32_t offset)
+{
+    uint32_t low = 0, high = f->n_records;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (f->records[middle].offset < offset)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < f->n_records && f->records[low].offset == offset ? &f->records[low] : NULL;
+}
+
 int pack_trailer_parse(const uint8_t trailer[PACK_TRAILER], uint64_t pack, uint64_t pack_size,
                        size_t *ret_footer_size, struct vm_error **err)
 {

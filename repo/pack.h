@@ -60,6 +60,8 @@ struct footer {
 void footer_finish(struct footer *f);
 /* The record that holds page i. */
 uint32_t footer_record_of(const struct footer *f, uint32_t page);
+/* The record at that offset, or NULL. */
+const struct footer_record *footer_record_at(const struct footer *f, uint32_t offset);
 
 /* Bytes of footer and trailer together. */
 static inline size_t footer_size(uint32_t n_records, uint32_t n_pages)

@@ -10,9 +10,9 @@
 
 enum {
     PACKS_IN_FLIGHT = 3,
-    RECORDS_IN_FLIGHT = 48,
-    PACK_GOOD =
-        6 << 20, /* closed at this size if waiting for compression would be needed to go on */
+    RECORDS_IN_FLIGHT = 32,
+    PACK_FULL = 6 << 20,
+    PACK_GOOD = 4 << 20, /* closed at this size if going on would mean to wait for compression */
     UPLOADERS = 2,
 };
 
@@ -25,7 +25,8 @@ struct done_record {
 struct open_pack {
     bool used;
     struct cached_footer *footer;
-    struct buffer body; /* header and records in order */
+    struct buffer body; /* header and records in order; empty from when the pack is stored */
+    size_t size;        /* of the pack, from then on */
     struct done_record *done;
     uint32_t n_emitted, n_laid; /* records */
     bool closed;
@@ -108,7 +109,7 @@ static void lay_record(struct open_pack *p, uint8_t *record, uint32_t len)
 {
     struct footer_record *entry = &p->footer->footer.records[p->n_laid];
     uint64_t offset = p->body.len;
-    size_t padding = (0 - (size_t)len) % RECORD_ALIGN;
+    size_t padding = record_room(len) - len;
     record_seal(record, len, p->footer->footer.pack, offset);
     buffer_put(&p->body, record, len);
     buffer_put(&p->body, (const uint8_t[RECORD_ALIGN]){0}, padding);
@@ -176,8 +177,9 @@ static int store_pack(struct pack_writer *pw, struct open_pack *p, struct vm_err
         return error_nomem(err);
     if (FAULT("repo.pack") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "cannot store pack %016" PRIx64, number);
-    enum store_result r = store_create(pw->s.store, STORE_PACK, pack_name(number), p->body.data,
-                                       p->body.len, err);
+    p->size = p->body.len;
+    enum store_result r =
+        store_create_given(pw->s.store, STORE_PACK, pack_name(number), &p->body, err);
     if (r == STORE_EXISTS)
         return error_set(err, VM_ERROR_CORRUPT, "pack %016" PRIx64 " exists already", number);
     if (r != STORE_DONE)
@@ -202,7 +204,7 @@ static void *upload(void *arg)
         pw->stat.packs++;
         pw->stat.records += p->n_emitted;
         pw->stat.pages += p->footer->footer.n_pages;
-        pw->stat.bytes += p->body.len;
+        pw->stat.bytes += p->size;
         p->durable = true;
         pthread_cond_broadcast(&pw->changed);
     }
@@ -319,7 +321,7 @@ static bool has_room(struct pack_writer *pw, struct open_pack *p)
     for (;;) {
         size_t at_most =
             p->body.len + (p->n_emitted - p->n_laid + 1ul) * (RECORD_MAX + RECORD_ALIGN);
-        if (at_most <= PACK_BODY_MAX || failure_is_set(pw->s.failure))
+        if (at_most <= PACK_FULL || failure_is_set(pw->s.failure))
             return true;
         if (p->body.len >= PACK_GOOD || p->n_laid == p->n_emitted)
             return false;

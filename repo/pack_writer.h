@@ -7,9 +7,9 @@
  *     pack_writer_wait_laid     where a record is: offset and length in its footer
  *     pack_writer_finish        all packs are durable
  *
- * A pack is closed when it has 6 to 8 MiB. At most PACKS_IN_FLIGHT packs are open or being stored,
- * and at most RECORDS_IN_FLIGHT records wait for compression: emit waits. Memory: about 8 MiB per
- * pack and 64 KiB per record in flight.
+ * A pack is closed when its records have 4 to 6 MiB. At most PACKS_IN_FLIGHT packs are open or being
+ * stored, and at most RECORDS_IN_FLIGHT records wait for compression: emit waits. Memory: 6 MiB and
+ * the footer per pack, on rados one pack more (while librados copies it), and 64 KiB per record.
  *
  * Errors: the first is kept in `failure`; emit and the waits return it from then on.
  */

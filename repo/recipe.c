@@ -82,7 +82,7 @@ static void write_run(const struct recipe_page *p, unsigned n, struct pack_table
     buffer_put_le16(out, (uint16_t)n);
     buffer_put_le16(out, (uint16_t)pack_index(packs, p->pack));
     buffer_put_le32(out, p->offset / RECORD_ALIGN);
-    buffer_put_le16(out, (uint16_t)((p->len + RECORD_ALIGN - 1) / RECORD_ALIGN));
+    buffer_put_le16(out, (uint16_t)(record_room(p->len) / RECORD_ALIGN));
     buffer_put_u8(out, p->page);
 }
 

@@ -50,6 +50,12 @@ size_t record_encode(struct record_codec *c, const void *pages, unsigned n_pages
 /* Set the checksum, once pack and offset are known. `len` is what record_encode returned. */
 void record_seal(uint8_t *record, size_t len, uint64_t pack, uint64_t offset);
 
+/* What a record of that length takes in its pack. */
+static inline uint32_t record_room(uint32_t len)
+{
+    return (len + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN;
+}
+
 /* The codec that an encoded record says. */
 static inline enum record_compression record_compression(const uint8_t *record)
 {

@@ -204,24 +204,10 @@ static int get_forwarding(struct repacker *rp, uint64_t pack, struct forwarding 
 
 /* ---- moving records ---- */
 
-static const struct footer_record *find_record(const struct footer *f, uint32_t offset)
-{
-    for (uint32_t low = 0, high = f->n_records; low < high;) {
-        uint32_t middle = low + (high - low) / 2;
-        if (f->records[middle].offset == offset)
-            return &f->records[middle];
-        if (f->records[middle].offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return NULL;
-}
-
 /* Are its pages those that the footer names, if there is a footer? */
 static bool agrees(const struct footer *f, uint32_t offset, const struct page_id *ids, unsigned n)
 {
-    const struct footer_record *r = find_record(f, offset);
+    const struct footer_record *r = footer_record_at(f, offset);
     if (!f->n_records)
         return true;
     return r && r->n_pages == n && !memcmp(&f->ids[r->first_page], ids, n * sizeof(*ids));
@@ -235,7 +221,7 @@ static bool agrees(const struct footer *f, uint32_t offset, const struct page_id
 static int is_forwarded(struct repacker *rp, size_t in_batch, uint32_t offset, bool *ret_is,
                         struct vm_error **err)
 {
-    const struct footer_record *r = find_record(&rp->footers[in_batch], offset);
+    const struct footer_record *r = footer_record_at(&rp->footers[in_batch], offset);
     const struct number_set *condemned = &registration_condemned(rp->registration)->packs;
     *ret_is = r != NULL;
     for (uint8_t i = 0; *ret_is && i < r->n_pages; i++) {
@@ -345,7 +331,7 @@ static struct recipe_page new_place(const struct moved *m, uint8_t page)
 {
     const struct footer_record *r = &m->to.footer->footer.records[m->to.record];
     return (struct recipe_page){.pack = m->to.footer->footer.pack, .offset = r->offset,
-                                .len = (r->len + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN,
+                                .len = record_room(r->len),
                                 .page = page};
 }
 
@@ -519,7 +505,7 @@ static int judge(struct choice *c, const struct footer *f, uint64_t pack, uint64
     const struct quarantined *items;
     uint64_t total = 0, lz4 = 0;
     for (uint32_t i = 0; i < f->n_records; i++) {
-        uint64_t len = (f->records[i].len + RECORD_ALIGN - 1) / RECORD_ALIGN * RECORD_ALIGN;
+        uint64_t len = record_room(f->records[i].len);
         total += len;
         lz4 += f->records[i].compression == RECORD_LZ4 ? len : 0;
     }

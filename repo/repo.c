@@ -15,7 +15,7 @@
 #define DATA_POOL_KEY "data-pool"
 
 enum {
-    CACHE_BASE = 16 << 20,
+    CACHE_BASE = 8 << 20,
     CACHE_PER_TIB = 48 << 20,
     TEXT_MAX = 256,
     CHECKPOINT_MS = 500,

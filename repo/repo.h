@@ -11,8 +11,9 @@
  * Threads: any; a repository may be used by several at once. Any number of processes and hosts may
  * have the same repository open (a dir: repository: processes of one host).
  *
- * Memory of one import: at most 64 MiB, and 48 MiB per TiB of unique data in the repository for
- * footers; on rados librados has up to 64 MiB besides. Of one export: 4 MiB per thread and what it read.
+ * Memory of one import: at most 64 MiB, librados' own included, and 64 MiB per TiB of unique data in
+ * the repository, in a program that has called heap_give_back (base/heap.h). Of one export: 4 MiB per
+ * thread and what it read.
  *
  * Crash: what image_import acknowledged is there, whole; an import that did not end left nothing
  * visible.

@@ -410,19 +410,6 @@ static int heal_and_tell(struct scrub *s, struct vm_error **err)
 
 /* ---- recipes ---- */
 
-static const struct footer_record *find_record(const struct footer *f, uint32_t offset)
-{
-    uint32_t low = 0, high = f->n_records;
-    while (low < high) {
-        uint32_t middle = low + (high - low) / 2;
-        if (f->records[middle].offset < offset)
-            low = middle + 1;
-        else
-            high = middle;
-    }
-    return low < f->n_records && f->records[low].offset == offset ? &f->records[low] : NULL;
-}
-
 /* Does the pack hold that page where the recipe says? */
 static int page_is_here(struct scrub *s, const struct recipe_page *p, bool *ret_there,
                         struct vm_error **err)
@@ -442,7 +429,7 @@ static int page_is_here(struct scrub *s, const struct recipe_page *p, bool *ret_
         qsort(s->gone.items, s->gone.n, sizeof(*s->gone.items), by_place);
         return 0;
     }
-    const struct footer_record *r = find_record(&c->footer, p->offset);
+    const struct footer_record *r = footer_record_at(&c->footer, p->offset);
     *ret_there = r && p->page < r->n_pages && p->len >= r->len &&
                  !memcmp(c->footer.ids[r->first_page + p->page].bytes, p->id, sizeof(p->id));
     return 0;

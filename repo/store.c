@@ -217,12 +217,14 @@ enum store_result store_create(struct store *s, enum store_area area, const char
     return run_one(s, &op, err);
 }
 
-enum store_result store_replace(struct store *s, enum store_area area, const char *name,
-                                const void *data, size_t len, struct vm_error **err)
+enum store_result store_create_given(struct store *s, enum store_area area, const char *name,
+                                     struct buffer *content, struct vm_error **err)
 {
-    struct store_op op = {
-        .kind = STORE_REPLACE, .area = area, .name = name, .data = data, .len = len};
-    return run_one(s, &op, err);
+    struct store_op op = {.kind = STORE_CREATE, .area = area, .name = name, .data = content->data,
+                          .len = content->len, .given = content};
+    enum store_result result = run_one(s, &op, err);
+    buffer_reset(content);
+    return result;
 }
 
 enum store_result store_remove(struct store *s, enum store_area area, const char *name,

@@ -25,9 +25,9 @@
  * rather than a failure (no such object, a guard that does not hold) is in `result`, and store_run
  * still returns 0. If an operation fails, its result is STORE_FAILED and store_run returns -1 with
  * the error of the first that did; the results of the others are valid. A failed STORE_CREATE,
- * REPLACE, REMOVE or UPDATE may have happened: the caller reads back what matters.
+ * REMOVE or UPDATE may have happened: the caller reads back what matters.
  *
- * Durability. When store_run returns, what it created, replaced, removed and updated survives a
+ * Durability. When store_run returns, what it created, removed and updated survives a
  * crash of any client and, as far as the disks keep fsync's promise, of the host. Each operation is
  * atomic: readers and crashes see the whole of it or nothing.
  *
@@ -68,7 +68,6 @@ enum store_result {
 
 enum store_op_kind {
     STORE_CREATE,  /* PACK, BLOB: a new object; EXISTS if the name is taken */
-    STORE_REPLACE, /* PACK, BLOB: the object's content, whether it exists or not */
     STORE_READ,    /* PACK, BLOB: up to len bytes from offset; fewer only at the end; MISSING */
     STORE_SIZE,    /* PACK, BLOB: the size in bytes; MISSING */
     STORE_REMOVE,  /* any area: MISSING if it is not there (any more) */
@@ -97,8 +96,9 @@ struct store_op {
     const char *name;
     enum store_result result;
 
-    /* CREATE, REPLACE: the content. READ: where it goes; ret_len bytes came. */
+    /* CREATE: the content. READ: where it goes; ret_len bytes came. */
     const void *data;
+    struct buffer *given; /* CREATE: store_create_given's, of which data and len are the content */
     void *out;
     uint64_t offset;
     size_t len;
@@ -176,8 +176,13 @@ DEFINE_CLEANUP(store, struct store *, store_close)
 /* Single operations, as batches of one. The result, STORE_FAILED with *err. */
 enum store_result store_create(struct store *s, enum store_area area, const char *name,
                                const void *data, size_t len, struct vm_error **err);
-enum store_result store_replace(struct store *s, enum store_area area, const char *name,
-                                const void *data, size_t len, struct vm_error **err);
+/*
+ * As store_create, with the content of a buffer, which is empty afterwards whatever the result. A
+ * driver that has to copy it (librados does) frees the buffer's memory before it waits, so that no
+ * pack is in memory twice.
+ */
+enum store_result store_create_given(struct store *s, enum store_area area, const char *name,
+                                     struct buffer *content, struct vm_error **err);
 enum store_result store_remove(struct store *s, enum store_area area, const char *name,
                                struct vm_error **err);
 enum store_result store_read(struct store *s, enum store_area area, const char *name,

@@ -125,28 +125,6 @@ static int run_create(struct store_dir *d, struct store_op *op, struct vm_error 
     return 0;
 }
 
-static int run_replace(struct store_dir *d, struct store_op *op, struct vm_error **err)
-{
-    cleanup_close int folder = open_subfolder(d, op, err);
-    if (folder < 0)
-        return -1;
-    cleanup_close int fd = write_nameless(folder, op, err);
-    if (fd < 0)
-        return -1;
-    /* linkat does not replace: link to a name of this process and thread, then rename. A crash
-     * between leaves a file that begins with a dot, which no listing shows. */
-    char part[STORE_NAME_MAX + 40];
-    snprintf(part, sizeof(part), ".new.%d.%lx", getpid(), (unsigned long)pthread_self());
-    unlinkat(folder, part, 0);
-    if (link_nameless(fd, folder, part) < 0 ||
-        renameat(folder, part, folder, op->name) < 0)
-        return error_errno(err, errno, "cannot name %s", op->name);
-    if (sync_folder(folder, op->name, err) < 0)
-        return -1;
-    op->result = STORE_DONE;
-    return 0;
-}
-
 /* Its folder is synced by sync_removals. */
 static int run_remove(struct store_dir *d, struct store_op *op, struct vm_error **err)
 {
@@ -231,8 +209,6 @@ static int run_file(struct store_dir *d, struct store_op *op, struct vm_error **
     switch (op->kind) {
     case STORE_CREATE:
         return run_create(d, op, err);
-    case STORE_REPLACE:
-        return run_replace(d, op, err);
     case STORE_READ:
         return run_read(d, op, err);
     case STORE_SIZE:

@@ -13,8 +13,8 @@ enum { MAX_ARMED = 8, MAX_POINTS = 128, POINT_MAX = 48, ALWAYS = -1 };
 
 enum action { ERROR, UNKNOWN, TORN, LOST, FLIP, DELAY, NO_ACTION };
 static const char *const action_names[] = {"error", "unknown", "torn", "lost", "flip", "delay"};
-static const char *const kind_names[] = {"create", "replace", "read", "size",
-                                         "remove", "get",     "scan", "update"};
+static const char *const kind_names[] = {"create", "read", "size", "remove",
+                                         "get",    "scan", "update"};
 
 struct armed {
     char point[POINT_MAX];

@@ -6,14 +6,14 @@
  *     struct store *s = store_fault_create(inner, &err);
  *     store_fault_arm(s, "create.pack=error:ENOSPC@3, update.cat=unknown", &err);
  *
- * A point is KIND.CLASS: the kind of the operation (create, replace, read, size, remove, get, scan,
+ * A point is KIND.CLASS: the kind of the operation (create, read, size, remove, get, scan,
  * update) and the name of the object up to its first dot; CLASS `any` means every object. An armed
  * point acts at its Nth passage (`@N`, default 1, `@*` always):
  *
  *     error[:ERRNO]  the operation fails and did not happen (ERRNO by name or number; default EIO)
  *     unknown        the operation happens and fails: the caller cannot tell (ETIMEDOUT)
- *     torn           create, replace: half of the content is stored, and success reported
- *     lost           create, replace, update, remove: nothing happens, and success is reported
+ *     torn           create: half of the content is stored, and success reported
+ *     lost           create, update, remove: nothing happens, and success is reported
  *     flip           read: one bit of what was read is wrong
  *     delay:MS       the operation comes later
  *

@@ -7,12 +7,16 @@
 #include "repo/store_driver.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <rados/librados.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { IN_FLIGHT = 64, BALLAST_OBJECTS = 4, BALLAST_SIZE = 4 << 20, LIST_STEP = 256 };
+/*
+ * SETS_IN_FLIGHT: librados has each value that is set in a page of its own until the operation ends.
+ */
+enum { IN_FLIGHT = 64, SETS_IN_FLIGHT = 512, BALLAST_OBJECTS = 4, BALLAST_SIZE = 4 << 20, LIST_STEP = 256 };
 
 struct store_rados {
     struct store store;
@@ -20,6 +24,7 @@ struct store_rados {
     rados_ioctx_t meta; /* blobs and maps */
     rados_ioctx_t data; /* packs; the same as meta without a data pool of its own */
     char *name_space;
+    pthread_mutex_t copying;
 };
 
 static struct store_rados *rados_of(struct store *s)
@@ -55,13 +60,21 @@ static rados_ioctx_t pool_of(const struct store_rados *r, enum store_area area)
     return area == STORE_PACK ? r->data : r->meta;
 }
 
+/* librados has a copy afterwards; one copy at a time, so that one only is there twice. */
+static void copy_content(struct store_rados *r, struct flight *f)
+{
+    SCOPE_LOCK(&r->copying);
+    rados_write_op_write_full(f->write, f->op->data, f->op->len);
+    if (f->op->given)
+        buffer_finish(f->op->given);
+}
+
 static int start_content(struct store_rados *r, struct flight *f)
 {
     struct store_op *op = f->op;
     f->write = rados_create_write_op();
-    if (op->kind == STORE_CREATE)
-        rados_write_op_create(f->write, LIBRADOS_CREATE_EXCLUSIVE, NULL);
-    rados_write_op_write_full(f->write, op->data, op->len);
+    rados_write_op_create(f->write, LIBRADOS_CREATE_EXCLUSIVE, NULL);
+    copy_content(r, f);
     return rados_aio_write_op_operate(f->write, pool_of(r, op->area), f->done, op->name, NULL, 0);
 }
 
@@ -135,7 +148,6 @@ static int start(struct store_rados *r, struct flight *f)
         return rc;
     switch (op->kind) {
     case STORE_CREATE:
-    case STORE_REPLACE:
         return start_content(r, f);
     case STORE_READ:
         return rados_aio_read(pool_of(r, op->area), op->name, f->done, op->out, op->len,
@@ -238,11 +250,22 @@ static int rados_run_some(struct store_rados *r, struct store_op *ops, size_t n,
     return *ret_first ? -1 : 0;
 }
 
+/* How many operations from the first on run together. */
+static size_t step_size(const struct store_op *ops, size_t n)
+{
+    size_t step = 1, sets = ops[0].n_sets;
+    while (step < n && step < IN_FLIGHT && sets + ops[step].n_sets <= SETS_IN_FLIGHT)
+        sets += ops[step++].n_sets;
+    return step;
+}
+
 static int rados_run(struct store *s, struct store_op *ops, size_t n, struct vm_error **err)
 {
     struct vm_error *first = NULL;
-    for (size_t i = 0; i < n; i += IN_FLIGHT)
-        rados_run_some(rados_of(s), ops + i, n - i < IN_FLIGHT ? n - i : IN_FLIGHT, &first);
+    for (size_t i = 0, step; i < n; i += step) {
+        step = step_size(ops + i, n - i);
+        rados_run_some(rados_of(s), ops + i, step, &first);
+    }
     return first ? error_propagate(err, first) : 0;
 }
 
@@ -372,6 +395,7 @@ static void rados_close(struct store *s)
     if (r->cluster)
         rados_shutdown(r->cluster);
     free(r->name_space);
+    pthread_mutex_destroy(&r->copying);
     free(r);
 }
 
@@ -434,6 +458,7 @@ struct store *store_rados_open(const struct repo_url *url, int flags, struct vm_
         error_nomem(err);
         return NULL;
     }
+    pthread_mutex_init(&r->copying, NULL);
     r->store.driver = &rados_driver;
     r->name_space = strdup(url->name_space);
     if (!r->name_space || connect_cluster(r, url, err) < 0 ||

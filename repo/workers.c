@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-enum { WORKERS_MAX = 64, QUEUE_PER_WORKER = 64 };
+enum { WORKERS_MAX = 24, QUEUE_PER_WORKER = 64 };
 
 struct workers {
     struct queue *jobs;
@@ -106,11 +106,6 @@ void workers_destroy(struct workers *w)
     }
     queue_destroy(w->jobs);
     free(w);
-}
-
-unsigned workers_count(const struct workers *w)
-{
-    return w->n;
 }
 
 void workers_submit(struct workers *w, struct job *job, worker_job_fn *fn)

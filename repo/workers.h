@@ -35,7 +35,6 @@ struct workers *workers_create(unsigned n, enum record_compression compression, 
 /* Runs what was submitted, then ends the threads. */
 void workers_destroy(struct workers *w);
 DEFINE_CLEANUP(workers, struct workers *, workers_destroy)
-unsigned workers_count(const struct workers *w);
 /* Waits while 64 jobs per worker are waiting. */
 void workers_submit(struct workers *w, struct job *job, worker_job_fn *fn);
 

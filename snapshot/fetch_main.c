@@ -2,6 +2,7 @@
 /* vmmig-fetch: see snapshot/fetcher.h. */
 #include "base/cleanup.h"
 #include "base/fault.h"
+#include "base/heap.h"
 #include "base/log.h"
 #include "base/options.h"
 #include "base/queue.h"
@@ -552,6 +553,7 @@ static int run(int argc, char **argv, struct vm_error **err)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
+    heap_give_back();
     if (run(argc, argv, &err) == 0)
         return 0;
     fprintf(stderr, "vmmig-fetch: %s\n", error_message(err));

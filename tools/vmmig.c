@@ -3,6 +3,8 @@
 #include "tools/cli.h"
 #include "tools/cli_print.h"
 
+#include "base/heap.h"
+
 #include <locale.h>
 #include <signal.h>
 #include <string.h>
@@ -72,6 +74,7 @@ static void report(const struct vm_error *err, bool json)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
+    heap_give_back(); /* the command is a repository's client, too */
     setlocale(LC_CTYPE, "");
     signal(SIGPIPE, SIG_IGN);
     int r = run(argc, argv, &err);

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """An import into Ceph, with client and cluster on this machine, against the bound that the costs of CPU set.
 
-usage: repo_rados.py [--inputs DIR] [--work DIR] [--rounds N]
+usage: repo_rados.py [--inputs DIR] [--work DIR] [--rounds N] [--page FILE]
 
 DIR as for repo_peers.py. Each round measures what the daemons of a cluster (one monitor, one manager, three OSDs, two
 copies) take in CPU to store as many bytes as the import does, written as objects of a pack's size by a client that does
 nothing else; what vmmig takes in CPU to hash, look up and compress the same files into a folder; and how long the import
 into the cluster takes. The bound is the sum of the first two over all cores. Caches of the operating system are warm.
+
+--page writes it as a page for docs/bench.
 """
 import argparse
 import json
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 
+import bench_page
 import repo_peers
 
 sys.path.insert(0, str(repo_peers.ROOT / 'tests/ceph'))
@@ -73,10 +76,14 @@ def one_round(ceph, number, paths, work):
     cluster_cpu, sending_cpu = write_plain(ceph, stored)
     seconds, _, _ = import_all(f'rados:images/round{number}?conf={ceph.conf}', paths)
     bound = (client_cpu + cluster_cpu + sending_cpu) / os.cpu_count()
-    print(f'stored {stored / 1e6:.1f} MB; CPU: cluster {cluster_cpu:.2f} s ({cluster_cpu / stored * 1e9:.2f} ns/B), sending '
-          f'{sending_cpu:.2f} s, hash and compression {client_cpu:.2f} s; bound {bound:.2f} s, import {seconds:.2f} s: '
-          f'{bound / seconds:.2f}', flush=True)
-    return bound / seconds
+    row = [f'{stored / 1e6:.1f}', f'{cluster_cpu:.2f}', f'{cluster_cpu / stored * 1e9:.2f}', f'{sending_cpu:.2f}',
+           f'{client_cpu:.2f}', f'{bound:.2f}', f'{seconds:.2f}', f'{bound / seconds:.2f}']
+    print(*row, sep='; ', flush=True)
+    return bound / seconds, row
+
+
+HEAD = ['stored, MB', 'CPU of the cluster, s', 'ns per byte', 'of sending, s', 'of hash and compression, s', 'bound, s',
+        'import, s', 'of the bound']
 
 
 def main():
@@ -84,14 +91,20 @@ def main():
     parser.add_argument('--inputs', type=pathlib.Path)
     parser.add_argument('--work', default='/var/tmp')
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--page', type=pathlib.Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         paths = repo_peers.make_inputs(args.inputs or pathlib.Path(folder, 'inputs'))
         with ceph_cluster.CephCluster(pathlib.Path(folder, 'ceph')) as ceph:
             ceph.create_pool('images')
             ceph.wait_clean()
-            ratios = [one_round(ceph, i, paths, folder) for i in range(args.rounds)]
-    print(f'median {statistics.median(ratios):.2f} of the bound')
+            print(*HEAD, sep='; ', flush=True)
+            rounds = [one_round(ceph, i, paths, folder) for i in range(args.rounds)]
+    median = f'Median {statistics.median(ratio for ratio, _ in rounds):.2f} of the bound.'
+    print(median)
+    if args.page:
+        bench_page.write(args.page, __file__, 'An import into Ceph, and its bound', __doc__.split('\n\n')[2],
+                         bench_page.table(HEAD, [row for _, row in rounds]), median)
     return 0
 
 

@@ -17,6 +17,7 @@
 #include "repo/names.h"
 
 #include "base/clock.h"
+#include "base/heap.h"
 #include "base/io.h"
 
 #include <errno.h>
@@ -32,7 +33,7 @@ enum {
     LEAF_EXTENTS = RECIPE_LEAF_PAGES / EXTENT_PAGES,
     SHARED_OF = 4,                 /* every fourth leaf of every second image is the former's */
     RECORD_BYTES = 24 << 10,       /* of a record of 16 pages: LZ4 on disks makes about that */
-    PACK_LEAVES = 5,               /* 20 MiB of pages in 7.5 MiB of records */
+    PACK_LEAVES = 4,               /* 16 MiB of pages in 6 MiB of records */
     PACK_RECORDS = PACK_LEAVES * LEAF_EXTENTS,
     PACK_PAGES = PACK_RECORDS * EXTENT_PAGES,
     KEYS = 1 << 16,                /* entries of the index in one insertion */
@@ -319,6 +320,7 @@ static int collect(const char *url, struct vm_error **err)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
+    heap_give_back();
     char url[4096];
     int64_t started = clock_mono_ns();
     unsigned gib = argc > 3 ? (unsigned)atoi(argv[3]) : 0;

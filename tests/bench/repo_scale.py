@@ -2,25 +2,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a repository in a folder behaves as it grows: look-ups, memory and collection at several sizes.
 
-usage: repo_scale.py [--work DIR] [--json FILE] [--share GIB] [GIB...]      (64 256 1024)
+usage: repo_scale.py [--work DIR] [--make] [--page FILE] [--share GIB] [GIB...]      (64 256 1024)
 
-For each size tests/bench/repo_scale makes a repository of footers, keys and recipes without payload, imports one more
-image of which nothing is new, 4 MiB here and 4 MiB there, and deletes an image of 16 GiB and collects. A TiB takes some
-14 GB of disk. Memory is RssAnon, looked at every few milliseconds: pages of the LMDB file are the page cache's.
+For each size tests/bench/repo_scale makes a repository of footers, keys and recipes without payload, and imports an image
+of which nothing is new, 4 MiB here and 4 MiB there; an image of which all is new is imported; then one of 16 GiB is
+deleted, and its space collected. A TiB takes some 14 GB of disk. Memory is RssAnon, looked at every few milliseconds: pages
+of the LMDB file are the page cache's.
+
+--page writes the table as a page for docs/bench. --make only makes the repositories, which takes most of the time, and
+leaves them in the folder of --work for a later run, which uses them up.
 """
 import argparse
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+
+import bench_page
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LIMIT_BASE, LIMIT_PER_TIB = 64, 64
+BUILD = pathlib.Path(os.environ.get('VMMIG_BUILD', ROOT / 'build'))
+SCALE = 'tests/bench/repo_scale'
+NEW_MIB, HARD_MIB, FRESH = 1024, 256, 380  # of the image of new data; its end does not compress; random bytes of a page
 
 
 def anonymous_kib(pid):
@@ -32,10 +41,9 @@ def anonymous_kib(pid):
     return int(found.group(1)) if found else 0
 
 
-def run(*words):
-    """What the program printed, with the most anonymous memory seen."""
-    program = pathlib.Path(os.environ.get('VMMIG_BUILD', ROOT / 'build')) / 'tests/bench/repo_scale'
-    with subprocess.Popen([program, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
+def run(program, *words):
+    """What it printed, with the most anonymous memory seen."""
+    with subprocess.Popen([BUILD / program, *map(str, words)], stdout=subprocess.PIPE, text=True) as process:
         peak = 0
         while process.poll() is None:
             peak = max(peak, anonymous_kib(process.pid))
@@ -46,28 +54,53 @@ def run(*words):
     return {**json.loads(out), 'anon_mib': peak / 1024}
 
 
+def write_new(path):
+    """Pages that are in no repository: many that compress well, so that footers and keys are many, then some that do not."""
+    rng, block = random.Random(1), bytearray(1 << 20)
+    with open(path, 'wb') as f:
+        for mib in range(NEW_MIB):
+            fresh = FRESH if mib < NEW_MIB - HARD_MIB else 4096
+            some = rng.randbytes(256 * fresh)
+            for at in range(256):
+                block[at * 4096:at * 4096 + fresh] = some[at * fresh:(at + 1) * fresh]
+            f.write(block)
+
+
+def make(gib, work):
+    """The folder with the repository, if an earlier run has not made it."""
+    folder = pathlib.Path(work, f'vmmig-scale.{gib}')
+    if not (folder / 'made').exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        print(json.dumps(run(SCALE, 'make', folder / 'repo', gib)), file=sys.stderr, flush=True)
+        (folder / 'made').touch()
+    return folder
+
+
 def one_size(gib, share, work):
-    folder = pathlib.Path(tempfile.mkdtemp(prefix='vmmig-scale.', dir=work))
+    folder = make(gib, work)
+    store, new = folder / 'repo', folder / 'new.raw'
     try:
-        result = {'gib': gib, 'make': run('make', folder / 'repo', gib)}
-        result['share'] = run('share', folder / 'repo', share)
-        result['collect'] = run('collect', folder / 'repo')
         du = subprocess.run(['du', '-s', '-B1', folder], check=True, stdout=subprocess.PIPE, text=True).stdout
-        result['disk_bytes'] = int(du.split()[0])
+        result = {'gib': gib, 'disk_bytes': int(du.split()[0]), 'share': run(SCALE, 'share', store, share)}
+        write_new(new)
+        result['new'] = run('tests/unit/repo/repo_tool', f'dir:{store}', 'import', new, 'new', 'raw')
+        result['collect'] = run(SCALE, 'collect', store)
     finally:
         shutil.rmtree(folder)
     return result
 
 
-HEAD = (f'{"TiB":>6} {"disk GB":>8} {"look-ups: pages/s":>18} {"found":>7} {"MiB":>6} {"of at most":>10} '
-        f'{"collection s":>13} {"s per TiB":>10} {"MiB":>6}')
+HEAD = ['TiB', 'disk, GB', 'looked up, pages/s', 'found', 'its memory, MiB', 'import of new data, MB/s',
+        'its memory, MiB', 'of at most', 'collection, s', 's per TiB', 'its memory, MiB']
 
 
 def row(r):
-    tib, share, collect = r['gib'] / 1024, r['share'], r['collect']
-    return (f'{tib:6.2f} {r["disk_bytes"] / 1e9:8.1f} {share["pages"] / share["seconds"]:18.0f} '
-            f'{share["shared"] / share["pages"]:7.2%} {share["anon_mib"]:6.0f} {LIMIT_BASE + LIMIT_PER_TIB * tib:10.0f} '
-            f'{collect["seconds"]:13.1f} {collect["seconds"] / tib:10.1f} {collect["anon_mib"]:6.0f}')
+    tib, share, new, collect = r['gib'] / 1024, r['share'], r['new'], r['collect']
+    return [f'{tib:.3g}', f'{r["disk_bytes"] / 1e9:.1f}', f'{share["pages"] / share["seconds"]:.0f}',
+            f'{share["shared"] / share["pages"]:.2%}', f'{share["anon_mib"]:.0f}', f'{new["size"] / new["seconds"] / 1e6:.0f}',
+            f'{new["anon_mib"]:.0f}', f'{LIMIT_BASE + LIMIT_PER_TIB * tib:.0f}', f'{collect["seconds"]:.1f}',
+            f'{collect["seconds"] / tib:.1f}', f'{collect["anon_mib"]:.0f}']
 
 
 def main():
@@ -75,15 +108,24 @@ def main():
     parser.add_argument('sizes', nargs='*', type=int, metavar='GIB')
     parser.add_argument('--work', default='/var/tmp')
     parser.add_argument('--share', type=int, default=8, metavar='GIB')
-    parser.add_argument('--json', type=pathlib.Path)
+    parser.add_argument('--make', action='store_true')
+    parser.add_argument('--page', type=pathlib.Path)
     args = parser.parse_args()
-    results = []
-    print(HEAD, flush=True)
-    for gib in args.sizes or (64, 256, 1024):
-        results.append(one_size(gib, args.share, args.work))
-        print(row(results[-1]), flush=True)
-        if args.json:
-            args.json.write_text(json.dumps(results, indent=1) + '\n')
+    sizes = args.sizes or (64, 256, 1024)
+    if args.make:
+        for gib in sizes:
+            make(gib, args.work)
+        return 0
+    rows = []
+    print(*HEAD, sep='; ', flush=True)
+    for gib in sizes:
+        result = one_size(gib, args.share, args.work)
+        print(json.dumps(result), file=sys.stderr, flush=True)
+        rows.append(row(result))
+        print(*rows[-1], sep='; ', flush=True)
+        if args.page:
+            bench_page.write(args.page, __file__, 'How a repository in a folder grows', __doc__.split('\n\n')[2],
+                             bench_page.table(HEAD, rows))
     return 0
 
 

@@ -4,8 +4,9 @@
 
     repository.py [dir|rados] [--minutes N] [--seed N] [--folder DIR] [--writers N]
 
-One store after the other, or the one that is named, for so many minutes each. Eight writers import overlapping images, some with a parent; users export and delete; two collections run all the
-time, one that repacks, and a scrub. Any of them may be killed, or, with a build that has fault points
+One store after the other, or the one that is named, for so many minutes each. Eight writers import overlapping images,
+some with a parent; users export and delete; two collections run all the time, of which one always repacks, and a scrub.
+Any of them may be killed, or, with a build that has fault points
 (VMMIG_FAULTS_BUILD), kill itself at a named one. On rados each of three "hosts" is a client of its own; an OSD is
 killed and comes back, and the monitor is restarted: clients wait for both, and none of them fails because of it.
 
@@ -227,12 +228,11 @@ class Soak:
                 self.look_at(lines, '')
 
     def play(self, disturb=None):
-        threads = [threading.Thread(target=self.writer, args=(i,)) for i in range(self.n_writers)]
-        threads += [threading.Thread(target=self.user, args=(100 + i,)) for i in range(2)]
-        threads += [threading.Thread(target=self.collector, args=(i,)) for i in range(2)]
-        threads.append(threading.Thread(target=self.scrubber))
+        jobs = [(self.writer, i) for i in range(self.n_writers)]
+        jobs += [(self.user, 100), (self.user, 101), (self.collector, 0), (self.collector, 1), (self.scrubber,)]
         if disturb:
-            threads.append(threading.Thread(target=self.disturb, args=(disturb,)))
+            jobs.append((disturb, self))
+        threads = [threading.Thread(target=self.guarded, args=job) for job in jobs]
         for thread in threads:
             thread.start()
         self.ended.wait(self.seconds)
@@ -241,11 +241,11 @@ class Soak:
             thread.join()
         self.counts['seconds'] = int(time.monotonic() - self.began)
 
-    def disturb(self, disturb):
+    def guarded(self, job, *args):
         try:
-            disturb(self)
+            job(*args)
         except Exception as problem:  # whatever it is, the run is not what it should have been
-            self.problem(f'the cluster: {problem}')
+            self.problem(f'{job.__name__}{args}: {problem!r}')
 
     # -- the end
 

@@ -21,6 +21,16 @@
 
 #define assert_ok(err) assert_string_equal(error_message(err), error_message(NULL))
 
+/* What no part of the product does: another content for an object. */
+static inline void test_overwrite(struct store *s, enum store_area area, const char *name,
+                                  const void *data, size_t len)
+{
+    struct vm_error *err = NULL;
+    assert_int_equal(store_remove(s, area, name, &err), STORE_DONE);
+    assert_int_equal(store_create(s, area, name, data, len, &err), STORE_DONE);
+    assert_ok(err);
+}
+
 static inline bool test_on_ceph(void)
 {
     return getenv("VMMIG_TEST_CEPH_CONF") != NULL;

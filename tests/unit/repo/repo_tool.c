@@ -22,6 +22,7 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/heap.h"
 #include "base/io.h"
 
 #include <errno.h>
@@ -337,6 +338,7 @@ static int run(int argc, char **argv, struct vm_error **err)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
+    heap_give_back(); /* as the programs that users have */
     if (fault_init(&err) == 0 && run(argc, argv, &err) == 0)
         return 0;
     fprintf(stderr, "%s: %s\n", error_kind_name(err->kind), error_message(err));

@@ -488,7 +488,7 @@ static void damage(enum store_area area, const char *prefix, enum damage how, si
     if (how == LOSE)
         store_remove(s, area, name, &err);
     else
-        store_replace(s, area, name, b.data, how == CUT ? at : b.len, &err);
+        test_overwrite(s, area, name, b.data, how == CUT ? at : b.len);
     assert_ok(err);
 }
 
@@ -667,8 +667,7 @@ static void a_pack_under_anothers_name_is_damage(void **state)
     uint64_t first = 1 << NUMBER_COUNT_BITS | 1, second = 2 << NUMBER_COUNT_BITS | 1;
     assert_int_equal(store_read_all(s, STORE_PACK, pack_name(second), 64 * MIB, &b, &err),
                      STORE_DONE);
-    store_replace(s, STORE_PACK, pack_name(first), b.data, b.len, &err);
-    assert_ok(err);
+    test_overwrite(s, STORE_PACK, pack_name(first), b.data, b.len);
     cleanup_free uint8_t *out = malloc(MIB);
     assert_int_equal(read_image("a", out, MIB, &err), -1);
     assert_int_equal(err->kind, VM_ERROR_CORRUPT);

@@ -65,14 +65,19 @@ static void a_range_is_read_up_to_the_end(void **state)
     assert_ok(err);
 }
 
-static void replace_changes_the_whole(void **state)
+static void what_is_given_is_stored_and_the_buffer_empty(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
-    assert_int_equal(store_replace(s, STORE_BLOB, "forward.1", "a long text", 11, &err),
-                     STORE_DONE);
-    assert_int_equal(store_replace(s, STORE_BLOB, "forward.1", "short", 5, &err), STORE_DONE);
+    cleanup_buffer struct buffer b = {0};
+    buffer_put(&b, "a text", 6);
+    assert_int_equal(store_create_given(s, STORE_PACK, "pack.1", &b, &err), STORE_DONE);
+    assert_content(STORE_PACK, "pack.1", "a text");
+    assert_int_equal(b.len, 0);
+    buffer_put(&b, "another", 7);
+    assert_int_equal(store_create_given(s, STORE_PACK, "pack.1", &b, &err), STORE_EXISTS);
+    assert_content(STORE_PACK, "pack.1", "a text");
+    assert_int_equal(b.len, 0);
     assert_ok(err);
-    assert_content(STORE_BLOB, "forward.1", "short");
 }
 
 static void what_is_removed_is_gone(void **state)
@@ -451,7 +456,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(an_object_is_created_once),
         TEST(a_range_is_read_up_to_the_end),
-        TEST(replace_changes_the_whole),
+        TEST(what_is_given_is_stored_and_the_buffer_empty),
         TEST(what_is_removed_is_gone),
         TEST(an_empty_object_is_one),
         TEST(an_object_larger_than_asked_for_is_damage),

@@ -97,9 +97,6 @@ static void content_is_synced_before_it_is_named(void **state)
     assert_int_equal(store_create(s, STORE_PACK, "pack.1", "x", 1, &err), STORE_DONE);
     assert_string_equal(calls, "fdatasync; link; folder fsync; ");
     calls[0] = 0;
-    assert_int_equal(store_replace(s, STORE_BLOB, "blob.1", "x", 1, &err), STORE_DONE);
-    assert_string_equal(calls, "fdatasync; unlink; link; rename; folder fsync; ");
-    calls[0] = 0;
     assert_int_equal(store_remove(s, STORE_PACK, "pack.1", &err), STORE_DONE);
     assert_string_equal(calls, "unlink; folder fsync; ");
     assert_ok(err);
