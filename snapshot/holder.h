@@ -2,7 +2,7 @@
 /*
  * holder: the process vmmig-mount, which holds a mount and its cache. It is small and apart because
  * guests that map its files die with it: it opens no repository and no network connection, has one
- * thread, and does nothing else. Fetchers (vmmig-fetch), which it starts and starts again, read the
+ * thread (and one that waits for the kernel, once somebody tried to write), and does nothing else. Fetchers (vmmig-fetch), which it starts and starts again, read the
  * repository and write verified data into the cache's files; what a fetcher has not said to be
  * there is never given to a reader, so that a fetcher may crash at any instant.
  *
@@ -151,6 +151,7 @@ struct holder {
     struct mount_state state; /* its counters */
     struct fetchers *fetchers;
     struct control_socket *control;
+    struct forgetter *forgetter; /* NULL: nobody ever wrote */
     uint8_t *read_buffer; /* HOLDER_FETCH_MAX */
 };
 

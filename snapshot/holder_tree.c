@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -492,6 +493,82 @@ static void tree_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
         node_read(of(req), n, req, (uint64_t)offset, size);
 }
 
+/* ---- what somebody wrote is forgotten ---- */
+
+/*
+ * The kernel keeps the pages of a write that is refused. To have it forget them waits until nobody reads them, and
+ * whoever reads them may be waiting for this process: so it has a thread of its own, which does nothing else. What
+ * is to be forgotten comes through a pipe.
+ */
+struct forgetter {
+    struct fuse_session *session;
+    pthread_t thread;
+    int in, out;
+};
+
+struct range {
+    fuse_ino_t ino;
+    off_t offset, len;
+};
+
+static void *forget(void *arg)
+{
+    struct forgetter *f = arg;
+    struct range r;
+    while (read(f->out, &r, sizeof(r)) == sizeof(r)) /* less than a pipe gives or takes at once */
+        fuse_lowlevel_notify_inval_inode(f->session, r.ino, r.offset, r.len);
+    return NULL;
+}
+
+static int start_forgetter(struct holder *h, struct vm_error **err)
+{
+    int ends[2];
+    struct forgetter *f = calloc(1, sizeof(*f));
+    if (!f)
+        return error_nomem(err);
+    int failed = pipe2(ends, O_CLOEXEC) < 0 ? errno : 0;
+    if (failed) {
+        free(f);
+        return error_errno(err, failed, "cannot make a pipe");
+    }
+    *f = (struct forgetter){.session = h->session, .in = ends[1], .out = ends[0]};
+    fcntl(f->in, F_SETFL, O_NONBLOCK);
+    failed = pthread_create(&f->thread, NULL, forget, f);
+    if (failed) {
+        close(f->in);
+        close(f->out);
+        free(f);
+        return error_errno(err, failed, "cannot start a thread");
+    }
+    h->forgetter = f;
+    return 0;
+}
+
+/* After unmounting: nobody reads any more. */
+static void stop_forgetter(struct holder *h)
+{
+    struct forgetter *f = steal_ptr(&h->forgetter);
+    if (!f)
+        return;
+    close(f->in);
+    pthread_join(f->thread, NULL);
+    close(f->out);
+    free(f);
+}
+
+static void forget_written(struct holder *h, fuse_ino_t ino, off_t offset, size_t size)
+{
+    struct range r = {.ino = ino,
+                      .offset = offset & ~(off_t)4095,
+                      .len = (off_t)((size + 8191) & ~(size_t)4095)};
+    cleanup_error struct vm_error *err = NULL;
+    if ((h->forgetter || start_forgetter(h, &err) == 0) &&
+        write(h->forgetter->in, &r, sizeof(r)) == sizeof(r))
+        return;
+    log_error("what somebody wrote to a file of the mount may stay in the kernel's cache", "reason=%s",
+              err ? log_q(error_message(err)) : "too many writes");
+}
+
 /* Only somebody who maps a file shared and writes into it, or calls write, comes here. */
 static void refuse_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_t size,
                          off_t offset, struct fuse_file_info *fi)
@@ -499,12 +576,11 @@ static void refuse_write(fuse_req_t req, fuse_ino_t ino, const char *data, size_
     struct holder *h = of(req);
     struct node *n = node_of_ino(h, ino);
     (void)data, (void)fi;
-    fuse_reply_err(req, EROFS);
     log_error("somebody wrote to a file of the mount: the write is discarded",
               "image=%s file=%s pid=%d", n ? n->image->name : "?", n ? n->name : "?",
-              fuse_req_ctx(req) ? fuse_req_ctx(req)->pid : 0);
-    fuse_lowlevel_notify_inval_inode(h->session, ino, offset & ~(off_t)4095,
-                                     (off_t)((size + 8191) & ~(size_t)4095));
+              fuse_req_ctx(req)->pid);
+    fuse_reply_err(req, EROFS); /* which frees req */
+    forget_written(h, ino, offset, size);
 }
 
 static void tree_flush(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -593,6 +669,7 @@ void tree_unmount(struct holder *h)
     loop_watch_destroy(steal_ptr(&h->fuse_watch));
     if (h->mounted)
         fuse_session_unmount(h->session);
+    stop_forgetter(h);
     if (h->session)
         fuse_session_destroy(h->session);
     free(h->buf.mem);

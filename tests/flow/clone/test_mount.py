@@ -4,6 +4,7 @@ import concurrent.futures
 import errno
 import filecmp
 import mmap
+import multiprocessing
 import os
 import random
 import signal
@@ -70,6 +71,42 @@ def test_opening_for_writing_works_and_writing_does_not(url, raw, mounts):
         with pytest.raises(OSError):
             how()
     assert filecmp.cmp(m.file('a'), raw, shallow=False)
+
+
+def read_on(path, ended):
+    with open(path, 'rb', buffering=0) as file:
+        while not ended.is_set():
+            os.pread(file.fileno(), MIB, 0)
+
+
+def write_on(path):
+    with open(path, 'r+b', buffering=0) as file:
+        for _ in range(300):
+            with pytest.raises(OSError) as failed:
+                os.pwrite(file.fileno(), bytes(256 << 10), 0)
+            assert failed.value.errno == errno.EROFS
+
+
+def test_a_refused_write_beside_readers(url, raw, mounts):
+    """What was written is forgotten by the kernel, for which that waits until nobody reads those pages: the holder does
+    not, on whom the readers wait."""
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url)
+    ended = multiprocessing.Event()
+    processes = [multiprocessing.Process(target=read_on, args=(m.file('a'), ended), daemon=True) for _ in range(3)]
+    processes.append(multiprocessing.Process(target=write_on, args=(m.file('a'),), daemon=True))
+    for process in processes:
+        process.start()
+    processes[-1].join(60)
+    ended.set()
+    for process in processes:
+        process.join(10)
+    exits = [process.exitcode for process in processes]
+    if None in exits:  # a holder that waits for itself cannot even be killed
+        subprocess.run(['umount', '-f', m.path], check=False)
+    assert exits == [0, 0, 0, 0] and m.status()['pid'] == m.process.pid
+    with open(raw, 'rb') as want, open(m.file('a'), 'rb') as got:
+        eventually('what the image has', lambda: os.pread(got.fileno(), MIB, 0) == os.pread(want.fileno(), MIB, 0))
 
 
 def test_a_lease_while_a_file_is_open_and_no_longer(url, raw, mounts):
