@@ -44,14 +44,15 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), 'flow')]
 
 from agents import PKI, Cluster, eventually  # noqa: E402
-from lab import BareGuest, LinuxGuest, linux_guest  # noqa: E402
+from lab import BareGuest, LinuxGuest, QmpError, linux_guest  # noqa: E402
 
 MODES = {
     'qemu-plain': ([], {}),
     'qemu-multifd': (['multifd'], {'multifd-channels': 2}),
     'qemu-multifd-zstd': (['multifd'], {'multifd-channels': 2, 'multifd-compression': 'zstd'}),
-    'qemu-xbzrle': (['xbzrle'], {}),
+    'qemu-xbzrle': (['xbzrle'], {'xbzrle-cache-size': 512 << 20}),  # all that any of these guests rewrites
 }
+# All may throttle the guest, as vmmig does, and begin no post-copy before memory went once.
 # QEMU's modes that are not raced by default: with post-copy the guest runs before its memory is there.
 OTHER_MODES = {'qemu-postcopy': (['postcopy-ram'], {})}
 CAPABILITIES = ['multifd', 'xbzrle', 'auto-converge', 'events', 'postcopy-ram']
@@ -62,9 +63,9 @@ VMMIG = {
     'vmmig-zstd': ['--compress', 'zstd'],
     'vmmig-none': ['--compress', 'none'],
 }
-MORE_METRICS = {'source_cpu_s': 's', 'destination_cpu_s': 's'}
 METRICS = {'total_ms': 'ms', 'copy_ms': 'ms', 'pause_ms': 'ms', 'wire_bytes': 'B', 'cpu_s': 's', 'others_pct': '%'}
 SETTLE_S = 3
+HANGS_S = 600  # no migration here takes that long
 REPEATS = 6
 HZ = os.sysconf('SC_CLK_TCK')
 
@@ -118,6 +119,22 @@ def family_cpu(root):
         total += times.get(pid, 0)
         todo += children.get(pid, [])
     return total
+
+
+def use_tls(qmp, endpoint, agent):
+    """QEMU's own, with the agent's certificate."""
+    folder = f'{PKI}-{endpoint}'
+    os.makedirs(agent.host.path(folder), exist_ok=True)
+    for name, qemus in (('ca.crt', 'ca-cert.pem'), ('host.crt', f'{endpoint}-cert.pem'),
+                        ('host.key', f'{endpoint}-key.pem')):
+        link = agent.host.path(f'{folder}/{qemus}')
+        if not os.path.lexists(link):
+            os.symlink(f'{PKI}/{name}', link)
+    with contextlib.suppress(QmpError):  # there was none
+        qmp('object-del', id='bench-tls')
+    qmp('object-add', **{'qom-type': 'tls-creds-x509', 'id': 'bench-tls', 'endpoint': endpoint, 'dir': folder,
+                         'verify-peer': True})
+    qmp('migrate-set-parameters', **{'tls-creds': 'bench-tls'})
 
 
 class Unfinished(Exception):
@@ -228,7 +245,11 @@ class Race:
         if self.dest_qmp:
             self.start_destination()
             options += ['--dest-qmp', self.vm.qmp_path]
-        total, cpu = self.send(options)
+        try:
+            total, cpu = self.send(options)
+        except Unfinished:
+            self.here.vmmig('detach', self.vm.name)
+            raise
         target = self.there.json('status', self.vm.name)['pid']
         self.there.vmmig('detach', self.vm.name)
         return total, total - self.until_prepared(), (cpu, cpu_of(target))
@@ -247,7 +268,7 @@ class Race:
                 last = cpu_of(source, vcpus)
             if self.late(start):
                 self.here.vmmig('cancel', self.vm.name, check=False)
-                job.wait()
+                job.wait(HANGS_S)
             time.sleep(0.005)
         total = time.monotonic() - start
         said = job.communicate()[0]
@@ -270,36 +291,24 @@ class Race:
         target = self.start_destination()
         source_pid, = self.vmm_pids(self.here)
         target_pid, = self.vmm_pids(self.there)
-        tls = not self.cluster.plain
         for qmp, endpoint, agent in ((source, 'client', self.here), (target, 'server', self.there)):
             qmp('migrate-set-capabilities', capabilities=[
-                {'capability': name, 'state': name in [*capabilities, 'events']} for name in CAPABILITIES])
+                {'capability': name, 'state': name in [*capabilities, 'events', 'auto-converge']}
+                for name in CAPABILITIES])
             qmp('migrate-set-parameters', **{'max-bandwidth': 100 << 30, 'downtime-limit': 300,
                                              'multifd-channels': 2, 'multifd-compression': 'none', **parameters})
-            if tls:
-                folder = f'{PKI}-{endpoint}'
-                os.makedirs(agent.host.path(folder), exist_ok=True)
-                for name, qemus in (('ca.crt', 'ca-cert.pem'), ('host.crt', f'{endpoint}-cert.pem'),
-                                    ('host.key', f'{endpoint}-key.pem')):
-                    link = agent.host.path(f'{folder}/{qemus}')
-                    if not os.path.lexists(link):
-                        os.symlink(f'{PKI}/{name}', link)
-                try:
-                    qmp('object-del', id='bench-tls')
-                except Exception:  # pylint: disable=broad-except  # there was none
-                    pass
-                qmp('object-add', **{'qom-type': 'tls-creds-x509', 'id': 'bench-tls', 'endpoint': endpoint,
-                                     'dir': folder, 'verify-peer': True})
-                qmp('migrate-set-parameters', **{'tls-creds': 'bench-tls'})
+            if not self.cluster.plain:
+                use_tls(qmp, endpoint, agent)
         target('migrate-incoming', uri='tcp:0.0.0.0:4444')
         used = cpu_of(source_pid)
         start = time.monotonic()
         source('migrate', uri=f'tcp:{self.there.host.name}:4444')
         while (info := source('query-migrate'))['status'] not in ('completed', 'failed'):
+            assert time.monotonic() - start < HANGS_S, f'QEMU is {info["status"]} for ever'
             if 'postcopy-ram' in capabilities and info['status'] == 'active' \
                     and info.get('ram', {}).get('dirty-sync-count', 0) > 1:
                 source('migrate-start-postcopy')
-            elif self.late(start) and info['status'] == 'active':
+            elif self.late(began) and info['status'] == 'active':
                 self.abandon(source, target_pid)
             time.sleep(0.005)
         assert info['status'] == 'completed', info
@@ -310,7 +319,6 @@ class Race:
         eventually('the end of the source', lambda: self.ended(source_pid))
         self.forget_sockets(self.here)
         return total, copy, cpu
-
 
     def abandon(self, source, target_pid):
         """Ends a migration of QEMU's that does not come to an end."""
@@ -344,9 +352,9 @@ LINKS = {'100mbit': 64, '1gbit': 384, '10gbit': 512, None: 512}
 FILLS = ['text', 'random', 'zero']
 
 
-def undisturbed(contest, tool, others):
+def undisturbed(contest, tool, others, repeats=REPEATS):
     """A migration beside which no more than that share of the machine's CPU time went elsewhere, or the last one."""
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         run = contest.run(tool)
         if run['others_pct'] <= others:
             break
@@ -419,7 +427,7 @@ def short(value):
 
 
 def markdown_table(case, rows):
-    """rows: the results of one case. The best of each metric is bold."""
+    """rows: the results of one case. Bold is vmmig's where a peer is better."""
     tools = list(dict.fromkeys(row['tool'] for row in rows))
     found = {(row['tool'], row['metric']): row for row in rows}
     metrics = [metric for metric in METRICS if metric != 'others_pct']
@@ -436,7 +444,7 @@ def markdown_table(case, rows):
                 continue
             middle = found[tool, metric]['median'] * scale
             best = min(found[other, metric]['median'] for other in tools) * scale
-            mark = '**' if middle == best else ''
+            mark = '**' if tool == 'vmmig-qemu' and middle > best else ''
             cells.append(f'{mark}{short(middle)}{mark} ({short(min(runs))}–{short(max(runs))})')
         lost = found[tool, metrics[0]]['damaged_guests']
         yield f'| {tool}{f" (damaged the guest {lost} times)" if lost else ""} | ' + ' | '.join(cells) + ' |'
@@ -446,7 +454,7 @@ def markdown(paths):
     yield '# Migrations beside QEMU\'s own'
     yield ''
     yield 'Made by `tests/bench/migrate.py`, which says what is measured and how; no figure is typed by hand. Medians,'
-    yield 'with the smallest and largest of the runs, which took turns. The best of each column is bold.'
+    yield 'with the smallest and largest of the runs, which took turns. Where a peer is better, vmmig\'s figure is bold.'
     for path in paths:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)

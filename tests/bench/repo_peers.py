@@ -7,11 +7,12 @@ usage: repo_peers.py [--inputs DIR] [--work DIR] [--rounds N] [--tools A,B] [--j
 DIR holds disk.raw and mem1.raw, mem2.raw; what is missing is made: a Debian disk by mmdebstrap, and the memory of
 two guests booted from it under TCG. In each round every tool, one after the other, stores the three files in an
 empty store, stores the disk once more under another name, and gets all three out again; what comes out is
-compared. Medians over the rounds. tests/bench/run may import `measure` and `table`.
+compared. Medians over the rounds.
 
 Needs restic, borgbackup, casync, mmdebstrap, qemu-utils, qemu-system-x86 (tools/packages bench).
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -43,26 +44,28 @@ usage = {'cpu_s': 0, 'peak_rss_bytes': 0}
 
 
 def run(*argv, env=None, cwd=None):
-    """What the program printed."""
-    with tempfile.TemporaryFile('w+') as out, tempfile.TemporaryFile('w+') as errors:
+    """What the program printed. time(1) starts it: the kernel would count this process's own memory as its peak."""
+    with tempfile.NamedTemporaryFile('r') as took, tempfile.TemporaryFile('w+') as errors:
+        words = ['time', '--quiet', '--output', took.name, '--format', '%M', *map(str, argv)]
         # pylint: disable=consider-using-with  # wait4() waits for it
-        process = subprocess.Popen([str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=errors,
-                                   env=env, cwd=cwd)
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, env=env,
+                                   cwd=cwd, text=True)
+        said = process.stdout.read()
         _, status, spent = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        usage['cpu_s'] += spent.ru_utime + spent.ru_stime
-        usage['peak_rss_bytes'] = max(usage['peak_rss_bytes'], spent.ru_maxrss << 10)
-        out.seek(0)
         errors.seek(0)
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, argv, out.read(), errors.read())
-        return out.read()
+            raise subprocess.CalledProcessError(process.returncode, words, said, errors.read())
+        usage['cpu_s'] += spent.ru_utime + spent.ru_stime
+        usage['peak_rss_bytes'] = max(usage['peak_rss_bytes'], int(took.read()) << 10)
+        return said
 
 
 # ---- the inputs
 
 def make_disk(folder):
-    root = folder / 'root'
+    root, made = folder / 'root', folder / 'disk.new'
+    shutil.rmtree(root, ignore_errors=True)  # of a run that was interrupted
     run('mmdebstrap', '--variant=minbase', '--include=linux-image-cloud-amd64,systemd-sysv,openssh-server,'
         'python3,curl,vim-tiny,git', 'bookworm', root)
     service = root / 'etc/systemd/system/say.service'
@@ -72,10 +75,11 @@ def make_disk(folder):
     (wants / 'say.service').symlink_to('../say.service')
     for name in ('vmlinuz', 'initrd.img'):
         shutil.copy(next((root / 'boot').glob(f'{name}-*')), folder / name)
-    with open(folder / 'disk.raw', 'wb') as disk:
+    with open(made, 'wb') as disk:
         disk.truncate(2 << 30)
-    run('mkfs.ext4', '-q', '-F', '-d', root, folder / 'disk.raw')
+    run('mkfs.ext4', '-q', '-F', '-d', root, made)
     shutil.rmtree(root)
+    made.rename(folder / 'disk.raw')
 
 
 def command(stream, name, **arguments):
@@ -87,13 +91,16 @@ def command(stream, name, **arguments):
 
 def make_memory(folder, out):
     """The memory of a guest that has booted from the disk."""
-    serial, qmp = folder / 'serial', folder / 'qmp'
-    serial.unlink(missing_ok=True)
-    with subprocess.Popen(
-            ['qemu-system-x86_64', '-machine', 'q35,accel=tcg', '-m', str(MEMORY_MIB), '-nodefaults', '-display', 'none',
-             '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img', '-append', 'root=/dev/vda console=ttyS0',
-             '-drive', f'file={folder}/disk.raw,format=raw,if=virtio,snapshot=on', '-serial', f'file:{serial}',
-             '-qmp', f'unix:{qmp},server=on,wait=off']) as guest:
+    serial, qmp, made = folder / 'serial', folder / 'qmp', out.with_suffix('.new')
+    for path in (serial, made):
+        path.unlink(missing_ok=True)
+    argv = ['qemu-system-x86_64', '-machine', 'q35,accel=tcg', '-m', str(MEMORY_MIB), '-nodefaults',
+            '-display', 'none', '-kernel', folder / 'vmlinuz', '-initrd', folder / 'initrd.img',
+            '-append', 'root=/dev/vda console=ttyS0', '-serial', f'file:{serial}',
+            '-drive', f'file={folder}/disk.raw,format=raw,if=virtio,snapshot=on',
+            '-qmp', f'unix:{qmp},server=on,wait=off']
+    with subprocess.Popen(argv) as guest, contextlib.ExitStack() as stack:
+        stack.callback(guest.kill)
         deadline = time.monotonic() + 600
         while not serial.exists() or b'BOOTED' not in serial.read_bytes():
             assert guest.poll() is None and time.monotonic() < deadline, 'the guest does not boot'
@@ -104,9 +111,10 @@ def make_memory(folder, out):
             stream.readline()
             command(stream, 'qmp_capabilities')
             command(stream, 'stop')
-            command(stream, 'pmemsave', val=0, size=MEMORY_MIB << 20, filename=str(out))
+            command(stream, 'pmemsave', val=0, size=MEMORY_MIB << 20, filename=str(made))
             command(stream, 'quit')
         guest.wait(60)
+    made.rename(out)
 
 
 def make_inputs(folder):
@@ -147,12 +155,6 @@ class Vmmig(Tool):
 
     def get(self, name, path):
         self.vmmig('image', 'export', name, path)
-
-    def bytes(self):
-        """Packs and trees; and the key-value map, as it is written on the disk."""
-        stat = self.vmmig('repo', 'stat')
-        maps = sum(min(p.stat().st_size, p.stat().st_blocks * 512) for p in self.store.rglob('data.mdb'))
-        return stat['pack_bytes'] + stat['tree_bytes'] + maps
 
     def repacked_bytes(self):
         """The same once all packs were compressed again, and the recipes that named the old ones are gone."""

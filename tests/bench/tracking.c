@@ -34,11 +34,12 @@ struct bench {
     uint64_t *bitmap, *own;
 };
 
-static void must(int result, struct vm_error *err)
+/* Given as it is, err might be read before the call beside it sets it. */
+static void must(int result, struct vm_error *const *err)
 {
     if (result == 0)
         return;
-    fprintf(stderr, "tracking: %s\n", error_message(err));
+    fprintf(stderr, "tracking: %s\n", error_message(err ? *err : NULL));
     exit(1);
 }
 
@@ -65,9 +66,9 @@ static double harvest(struct bench *b)
 {
     struct vm_error *err = NULL;
     int64_t start = clock_mono_ns();
-    must(dirtylog_begin_harvest(b->log, &err), err);
-    must(dirtylog_harvest(b->log, 0, b->own, &err), err);
-    must(dirtylog_harvest(b->log, TINY_VM_DATA_SLOT, b->bitmap, &err), err);
+    must(dirtylog_begin_harvest(b->log, &err), &err);
+    must(dirtylog_harvest(b->log, 0, b->own, &err), &err);
+    must(dirtylog_harvest(b->log, TINY_VM_DATA_SLOT, b->bitmap, &err), &err);
     return ms_since(start);
 }
 
@@ -81,7 +82,7 @@ static double clear(struct bench *b)
         for (uint64_t i = first / 64; i < (first + n + 63) / 64; i++)
             some |= b->bitmap[i] != 0;
         if (some)
-            must(dirtylog_clear(b->log, TINY_VM_DATA_SLOT, first, n, b->bitmap, &err), err);
+            must(dirtylog_clear(b->log, TINY_VM_DATA_SLOT, first, n, b->bitmap, &err), &err);
     }
     double took = ms_since(start);
     memset(b->bitmap, 0, (b->pages + 63) / 64 * 8);
@@ -146,7 +147,7 @@ int main(int argc, char **argv)
                                   .in_guest = tiny_vm_in_guest,
                                   .arg = b.vm};
     b.log = dirtylog_create(&log, &err);
-    must(b.log ? 0 : -1, err);
+    must(b.log ? 0 : -1, &err);
     tiny_vm_on_exit(b.vm, NULL, on_exit_of, &b);
     tiny_vm_write(b.vm, 0, 0, b.pages); /* mapped already, as in a guest that has run for a while */
     double untracked = busy_rate(&b, false), start_ms[REPEATS], first_ms[REPEATS];
@@ -154,7 +155,7 @@ int main(int argc, char **argv)
         if (i)
             dirtylog_stop(b.log);
         int64_t start = clock_mono_ns();
-        must(dirtylog_start(b.log, tiny_vm_slots(b.vm), 2, &err), err);
+        must(dirtylog_start(b.log, tiny_vm_slots(b.vm), 2, &err), &err);
         start_ms[i] = ms_since(start);
         first_ms[i] = harvest(&b);
         memset(b.bitmap, 0xff, b.pages / 8);

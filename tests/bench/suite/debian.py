@@ -25,7 +25,7 @@ ExecStart={command}
 WantedBy=multi-user.target
 '''
 # The console is the worker's alone: it says "ready" when systemd has come that far.
-WORKER = SERVICE.format(name='ticks on the console', command='/usr/local/bin/worker mem=1 rate=0 tick=20',
+WORKER = SERVICE.format(name='ticks on the console', command='/usr/local/bin/worker mem=64 rate=0 tick=20',
                         more='StandardInput=tty\nStandardOutput=tty\nTTYPath=/dev/ttyS0\nTTYReset=no')
 LOAD = SERVICE.format(name='load', command='/usr/bin/python3 /usr/local/bin/guest_load.py {load}', more='')
 

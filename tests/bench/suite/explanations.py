@@ -1,29 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Why vmmig is behind a peer, where it is: shown beside the figure by report.py."""
+"""Why vmmig is behind a peer, where it is: shown beside the figure by report.py. What the tables show themselves (how
+long the peer's guest stood still, what the peer put on the wire) is said there, from the figures."""
 import fnmatch
 
-# (part, case, tool, metric), each a pattern; the first that fits is meant.
+# (part, case, tool, metric, the best peer), each a pattern; the first that fits is meant.
 EXPLANATIONS = [
-    (('migrate', 'unshaped/*', '*', 'wire_bytes'),
-     'On a link that is faster than compression vmmig compresses lightly or not at all; multifd with zstd always does.'),
-    (('migrate', '*', 'vmmig-qemu', '*cpu_s'),
-     'Every byte takes one more way, out of QEMU and through the agent; and of the peers those that compress nothing take '
-     'the least.'),
-    (('migrate', '*', 'vmmig-attach', '*cpu_s'),
-     'Of the peers those that compress nothing take the least.'),
-    (('migrate', 'unshaped/*', '*', 'total_ms'),
-     'Source, destination, agents and guest share two cores, and nothing but them limits; QEMU copies a byte less often.'),
-    (('migrate', '1gbit/*', 'vmmig-qemu', 'total_ms'),
-     'zstd needs a core for itself, and the agent has to share it with what reads the stream out of QEMU.'),
-    (('migrate', '*', '*', 'pause_ms'), 'Post-copy runs the guest before its memory is there.'),
-    (('migrate', '1gbit/*', '*', 'wire_bytes'), 'While the cores are busy vmmig takes LZ4 for a part of the pages.'),
-    (('repo', 'verify', '*', '*'), 'qemu-img check reads its tables only, no data.'),
-    (('repo', 'collect', 'vmmig-rados', 'total_s'), 'A collection goes through the 256 shards of the catalogue, objects of Ceph each.'),
-    (('repo', 'collect', '*', '*'), 'For qemu-img it is the removal of files, no program of its own.'),
-    (('repo', '*', '*', 'cpu_s'), 'Both cores are used: the time is shorter, the CPU time is not.'),
-    (('repo', '*', '*', 'peak_rss_bytes'), 'Buffers of the parallel pipeline, and footers: bounded, whatever the size.'),
-    (('repo', '*', '*', 'stored_bytes'),
-     'New pages are stored with LZ4; `vmmig repo gc --repack` compresses them with zstd, as casync and restic do at once.'),
+    (('migrate', 'unshaped/*', '*', 'wire_bytes', '*'),
+     'Where the link is no limit vmmig compresses only what takes no longer than sending it.'),
+    (('migrate', '*', '*', 'wire_bytes', '*'),
+     'LZ4 is taken instead of zstd while the cores are busy.'),
+    (('migrate', '*', 'vmmig-qemu', '*cpu_s', '*'),
+     'Every page takes one more way: out of QEMU as a stream, and through the agents.'),
+    (('migrate', '*/random', 'vmmig-attach', '*cpu_s', '*'), 'Pages are copied once, and their frames carry a sum.'),
+    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-[!m]*'), 'That peer compresses nothing, and vmmig does.'),
+    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-multifd'), 'That peer compresses nothing, and vmmig does.'),
+    (('migrate', '*', '*', 'pause_ms', 'qemu-postcopy'), 'It runs the guest before its memory is there.'),
+    (('migrate', '*', '*', 'total_ms', '*'),
+     'The cores bind here, not the link: both hosts, agents, VMMs and the guest share them.'),
+    (('repo', 'collect', 'vmmig-rados', '*', '*'),
+     'It goes through all shards of the catalogue, objects of Ceph each.'),
+    (('repo', '*', 'vmmig-rados', '*', 'rbd'), 'rbd copies: it neither hashes nor compresses.'),
+    (('repo', '*', '*', 'cpu_s', '*'), 'All cores are used: the time is shorter, the CPU time is not.'),
+    (('repo', '*', '*', 'peak_rss_bytes', '*'), 'Buffers of the parallel pipeline: the same for any size of image.'),
+    (('repo', '*', '*', 'stored_bytes', '*'),
+     'New pages are stored with LZ4; `vmmig repo gc --repack` compresses with zstd, as casync and restic do at once.'),
+    (('clone', '*', '*', 'request_ms', '*'), 'Of vmmig it counts from typing the command.'),
+    (('growth', 'memory-*', '*', 'total_ms', '*'),
+     'The cores bind here, not the link: both hosts, agents, VMMs and the guest share them.'),
 ]
 
 

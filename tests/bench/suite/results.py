@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The results of a comparison, and the file that holds them.
 
-    results = Results('migrate', quick=True)
+    results = Results('migrate', quick=True, path=path)
     results.add('1gbit/idle', 'vmmig-qemu', 'total_ms', [812.1, 790.4])
-    results.save(path)          # the parts that were not run keep what the file said of them
+    results.save()          # now and then, and at the end: parts that were not run keep what the file said of them
 
-The file is {"machine": {part: {...}}, "results": [{"part", "case", "tool", "metric", "unit", "runs", "median"}]}.
-A run that did not come to an end is null in "runs"; a row of nothing else has the median null. "machine" says for each
-part on what, with which versions and how it was measured, since parts may be run one by one.
+The file is {"machine": {...}, "results": [{"part", "case", "tool", "metric", "unit", "runs", "median"}]}. A run that
+did not come to an end is null in "runs"; a row of nothing else has the median null. Under "machine", "parts" says for
+each part when, of which commit and how it was measured, since parts may be run one by one; "errors" are its cells that
+have no figures, with what went wrong.
 """
+import contextlib
 import functools
 import json
 import os
@@ -17,8 +19,9 @@ import re
 import statistics
 import subprocess
 import time
+import traceback
 
-UNITS = {'ms': 'ms', 's': 's', 'bytes': 'B', 'pct': '%', 'MBps': 'MB/s', 'share': '1', 'count': '1', 'ratio': '1'}
+UNITS = {'ms': 'ms', 's': 's', 'bytes': 'B', 'pct': '%', 'MBps': 'MB/s'}
 VERSIONS = {'qemu': ['qemu-system-x86_64', '--version'], 'restic': ['restic', 'version'], 'borg': ['borg', '--version'],
             'casync': ['casync', '--version'], 'ceph': ['ceph', '--version']}
 
@@ -37,20 +40,25 @@ def version(*argv):
     return re.search(r'\d+(\.\d+)*', said).group()
 
 
-def machine(quick):
+def machine():
     with open('/proc/cpuinfo', encoding='ascii', errors='replace') as file:
         model = re.search(r'model name\s*:\s*(.*)', file.read()).group(1)
     return {'cpu': model, 'cpus': os.cpu_count(), 'kernel': platform.release(),
-            'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'), 'quick': quick,
-            'date': time.strftime('%Y-%m-%d', time.gmtime()),
+            'memory_bytes': os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'),
             'versions': {name: found for name, argv in VERSIONS.items() if (found := version(*argv))}}
+
+
+def commit():
+    return subprocess.run(['git', '-C', os.path.dirname(__file__), 'describe', '--always', '--dirty'],
+                          capture_output=True, text=True, check=True).stdout.strip()
 
 
 class Results:
     """What one part has measured."""
 
-    def __init__(self, part, quick):
-        self.part, self.machine, self.rows = part, machine(quick), []
+    def __init__(self, part, quick, path):
+        self.part, self.path, self.rows, self.errors = part, path, [], []
+        self.about = {'quick': quick, 'date': time.strftime('%Y-%m-%d', time.gmtime()), 'commit': commit()}
         self.began = time.monotonic()
 
     def add(self, case, tool, metric, runs):
@@ -63,15 +71,24 @@ class Results:
         for metric in dict.fromkeys(metric for run in runs for metric in run):
             self.add(case, tool, metric, [run.get(metric) for run in runs])
 
-    def save(self, path):
-        said = load(path)
-        self.machine['took_s'] = round(time.monotonic() - self.began)
-        said['machine'][self.part] = self.machine
-        said['results'] = [row for row in said['results'] if row['part'] != self.part] + self.rows
-        with open(path + '.new', 'w', encoding='ascii') as file:
-            json.dump({'machine': said['machine'], 'results': said['results']}, file, indent=1)
+    @contextlib.contextmanager
+    def cell(self, what):
+        """What goes wrong in it is told in the results; the rest is measured all the same."""
+        try:
+            yield
+        except Exception as problem:  # pylint: disable=broad-except
+            traceback.print_exc()
+            self.errors.append(f'{what}: {type(problem).__name__}: {str(problem)[:200]}')
+
+    def save(self):
+        said = load(self.path)
+        parts = said['machine'].get('parts', {})
+        parts[self.part] = {**self.about, 'took_s': round(time.monotonic() - self.began), 'errors': self.errors}
+        rows = [row for row in said['results'] if row['part'] != self.part] + self.rows
+        with open(self.path + '.new', 'w', encoding='ascii') as file:
+            json.dump({'machine': {**machine(), 'parts': parts}, 'results': rows}, file, indent=1)
             file.write('\n')
-        os.rename(path + '.new', path)
+        os.rename(self.path + '.new', self.path)
 
 
 def load(path):
