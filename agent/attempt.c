@@ -357,10 +357,13 @@ static void blame_death(struct attempt *a)
 
 /*
  * The VMM is dead. If it died between the agent's look and the record RUN, or while that was
- * written, it was not started: the source has a copy that is as good.
+ * written, it was not started: the source has a copy that is as good. So has the destination of one
+ * that died before its source, which undoes, let it run on.
  */
 static enum handover_event judge_death(struct attempt *a)
 {
+    if (handover_takes(&a->machine, HANDOVER_EV_DIED_STANDING) && a->stands)
+        return HANDOVER_EV_DIED_STANDING;
     if (a->cont_sent || a->machine.state != HANDOVER_DST_STARTING)
         return HANDOVER_EV_VM_GONE;
     blame_death(a);
@@ -390,6 +393,7 @@ static int ask_status(struct attempt *a, struct guest_status *ret_status)
 static int send_cont(struct attempt *a, struct vm_error **err)
 {
     a->cont_sent = true;
+    a->stands = false;
     return guest_resume(a->guest, err);
 }
 
@@ -398,6 +402,7 @@ static enum handover_event try_resume(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     struct guest_status status;
+    bool stood = a->stands;
     if (!process_alive(&a->record.vmm))
         return judge_death(a);
     /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
@@ -405,8 +410,10 @@ static enum handover_event try_resume(struct attempt *a)
         return HANDOVER_EV_RESUMED;
     if (ask_status(a, &status) < 0)
         return HANDOVER_EV_TIMER;
-    if (status.state == GUEST_RUNNING)
+    if (status.state == GUEST_RUNNING) {
+        a->stands = false;
         return HANDOVER_EV_RESUMED;
+    }
     if (FAULT("attempt.resume") == FAULT_ERROR) {
         error_set(&err, VM_ERROR_REFUSED, "attempt.resume: %s", strerror(fault_errno()));
     } else if (send_cont(a, &err) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
@@ -423,6 +430,7 @@ static enum handover_event try_resume(struct attempt *a)
         a->resume_unsure = true;
     if (a->resume_unsure)
         return HANDOVER_EV_TIMER;
+    a->stands = stood;
     SCOPE_LOCK(&a->lock);
     if (!a->reason)
         a->reason = steal_ptr(&err);
@@ -686,7 +694,7 @@ static void feed_with_death_first(struct attempt *a, enum handover_event event)
 {
     if (a->record.vmm.pid && event != HANDOVER_EV_VM_GONE && !process_alive(&a->record.vmm)) {
         note_death(a);
-        feed(a, HANDOVER_EV_VM_GONE);
+        feed(a, judge_death(a));
     }
     feed(a, event);
 }

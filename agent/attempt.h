@@ -130,6 +130,7 @@ struct attempt {
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
     bool cont_sent;          /* since this agent started: a vCPU may have run */
     bool resume_unsure;      /* the answer to a `cont` was lost once */
+    bool stands;             /* source: all is sent, and no vCPU can have run since */
     int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
     int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */
     int64_t state_since_ns;

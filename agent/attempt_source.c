@@ -214,6 +214,7 @@ static void *copy_main(void *arg)
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
     int copied = copy(a, &err);
     note_run_state(a);
+    a->stands = copied == 0; /* read once this thread has been waited for */
     if (copied < 0)
         attempt_fail(a, io_latch_is_set(a->source.copy_cancel) ? err : attempt_await_cause(a, err));
     else
@@ -338,6 +339,8 @@ static int settled(struct attempt *a, struct vm_error **err)
     struct source_part *s = &a->source;
     enum handover_state state = a->machine.state;
     bool stays = state == HANDOVER_SRC_ABORTED || state == HANDOVER_SRC_CLOSED;
+    if (state == HANDOVER_SRC_ABORTED && s->params.guest)
+        driver_source_release(s->params.guest); /* that of the copy, whatever was connected since */
     if (stays && !s->vm && s->socket_path && process_alive(&a->record.vmm))
         return register_again(a, err);
     if (state != HANDOVER_SRC_DONE)

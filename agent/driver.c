@@ -142,6 +142,13 @@ void driver_sink_release(struct guest *g)
     drivers[driver_of(g)]->sink_release(g);
 }
 
+void driver_source_release(struct guest *g)
+{
+    const struct driver *d = drivers[driver_of(g)];
+    if (d->source_release)
+        d->source_release(g);
+}
+
 void driver_get_info(struct guest *g, struct driver_info *ret_info)
 {
     *ret_info = (struct driver_info){.vmm = ""};

@@ -79,6 +79,7 @@ struct driver {
     struct guest *(*sink_adopt)(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);
     void (*sink_release)(struct guest *g);
+    void (*source_release)(struct guest *g); /* NULL: nothing is kept of a copy */
     void (*info)(struct guest *g, struct driver_info *ret);
 };
 
@@ -137,6 +138,11 @@ struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct v
  * that it is the VMM's alone and ends with it. Nothing for a guest that is no sink.
  */
 void driver_sink_release(struct guest *g);
+/*
+ * The guest stays, whose copy was complete: what was kept of it, so that the guest goes on the sooner, goes. Resuming
+ * it does the same, but for one that its user has stopped, or whose answer was lost.
+ */
+void driver_source_release(struct guest *g);
 
 void driver_get_info(struct guest *g, struct driver_info *ret_info);
 

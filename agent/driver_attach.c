@@ -70,6 +70,11 @@ static void sink_release(struct guest *g)
     attach_sink_release(attach_from_guest(g));
 }
 
+static void source_release(struct guest *g)
+{
+    attach_end_copy(attach_from_guest(g));
+}
+
 static void info(struct guest *g, struct driver_info *ret)
 {
     const struct attach_info *i = attach_info(attach_from_guest(g));
@@ -89,4 +94,5 @@ const struct driver driver_attach = {.guest_driver = "attach",
                                      .sink_start = sink_start,
                                      .sink_adopt = sink_adopt,
                                      .sink_release = sink_release,
+                                     .source_release = source_release,
                                      .info = info};

@@ -41,15 +41,24 @@ static int read_boot_id(struct uuid *ret, struct vm_error **err)
 
 enum existence { IS_THERE, IS_NOT, CANNOT_TELL };
 
+struct process_stat {
+    bool runs, exits;
+    uint64_t start;
+};
+
+/* The kernel's PF_EXITING, of the first thread: exit, or a signal, ends all of them. */
+enum { FLAG_EXITING = 4 };
+
 /*
- * Whether there is such a process, whether it runs, and its start time. One whose first thread is a
- * zombie runs until its other threads have ended too: those of a VMM may still be vCPUs. Where
- * reading fails for another reason than that there is none (no descriptor left, no memory), errno
- * says why.
+ * Whether there is such a process, whether it runs, whether its end has begun, and its start time.
+ * One whose first thread is a zombie runs until its other threads have ended too: those of a VMM
+ * may still be vCPUs. Where reading fails for another reason than that there is none (no descriptor
+ * left, no memory), errno says why.
  */
-static enum existence read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
+static enum existence read_stat(pid_t pid, struct process_stat *ret)
 {
     char path[32], text[1024], state;
+    unsigned flags;
     long threads;
     snprintf(path, sizeof(path), "/proc/%d/stat", pid);
     if (read_small_file(path, text, sizeof(text)) < 0)
@@ -60,39 +69,62 @@ static enum existence read_stat(pid_t pid, bool *ret_runs, uint64_t *ret_start)
     if (!after)
         return CANNOT_TELL;
     if (sscanf(after + 1,
-               " %c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %ld %*d "
+               " %c %*d %*d %*d %*d %*d %u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %ld %*d "
                "%" SCNu64,
-               &state, &threads, ret_start) != 3)
+               &state, &flags, &threads, &ret->start) != 4)
         return CANNOT_TELL;
-    *ret_runs = (state != 'Z' && state != 'X' && state != 'x') || threads > 1;
+    ret->runs = (state != 'Z' && state != 'X' && state != 'x') || threads > 1;
+    ret->exits = flags & FLAG_EXITING;
     return IS_THERE;
 }
 
 int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error **err)
 {
-    bool runs;
+    struct process_stat stat;
     struct process_identity id = {.pid = pid};
-    enum existence found = read_stat(pid, &runs, &id.start);
+    enum existence found = read_stat(pid, &stat);
     if (found == CANNOT_TELL)
         return error_errno(err, errno, "cannot read the state of process %d", pid);
-    if (found == IS_NOT || !runs)
+    if (found == IS_NOT || !stat.runs)
         return error_set(err, VM_ERROR_NOT_FOUND, "no process %d is running", pid);
     if (read_boot_id(&id.boot, err) < 0)
         return -1;
+    id.start = stat.start;
     *ret_id = id;
     return 0;
 }
 
-bool process_alive(const struct process_identity *id)
+/* Where something cannot be read, nobody can know: say alive, which makes callers wait. */
+static bool look(const struct process_identity *id, bool *ret_exits)
 {
     struct uuid boot;
-    uint64_t start;
-    bool runs;
-    /* Where something cannot be read, nobody can know: say alive, which makes callers wait. */
+    struct process_stat stat = {.exits = false};
+    *ret_exits = false;
     if (read_boot_id(&boot, NULL) == 0 && !uuid_equal(&boot, &id->boot))
         return false;
-    enum existence found = read_stat(id->pid, &runs, &start);
-    return found == CANNOT_TELL || (found == IS_THERE && start == id->start && runs);
+    enum existence found = read_stat(id->pid, &stat);
+    *ret_exits = stat.exits;
+    return found == CANNOT_TELL || (found == IS_THERE && stat.start == id->start && stat.runs);
+}
+
+bool process_alive(const struct process_identity *id)
+{
+    bool exits;
+    return look(id, &exits);
+}
+
+bool process_has_ended(const struct process_identity *id, int begins_ms, int timeout_ms)
+{
+    enum { LOOK_MS = 5 };
+    int64_t now = clock_mono_ns();
+    int64_t begins = now + begins_ms * NSEC_PER_MSEC, ends = now + timeout_ms * NSEC_PER_MSEC;
+    bool exits;
+    while (look(id, &exits)) {
+        if (clock_mono_ns() >= (exits ? ends : begins))
+            return false;
+        poll(NULL, 0, LOOK_MS);
+    }
+    return true;
 }
 
 int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err)

@@ -37,6 +37,12 @@ bool process_alive(const struct process_identity *id);
  * before. TIMEOUT if it is still there (uninterruptible sleep).
  */
 int process_kill(const struct process_identity *id, int timeout_ms, struct vm_error **err);
+/*
+ * Something that may have been the beginning of its end was seen, as a connection that it closed:
+ * true if that very process has ended. Waits begins_ms for an end to begin, and timeout_ms in all
+ * for one that has begun, since the kernel takes its time to take a large memory apart.
+ */
+bool process_has_ended(const struct process_identity *id, int begins_ms, int timeout_ms);
 /* Has it that very file open (device and inode)? */
 bool process_has_open(pid_t pid, const struct stat *file);
 bool process_identity_equal(const struct process_identity *a, const struct process_identity *b);

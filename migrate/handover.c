@@ -26,6 +26,9 @@
 #define SETTLE(from, event, notice)                                                                \
     WRITE(from, event, ABORTED, GO(SRC_ABORTED, SEND(ABORT), REPORT(notice)),                      \
           GO(SRC_SETTLING, SEND(ABORT), REPORT(notice)))
+/* It died as it was when it was sent: what the destination has, if it has all, is as good. */
+#define ASK_AGAIN(from)                                                                            \
+    WRITE(from, DIED_STANDING, SENDING, GO(SRC_ORPHANED, SEND(ASK)), GO(SRC_STALLED))
 #define REPLY(from, message, answer) ON(from, MSG_##message, GO(from, SEND(answer)))
 #define STAY(from) GO(from, REPORT(JOURNAL_FAILED))
 
@@ -72,9 +75,11 @@ static const struct handover_row table[] = {
 
     SETTLE(SRC_RESUMING, RESUMED, UNDONE),
     SETTLE(SRC_RESUMING, VM_GONE, LOST),
+    ASK_AGAIN(SRC_RESUMING),
     ON(SRC_RESUMING, RESUME_FAILED, GO(SRC_STALLED, REPORT(START_FAILED))),
     ON(SRC_STALLED, TIMER, GO(SRC_RESUMING, DO(RESUME_VM))),
     SETTLE(SRC_STALLED, VM_GONE, LOST),
+    ASK_AGAIN(SRC_STALLED),
     WRITE(SRC_SETTLING, TIMER, ABORTED, GO(SRC_ABORTED, SEND(ABORT)),
           GO(SRC_SETTLING, SEND(ABORT))),
 

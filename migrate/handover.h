@@ -30,6 +30,9 @@
  *   - VM_GONE outranks every other event but RESUME_FAILED: before feeding one, look whether the
  *     VMM lives (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died
  *     must not take the end of its stream for FAILED: the destination may hold the only copy.
+ *   - A source that undoes feeds DIED_STANDING instead of VM_GONE, where that has a row, if it has
+ *     fed TRANSFERRED, or would have, since it started, and sent no `cont` since (but one that was
+ *     surely refused), nor saw the VM run: the destination's copy is not older than the VM.
  *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run
  *     state is paused, no RESUME event was seen), and at once. When the answer was lost, ask the
  *     VMM again. In DST_STARTING it is also the answer for a VMM that is dead, if no `cont` was ever
@@ -148,6 +151,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(RESUMED, "the VM has the run state that it had before")                                      \
     X(RESUME_FAILED, "no vCPU started")                                                            \
     X(VM_GONE, "the VMM's process is gone for good")                                               \
+    X(DIED_STANDING, "source: as VM_GONE, and no vCPU can have run since all was sent")            \
     X(TIMER, "time to repeat")                                                                     \
     X(RESOLVE_HERE, "operator: the peer's host is fenced; the VM is to run here")                  \
     X(RESOLVE_GONE, "operator: give up the copy that is here")

@@ -33,9 +33,11 @@
  *   P4  Nobody kills the last complete copy; the guest is lost only to the death of a VMM that held
  *       the sole complete copy or had RUN, to a start that failed at the one while the other was
  *       dead, or to an operator's word. Two things count as the first: the death of the source's
- *       VMM once the source gives the hand-over up, though the destination may not have discarded
- *       what it loaded; and that of the destination's between its agent's look and the record RUN,
- *       if that agent then crashes, or cannot write that it takes RUN back.
+ *       VMM once the source, which undoes, has told the destination to discard what it loaded, has
+ *       sent its own VM a `cont` that was not surely refused, or does not know that all was sent;
+ *       and that of a VMM between its agent's look and the record ABORTING or RUN, if that agent
+ *       then crashes before it has written what the death means, or cannot write ABORTING, or that
+ *       it takes RUN back.
  *   P5  Calm implies that the run ends: both sides finished, by themselves, with exactly one copy
  *       running (unless P4 lost it); by an operator only if a host or a journal never came back.
  *   P6  What a state says about the journal and the VM is true: what status says of a hand-over
@@ -97,6 +99,10 @@
 #define d_MISTAKES :: d_state == DST_RESTARTING && event == EV_RESUME_FAILED -> \
     d_write(REC_REVOKED); d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
 #endif
+#ifdef MISTAKE_ASK_AFTER_CONT
+#define s_MISTAKES :: s_state == SRC_RESUMING && event == EV_VM_GONE && copy == COPY_SENT -> \
+    s_write(REC_SENDING); s_state = SRC_ORPHANED; s_act[0] = ACT_SEND + MSG_ASK;
+#endif
 #ifndef s_MISTAKES
 #define s_MISTAKES :: false -> skip
 #endif
@@ -142,23 +148,38 @@ bool calm, s_lost, d_lost, wiped;
 bool d_ran, d_died, d_died_with_run, d_has_only, d_knows_sole, d_failed;
 bool s_ran_on, s_said_abort, may_be_lost, operator_spoke;
 
+/* Does the source's VM stand as it was sent? Its agent knows, as long as it lives. */
+mtype = {NOT_KNOWN, STANDS, STOOD_UNTIL_CONT};
+mtype s_stands = NOT_KNOWN;
+
 /* Registers of one step; zero between steps. */
 byte event, who, action;
 
 /* The death of its VMM outranks every other event: the agent looks before it listens. */
 #ifdef MISTAKE_DEATH_COMES_LATE
-#define s_hears s_idle
+#define s_looks false
 #else
-#define s_hears (s_idle && !s_gone)
+#define s_looks true
 #endif
+#define s_hears (s_idle && !(s_gone && s_looks))
 #define d_hears (d_idle && !d_gone)
+/* A death between the look and the record is not seen. */
+#define s_hears_late (s_hears || (s_idle && (s_state == SRC_SENDING || s_state == SRC_SENT)))
+#define d_hears_late (d_hears || (d_idle && d_state == DST_LOADED))
+/* What the death of the source's VMM is to its agent. */
+#ifdef MISTAKE_DEAD_RETURN_IS_LOST
+#define s_death EV_VM_GONE
+#else
+#define s_death (s_stands == STANDS && (s_state == SRC_RESUMING || s_state == SRC_STALLED) -> \
+    EV_DIED_STANDING : EV_VM_GONE)
+#endif
 /* That no vCPU started stays true of a VMM that has died since: then it outranks the death. */
 #define d_has_not_started (d_answer == EV_RESUME_FAILED)
 #define s_idle (s_up && s_act[0] == 0)
 #define d_idle (d_up && d_act[0] == 0)
 
 /* The source has given up: its own copy is the only one that counts, if it lives. */
-#define s_gave_up (s_journal == REC_ABORTING || s_journal == REC_ABORTED \
+#define s_gave_up ((s_journal == REC_ABORTING && s_stands != STANDS) || s_journal == REC_ABORTED \
     || s_state == SRC_REVERTING || s_said_abort || s_ran_on)
 
 #ifdef MISTAKE_JOURNAL_NOT_SYNCED
@@ -170,7 +191,7 @@ inline d_write(rec) { d_disk = d_journal; d_journal = rec }
 inline s_write(rec) { s_journal = rec }
 inline d_write(rec) { d_journal = rec }
 #endif
-inline s_write_failed() { skip }
+inline s_write_failed() { s_loses_dead_copy(s_state == SRC_SENT) }
 inline d_write_failed()
 {
     d_failed = true;
@@ -228,6 +249,16 @@ inline d_loses_dead_start()
     may_be_lost = may_be_lost || d_died_with_run
 }
 
+/* A source that died unseen as it was sent: that its agent does not know yet that all is, crashes
+ * before it writes that down, or cannot write that it undoes, is a second fault. */
+inline s_loses_dead_copy(gives_up)
+{
+    if
+    :: s_vm == DEAD && (gives_up) -> may_be_lost = true; d_has_only = false
+    :: else
+    fi
+}
+
 /* Deaths that nobody here caused may cost the guest, if P4 says so. */
 inline s_vmm_dies()
 {
@@ -263,7 +294,10 @@ inline s_execute()
     :: action == ACT_START_TRANSFER -> copy = (copy == COPY_NONE -> COPY_RUNNING : copy)
     :: action == ACT_STOP_TRANSFER ->
        copy = ((copy == COPY_RUNNING || copy == COPY_PAUSED) -> COPY_BROKEN : copy)
-    :: action == ACT_RESUME_VM -> s_cont = s_alive; s_gone = s_gone || !s_alive
+    :: action == ACT_RESUME_VM ->
+       s_cont = s_alive;
+       s_gone = s_gone || !s_alive;
+       s_stands = (s_alive && s_stands == STANDS -> STOOD_UNTIL_CONT : s_stands)
     :: action == ACT_KILL_VM ->
        assert(d_ran || d_died_with_run || operator_spoke); /* P4 */
        if
@@ -315,7 +349,9 @@ inline d_execute()
 
 inline s_crash()
 {
+    s_loses_dead_copy(s_journal == REC_ABORTING);
     s_up = false;
+    s_stands = NOT_KNOWN;
     s_state = SRC_NONE;
     s_act[0] = 0; s_act[1] = 0; s_act[2] = 0;
     s_answer = 0;
@@ -396,6 +432,13 @@ inline check_records()
 #define S 1
 #define D 2
 
+inline s_gives_up(why)
+{
+    s_loses_dead_copy(s_gone && s_state == SRC_SENDING && s_looks);
+    event = why;
+    who = S
+}
+
 /* A message arrives; once calm, it does so once. */
 inline s_receives(m)
 {
@@ -431,6 +474,7 @@ inline s_cont_ends()
        s_vmm_runs();
        s_answer = (s_up -> EV_RESUMED : 0)
     :: s_vm != RUNS && (!calm || (LOCKS && lock_of == 2)) ->
+       s_stands = (s_stands == STOOD_UNTIL_CONT -> STANDS : s_stands);
        s_answer = (s_up -> EV_RESUME_FAILED : 0)
     fi
 }
@@ -486,7 +530,7 @@ end:
         :: d_up && d_act[0] != 0 -> d_execute()
         :: s_hears && s_state == SRC_NONE && s_vm == RUNS && !calm && !wiped ->
            event = EV_START; who = S
-        :: s_idle && s_gone -> s_gone = false; event = EV_VM_GONE; who = S
+        :: s_idle && s_gone -> s_gone = false; event = s_death; who = S
         :: d_idle && d_gone && !d_has_not_started -> d_gone = false; event = EV_VM_GONE; who = D
         :: s_hears && s_answer != 0 -> event = s_answer; s_answer = 0; who = S
         :: (d_hears || (d_idle && d_has_not_started)) && d_answer != 0 ->
@@ -507,9 +551,7 @@ end:
         :: s_hears && (net & BIT(MSG_UNKNOWN)) -> s_receives(MSG_UNKNOWN)
         :: d_hears && (net & BIT(MSG_PREPARE)) -> d_receives(MSG_PREPARE)
         :: d_hears && (net & BIT(MSG_ASK)) -> d_receives(MSG_ASK)
-        /* A death between the look and the record is not seen. */
-        :: (d_hears || (d_idle && d_state == DST_LOADED)) && (net & BIT(MSG_COMMIT)) ->
-           d_receives(MSG_COMMIT)
+        :: d_hears_late && (net & BIT(MSG_COMMIT)) -> d_receives(MSG_COMMIT)
         :: d_hears && (net & BIT(MSG_COMMIT_SOLE)) -> d_receives(MSG_COMMIT_SOLE)
         :: d_hears && (net & BIT(MSG_ABORT)) -> d_receives(MSG_ABORT)
         :: d_hears && (net & BIT(MSG_FINISHED)) -> d_receives(MSG_FINISHED)
@@ -525,9 +567,11 @@ end:
            copy = COPY_PAUSED
         :: s_hears && s_state == SRC_SENDING && copy == COPY_PAUSED && s_vm == PAUSED ->
            copy = COPY_SENT;
-           lock_of = 0;
+           lock_of = 0
+        :: s_hears && s_state == SRC_SENDING && copy == COPY_SENT && s_vm == PAUSED ->
+           s_stands = STANDS;
            event = EV_TRANSFERRED; who = S
-        :: s_hears && (!calm || s_times_out) -> event = EV_FAILED; who = S
+        :: s_hears_late && (!calm || s_times_out) -> s_gives_up(EV_FAILED)
         :: d_hears && d_state == DST_PREPARING && d_vm == PAUSED -> event = EV_READY; who = D
         :: d_hears && d_state == DST_PREPARED && d_vm == PAUSED && copy == COPY_SENT ->
            d_vm = LOADED;
@@ -555,7 +599,7 @@ end:
 #endif
 
         /* Users, and an operator who has fenced the other host. */
-        :: s_hears && !calm -> event = EV_CANCEL; who = S
+        :: s_hears_late && !calm -> s_gives_up(EV_CANCEL)
         :: d_hears && !calm -> event = EV_CANCEL; who = D
         :: s_hears && !d_alive && (s_state == SRC_COMMITTED || s_state == SRC_REVERTING ||
                                    s_state == SRC_COMMITTED_SOLE || s_state == SRC_ORPHANED) &&

@@ -11,7 +11,9 @@
 #include <sys/un.h>
 
 /* Longer than the library lets a callback of the VMM take, and than a dirty log of terabytes. */
-enum { REQUEST_TIMEOUT_MS = 15000, END_TIMEOUT_MS = 1000 };
+enum { REQUEST_TIMEOUT_MS = 15000 };
+/* The socket goes before the process does. One that lives on is asked for something meanwhile. */
+enum { END_BEGINS_MS = 500, END_TIMEOUT_MS = 5000 };
 
 void attach_answer_finish(struct attach_answer *a)
 {
@@ -262,15 +264,12 @@ void attach_client_pin(struct attach_client *c, bool pinned)
 
 /* ---- What others ask for ---- */
 
-/* The connection is lost, or of no use any more: is it the VMM that ended? Its socket goes a little before it. */
+/* The connection is lost, or of no use any more: is it the VMM that ended? */
 static int explain_loss(struct attach_client *c, struct vm_error **err)
 {
-    int64_t deadline = clock_mono_ns() + END_TIMEOUT_MS * NSEC_PER_MSEC;
     bool timed_out = err && *err && (*err)->kind == VM_ERROR_TIMEOUT;
     close_fd(&c->fd);
-    while (!timed_out && process_alive(&c->process) && clock_mono_ns() < deadline)
-        poll(NULL, 0, 5);
-    if (!process_alive(&c->process)) {
+    if (process_has_ended(&c->process, timed_out ? 0 : END_BEGINS_MS, END_TIMEOUT_MS)) {
         error_clear(err);
         return error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", c->process.pid);
     }

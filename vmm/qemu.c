@@ -15,7 +15,9 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
-enum { SPAWN_TIMEOUT_MS = 30000, END_TIMEOUT_MS = 5000, QUIT_TIMEOUT_MS = 1000 };
+enum { SPAWN_TIMEOUT_MS = 30000, QUIT_TIMEOUT_MS = 1000 };
+/* The connection ends before the process does. One that lives on is asked for something meanwhile. */
+enum { END_BEGINS_MS = 500, END_TIMEOUT_MS = 5000 };
 
 /* QMP commands. */
 
@@ -23,12 +25,7 @@ int qemu_explain(struct qemu *q, struct vm_error **err)
 {
     if (!err || !*err || (*err)->kind != VM_ERROR_VMM_DIED)
         return -1;
-    /* The connection ends a little before the process does. */
-    cleanup_close int fd = (int)syscall(SYS_pidfd_open, q->guest.process.pid, 0);
-    struct pollfd p = {.fd = fd, .events = POLLIN};
-    if (fd >= 0 && process_alive(&q->guest.process))
-        poll(&p, 1, END_TIMEOUT_MS);
-    if (process_alive(&q->guest.process)) {
+    if (!process_has_ended(&q->guest.process, END_BEGINS_MS, END_TIMEOUT_MS)) {
         error_set_kind(err, VM_ERROR_UNREACHABLE);
         return error_wrap(err, "QEMU (process %d) still runs, but QMP is lost",
                           q->guest.process.pid);

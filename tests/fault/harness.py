@@ -40,9 +40,20 @@ class Case:
         return f'{self.point} {self.role} {self.fault}'
 
     @property
+    def comes_late(self):
+        """May an attempt of a former case meet its fault?"""
+        specs = [self.point, self.options.get('with', ''), self.options.get('peer', '')]
+        return self.point.startswith('journal.') or any(LATE.search(spec) for spec in specs)
+
+    @property
     def kind(self):
         """crash, error, delay ...; what happens outside by its own name: vmm, host, cut, freeze, cancel."""
         return re.match('[a-z]+', self.fault.removeprefix('hold+')).group()
+
+
+# What an attempt does, perhaps, when it is settled: also one of a former case, on the next connection.
+LATE = re.compile(r'handover\.(before|after)\.(SRC_CLOSED|DST_CLOSED)|'
+                  r'handover\.(send|receive)\.(FINISHED|ABORT|NEVER|RUNNING|ENDED|UNKNOWN)')
 
 
 def read_table(path):
@@ -145,6 +156,7 @@ class Harness:
         self.cluster, self.driver = cluster, driver(cluster, prefix)
         self.mistakes, self.limit = mistakes, limit
         self.vm = self.console = self.watch = None
+        self.last_look = {}  # of place(), for who asks what is missing
         for agent in cluster.agents:
             agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'debug',
                              **self.driver.agent_options}
@@ -209,19 +221,20 @@ class Harness:
         """The host where the guest runs as its agent and its VMM say; 'ended'; None: not settled."""
         here = []
         for agent in self.cluster.agents:
-            vm = self.vm_at(agent)
+            vm, findings = self.vm_at(agent), self.findings(agent)
+            self.last_look[agent.host.name] = vm, findings
             if vm is None or self.unsettled(vm) or (vm and (vm['job'] or vm['state'] == 'arriving')):
                 return None
-            if any(f['role'] and f['state'] and not f['owner'] in ('here', 'peer', 'nobody')
-                   for f in self.findings(agent)):
+            if any(f['role'] and f['state'] and not f['owner'] in ('here', 'peer', 'nobody') for f in findings):
                 return None
             if vm and vm['presence'] == 'present' and vm['state'] == 'running':
                 here.append(agent.host.name)
             elif vm and vm['presence'] != 'ended':
                 return None
+        runs = self.last_look['guest'] = self.watch.running()
         if len(here) == 1:
-            return here[0] if self.watch.running() == here else None
-        return 'ended' if not here and not self.watch.running() else None
+            return here[0] if runs == here else None
+        return 'ended' if not here and not runs else None
 
     def pid(self, agent):
         vm = self.vm_at(agent)
@@ -245,7 +258,7 @@ class Harness:
 
     def quiet(self, agents):
         """What attempts of former cases still have to say and to write, they do on the next connection of their hosts:
-        two moves without a fault, so that the n-th write is one of the case's own."""
+        two moves without a fault, so that the fault is met by the case's own attempt."""
         for source, destination in (agents, agents[::-1]):
             source.vmmig('send', self.vm.name, '--to', destination.host.name)
             eventually('a guest that has moved', lambda d=destination: self.place() == d.host.name)
@@ -342,7 +355,7 @@ class Harness:
         spec = f'{case.point}={"hold" if held else case.fault}'
         in_vmm = case.point.startswith('library.')
         agents = self.ready(spec if in_vmm and case.role == 'source' else '')
-        if case.point.startswith('journal.') and '@' in case.fault:
+        if case.comes_late:
             agents = self.quiet(agents)
         if in_vmm and case.role == 'destination':
             self.driver.arm_incoming(spec)
@@ -414,7 +427,10 @@ class Harness:
                     self.start(agent)
             return self.place()
 
-        place = eventually(f'{case.name}: an end', look, self.limit)
+        try:
+            place = eventually(f'{case.name}: an end', look, self.limit)
+        except TimeoutError as error:
+            raise TimeoutError(f'{error}; the last look: {self.last_look}') from None
         case.recovery = time.monotonic() - began
         case.seen = names[place]
         assert not self.watch.overlaps(), f'TWO COPIES RAN: {self.watch.overlaps()}'

@@ -2,7 +2,9 @@
 """Agents that die during a migration: afterwards exactly one copy of the guest runs, all of it, and where
 nobody can know, an operator decides."""
 import contextlib
+import fcntl
 import os
+import struct
 import time
 
 import pytest
@@ -301,6 +303,96 @@ def test_an_agent_whose_word_of_the_vm_is_damaged(cluster, fault, outcome):
         assert pair.a1.json('status', name)['pid'] == pair.qemu.pid
         pair.a1.vmmig('send', name, '--to', 'h2')  # as good as it was
         pair.expect('h2')
+    pair.end()
+
+
+class ImageLock:
+    """Locks of a file that belong to a descriptor, as QEMU's locks of its images do."""
+    GET, SET, FORM = 36, 37, 'hh4xqqi4x'  # F_OFD_GETLK, F_OFD_SETLK, struct flock
+
+    def __init__(self, path):
+        self.path = path
+
+    def is_held(self):
+        with open(self.path, 'r+b') as file:
+            found = fcntl.fcntl(file, self.GET, struct.pack(self.FORM, fcntl.F_WRLCK, 0, 0, 0, 0))
+        return struct.unpack(self.FORM, found)[0] != fcntl.F_UNLCK
+
+    @contextlib.contextmanager
+    def taken(self):
+        with open(self.path, 'r+b') as file:
+            fcntl.fcntl(file, self.SET, struct.pack(self.FORM, fcntl.F_WRLCK, 0, 0, 0, 0))
+            yield
+
+
+def with_disk(cluster, name, faults):
+    disk = f'{cluster.shared}/{name}.raw'
+    with open(disk, 'wb') as file:
+        file.truncate(1 << 20)
+    pair = Pair(cluster, name, faults=faults, mem_mib=64, options=[
+        '-drive', f'if=none,id=disk0,format=raw,file={disk}', '-device', 'virtio-blk-pci,drive=disk0'])
+    return pair, ImageLock(disk)
+
+
+def held(agent, point):
+    def look():
+        return next(p for p in agent.json('debug', 'faults')['points'] if p['name'] == point)['holds']
+    eventually(f'{point} to be reached', look)
+
+
+def go_on(agent):
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+
+
+def test_nobody_holds_the_image_while_it_changes_hands(cluster):
+    """QEMU's locking is left on: who runs has its images locked. Between saving and running nobody has."""
+    pair, image = with_disk(cluster, 'images', ('', 'handover.before.RUN=hold'))
+    assert image.is_held()
+    pair.begin()
+    held(pair.a2, 'handover.before.RUN')
+    assert not image.is_held() and pair.running() == []
+    go_on(pair.a2)
+    pair.expect('h2')
+    assert image.is_held()
+    pair.end()
+
+
+def test_an_image_that_somebody_else_has_locked(cluster):
+    """The destination cannot start the guest: it is dead before the source tries, which cannot either, says so, and does
+    as soon as it can."""
+    pair, image = with_disk(cluster, 'foreign-lock', ('attempt.resume=hold', 'handover.before.RUN=hold'))
+    pair.begin()
+    held(pair.a2, 'handover.before.RUN')
+    with image.taken():
+        go_on(pair.a2)
+        held(pair.a1, 'attempt.resume')
+        assert not [argv for argv in pair.a2.host.processes().values() if 'foreign-lock' in argv]
+        assert pair.running() == []
+        go_on(pair.a1)
+        eventually('it to be said', lambda: 'does not start: trying again' in
+                   pair.a1.vmmig('status', 'foreign-lock').stdout)
+        assert advice(pair.a1, 'foreign-lock')['owner'] == 'here' and pair.running() == []
+    pair.expect('h1')
+    assert image.is_held()
+    pair.end()
+
+
+def test_a_source_that_cannot_run_on_and_dies(cluster):
+    """Cancelled when the destination had loaded all, and could not say so: while the source's VMM stands as it was sent,
+    its death costs nothing."""
+    pair = Pair(cluster, 'dies-standing', faults=('attempt.resume=error@*', 'handover.send.LOADED=hold'), mem_mib=64)
+    pair.begin()
+    held(pair.a2, 'handover.send.LOADED')
+    pair.a1.vmmig('cancel', 'dies-standing', check=False)
+    eventually('it to be said', lambda: 'does not start: trying again' in
+               pair.a1.vmmig('status', 'dies-standing').stdout)
+    pair.qemu.kill()
+    pair.qemu.wait()
+    eventually('the question', lambda: 'asking for the destination' in
+               pair.a1.vmmig('status', 'dies-standing').stdout)
+    assert advice(pair.a1, 'dies-standing')['owner'] == 'undecided' and pair.running() == []
+    go_on(pair.a2)
+    pair.expect('h2')
     pair.end()
 
 

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/clock.h"
 #include "base/process.h"
 
 #include <errno.h>
@@ -88,6 +89,46 @@ static void test_kill(void **state)
     assert_int_equal(waitpid(pid, NULL, 0), pid);
 }
 
+/* How long the answer took, in milliseconds. */
+static int64_t ask_ended(const struct process_identity *id, int begins_ms, int timeout_ms, bool expected)
+{
+    int64_t began = clock_mono_ns();
+    assert_int_equal(process_has_ended(id, begins_ms, timeout_ms), expected);
+    return (clock_mono_ns() - began) / NSEC_PER_MSEC;
+}
+
+/* One that lives on is not waited for; one whose end has begun is. */
+static void test_has_ended(void **state)
+{
+    enum { BEGINS_MS = 50, TIMEOUT_MS = 300, LONG_MS = 60000 };
+    int pipe_fds[2];
+    struct process_identity lives, ends;
+    (void)state;
+    assert_int_equal(pipe(pipe_fds), 0);
+    pid_t living = fork();
+    if (living == 0) {
+        pause();
+        _exit(0);
+    }
+    pid_t ending = fork_headless(pipe_fds);
+    while (state_of(ending) != 'Z')
+        usleep(1000);
+    assert_int_equal(process_identify(living, &lives, NULL), 0);
+    assert_int_equal(process_identify(ending, &ends, NULL), 0);
+    int64_t took = ask_ended(&lives, BEGINS_MS, LONG_MS, false);
+    assert_true(took >= BEGINS_MS && took < LONG_MS);
+    assert_true(ask_ended(&ends, BEGINS_MS, TIMEOUT_MS, false) >= TIMEOUT_MS);
+    assert_int_equal(write(pipe_fds[1], "", 1), 1);
+    ask_ended(&ends, 0, LONG_MS, true);
+    ask_ended(&ends, 0, 0, true);
+    assert_int_equal(process_kill(&lives, 5000, NULL), 0);
+    ask_ended(&lives, 0, 0, true);
+    assert_int_equal(waitpid(living, NULL, 0), living);
+    assert_int_equal(waitpid(ending, NULL, 0), ending);
+    close(pipe_fds[0]);
+    close(pipe_fds[1]);
+}
+
 /* A process that cannot be looked at is not taken for dead. */
 static void test_no_descriptor_is_no_death(void **state)
 {
@@ -123,6 +164,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_zombie_leader_runs),
         cmocka_unit_test(test_kill),
+        cmocka_unit_test(test_has_ended),
         cmocka_unit_test(test_no_descriptor_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

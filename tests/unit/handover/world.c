@@ -33,7 +33,8 @@ static void breaks(struct world *w, enum rule rule)
 static bool source_gave_up(const struct world *w)
 {
     const struct side *s = &w->side[SRC];
-    return s->record == HANDOVER_REC_ABORTING || s->record == HANDOVER_REC_ABORTED ||
+    return (s->record == HANDOVER_REC_ABORTING && w->s_stands != STANDS) ||
+           s->record == HANDOVER_REC_ABORTED ||
            s->state == HANDOVER_SRC_REVERTING || w->s_said_abort || w->s_ran_on;
 }
 
@@ -48,6 +49,18 @@ static void lose_dead_start(struct world *w)
     w->may_be_lost |= w->d_died_with_run;
 }
 
+/*
+ * A source that died unseen as it was sent: that its agent does not know yet that all is, crashes
+ * before it writes that down, or cannot write that it undoes, is a second fault.
+ */
+static void lose_dead_copy(struct world *w, bool gives_up)
+{
+    if (!gives_up || alive(&w->side[SRC]))
+        return;
+    w->may_be_lost = 1;
+    w->d_has_only = 0;
+}
+
 static void destination_fails(struct world *w)
 {
     w->d_failed = 1;
@@ -58,6 +71,15 @@ static void destination_fails(struct world *w)
 static bool has_not_started(const struct side *s, int role)
 {
     return role == DST && s->answer == HANDOVER_EV_RESUME_FAILED;
+}
+
+/* What the death of its VMM is to an agent. */
+static enum handover_event death(const struct world *w, int role)
+{
+    const struct handover h = {.role = (enum handover_role)role, .state = w->side[role].state};
+    return role == SRC && w->s_stands == STANDS && handover_takes(&h, HANDOVER_EV_DIED_STANDING)
+               ? HANDOVER_EV_DIED_STANDING
+               : HANDOVER_EV_VM_GONE;
 }
 
 /* ---- The machines ---- */
@@ -98,6 +120,8 @@ static bool feed(struct world *w, int role, enum handover_event event, bool can_
             s->record = actions.list[0].arg;
         else if (role == DST)
             destination_fails(w);
+        else
+            lose_dead_copy(w, s->state == HANDOVER_SRC_SENT);
         handover_step(&h, failed ? HANDOVER_EV_JOURNAL_FAILED : HANDOVER_EV_JOURNALED, &actions);
     } else if (!can_write) {
         return false; /* nothing to write: the same as can_write */
@@ -211,6 +235,8 @@ static void execute(struct world *w, int role)
     case HANDOVER_ACT_RESUME_VM:
         s->cont = alive(s);
         s->gone |= !alive(s);
+        if (role == SRC && alive(s) && w->s_stands == STANDS)
+            w->s_stands = STOOD_UNTIL_CONT;
         if (!alive(s) && s->state == HANDOVER_DST_STARTING)
             s->answer = HANDOVER_EV_RESUME_FAILED;
         break;
@@ -227,8 +253,12 @@ static void execute(struct world *w, int role)
 static void crash(struct world *w, int role)
 {
     struct side *s = &w->side[role];
-    if (role == DST)
+    if (role == DST) {
         lose_dead_start(w);
+    } else {
+        lose_dead_copy(w, s->record == HANDOVER_REC_ABORTING);
+        w->s_stands = NOT_KNOWN;
+    }
     s->up = s->answer = s->gone = 0;
     s->state = role == SRC ? HANDOVER_SRC_NONE : HANDOVER_DST_NONE;
     memset(s->actions, 0, sizeof(s->actions));
@@ -290,9 +320,15 @@ static void agent_moves(const struct walk *walk, int role)
     if (s->gone && s->state == HANDOVER_DST_LOADED &&
         walk->from->net[role] & BIT(HANDOVER_MSG_COMMIT))
         emit_event(walk, &next, role, HANDOVER_EV_MSG_COMMIT);
+    if (s->gone && (s->state == HANDOVER_SRC_SENDING || s->state == HANDOVER_SRC_SENT)) {
+        lose_dead_copy(&next, s->state == HANDOVER_SRC_SENDING);
+        emit_event(walk, &next, role, HANDOVER_EV_CANCEL);
+        emit_event(walk, &next, role, HANDOVER_EV_FAILED);
+        next = *walk->from;
+    }
     if (s->gone && !has_not_started(s, role)) {
         next.side[role].gone = 0;
-        if (!emit_event(walk, &next, role, HANDOVER_EV_VM_GONE))
+        if (!emit_event(walk, &next, role, death(&next, role)))
             emit(walk, &next);
         return; /* it outranks messages and orders */
     }
@@ -329,6 +365,11 @@ static void copy_moves(const struct walk *walk)
     if (idle(s) && s->state == HANDOVER_SRC_SENDING && w->copy == COPY_PAUSED &&
         s->vm == VM_PAUSED) {
         next.copy = COPY_SENT;
+        emit(walk, &next);
+        next = *w;
+    }
+    if (idle(s) && s->state == HANDOVER_SRC_SENDING && w->copy == COPY_SENT && s->vm == VM_PAUSED) {
+        next.s_stands = STANDS;
         emit_event(walk, &next, SRC, HANDOVER_EV_TRANSFERRED);
         next = *w;
     }
@@ -354,6 +395,8 @@ static void fault_moves(const struct walk *walk, int role)
         emit(walk, &next);
         if (s->vm != VM_RUNS) {
             failed.d_failed |= role == DST;
+            if (role == SRC && w->s_stands == STOOD_UNTIL_CONT)
+                failed.s_stands = STANDS;
             failed.side[role].answer = s->up ? HANDOVER_EV_RESUME_FAILED : 0;
             emit(walk, &failed);
         }
@@ -414,7 +457,7 @@ static bool settle_one(struct world *w, int role)
         execute(w, role);
     } else if (s->gone && !has_not_started(s, role)) {
         s->gone = 0;
-        feed(w, role, HANDOVER_EV_VM_GONE, true);
+        feed(w, role, death(w, role), true);
     } else if (s->cont) {
         s->cont = 0;
         vm_runs(w, role);
@@ -451,6 +494,10 @@ static bool copy_one(struct world *w)
     }
     if (sending && w->copy == COPY_PAUSED && s->vm == VM_PAUSED) {
         w->copy = COPY_SENT;
+        return true;
+    }
+    if (sending && w->copy == COPY_SENT && s->vm == VM_PAUSED) {
+        w->s_stands = STANDS;
         return feed(w, SRC, HANDOVER_EV_TRANSFERRED, true);
     }
     if (d->state == HANDOVER_DST_PREPARING && d->vm == VM_PAUSED)

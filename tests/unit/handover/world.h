@@ -15,6 +15,7 @@
 
 enum { SRC, DST };
 enum vm { VM_ABSENT, VM_DEAD, VM_PAUSED, VM_LOADED, VM_RUNS };
+enum stands { NOT_KNOWN, STANDS, STOOD_UNTIL_CONT };
 enum copy { COPY_NONE, COPY_RUNNING, COPY_PAUSED, COPY_SENT, COPY_BROKEN };
 
 #define WORLD_ACTIONS HANDOVER_ACTIONS_MAX
@@ -34,6 +35,7 @@ struct world {
     /* What really happened: see models/handover.pml. */
     uint8_t d_ran, d_died, d_died_with_run, d_failed, d_knows_sole, d_has_only;
     uint8_t s_ran_on, s_said_abort, may_be_lost;
+    uint8_t s_stands; /* enum stands: does the source's VM stand as it was sent? As its agent knows */
     uint8_t broken; /* enum rule */
     uint16_t net[2]; /* to the source, to the destination: a bit per message */
 };

@@ -543,6 +543,37 @@ static void test_attach_through_a_relay(void **state)
     assert_ok(process_kill(&process, 5000, why));
 }
 
+/* Of this process, to the socket of that name. */
+static void cut_connection_to(const char *path)
+{
+    unsigned cut = 0;
+    for (int fd = 3; fd < 1024; fd++) {
+        struct sockaddr_un peer = {.sun_family = AF_UNSPEC};
+        socklen_t n = sizeof(peer);
+        if (getpeername(fd, (struct sockaddr *)&peer, &n) < 0 || peer.sun_family != AF_UNIX ||
+            strcmp(peer.sun_path, path))
+            continue;
+        assert_int_equal(shutdown(fd, SHUT_RDWR), 0);
+        cut++;
+    }
+    assert_int_equal(cut, 1);
+}
+
+/* Nobody waits for the end of one that lives on: its guest may stand meanwhile. */
+static void test_a_lost_connection_is_no_end(void **state)
+{
+    enum { AS_LONG_AS_FOR_AN_END_MS = 5000 };
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    struct qemu *q = live_spawn("a", &err, "-m", "64", "-S", NULL);
+    cut_connection_to(live_path("a", ".qmp"));
+    int64_t began = clock_mono_ns();
+    assert_int_equal(guest_status(qemu_guest(q), &status, &err), -1);
+    assert_error(&err, VM_ERROR_UNREACHABLE, "still runs, but QMP is lost");
+    assert_true(clock_mono_ns() - began < AS_LONG_AS_FOR_AN_END_MS * NSEC_PER_MSEC);
+    qemu_destroy(q);
+}
+
 /* Memory of cgroup `path`: shared pages, such as memfds, or private ones. */
 static uint64_t charged(const char *path, const char *const *keys)
 {
@@ -620,6 +651,7 @@ int main(void)
         live_test(test_parameters),
         live_test(test_parameters_of_one_given_up),
         live_test(test_attach_through_a_relay),
+        live_test(test_a_lost_connection_is_no_end),
         cmocka_unit_test_teardown(test_memory_is_charged_to_the_vm, remove_cgroup),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
