@@ -243,9 +243,11 @@ static int visit(const struct journal_record *record, const struct vm_error *dam
     return 0;
 }
 
-static const char *state_of(struct agent *agent, const char *vm)
+/* Of the attempt of which the finding speaks. */
+static const char *state_of(struct agent *agent, const struct finding *f)
 {
-    CLEANUP(attempt) struct attempt *a = attempt_find_of_vm(agent->transfer, vm);
+    CLEANUP(attempt)
+    struct attempt *a = f->message.attempt.len ? attempt_find(agent->transfer, &f->attempt) : NULL;
     if (!a)
         return "";
     SCOPE_LOCK(&a->lock);
@@ -377,7 +379,7 @@ int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_di
         return error_nomem(err);
     for (size_t i = 0; i < d.n; i++) {
         if (!d.list[i]->damaged)
-            d.list[i]->message.state = word(state_of(agent, d.list[i]->vm));
+            d.list[i]->message.state = word(state_of(agent, d.list[i]));
         d.message.findings[i] = &d.list[i]->message;
     }
     d.message.n_findings = d.n;

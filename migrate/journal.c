@@ -28,6 +28,7 @@ struct journal {
     int lock_fd;
     pthread_mutex_t mutex; /* one transaction at a time, of either kind */
     bool broken;           /* nobody knows what is on the disk */
+    int64_t newest_ns;     /* the newest stamp that was given */
 };
 
 static int error_mdb(struct vm_error **err, int rc, const char *what)
@@ -316,7 +317,8 @@ static int count_free_pages(struct journal *j, size_t *ret_pages, struct vm_erro
 struct census {
     size_t count, finished;
     struct uuid oldest_finished;
-    int64_t oldest_changed_ns;
+    int64_t oldest_changed_ns; /* of the finished ones */
+    int64_t newest_ns;         /* of all */
 };
 
 static bool is_finished(enum handover_record record)
@@ -342,7 +344,11 @@ static int take_census(struct journal *j, MDB_txn *txn, struct census *ret, stru
             continue;
         memcpy(attempt.bytes, key.mv_data, sizeof(attempt.bytes));
         /* A damaged record counts, and stays: only an operator may forget it. */
-        if (decode_record(&attempt, &value, &r, &hash, NULL) < 0 || !is_finished(r.record))
+        if (decode_record(&attempt, &value, &r, &hash, NULL) < 0)
+            continue;
+        if (r.changed_ns > ret->newest_ns)
+            ret->newest_ns = r.changed_ns;
+        if (!is_finished(r.record))
             continue;
         if (!ret->finished++ || r.changed_ns < ret->oldest_changed_ns) {
             ret->oldest_finished = attempt;
@@ -380,6 +386,16 @@ static int admit(struct journal *j, MDB_txn *txn, size_t blob_len, struct vm_err
 
 /* ---- The interface ---- */
 
+static int64_t stamp(struct journal *j)
+{
+    int64_t now = clock_wall_ns();
+    if (now > j->newest_ns)
+        j->newest_ns = now;
+    else if (j->newest_ns < INT64_MAX)
+        j->newest_ns++;
+    return j->newest_ns;
+}
+
 /* mend: what stands there now may be damaged. */
 static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *record, bool mend,
                   struct vm_error **err)
@@ -398,7 +414,7 @@ static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *
     } else if (missing->kind != VM_ERROR_CORRUPT || !mend) {
         return error_propagate(err, steal_ptr(&missing));
     }
-    r.changed_ns = clock_wall_ns();
+    r.changed_ns = stamp(j);
     if (!r.started_ns)
         r.started_ns = r.changed_ns;
     if (handover_record_is_settled(r.record))
@@ -455,7 +471,7 @@ static int advance_in(struct journal *j, MDB_txn *txn, const struct uuid *attemp
         hash = 0;
     }
     r.record = record;
-    r.changed_ns = clock_wall_ns();
+    r.changed_ns = stamp(j);
     if (vmm && vmm->pid < 0)
         return error_set(err, VM_ERROR_USAGE, "journal: the VMM is not named");
     if (vmm)
@@ -695,6 +711,18 @@ static int open_databases(struct journal *j, struct vm_error **err)
     return commit(j, txn, err);
 }
 
+static int learn_newest(struct journal *j, struct vm_error **err)
+{
+    struct census census;
+    MDB_txn *txn;
+    if (begin(j, MDB_RDONLY, &txn, err) < 0)
+        return -1;
+    int taken = take_census(j, txn, &census, err);
+    mdb_txn_abort(txn);
+    j->newest_ns = census.newest_ns;
+    return taken;
+}
+
 struct journal *journal_open(const char *path, struct vm_error **err)
 {
     CLEANUP(journal) struct journal *j = calloc(1, sizeof(*j));
@@ -722,7 +750,8 @@ struct journal *journal_open(const char *path, struct vm_error **err)
         error_wrap(err, "%s", path);
         return NULL;
     }
-    if (reserve_file(j, err) < 0 || sync_folder(path, err) < 0 || open_databases(j, err) < 0) {
+    if (reserve_file(j, err) < 0 || sync_folder(path, err) < 0 || open_databases(j, err) < 0 ||
+        learn_newest(j, err) < 0) {
         error_wrap(err, "%s", path);
         return NULL;
     }

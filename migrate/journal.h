@@ -26,6 +26,9 @@
  * "Forgetting"); they lose their blob, and then take less than 450 bytes. Forgetting one is never
  * unsafe: the agent answers UNKNOWN, and on UNKNOWN nobody starts a copy that the peer might run.
  *
+ * Order. Stamps are the wall clock's, but never older than those that stand in the journal already: when a clock that
+ * was ahead is set right, what comes after is still newer, by a nanosecond each, until the time has caught up.
+ *
  * A record read from disk is validated; one that is damaged is reported, never returned. Two agents
  * cannot open one journal (flock). Threads: any; calls exclude each other.
  */

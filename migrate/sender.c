@@ -728,7 +728,9 @@ static int wait_open(struct sender *s, struct channel_sender *channel, int64_t d
         int64_t step = clock_mono_ns() + OPEN_STEP_MS * NSEC_PER_MSEC;
         if (channel_sender_wait_open(channel, step < deadline_ns ? step : deadline_ns, &why) == 0)
             return 0;
-        if (why->kind != VM_ERROR_TIMEOUT || clock_mono_ns() >= deadline_ns)
+        int64_t now = clock_mono_ns();
+        /* A channel that gave up says so at once, perhaps with the same kind. */
+        if (why->kind != VM_ERROR_TIMEOUT || now < step || now >= deadline_ns)
             return error_propagate(err, why);
         error_free(why);
         if (io_latch_is_set(s->halt))

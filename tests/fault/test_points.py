@@ -37,6 +37,18 @@ EXCUSES = {
 }
 
 
+# What a case of each point must be, in each role in which it fails: one of these.
+KINDS = {'crash': {'crash'}, 'error': {'error', 'drop', 'corrupt'}, 'delay': {'delay', 'hang'}}
+# Those that cannot be, and why.
+LESS = {
+    r'(handover\.after\.\w+|attempt\.(born|recorded|ready|killed)|journal\.written|library\.called\.\w+)=error':
+        'nothing is done there that could fail',
+    r'clock\.wall=.*': 'a clock goes wrong, and does nothing else',
+    r'stream\.opaque=(crash|delay)': 'chooses how the stream is read, before there is one',
+    r'qmp\.migrate_cancel=delay': 'that of its answer is as long',
+}
+
+
 def held_by(path, names):
     """Which of these names a program file holds."""
     with open(path, 'rb') as file:
@@ -82,6 +94,33 @@ def test_the_library_has_its_own():
     assert not held_by(built(LIBRARY), IN_VMM)
 
 
+def cases():
+    for name in TABLES:
+        yield from read_table(os.path.join(os.path.dirname(os.path.abspath(__file__)), name))
+
+
+def faults_of(case):
+    """(point, role, kind) of all that a case arms."""
+    other = {'source': 'destination', 'destination': 'source'}[case.role]
+    yield case.point, case.role, case.kind
+    for role, key in ((case.role, 'with'), (other, 'peer')):
+        for name, fault in (spec.split('=', 1) for spec in case.options.get(key, '').split(',') if spec):
+            yield name, role, re.match('[a-z]+', fault).group()
+
+
+def test_each_point_has_a_crash_an_error_and_a_delay():
+    kinds = {}
+    for case in cases():
+        for point, role, kind in faults_of(case):
+            kinds.setdefault((point, role), set()).add(kind)
+    lacks = {f'{point}={kind} {role}' for (point, role), found in kinds.items() for kind, those in KINDS.items()
+             if not found & those and not any(re.fullmatch(less, f'{point}={kind}') for less in LESS)}
+    assert not lacks, sorted(lacks)
+    every = {kind for found in kinds.values() for kind in found}
+    assert every >= {'crash', 'error', 'delay', 'hang', 'drop', 'duplicate', 'corrupt', 'jump'}
+    assert any('ENOSPC' in case.fault for case in cases())
+
+
 def library_points():
     """Names of the library's points, which nobody can list."""
     with open(os.path.join(fault_build(), LIBRARY), 'rb') as file:
@@ -89,12 +128,7 @@ def library_points():
 
 
 def test_every_point_of_a_hand_over_has_a_case(points):
-    failing = set()
-    for name in TABLES:
-        for case in read_table(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)):
-            failing.add(case.point)
-            failing |= {spec.split('=')[0] for key in ('with', 'peer')
-                        for spec in case.options.get(key, '').split(',') if spec}
+    failing = {point for case in cases() for point, _, _ in faults_of(case)}
     known = set(points) | library_points()
     assert set(IN_VMM) < known
     assert not failing - known, 'points that do not exist'

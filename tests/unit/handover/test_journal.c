@@ -227,6 +227,44 @@ static void recovery_visits_every_record_oldest_first(void **state)
         assert_true(uuid_equal(&seen.attempts[i], &records[3 - i].attempt));
 }
 
+#ifdef VMMIG_FAULTS
+static int64_t put_now(struct journal *j, struct journal_record *ret)
+{
+    *ret = a_record(HANDOVER_REC_PREPARING);
+    put(j, ret);
+    struct journal_record out = get(j, &ret->attempt);
+    journal_record_finish(&out);
+    assert_true(out.started_ns == out.changed_ns);
+    return out.changed_ns;
+}
+
+/* A clock that was a day ahead, and is set right: what comes after is newer all the same. */
+static void what_comes_later_is_newer_whatever_the_clock_says(void **state)
+{
+    (void)state;
+    struct journal_record records[4];
+    struct seen seen = {0};
+    int64_t stamps[4];
+    CLEANUP(journal) struct journal *j = open_journal();
+    stamps[0] = put_now(j, &records[0]);
+    fault_arm("clock.wall=jump:86400000@*", NULL);
+    stamps[1] = put_now(j, &records[1]);
+    fault_arm("", NULL);
+    stamps[2] = put_now(j, &records[2]);
+    journal_close(steal_ptr(&j));
+    j = open_journal();
+    stamps[3] = put_now(j, &records[3]);
+    advance(j, &records[0].attempt, HANDOVER_REC_NEVER);
+    struct journal_record changed = get(j, &records[0].attempt);
+    assert_true(changed.changed_ns > stamps[3]);
+    journal_record_finish(&changed);
+    assert_true(stamps[1] > stamps[0] + 80000 * NSEC_PER_SEC);
+    assert_int_equal(journal_each(j, remember, &seen, NULL), 0);
+    for (int i = 0; i < 4; i++)
+        assert_true(uuid_equal(&seen.attempts[i], &records[i].attempt));
+}
+#endif
+
 static int remove_each(const struct journal_record *record, const struct vm_error *damage,
                        void *arg, struct vm_error **err)
 {
@@ -672,6 +710,7 @@ int main(void)
         TEST(a_record_survives_kill_9_right_after_the_call),
         TEST(commits_are_synchronous),
 #ifdef VMMIG_FAULTS
+        TEST(what_comes_later_is_newer_whatever_the_clock_says),
         TEST(a_crash_in_a_write_leaves_the_old_or_the_new_record),
         TEST(a_failed_write_changes_nothing_and_a_doubtful_one_ends_the_agent),
 #endif
