@@ -2,7 +2,8 @@
 """What the attach driver reaches: migrations beside QEMU's multifd, the cost of tracking, and how near the machine's
 limits that is, all in one run.
 
-    /usr/bin/python3 tests/bench/attach.py [--part side-by-side|tracking]... [--rounds N] [--gib N]... [--json FILE]
+    /usr/bin/python3 tests/bench/attach.py [--part side-by-side|tracking]... [--rounds N] [--others PERCENT]
+                                            [--gib N]... [--json FILE]
 
 side-by-side: the self-checking guest with 2 GiB, half of which does not compress, once in vmmig-vmm and once in QEMU,
 dirtying 1 MiB/s, then 200 MiB/s. vmmig and QEMU's multifd (2 channels, no TLS) move them in turn, A B A B, between two
@@ -14,7 +15,10 @@ test hosts of one machine, which a veth pair connects. The guest that is not mov
                  was copied
     MiB_per_s    guest memory by copy_ms
     cpu_s_per_GiB    CPU of both agents and both VMMs without their vCPUs, by guest memory
-    others_pct   what everything else on the machine used of its CPUs meanwhile: above a few, do not trust the run
+    huge_MiB     of the destination's guest memory that is in huge pages: QEMU asks for them, and gets what the
+                 machine's memory is not too fragmented for
+    others_pct   what everything else on the machine used of its CPUs meanwhile: above a few, do not trust the run.
+                 --others PERCENT: a run beside which more did is not counted, another one follows, up to 6 times
 tracking: tests/bench/tracking.c, for each driver and size.
 limits: tests/bench/limits.c, and the share of them that the migration reaches.
 
@@ -22,11 +26,14 @@ Prints tables with medians and ratios. VMMIG_BUILD names the build folder. Anoth
 side_by_side(), tracking() and limits(), which return what --json writes.
 """
 import argparse
+import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -35,15 +42,21 @@ sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE),
 from agents import Cluster  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
 from lab.guests import built  # noqa: E402
-from migrate import Race, cpu_of  # noqa: E402
+from migrate import HZ, Race, cpu_of, cpu_times, undisturbed  # noqa: E402
 
 MEMORY_MIB = 2048
 DIRTY = {1: {'dirty_mib': 64, 'rate_mbps': 1}, 200: {'dirty_mib': 256, 'rate_mbps': 210}}
-METRICS = ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'MiB_per_s', 'cpu_s_per_GiB', 'wire_MB', 'others_pct')
+METRICS = ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'MiB_per_s', 'cpu_s_per_GiB', 'wire_MB', 'huge_MiB',
+           'others_pct')
 DRIVERS = ('bitmap', 'ring', 'plain')
 # What is promised: metric, dirty rate, how vmmig compares with QEMU (or with a number).
 PROMISES = (('MiB_per_s', None, '>=', 2, 'QEMU'), ('cpu_s_per_GiB', None, '<=', 0.5, 'QEMU'),
             ('pause_ms', 1, '<=', 10, None), ('pause_ms', 200, '<=', 1, 'QEMU'))
+
+
+def huge_mib(pid):
+    with open(f'/proc/{pid}/smaps_rollup', encoding='ascii') as file:
+        return sum(int(kib) for kib in re.findall(r'^(?:AnonHuge|ShmemPmdMapped).*?(\d+) kB', file.read(), re.M)) / 1024
 
 
 class HandOverRace(Race):
@@ -55,11 +68,46 @@ class HandOverRace(Race):
 
     def run(self, tool):
         run = super().run(tool)
-        return {**run, 'stall_ms': self.stall * 1000}
+        return {**run, 'stall_ms': self.stall * 1000, 'huge_MiB': sum(map(huge_mib, self.vmm_pids()))}
+
+
+class Watch(threading.Thread):
+    """The CPU seconds of a process until it ends, or until stop()."""
+
+    def __init__(self, pid):
+        super().__init__()
+        self.pid, self.over = pid, threading.Event()
+        self.first = self.last = cpu_times(f'/proc/{pid}/stat') / HZ
+        self.start()
+
+    def run(self):
+        while not self.over.wait(0.01):
+            with contextlib.suppress(OSError):
+                self.last = cpu_times(f'/proc/{self.pid}/stat') / HZ
+
+    def stop(self):
+        self.over.set()
+        self.join()
+        return self.last - self.first
 
 
 class AttachRace(HandOverRace):
-    """A guest of vmmig-vmm that vmmig moves."""
+    """A guest of vmmig-vmm that vmmig moves. Its VMMs are the agents' children and no longer this program's: what
+    they use is no other's, either."""
+
+    def run(self, tool):
+        run = super().run(tool)
+        share = 100 * self.vmms / (run['total_ms'] / 1000 * os.cpu_count())
+        return {**run, 'others_pct': max(0, run['others_pct'] - share)}
+
+    def send(self, options):
+        watch = Watch(self.here.json('status', self.vm.name)['pid'])
+        try:
+            sent = super().send(options)
+        finally:
+            self.vmms = watch.stop()
+        self.vmms += cpu_times(f"/proc/{self.there.json('status', self.vm.name)['pid']}/stat") / HZ
+        return sent
 
     def boot(self):
         super().boot()
@@ -79,12 +127,13 @@ class AttachRace(HandOverRace):
 
 def per_guest(run):
     gib = MEMORY_MIB / 1024
-    return {**{metric: run[metric] for metric in ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'others_pct')},
+    return {**{metric: run[metric] for metric in ('total_ms', 'copy_ms', 'pause_ms', 'stall_ms', 'huge_MiB',
+                                             'others_pct')},
             'MiB_per_s': MEMORY_MIB * 1000 / run['copy_ms'], 'cpu_s_per_GiB': run['cpu_s'] / gib,
             'wire_MB': run['wire_bytes'] / 1e6}
 
 
-def side_by_side(rounds=3, rates=(1, 200)):
+def side_by_side(rounds=3, rates=(1, 200), others=100):
     """{rate: {'vmmig': [run...], 'qemu': [run...]}}"""
     found = {}
     with Cluster(plain=True, start=False) as cluster:
@@ -104,7 +153,7 @@ def side_by_side(rounds=3, rates=(1, 200)):
                 for name, race in races.items():
                     race.let_run(True)
                     race.console.wait_ticks(50)
-                    run = per_guest(race.run(tools[name]))
+                    run = per_guest(undisturbed(race, tools[name], others if number else 100))
                     race.let_run(False)
                     if number:
                         found[rate][name].append(run)
@@ -156,7 +205,7 @@ def show_side_by_side(found, limit):
                      for m in METRICS)
             print(f'{tool:8}' + ''.join(f'{cell:>24}' for cell in cells))
         print(f'{"ratio":8}' + ''.join(f'{median(tools["vmmig"], m) / median(tools["qemu"], m):>24.2f}'
-                                 for m in METRICS if m != 'others_pct'))
+                                 for m in METRICS if m not in ('huge_MiB', 'others_pct')))
     print()
     for row in promises(found):
         print(f'{row["metric"]} at {row["dirty_MiB_per_s"]} MiB/s{" by QEMU" if row["of"] else ""}: '
@@ -182,6 +231,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--part', action='append', choices=['side-by-side', 'tracking'])
     parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--others', type=float, default=100, metavar='PERCENT')
     parser.add_argument('--rate', type=int, action='append', choices=list(DIRTY))
     parser.add_argument('--gib', type=int, action='append')
     parser.add_argument('--json', metavar='FILE')
@@ -189,7 +239,7 @@ def main():
     parts = options.part or ['side-by-side', 'tracking']
     said = {'machine': {'cpus': os.cpu_count(), 'kernel': os.uname().release}, 'limits': limits()}
     if 'side-by-side' in parts:
-        found = side_by_side(options.rounds, options.rate or tuple(DIRTY))
+        found = side_by_side(options.rounds, options.rate or tuple(DIRTY), options.others)
         show_side_by_side(found, said['limits'])
         said.update(side_by_side=found, promises=promises(found))
     if 'tracking' in parts:
