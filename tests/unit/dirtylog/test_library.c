@@ -9,9 +9,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -832,6 +835,91 @@ static void memory_beyond_all_measure_is_refused(void **state)
     }
 }
 
+/* ---- A VMM whose answers make no sense ---- */
+
+enum { UNASKED, GARBLED, ANOTHER, GOOD, KINDS_OF_ANSWERS };
+
+struct babbler {
+    int listener;
+    atomic_uint welcomed; /* connections whose greeting is complete */
+};
+
+static void say(int fd, unsigned type, const ProtobufCMessage *message)
+{
+    cleanup_buffer struct buffer out = {0};
+    attach_pack(type, message, &out, NULL);
+    send(fd, out.data, out.len, MSG_NOSIGNAL);
+}
+
+static void babble(struct babbler *b, int fd, unsigned kind)
+{
+    char request[256];
+    Vmmig__Attach__Welcome w = VMMIG__ATTACH__WELCOME__INIT;
+    Vmmig__Attach__State now = VMMIG__ATTACH__STATE__INIT;
+    w.version = ATTACH_VERSION_MAX;
+    w.pid = 1;
+    w.n_vcpus = 1;
+    w.vmm = w.machine = w.tracking = (char[]){"babbler"};
+    now.state = VMMIG__ATTACH__RUN_STATE__RUN_RUNNING;
+    if (recv(fd, request, sizeof(request), 0) <= 0)
+        return;
+    say(fd, VMMIG__ATTACH__TYPE__WELCOME, &w.base);
+    if (kind == UNASKED)
+        say(fd, VMMIG__ATTACH__TYPE__OK, NULL);
+    atomic_fetch_add(&b->welcomed, 1);
+    while (recv(fd, request, sizeof(request), 0) > 0) {
+        if (kind == GARBLED)
+            send(fd, "VMMG and nonsense", 17, MSG_NOSIGNAL);
+        else
+            say(fd, kind == ANOTHER ? VMMIG__ATTACH__TYPE__OK : VMMIG__ATTACH__TYPE__STATE,
+                kind == ANOTHER ? NULL : &now.base);
+    }
+}
+
+static void *babbler_main(void *arg)
+{
+    struct babbler *b = arg;
+    for (unsigned kind = 0; kind < KINDS_OF_ANSWERS; kind++) {
+        int fd = accept(b->listener, NULL, NULL);
+        babble(b, fd, kind);
+        close(fd);
+    }
+    return NULL;
+}
+
+/* None of it is taken for an answer; the connection after that is as good as a first one. */
+static void answers_that_make_no_sense_end_what_was_asked(void **state)
+{
+    static const char *const said[] = {[UNASKED] = "the VMM said something that it was not asked",
+                                       [GARBLED] = "",
+                                       [ANOTHER] = "the VMM answered OK, not STATE"};
+    struct babbler b = {.listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)};
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    pthread_t thread;
+    snprintf(address.sun_path, sizeof(address.sun_path), "/tmp/vmmig-babbler-%d", getpid());
+    assert_return_code(bind(b.listener, (struct sockaddr *)&address, sizeof(address)), errno);
+    assert_return_code(listen(b.listener, 1), errno);
+    assert_int_equal(pthread_create(&thread, NULL, babbler_main, &b), 0);
+    struct attach *a = attach_connect(address.sun_path, 5000, &err);
+    assert_string_equal(error_message(err), "no error");
+    while (!atomic_load(&b.welcomed))
+        sched_yield();
+    for (unsigned kind = 0; kind < GOOD; kind++) {
+        assert_int_equal(guest_status(attach_guest(a), &status, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_PROTOCOL);
+        assert_non_null(strstr(error_message(err), said[kind]));
+        error_clear(&err);
+    }
+    assert_int_equal(guest_status(attach_guest(a), &status, &err), 0);
+    assert_int_equal(status.state, GUEST_RUNNING);
+    attach_destroy(a);
+    pthread_join(thread, NULL);
+    close(b.listener);
+    unlink(address.sun_path);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -857,6 +945,7 @@ int main(void)
         cmocka_unit_test(a_qemu_is_told_from_such_a_vmm),
         cmocka_unit_test(a_destination_must_be_the_same_machine_and_wait),
         cmocka_unit_test(memory_beyond_all_measure_is_refused),
+        cmocka_unit_test(answers_that_make_no_sense_end_what_was_asked),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
