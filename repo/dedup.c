@@ -5,6 +5,7 @@
 
 enum {
     HITS_MAX = 4, /* places of one page that are considered */
+    NEXT_WORTH = 16, /* known pages for each unknown one, or it is rather new */
     KEYS_MAX = DEDUP_BATCH * (SEGMENT_PAGES + SEGMENT_EXTENTS),
     TALLY_SIZE = 2 * SEGMENT_PAGES * HITS_MAX,
 };
@@ -185,6 +186,24 @@ static int load_candidates(struct dedup *d, struct vm_error **err)
     return footer_cache_load(d->cache, packs, n, err);
 }
 
+/*
+ * A writer gathers single new pages into records of their own, which may come into its next pack. So
+ * where a few pages of a segment are missing, the packs behind those of its other pages are looked at.
+ */
+static void vote_next(struct dedup *d, struct segment *s)
+{
+    unsigned known = 0, unknown = 0;
+    find_in_cache(d, s);
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        known += s->state[i] == PAGE_KNOWN;
+        unknown += s->state[i] == PAGE_UNKNOWN;
+    }
+    if (unknown && unknown <= known / NEXT_WORTH)
+        for (unsigned i = 0; i < SEGMENT_PAGES; i++)
+            if (s->state[i] == PAGE_KNOWN && !s->hits[i].footer->own)
+                vote(d, s->hits[i].footer->footer.pack + 1);
+}
+
 int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struct vm_error **err)
 {
     bool any_before = false;
@@ -211,6 +230,10 @@ int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struc
         d->stat.index_hits++;
         vote(d, get_le64(d->keys[i].value));
     }
+    if (load_candidates(d, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n; i++)
+        vote_next(d, segments[i]);
     return load_candidates(d, err);
 }
 

@@ -235,6 +235,9 @@ static int place_whole(struct image_writer *w, struct segment *s, unsigned exten
     struct page_id ids[EXTENT_PAGES];
     struct record_place place;
     unsigned n = 0, first = extent * EXTENT_PAGES;
+    /* What was gathered so far belongs into the pack of its neighbours: whoever finds them finds it. */
+    if (w->filling.record && pack_writer_is_last(w->packs) && emit_filling(w, err) < 0)
+        return -1;
     uint8_t *pages = pack_writer_page_memory(w->packs, err);
     if (!pages)
         return -1;

@@ -309,18 +309,18 @@ static void close_current(struct pack_writer *pw)
 }
 
 /*
- * Could the pack take one more record, if none of those in flight shrinks? Waits for compression to
+ * Could the pack take n more records, if none of those in flight shrinks? Waits for compression to
  * tell.
  */
-static bool has_room(struct pack_writer *pw, struct open_pack *p)
+static bool has_room(struct pack_writer *pw, struct open_pack *p, unsigned n)
 {
-    if (p->footer->footer.n_pages + RECORD_PAGES_MAX > PACK_PAGES_MAX ||
-        p->n_emitted == PACK_RECORDS_MAX)
+    if (p->footer->footer.n_pages + n * RECORD_PAGES_MAX > PACK_PAGES_MAX ||
+        p->n_emitted + n > PACK_RECORDS_MAX)
         return false;
     SCOPE_LOCK(&pw->lock);
     for (;;) {
         size_t at_most =
-            p->body.len + (p->n_emitted - p->n_laid + 1ul) * (RECORD_MAX + RECORD_ALIGN);
+            p->body.len + (p->n_emitted - p->n_laid + (size_t)n) * (RECORD_MAX + RECORD_ALIGN);
         if (at_most <= PACK_FULL || failure_is_set(pw->s.failure))
             return true;
         if (p->body.len >= PACK_GOOD || p->n_laid == p->n_emitted)
@@ -351,11 +351,16 @@ static int note_entries(struct open_pack *p, const struct page_id *ids, unsigned
     return 0;
 }
 
+bool pack_writer_is_last(struct pack_writer *pw)
+{
+    return pw->current && !has_room(pw, pw->current, 2);
+}
+
 int pack_writer_emit(struct pack_writer *pw, uint8_t *pages, const struct page_id *ids, unsigned n,
                      uint16_t mask, const struct page_id *extent, struct record_place *ret_place,
                      struct vm_error **err)
 {
-    if (pw->current && !has_room(pw, pw->current))
+    if (pw->current && !has_room(pw, pw->current, 1))
         close_current(pw);
     struct record_job *job = NULL;
     if ((!pw->current && open_next(pw, err) < 0) ||

@@ -50,6 +50,8 @@ struct record_place {
     uint32_t record;
 };
 
+/* Is the next record the last one that the pack being filled is sure to take, or is it full? */
+bool pack_writer_is_last(struct pack_writer *pw);
 /*
  * Hand over a record: `pages` from pack_writer_page_memory with n pages, their identities, and for
  * an extent that is stored whole its mask and identity (0 and NULL otherwise).

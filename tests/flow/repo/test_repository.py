@@ -273,6 +273,20 @@ def test_a_killed_import_leaves_nothing_once_collected(repository, raw):
     assert stat['packs'] + stat['trees'] == 0
 
 
+def test_a_second_import_finds_what_the_first_one_scattered(dir_repository, tmp_path):
+    """Single new pages are gathered into records of their own, and few of them are in the index: they are found by what lay
+    beside them."""
+    path, rng = tmp_path / 'scattered.raw', random.Random(3)
+    with open(path, 'wb') as f:
+        for _ in range(128):
+            f.write(rng.randbytes(MIB // 2) + bytes(MIB // 4) + rng.randbytes(4096) + bytes(MIB // 4 - 4096))
+    first, = dir_repository.run('import', path, 'first', 'raw')
+    again, = dir_repository.run('import', path, 'again', 'raw')
+    print(first, again)
+    assert first['new'] == 128 * 129
+    assert again['new'] < first['new'] / 1000 and again['stored'] < first['stored'] / 1000
+
+
 def anonymous_peak(process):
     """MiB of memory that is the process's own, at most, until it ends; looked at every ms or so."""
     peak = 0
