@@ -45,7 +45,6 @@ LESS = {
         'nothing is done there that could fail',
     r'clock\.wall=.*': 'a clock goes wrong, and does nothing else',
     r'stream\.opaque=(crash|delay)': 'chooses how the stream is read, before there is one',
-    r'qmp\.migrate_cancel=delay': 'that of its answer is as long',
 }
 
 
