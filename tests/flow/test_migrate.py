@@ -2,11 +2,13 @@
 """A QEMU guest moves between two agents, as its user, its console and its own self-check see it."""
 import contextlib
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 from agents import Cluster, eventually
-from lab import (BareGuest, LinuxGuest, check_disk, huge_pages, judge, linux_guest, make_disk, make_vars)
+from lab import (HEARTBEAT_PORT, BareGuest, LinuxGuest, check_disk, huge_pages, judge, linux_guest, make_disk, make_vars)
 
 MIB = 1 << 20
 
@@ -360,6 +362,45 @@ def test_a_guest_with_firmware_moves(cluster, guests, linux):
     send(cluster.agents[0], 'h2', 'ovmf')
     console.wait_ticks(3)
     assert console.check(after=mark) == ['h1', 'h2']
+
+
+# Says so when a guest that just came there announces itself (RARP) to the network.
+SNIFFER = '''
+import socket, sys
+sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # all: a bridge's port shows no others
+sniffer.bind((sys.argv[1], 0))
+sniffer.settimeout(30)
+print('listening', flush=True)
+while (frame := sniffer.recv(2048))[12:14].hex() != '8035':
+    pass
+print('announced', frame[6:12].hex(':'), flush=True)
+'''
+
+
+def test_linux_keeps_its_network(linux):
+    """Its tap has another name there, where it is announced to the network; no datagram of the guest's is lost."""
+    kernel, initrd = linux
+    with Cluster(start=False) as cluster:
+        a1, a2 = cluster.agents
+        a1.host.add_tap('tap1')
+        a2.host.add_tap('tap9')
+        a2.options['map tap1'] = 'tap9'
+        for agent in cluster.agents:
+            agent.start()
+        vm = LinuxGuest('online', kernel=kernel, initrd=initrd, network=1)
+        heartbeats = cluster.udp(HEARTBEAT_PORT)
+        console = boot(cluster, vm)
+        heartbeats.wait_ticks(20)
+        sniffer = a2.host.popen([sys.executable, '-c', SNIFFER, 'tap9'], stdout=subprocess.PIPE, text=True)
+        assert sniffer.stdout.readline() == 'listening\n'
+        mark, heartbeat_mark = console.mark(), heartbeats.mark()
+        send(a1, 'h2', 'online')
+        assert sniffer.stdout.readline().startswith('announced 52:54:')
+        heartbeats.wait_ticks(20)
+        console.wait_ticks(3)
+        assert console.check(after=mark) == ['h1', 'h2']
+        assert not heartbeats.missing(after=heartbeat_mark)
+        end(cluster, 'online')
 
 
 def test_guest_pages_are_charged_to_the_vmm():
