@@ -24,7 +24,7 @@ def boot(cluster, vm, agent=None):
     agent = agent or cluster.agents[0]
     console = cluster.console(vm.name)
     agent.host.popen(vm.argv(), name=vm.name)
-    console.wait_for('ready', timeout=60)
+    console.wait_for('ready', timeout=60 + vm.mem_mib // 20)  # a guest fills its memory first
     agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
     return console
 
@@ -369,7 +369,7 @@ SNIFFER = '''
 import socket, sys
 sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))  # all: a bridge's port shows no others
 sniffer.bind((sys.argv[1], 0))
-sniffer.settimeout(30)
+sniffer.settimeout(120)
 print('listening', flush=True)
 while (frame := sniffer.recv(2048))[12:14].hex() != '8035':
     pass
