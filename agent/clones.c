@@ -145,7 +145,7 @@ int clones_handle_mount(struct control_session *s, const struct control_message 
     bool own = !strcmp(m->mount->dir, agent->config->mount_dir);
     /* Without a repository there is nothing to show: say so now. */
     if (!repository_get(agent->repository, err) ||
-        (own ? mount_ensure(agent->mount, err) : mount_bind(agent->mount, m->mount->dir, err)) < 0)
+        (own ? mount_ensure(agent->mount, err) : mount_bind(agent->mount, m->mount->dir, control_peer_uid(s), err)) < 0)
         return -1;
     if (!own)
         log_info("mounted the repository", "dir=%s", log_q(m->mount->dir));

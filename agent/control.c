@@ -54,6 +54,11 @@ int control_take_fd(struct control_session *s)
     return steal_fd(&s->passed_fd);
 }
 
+uid_t control_peer_uid(const struct control_session *s)
+{
+    return s->uid;
+}
+
 bool control_peer_is_owner(const struct control_session *s)
 {
     return s->uid == 0 || s->uid == geteuid();

@@ -37,6 +37,7 @@ int control_reply(struct control_session *s, unsigned type, const ProtobufCMessa
                   struct vm_error **err);
 /* The descriptor that came with the request, which is the caller's from then on; -1: none. */
 int control_take_fd(struct control_session *s);
+uid_t control_peer_uid(const struct control_session *s);
 /* Is the client root or the agent's own user, and not just a member of the control group? */
 bool control_peer_is_owner(const struct control_session *s);
 /* A latch: the agent stops. */

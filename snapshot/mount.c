@@ -363,27 +363,34 @@ int mount_ensure(struct mount *m, struct vm_error **err)
     return m->adopted ? 0 : adopt(m, &state, err);
 }
 
-static bool is_empty(const char *dir)
+static bool is_empty(int fd)
 {
-    DIR *d = opendir(dir);
+    int own = openat(fd, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *d = own < 0 ? NULL : fdopendir(own);
     unsigned n = 0;
     while (d && readdir(d))
         n++;
     if (d)
         closedir(d);
-    return n <= 2;
+    return d && n <= 2;
 }
 
-int mount_bind(struct mount *m, const char *dir, struct vm_error **err)
+/* By its descriptor: what is looked at is what is mounted over, whatever becomes of the path. */
+int mount_bind(struct mount *m, const char *dir, uid_t owner, struct vm_error **err)
 {
     struct stat st;
-    if (stat(dir, &st) < 0)
+    char path[32];
+    cleanup_close int fd = open(dir, O_PATH | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &st) < 0)
         return error_errno(err, errno, "%s", dir);
-    if (!S_ISDIR(st.st_mode) || !is_empty(dir))
+    if (owner && st.st_uid != owner)
+        return error_set(err, VM_ERROR_DENIED, "%s belongs to another user (%u)", dir, st.st_uid);
+    if (!S_ISDIR(st.st_mode) || !is_empty(fd))
         return error_set(err, VM_ERROR_CONFLICT, "%s is not an empty folder", dir);
     if (mount_ensure(m, err) < 0)
         return -1;
-    if (mount(m->setup.folder, dir, NULL, MS_BIND, NULL) < 0)
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+    if (mount(m->setup.folder, path, NULL, MS_BIND, NULL) < 0)
         return error_errno(err, errno, "cannot mount at %s", dir);
     return 0;
 }

@@ -6,7 +6,7 @@
  *     CLEANUP(mount) struct mount *m = mount_create(&setup, &err);
  *     mount_ensure(m, &err);                    start the holder, or adopt the one that is there
  *     mount_path(m, "t:debian12@0f..", "memory.raw", path)
- *     mount_bind(m, "/mnt/images", &err)        the same tree at one more place
+ *     mount_bind(m, "/mnt/images", uid, &err)   the same tree at one more place
  *
  * A holder that is adopted gets the setup's cache-size and read-timeout. One that is adopted and whose fetchers are of another version of vmmig gets new ones
  * (MOUNT_REFRESH); the holder itself stays as it is until nobody uses the mount. A dead holder
@@ -63,8 +63,8 @@ bool mount_parse(const struct mount *m, const char *path, char ret_image[MOUNT_N
  */
 bool mount_has(const struct mount *m, const char *path, pid_t pid, char ret_image[MOUNT_NAME_MAX + 1],
                char ret_file[MOUNT_FILE_NAME_MAX + 1]);
-/* `dir` must be an empty folder. */
-int mount_bind(struct mount *m, const char *dir, struct vm_error **err);
+/* `dir` must be an empty folder, and that of `owner` unless that is root. */
+int mount_bind(struct mount *m, const char *dir, uid_t owner, struct vm_error **err);
 /* What was bound there goes. REFUSED if that is no tree of images; CONFLICT while it is in use. */
 int mount_unbind(const char *dir, struct vm_error **err);
 

@@ -290,14 +290,15 @@ static const struct cli_command commands[] = {
      "with the template and all its clones until it writes. It gets a new UUID, a new VM "
      "generation ID where the guest has the device, and new MAC addresses; what the running guest "
      "does not notice of that is said. One of a VMM that links libvmmig-attach gets a name of its "
-     "own, if its command line has one, and can be neither sent nor snapshotted.\n\n"
+     "own, if its command line has one.\n\n"
      "    vmmig clone debian12:v3 --as web2\n"
      "    vmmig clone debian12:v3 --as worker --count 8",
      run_clone},
     {"mount", "DIR", 1, 1, false, NULL, "show all images as files",
-     "Make DIR, an empty folder, show every image of the repository as a folder of plain files: "
-     "disk0.raw, memory.raw and so on. '/' in an image's name is written %2F. Files are read as "
-     "they are needed, and cached once per host; they cannot be written.",
+     "Make DIR, an empty folder of yours, show every image of the agent's repository as a folder of plain "
+     "files: disk0.raw, memory.raw and so on. '/' in an image's name is written %2F. Files are read as "
+     "they are needed, and cached once per host; they cannot be written. Files of another repository, or "
+     "on a host without an agent: `vmmig image export --repo URL`.",
      run_mount},
     {"unmount", "DIR", 1, 1, false, NULL, "end a mount",
      "End a mount that `vmmig mount` made. Refused while somebody uses it.", run_unmount},

@@ -46,7 +46,8 @@ class Mount:
 
     def start(self, faults=None):
         folder = os.path.join(fault_build() if faults else build(), 'snapshot')
-        env = dict(os.environ, **({'VMMIG_FAULTS': faults} if faults else {}))
+        # Memory that was freed does not look as if it were still what it was.
+        env = dict(os.environ, MALLOC_PERTURB_='165', **({'VMMIG_FAULTS': faults} if faults else {}))
         with open(self.log_path, 'ab') as log:
             self.process = subprocess.Popen(
                 [f'{folder}/vmmig-mount', '--mount', self.path, '--repository', self.url, '--cache', self.cache,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Templates and clones, as their user sees them."""
 import contextlib
+import grp
 import hashlib
 import os
 import pwd
@@ -13,6 +14,7 @@ import pytest
 from agents import Cluster, eventually
 from lab import BareGuest
 from lab.guests import built
+from lab.hosts import inside
 
 MIB = 1 << 20
 REPO = '/var/lib/vmmig/repo'
@@ -361,6 +363,29 @@ def test_the_images_at_one_more_place(agent, template):
     assert f't:debian12@{template["digest"]}' in agent.host.run(['ls', '/run/more']).split()
     agent.vmmig('unmount', '/run/more')
     assert agent.host.run(['ls', '-A', '/run/more']) == ''
+
+
+def test_members_of_the_control_group_mount_over_their_own_folders(agent, template):
+    """And over nobody else's, where they would hide what is there."""
+    member = grp.getgrnam('nogroup').gr_gid
+    agent.stop()
+    agent.options['control-group'] = 'nogroup'
+    agent.start()
+    for folder, owner in (('/run/theirs', 65534), ('/run/roots', 0)):
+        os.makedirs(agent.host.path(folder))
+        os.chown(agent.host.path(folder), owner, owner and member)
+
+    def mount_as_member(folder):
+        words = ['setpriv', '--reuid=65534', f'--regid={member}', '--clear-groups', built('tools/vmmig'), 'mount', folder]
+        return subprocess.run(inside(agent.host.pid, words), capture_output=True, text=True, check=False)
+    refused = mount_as_member('/run/roots')
+    assert refused.returncode == 7 and '/run/roots belongs to another user (0)' in refused.stderr, refused
+    assert mount_as_member('/run/theirs').returncode == 0
+    assert f't:debian12@{template["digest"]}' in agent.host.run(['ls', '/run/theirs']).split()
+    agent.vmmig('unmount', '/run/theirs')
+    agent.stop()
+    del agent.options['control-group']
+    agent.start()
 
 
 def test_no_space_for_the_overlay(agent, template):

@@ -158,11 +158,14 @@ def test_fetchers_die_as_often_as_they_like(url, raw, mounts):
     ended = threading.Event()
 
     def killer():
+        """One after the other, when it has brought something."""
+        fetched = -1
         while not ended.is_set():
-            pid = m.status().get('fetcher_pid')
-            if pid:
-                os.kill(pid, signal.SIGKILL)
-            ended.wait(.15)
+            seen = m.status()
+            if seen.get('fetcher_pid') and seen['fetched_bytes'] > fetched:
+                fetched = seen['fetched_bytes']
+                os.kill(seen['fetcher_pid'], signal.SIGKILL)
+            ended.wait(.02)
     thread = threading.Thread(target=killer)
     thread.start()
     try:
@@ -375,6 +378,37 @@ def test_a_lease_that_came_too_late_is_dropped(url, raw, mounts):
     assert failed.value.errno == errno.EIO
     assert leases(url) == ['a']
     eventually('no lease', lambda: leases(url) == [])
+
+
+KEPT = 128  # images of which the holder remembers what it has, if nobody uses them
+
+
+def test_an_answer_about_an_image_that_was_long_forgotten(url, raw, tmp_path, mounts):
+    """A read was given up, its image deleted, and so many others looked at that nothing reminds of it: then its data
+    comes."""
+    small = tmp_path / 'small.raw'
+    small.write_bytes(random.Random(5).randbytes(CHUNK))
+    names = [f'other{i}' for i in range(KEPT + 2)]
+    store(url, ','.join(names), disk0_raw=small)
+    store(url, 'a', disk0_raw=raw)
+    m = mounts(url, options=['--read-timeout', '1000'])
+    with open(m.file('a'), 'rb', buffering=0) as f:
+        former = m.status()['fetcher_pid']
+        os.kill(former, signal.SIGSTOP)
+        with pytest.raises(OSError):
+            os.pread(f.fileno(), CHUNK, 0)
+    mount_tool('refresh', m.socket)
+    eventually('another fetcher', lambda: m.status()['fetcher_pid'] not in (0, former))
+    repo_tool(url, 'delete', 'a')
+    eventually('nothing of that name', lambda: not os.path.exists(m.file('a')))
+    for name in names:
+        assert os.path.getsize(m.file(name)) == CHUNK
+    assert m.status()['fetched_bytes'] == 0
+    os.kill(former, signal.SIGCONT)
+    eventually('the answer', lambda: m.status()['fetched_bytes'] > 0)
+    eventually('the end of who gave it', lambda: not os.path.exists(f'/proc/{former}'))
+    assert filecmp.cmp(m.file(names[0]), small, shallow=False)
+    assert m.status()['pid'] == m.process.pid
 
 
 def test_foreign_files_in_the_cache_are_told_and_left(url, raw, tmp_path, mounts):

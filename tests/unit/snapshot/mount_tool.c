@@ -44,18 +44,31 @@ static int store_file(struct image_session *s, char *word, struct vm_error **err
     return 0;
 }
 
-static int run_store(int argc, char **argv, struct vm_error **err)
+static int store_one(struct repo *r, const char *name, int n, char **files, struct vm_error **err)
 {
     struct import_report report;
-    CLEANUP(repo) struct repo *r = repo_open(argv[2], err);
-    CLEANUP(image_session)
-    struct image_session *s = r ? image_session_begin(r, argv[3], NULL, err) : NULL;
+    CLEANUP(image_session) struct image_session *s = image_session_begin(r, name, NULL, err);
     if (!s)
         return -1;
-    for (int i = 4; i < argc; i++)
-        if (store_file(s, argv[i], err) < 0)
+    for (int i = 0; i < n; i++) {
+        cleanup_free char *word = strdup(files[i]);
+        if (!word)
+            return error_nomem(err);
+        if (store_file(s, word, err) < 0)
             return -1;
+    }
     return image_session_commit(s, &report, err);
+}
+
+/* NAME may be several, with commas between them. */
+static int run_store(int argc, char **argv, struct vm_error **err)
+{
+    CLEANUP(repo) struct repo *r = repo_open(argv[2], err);
+    char *rest = argv[3];
+    while (r && rest)
+        if (store_one(r, strsep(&rest, ","), argc - 4, argv + 4, err) < 0)
+            return -1;
+    return r ? 0 : -1;
 }
 
 static int print_lease(const struct lease *lease, void *arg, struct vm_error **err)
