@@ -3,12 +3,13 @@
 import contextlib
 import grp
 import hashlib
+import json
 import os
 import pwd
 import shutil
 import signal
 import subprocess
-import time
+import threading
 
 import pytest
 from agents import Cluster, eventually
@@ -179,21 +180,59 @@ def fetchers(agent):
     return [pid for pid, argv in agent.host.processes().items() if os.path.basename(argv[0]) == 'vmmig-fetch']
 
 
-def test_a_clone_runs_on_though_fetchers_die(agent, template):
+@contextlib.contextmanager
+def dying_fetchers(agent):
+    """Each one is killed when it has brought something. Gives the list of those that were."""
+    killed, ended = [], threading.Event()
+
+    def killer():
+        fetched = -1
+        while not ended.wait(.02):
+            seen = agent.vmmig('mount', '/run/vmmig/images', '--json', check=False)
+            brought = json.loads(seen.stdout)['fetched_bytes'] if seen.returncode == 0 else fetched
+            if brought <= fetched:
+                continue
+            fetched = brought
+            for pid in fetchers(agent):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_clone_is_made_and_runs_though_fetchers_die(agent, template):
     cold(agent)
-    made, console = clone(agent, 'debian12:v1', 'k1')
-    killed = 0
-    mark = console.mark()
-    console.send('verify')
-    while not any(line.text.startswith('verified') for line in console.lines[mark:]):
-        for pid in fetchers(agent):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-        time.sleep(.2)  # some of its work is done before the next one dies
-    assert killed > 1 and console.wait_for('^verified', after=mark).text.endswith('errors=0')
-    assert mount(agent)['failed_reads'] == 0
+    with dying_fetchers(agent) as killed:
+        made, console = clone(agent, 'debian12:v1', 'k1')
+        mark = console.mark()
+        console.send('verify')
+        assert console.wait_for('^verified', 120, after=mark).text.endswith('errors=0')
+    assert len(killed) > 1 and mount(agent)['failed_reads'] == 0
     kill(agent, made)
+
+
+def test_a_clone_is_snapshotted_though_fetchers_die(agent, template):
+    """All that it has not touched is read for that."""
+    cold(agent)
+    made, console = clone(agent, 'debian12:v1', 'k2')
+    console.wait_ticks(3)
+    with dying_fetchers(agent) as killed:
+        assert agent.json('snapshot', 'k2', 'one')['state'] == 'done'
+    assert len(killed) > 1 and mount(agent)['failed_reads'] == 0
+    console.wait_ticks(3)
+    kill(agent, made)
+    folder = os.path.join(agent.cluster.shared, 'k2')
+    os.mkdir(folder)
+    agent.vmmig('restore', 'k2@one', '--as', 'k2-r', '--disk-dir', folder)
+    console.wait_ticks(3)
+    console.verify()
+    kill(agent, {'vm': 'k2-r', 'pid': agent.json('status', 'k2-r')['pid']})
 
 
 def test_vmmig_is_upgraded_under_a_clone(agent, template):
