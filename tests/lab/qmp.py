@@ -26,7 +26,8 @@ class Qmp:
                     raise
                 time.sleep(0.005)
         self._socket.settimeout(timeout)
-        self._file = self._socket.makefile('rw')
+        # For reading alone: to write through it would forget what it has read ahead, such as an event behind a reply.
+        self._file = self._socket.makefile('r')
         self._read()
         self('qmp_capabilities')
 
@@ -39,8 +40,7 @@ class Qmp:
     def __call__(self, command, **arguments):
         """Underscores in names stand for hyphens."""
         arguments = {name.replace('_', '-'): value for name, value in arguments.items()}
-        self._file.write(json.dumps({'execute': command, 'arguments': arguments}) + '\n')
-        self._file.flush()
+        self._socket.sendall((json.dumps({'execute': command, 'arguments': arguments}) + '\n').encode())
         while True:
             answer = self._read()
             if 'event' in answer:
