@@ -3,6 +3,7 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/heap.h"
 #include "client/client.h"
 #include "repo/service.h"
 #include "tools/cli_follow.h"
@@ -35,6 +36,13 @@ static int take(const Vmmig__Control__RepoResult *part, void *arg, struct vm_err
     struct work *w = arg;
     cli_progress_close(&w->progress);
     return cli_repo_part(w->view, part, err);
+}
+
+int cli_local_enter(const struct cli *c, struct vm_error **err)
+{
+    (void)c, (void)err;
+    heap_give_back();
+    return 0;
 }
 
 int cli_local_repo(const struct cli *c, struct cli_repo_view *view, int64_t *ret_elapsed_ns,

@@ -6,13 +6,17 @@
  * To load the libraries for that (librados above all) takes longer than an agent takes to answer, so
  * `vmmig` is linked with none of them: there (cli_local_exec.c) each of these becomes the program
  * vmmig-local, with the same command line. That one has the same commands, and does the work
- * (cli_local.c). So nothing may have been printed before.
+ * (cli_local.c). So nothing may have been done before: a command that opens or makes files for the
+ * repository is entered first.
  */
 #ifndef VMMIG_TOOLS_CLI_LOCAL_H
 #define VMMIG_TOOLS_CLI_LOCAL_H
 
 #include "tools/cli_repo.h"
 #include "tools/pki.h"
+
+/* The program that can do the work goes on from here. */
+int cli_local_enter(const struct cli *c, struct vm_error **err);
 
 /*
  * Do what the view's request says in the repository c->repo; parts of the result go to the view.

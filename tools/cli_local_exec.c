@@ -18,9 +18,16 @@ static int become(const struct cli *c, struct vm_error **err)
     if (name) {
         strcpy(name + 1, PROGRAM);
         execv(beside, c->argv);
+        if (errno != ENOENT)
+            return error_errno(err, errno, "cannot run %s", beside);
     }
     execv(LIBEXEC_DIR "/" PROGRAM, c->argv);
     return error_errno(err, errno, "cannot run %s", LIBEXEC_DIR "/" PROGRAM);
+}
+
+int cli_local_enter(const struct cli *c, struct vm_error **err)
+{
+    return become(c, err);
 }
 
 int cli_local_repo(const struct cli *c, struct cli_repo_view *view, int64_t *ret_elapsed_ns,

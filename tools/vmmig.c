@@ -1,9 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* vmmig: the command that drives an agent. See tools/cli.h for how it is put together. */
 #include "tools/cli.h"
+#include "tools/cli_local.h"
 #include "tools/cli_print.h"
-
-#include "base/heap.h"
 
 #include <locale.h>
 #include <signal.h>
@@ -61,6 +60,8 @@ static int run(int argc, char **argv, struct vm_error **err)
         return 0;
     }
     c.argv = argv;
+    if (c.repo && cli_local_enter(&c, err) < 0)
+        return -1;
     return command->run(&c, err);
 }
 
@@ -74,7 +75,6 @@ static void report(const struct vm_error *err, bool json)
 int main(int argc, char **argv)
 {
     cleanup_error struct vm_error *err = NULL;
-    heap_give_back(); /* the command is a repository's client, too */
     setlocale(LC_CTYPE, "");
     signal(SIGPIPE, SIG_IGN);
     int r = run(argc, argv, &err);

@@ -307,6 +307,27 @@ def test_a_full_disk_of_the_export(dir_way, tmp_path):
         subprocess.run(['umount', small], check=True)
 
 
+def test_an_export_where_no_file_can_be_without_a_name(dir_way, tmp_path):
+    """As on NFS: the file has its name from the beginning, and is gone if nothing comes of it."""
+    source, disk, folder = tmp_path / 'random.raw', tmp_path / 'disk', tmp_path / 'mounted'
+    source.write_bytes(random.Random(6).randbytes(MIB))
+    dir_way.run('image', 'import', source, 'a')
+    folder.mkdir()
+    with open(disk, 'wb') as file:
+        file.truncate(16 * MIB)
+    subprocess.run(['mkfs.ext4', '-q', disk], check=True)
+    subprocess.run(['fuse2fs', '-o', 'rw', disk, folder], check=True, capture_output=True)
+    try:
+        with pytest.raises(OSError):
+            os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+        dir_way.refuses(3, 'gone', 'image', 'export', 'gone', folder / 'out')
+        assert not (folder / 'out').exists()
+        dir_way.run('image', 'export', 'a', folder / 'out')
+        assert (folder / 'out').read_bytes() == source.read_bytes()
+    finally:
+        subprocess.run(['umount', folder], check=True)
+
+
 def test_ctrl_c_without_an_agent_cancels(dir_way, tmp_path):
     source = disk(tmp_path / 'large.raw', 512)
     with subprocess.Popen(dir_way.argv('image', 'import', source, 'large'), stdin=subprocess.DEVNULL,
