@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables and plots of a SUITE.json: README.md, and for each plot an SVG and a PNG, in the folder beside it; and, of the
 README at the top, what lies between its two marks."""
-import importlib
+import ast
 import math
 import pathlib
 import re
@@ -239,7 +239,8 @@ def describe(suite, part):
 
 def method(part):
     """What the part's program says of itself."""
-    said = importlib.import_module(f'suite.{MODULES.get(part, part)}').__doc__
+    program = pathlib.Path(__file__).with_name(f'{MODULES.get(part, part)}.py').read_text(encoding='utf-8')
+    said = ast.get_docstring(ast.parse(program))
     return ['<details><summary>What is measured, and how</summary>', '', '```text', said.rstrip('\n'), '```', '',
             '</details>', '']
 

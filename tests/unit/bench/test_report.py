@@ -1,6 +1,8 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: Apache-2.0
 """What the comparison says of its figures: tests/bench/suite, without plots."""
+import contextlib
+import io
 import json
 import os
 import pathlib
@@ -21,10 +23,10 @@ class Case(unittest.TestCase):
         self.path = os.path.join(self.folder.name, 'SUITE.json')
 
     def save(self, part, *rows):
-        results = Results(part, quick=True)
+        results = Results(part, quick=True, path=self.path)
         for row in rows:
             results.add(*row)
-        results.save(self.path)
+        results.save()
 
     def page(self):
         return report.page(report.Suite(load(self.path)), {})
@@ -35,7 +37,8 @@ class Case(unittest.TestCase):
             said = json.load(file)
         self.assertEqual(said['results'], [{'part': 'migrate', 'case': '1gbit/idle', 'tool': 'vmmig-qemu',
                                             'metric': 'wire_bytes', 'unit': 'B', 'runs': [3, 1, 2], 'median': 2}])
-        self.assertEqual(said['machine']['migrate']['cpus'], os.cpu_count())
+        self.assertEqual(said['machine']['cpus'], os.cpu_count())
+        self.assertTrue(said['machine']['parts']['migrate']['commit'])
 
     def test_a_part_that_is_not_run_stays(self):
         self.save('migrate', ('a', 'qemu-plain', 'total_ms', [1]))
@@ -48,15 +51,33 @@ class Case(unittest.TestCase):
                   ('x', 'qemu-multifd', 'total_ms', [200]), ('x', 'vmmig-qemu', 'wire_bytes', [1010000]),
                   ('x', 'qemu-plain', 'wire_bytes', [1000000]))
         page = self.page()
-        self.assertIn('| vmmig-qemu | **300** | 1.01 |', page)
-        self.assertIn('- x, vmmig-qemu, total_ms: 2.00 of the best.', page)
+        self.assertIn('| vmmig-qemu | **300 ×2.00** | 1.01 ×1.01 |', page)
+        self.assertIn("- x, vmmig-qemu, total_ms: 2.00 of qemu-plain's", page)
         self.assertEqual(page.count('**'), 4, 'one figure, and the word in the page that explains it')
 
-    def test_what_did_not_converge_is_no_figure(self):
-        self.save('migrate', ('x', 'vmmig-qemu', 'total_ms', [300]), ('x', 'vmmig-qemu', 'converged', [1]),
-                  ('x', 'qemu-plain', 'total_ms', [None]), ('x', 'qemu-plain', 'converged', [0]))
+    def test_what_did_not_finish_is_no_figure(self):
+        self.save('migrate', ('x', 'vmmig-qemu', 'total_ms', [300]), ('x', 'vmmig-qemu', 'finished', [1]),
+                  ('x', 'qemu-plain', 'total_ms', [None]), ('x', 'qemu-plain', 'finished', [0]))
         self.assertIn('| qemu-plain | – | 0 |', self.page())
         self.assertNotIn('behind:', self.page())
+
+    def test_what_goes_wrong_is_told_and_the_rest_is_kept(self):
+        results = Results('repo', quick=True, path=self.path)
+        results.add('disk', 'restic', 'total_s', [1])
+        with contextlib.redirect_stderr(io.StringIO()), results.cell('round 2'):
+            raise ValueError('the disk is full')
+        results.save()
+        self.assertIn('- round 2: ValueError: the disk is full', self.page())
+        self.assertIn('| restic | 1 |', self.page())
+
+    def test_stores_on_ceph_are_compared_with_each_other(self):
+        self.save('repo', ('disk', 'vmmig-rados', 'total_s', [3]), ('disk', 'restic', 'total_s', [1]),
+                  ('disk', 'rbd', 'total_s', [6]))
+        self.assertIn('| vmmig-rados | 3 ×0.50 |', self.page())
+
+    def test_every_part_says_how_it_measures(self):
+        for part in report.TITLES:
+            self.assertIn('What is measured', report.method(part)[0])
 
     def test_what_grows_faster_than_the_work_is_named(self):
         self.save('growth', *[(f'steep/{n}', 'vmmig-dir', 'collect_ms', [n * n]) for n in (1, 10, 100)],
