@@ -632,6 +632,20 @@ static int open_lock(const char *path, struct vm_error **err)
     return steal_fd(&fd);
 }
 
+/* Writes zeros over what is read as zeros. */
+static int write_zeros(int fd, off_t at, size_t n)
+{
+    static const uint8_t zeros[64 << 10];
+    uint8_t found[sizeof(zeros)];
+    ssize_t r = pread(fd, found, n, at);
+    if (r < 0)
+        return errno;
+    if ((size_t)r != n || memcmp(found, zeros, n) != 0)
+        return 0; /* the file system's word was not true */
+    r = pwrite(fd, zeros, n, at);
+    return r < 0 ? errno : (size_t)r == n ? 0 : EIO;
+}
+
 /*
  * A block that was allocated and never written makes a commit wait for the file system's own journal, and so for what
  * others write to that disk at the time, while the guest stands. So the blocks that commits use first are written
@@ -639,19 +653,17 @@ static int open_lock(const char *path, struct vm_error **err)
  */
 static int write_holes(int fd)
 {
-    static const uint8_t zeros[64 << 10];
+    const off_t step = 64 << 10;
     bool wrote = false;
     off_t at = 0, end;
     while ((at = lseek(fd, at, SEEK_HOLE)) >= 0 && at < JOURNAL_WRITTEN_SIZE) {
         end = lseek(fd, at, SEEK_DATA);
         if (end < 0 || end > JOURNAL_WRITTEN_SIZE)
             end = JOURNAL_WRITTEN_SIZE;
-        while (at < end) {
-            size_t n = (size_t)(end - at) < sizeof(zeros) ? (size_t)(end - at) : sizeof(zeros);
-            ssize_t written = pwrite(fd, zeros, n, at);
-            if (written <= 0)
-                return written < 0 ? errno : EIO;
-            at += written;
+        for (; at < end; at += end - at < step ? end - at : step) {
+            int rc = write_zeros(fd, at, (size_t)(end - at < step ? end - at : step));
+            if (rc)
+                return rc;
         }
         wrote = true;
     }
