@@ -87,7 +87,8 @@ int64_t attach_resumed_ns(struct attach *a)
 void attach_end_copy(struct attach *a)
 {
     attach_source_release(a);
-    if (atomic_exchange(&a->tracking_left_on, false))
+    /* A lost connection has ended the tracking, too: none is made for that. */
+    if (atomic_exchange(&a->tracking_left_on, false) && attach_client_connected(&a->client))
         attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, NULL);
 }
 

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * attach: the driver of vmm/guest.h for VMMs that link libvmmig-attach (dirtylog/vmmig-attach.h). Guest memory is
- * mapped here, at both ends: pages are read out of it and written into it without a relay.
+ * mapped here, at both ends: pages are read out of it and written into it without a relay. That of a clone, which is
+ * private to its VMM, is read out of the VMM's process instead.
  *
  *     attach_connect("/run/web2.vmm", 5000, &err)         adopt a VMM that runs
  *     attach_define(a, &definition, &err)                  what a destination must be
@@ -18,8 +19,11 @@
  *         out, so that whoever copies them copies what the log has not seen yet. The next round begins when they have
  *         arrived (events->settle), and 5 ms after this one at the earliest. When the engine has paused the guest:
  *         what is left, then the device state is saved, then one more harvest (saving may write memory), then
- *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source).
- *         Throttling: when a round that lasted 30 ms or more left half as much dirty as it carried, twice in a row,
+ *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source), a clone's
+ *         into a copy of 1 MiB for each batch under way. To read a page that a clone has not touched waits for the
+ *         mount: while the store is away the copy stands, and so does whoever stops it.
+ *         Throttling: when a round that took 30 ms or more to give out, or 250 ms until it had arrived, left half as
+ *         much dirty as it carried, twice in a row,
  *         vCPUs lose 20 % of their time, then 10 % more each time, up to 99 %.
  *         After a complete copy tracking stays on, since ending it is dear for a large guest and the VMM is about
  *         to be killed; `resume` ends it.
@@ -35,7 +39,8 @@
  *         no process and no socket.
  *
  * A region is a memory slot, in the VMM's order. What the VMM tells is checked: memfds must be long enough and sealed
- * against shrinking, so that no later access faults. A VMM that punches holes into hugetlb memory while none is left
+ * against shrinking, so that no later access faults; a process whose memory is read must be its socket's user's
+ * still. A VMM that punches holes into hugetlb memory while none is left
  * in the pool can still make the agent fault.
  *
  * Errors: VMM_DIED when the process ended; UNREACHABLE when only the connection did (the next call connects anew,

@@ -193,7 +193,7 @@ static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, st
 }
 
 /* The process behind the socket, as the kernel knows it. */
-static int identify(int fd, struct process_identity *ret, struct vm_error **err)
+static int identify(int fd, struct process_identity *ret, uid_t *ret_uid, struct vm_error **err)
 {
     struct ucred peer;
     socklen_t n = sizeof(peer);
@@ -202,6 +202,7 @@ static int identify(int fd, struct process_identity *ret, struct vm_error **err)
     if (peer.pid <= 0)
         return error_set(err, VM_ERROR_REFUSED,
                          "the VMM lives in a pid namespace that cannot be seen from here");
+    *ret_uid = peer.uid;
     return process_identify(peer.pid, ret, err);
 }
 
@@ -210,17 +211,19 @@ static int greet(struct attach_client *c, int fd, int64_t deadline_ns, struct vm
     static char software[] = "vmmig " VMMIG_VERSION;
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
     struct process_identity process;
+    uid_t uid = (uid_t)-1;
     Vmmig__Attach__Hello hello = VMMIG__ATTACH__HELLO__INIT;
     hello.version_min = ATTACH_VERSION_MIN;
     hello.version_max = ATTACH_VERSION_MAX;
     hello.software = software;
-    if (identify(fd, &process, err) < 0 ||
+    if (identify(fd, &process, &uid, err) < 0 ||
         exchange(fd, VMMIG__ATTACH__TYPE__HELLO, &hello.base, -1, deadline_ns, &a, err) < 0 ||
         judge_answer(&a, VMMIG__ATTACH__TYPE__WELCOME, err) != 0)
         return -1;
     if (c->process.pid && !process_identity_equal(&c->process, &process))
         return error_set(err, VM_ERROR_VMM_DIED, "another VMM has the socket now");
     c->process = process;
+    c->uid = uid;
     /* The same VMM says the same again; others may be reading it. */
     return c->info.vmm ? 0 : keep_info(&c->info, a.message.welcome, err);
 }
@@ -260,6 +263,12 @@ void attach_client_pin(struct attach_client *c, bool pinned)
 {
     SCOPE_LOCK(&c->lock);
     c->pinned = pinned;
+}
+
+bool attach_client_connected(struct attach_client *c)
+{
+    SCOPE_LOCK(&c->lock);
+    return c->fd >= 0;
 }
 
 /* ---- What others ask for ---- */

@@ -53,12 +53,20 @@ static int reopen(int fd, bool writable, struct vm_error **err)
     return own;
 }
 
+/* What the process runs by now may be another program, of more rights: that file would be its owner's. */
+static bool is_of_user(int fd, uid_t uid)
+{
+    struct stat st;
+    return fstat(fd, &st) == 0 && st.st_uid == uid;
+}
+
 /*
  * The memory of that process, also when its number is another's one day. Reading a page that its guest has not written
  * leaves it the template's.
  */
-static int open_process(const struct process_identity *p, struct vm_error **err)
+static int open_process(const struct attach_client *client, struct vm_error **err)
 {
+    const struct process_identity *p = &client->process;
     char path[32];
     snprintf(path, sizeof(path), "/proc/%d/mem", p->pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -67,9 +75,12 @@ static int open_process(const struct process_identity *p, struct vm_error **err)
                          "this guest is a clone, whose memory is private to its VMM (pid %d), and the agent may "
                          "not read it there: %s",
                          p->pid, strerror(errno));
-    if (fd >= 0 && process_alive(p))
+    if (fd >= 0 && process_alive(p) && is_of_user(fd, client->uid))
         return fd;
+    bool foreign = fd >= 0 && process_alive(p);
     close_fd(&fd);
+    if (foreign)
+        return error_set(err, VM_ERROR_REFUSED, "the VMM (pid %d) runs with other rights than it had", p->pid);
     return error_set(err, VM_ERROR_VMM_DIED, "the VMM (pid %d) ended", p->pid);
 }
 
@@ -105,23 +116,23 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
 }
 
 static int map_private(struct attach_memory_map *m, const Vmmig__Attach__Slot *slot,
-                       const struct process_identity *process, bool writable, struct vm_error **err)
+                       const struct attach_client *client, bool writable, struct vm_error **err)
 {
     if (writable)
         return error_set(err, VM_ERROR_REFUSED, "memory slot %s is a template's: no guest can be put there",
                          slot->name);
-    int fd = open_process(process, err);
+    int fd = open_process(client, err);
     return fd < 0 ? -1 : map_region(m, slot, fd, false, err);
 }
 
 static int map_slots(struct attach_memory_map *m, const struct attach_answer *a,
-                     const struct process_identity *process, bool writable, struct vm_error **err)
+                     const struct attach_client *client, bool writable, struct vm_error **err)
 {
     const Vmmig__Attach__Memory *memory = a->message.memory;
     const int *fd = a->fds;
     for (size_t i = 0; i < memory->n_slots; i++) {
         const Vmmig__Attach__Slot *slot = memory->slots[i];
-        if ((slot->private_at ? map_private(m, slot, process, writable, err)
+        if ((slot->private_at ? map_private(m, slot, client, writable, err)
                               : map_region(m, slot, *fd++, writable, err)) < 0)
             return -1;
     }
@@ -129,7 +140,7 @@ static int map_slots(struct attach_memory_map *m, const struct attach_answer *a,
 }
 
 static int map_answer(struct attach_memory_map *m, const struct attach_answer *a,
-                      const struct process_identity *process, bool writable, struct vm_error **err)
+                      const struct attach_client *client, bool writable, struct vm_error **err)
 {
     const Vmmig__Attach__Memory *memory = a->message.memory;
     size_t files = 0;
@@ -143,7 +154,7 @@ static int map_answer(struct attach_memory_map *m, const struct attach_answer *a
     if (check_file(bitmap_fd, m->bitmap_size, "the dirty bitmap", err) < 0)
         return -1;
     m->bitmap = map_file(bitmap_fd, m->bitmap_size, 0, false, "the dirty bitmap", err);
-    return m->bitmap ? map_slots(m, a, process, writable, err) : -1;
+    return m->bitmap ? map_slots(m, a, client, writable, err) : -1;
 }
 
 static int check_total(const Vmmig__Attach__Memory *memory, struct vm_error **err)
@@ -177,7 +188,7 @@ int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool
     *m = (struct attach_memory_map){.n = 0};
     if (attach_memory_ask(c, &a, err) < 0)
         return -1;
-    if (map_answer(m, &a, &c->process, writable, err) == 0)
+    if (map_answer(m, &a, c, writable, err) == 0)
         return 0;
     attach_memory_unmap(m);
     return -1;

@@ -27,6 +27,7 @@ struct attach_client {
     int fd;               /* -1: not connected */
     bool pinned;          /* what was asked for belongs to this connection: do not connect anew */
     struct process_identity process;
+    uid_t uid; /* of the process when it opened the socket */
     struct attach_info info;
 };
 
@@ -60,6 +61,7 @@ int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessag
 int attach_order(struct attach_client *c, unsigned type, const ProtobufCMessage *message,
                  struct vm_error **err);
 void attach_client_pin(struct attach_client *c, bool pinned);
+bool attach_client_connected(struct attach_client *c);
 
 /* ---- Memory ---- */
 

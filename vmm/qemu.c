@@ -7,13 +7,11 @@
 #include "vmm/qemu_settings.h"
 
 #include <errno.h>
-#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 
 enum { SPAWN_TIMEOUT_MS = 30000, QUIT_TIMEOUT_MS = 1000 };
 /* The connection ends before the process does. One that lives on is asked for something meanwhile. */
