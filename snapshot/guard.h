@@ -35,7 +35,7 @@
 #include "snapshot/frozen.h"
 #include "vmm/guest.h"
 
-enum { GUARD_PATH_MAX = 4096 };
+enum { GUARD_PATH_MAX = 4096, GUARD_NOTE_MAX = 256 };
 
 /* What the agent says: one packet each (SOCK_SEQPACKET), the letter and then its text. */
 enum guard_word {

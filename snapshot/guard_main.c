@@ -124,7 +124,17 @@ static int sweep(struct watch *w, struct vm_error **err)
     return w->qmp ? sweep_qemu(w, err) : let_go(w, err);
 }
 
-/* If the next agent has QEMU's monitor already, it did the same, and took the note away. */
+/* The next agent has swept itself, and taken the note away; or it has written that of another snapshot by now. */
+static bool is_taken_over(const struct watch *w)
+{
+    cleanup_free char *text = NULL;
+    size_t n;
+    cleanup_error struct vm_error *absent = NULL;
+    int guard;
+    return io_read_file(w->note, GUARD_NOTE_MAX, &text, &n, &absent) < 0 ||
+           sscanf(text, "%*d %*u %d", &guard) != 1 || guard != getpid();
+}
+
 static void sweep_soon(struct watch *w)
 {
     int64_t deadline = clock_mono_ns() + GIVE_UP_NS;
@@ -134,7 +144,7 @@ static void sweep_soon(struct watch *w)
             log_info("nothing of the snapshot is left in the VM", "socket=%s", log_q(socket_of(w)));
             return;
         }
-        if (!lives(w) || access(w->note, F_OK) < 0)
+        if (!lives(w) || is_taken_over(w))
             return;
         if (clock_mono_ns() >= deadline) {
             log_error("what the snapshot left in the VM stays there", "error=%s",
@@ -164,12 +174,11 @@ static int take_over(struct watch *w, struct vm_error **err)
     log_warn("the agent ended while it took a snapshot", "socket=%s pid=%llu", log_q(socket_of(w)),
              (unsigned long long)w->pid);
     sweep_soon(w);
-    int r = thaw(w, err);
     if (draining) {
         pthread_join(drainer, NULL);
         sweep_soon(w); /* now that QEMU has come to its end: what its user had set */
     }
-    return r;
+    return thaw(w, err); /* may take for ever */
 }
 
 /* ---- the program ---- */

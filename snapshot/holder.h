@@ -2,9 +2,10 @@
 /*
  * holder: the process vmmig-mount, which holds a mount and its cache. It is small and apart because
  * guests that map its files die with it: it opens no repository and no network connection, has one
- * thread (and one that waits for the kernel, once somebody tried to write), and does nothing else. Fetchers (vmmig-fetch), which it starts and starts again, read the
- * repository and write verified data into the cache's files; what a fetcher has not said to be
- * there is never given to a reader, so that a fetcher may crash at any instant.
+ * thread (and, once somebody tried to write, one that waits for the kernel), and does nothing else.
+ * Fetchers (vmmig-fetch), which it starts and starts again, read the repository and write verified
+ * data into the cache's files; what a fetcher has not said to be there is never given to a reader,
+ * so that a fetcher may crash at any instant.
  *
  *     vmmig-mount --mount DIR --repository URL --cache DIR --cache-size N --control SOCKET ...
  *

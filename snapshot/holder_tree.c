@@ -497,47 +497,70 @@ static void tree_read(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offset,
 
 /*
  * The kernel keeps the pages of a write that is refused. To have it forget them waits until nobody reads them, and
- * whoever reads them may be waiting for this process: so it has a thread of its own, which does nothing else. What
- * is to be forgotten comes through a pipe.
+ * whoever reads them may be waiting for this process: so it has a thread of its own, which does nothing else. While
+ * that one waits, what is written to a file grows into one range: there are no more ranges than files.
  */
+struct written {
+    struct written *next;
+    fuse_ino_t ino;
+    off_t from, to;
+};
+
 struct forgetter {
     struct fuse_session *session;
     pthread_t thread;
-    int in, out;
+    pthread_mutex_t lock; /* guards the rest */
+    pthread_cond_t changed;
+    struct written *list;
+    bool ended;
 };
 
-struct range {
-    fuse_ino_t ino;
-    off_t offset, len;
-};
+/* NULL: it is over. */
+static struct written *next_written(struct forgetter *f)
+{
+    SCOPE_LOCK(&f->lock);
+    while (!f->list && !f->ended)
+        pthread_cond_wait(&f->changed, &f->lock);
+    struct written *w = f->ended ? NULL : f->list;
+    if (w)
+        f->list = w->next;
+    return w;
+}
 
 static void *forget(void *arg)
 {
     struct forgetter *f = arg;
-    struct range r;
-    while (read(f->out, &r, sizeof(r)) == sizeof(r)) /* less than a pipe gives or takes at once */
-        fuse_lowlevel_notify_inval_inode(f->session, r.ino, r.offset, r.len);
+    struct written *w;
+    while ((w = next_written(f))) {
+        fuse_lowlevel_notify_inval_inode(f->session, w->ino, w->from, w->to - w->from);
+        free(w);
+    }
     return NULL;
+}
+
+static void free_forgetter(struct forgetter *f)
+{
+    while (f->list) {
+        struct written *w = f->list;
+        f->list = w->next;
+        free(w);
+    }
+    pthread_cond_destroy(&f->changed);
+    pthread_mutex_destroy(&f->lock);
+    free(f);
 }
 
 static int start_forgetter(struct holder *h, struct vm_error **err)
 {
-    int ends[2];
     struct forgetter *f = calloc(1, sizeof(*f));
     if (!f)
         return error_nomem(err);
-    int failed = pipe2(ends, O_CLOEXEC) < 0 ? errno : 0;
+    f->session = h->session;
+    pthread_mutex_init(&f->lock, NULL);
+    pthread_cond_init(&f->changed, NULL);
+    int failed = pthread_create(&f->thread, NULL, forget, f);
     if (failed) {
-        free(f);
-        return error_errno(err, failed, "cannot make a pipe");
-    }
-    *f = (struct forgetter){.session = h->session, .in = ends[1], .out = ends[0]};
-    fcntl(f->in, F_SETFL, O_NONBLOCK);
-    failed = pthread_create(&f->thread, NULL, forget, f);
-    if (failed) {
-        close(f->in);
-        close(f->out);
-        free(f);
+        free_forgetter(f);
         return error_errno(err, failed, "cannot start a thread");
     }
     h->forgetter = f;
@@ -550,23 +573,40 @@ static void stop_forgetter(struct holder *h)
     struct forgetter *f = steal_ptr(&h->forgetter);
     if (!f)
         return;
-    close(f->in);
+    pthread_mutex_lock(&f->lock);
+    f->ended = true;
+    pthread_cond_signal(&f->changed);
+    pthread_mutex_unlock(&f->lock);
     pthread_join(f->thread, NULL);
-    close(f->out);
-    free(f);
+    free_forgetter(f);
+}
+
+static int add_written(struct forgetter *f, fuse_ino_t ino, off_t from, off_t to)
+{
+    SCOPE_LOCK(&f->lock);
+    struct written **at = &f->list;
+    while (*at && (*at)->ino != ino)
+        at = &(*at)->next;
+    if (!*at && !(*at = calloc(1, sizeof(**at))))
+        return -1;
+    struct written *w = *at;
+    bool fresh = !w->to;
+    w->ino = ino;
+    w->from = fresh || from < w->from ? from : w->from;
+    w->to = to > w->to ? to : w->to;
+    pthread_cond_signal(&f->changed);
+    return 0;
 }
 
 static void forget_written(struct holder *h, fuse_ino_t ino, off_t offset, size_t size)
 {
-    struct range r = {.ino = ino,
-                      .offset = offset & ~(off_t)4095,
-                      .len = (off_t)((size + 8191) & ~(size_t)4095)};
+    off_t page = 4096, from = offset / page * page;
+    off_t to = (offset + (off_t)size + page - 1) / page * page;
     cleanup_error struct vm_error *err = NULL;
-    if ((h->forgetter || start_forgetter(h, &err) == 0) &&
-        write(h->forgetter->in, &r, sizeof(r)) == sizeof(r))
+    if ((h->forgetter || start_forgetter(h, &err) == 0) && add_written(h->forgetter, ino, from, to) == 0)
         return;
     log_error("what somebody wrote to a file of the mount may stay in the kernel's cache", "reason=%s",
-              err ? log_q(error_message(err)) : "too many writes");
+              err ? log_q(error_message(err)) : "out of memory");
 }
 
 /* Only somebody who maps a file shared and writes into it, or calls write, comes here. */

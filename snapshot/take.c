@@ -363,6 +363,15 @@ static int freeze(struct take *t, struct vm_error **err)
     return 0;
 }
 
+/* What the instant will find: looked at before it, since whoever else tries to thaw may succeed after it. */
+static int hold_still(struct take *t, struct vm_error **err)
+{
+    if (freeze(t, err) < 0)
+        return -1;
+    t->s.vm.frozen = frozen_is_noted(t->frozen);
+    return 0;
+}
+
 static int go_on(struct take *t, struct vm_error **err)
 {
     if (!t->s.memory)
@@ -375,7 +384,7 @@ static int go_on(struct take *t, struct vm_error **err)
 
 static int switch_protected(struct take *t, struct vm_error **err)
 {
-    return (t->s.memory && taking_start_memory(&t->s, !t->precopy, err) < 0) || freeze(t, err) < 0 ||
+    return (t->s.memory && taking_start_memory(&t->s, !t->precopy, err) < 0) || hold_still(t, err) < 0 ||
                    qemu_snapshot_switch(t->disks, err) < 0
                ? -1
                : go_on(t, err);
@@ -410,7 +419,7 @@ static int copy_before(struct take *t, struct vm_error **err)
 /* File systems hold still while memory is copied: nobody can say before when QEMU will pause the guest. */
 static int switch_copied(struct take *t, struct vm_error **err)
 {
-    if (freeze(t, err) < 0 || taking_start_memory(&t->s, !t->precopy, err) < 0 ||
+    if (hold_still(t, err) < 0 || taking_start_memory(&t->s, !t->precopy, err) < 0 ||
         copy_before(t, err) < 0 || taking_stop_memory(&t->s, err) < 0)
         return -1;
     struct qemu_snapshot_params disks = disk_params(t);
@@ -424,7 +433,6 @@ static int switch_over(struct take *t, struct vm_error **err)
     taking_tell(&t->s, SNAPSHOT_SWITCHING);
     if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
-    t->s.vm.frozen = frozen_is_noted(t->frozen);
     thaw(t);
     t->s.report->pause_ns = t->s.was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
     t->s.progress.pause_ns = t->s.report->pause_ns;
