@@ -37,7 +37,7 @@ enum { ROUND_MIN_MS = 5 };
 /* Throttling: see vmm/attach.h. */
 enum { THROTTLE_ROUND_MS = 30, THROTTLE_STRIKES = 2, THROTTLE_FIRST = 20, THROTTLE_STEP = 10 };
 /* A round is over when its end is acknowledged: it takes as long as that also over a long link that is idle. */
-enum { LATENCY_MAX_MS = 250 };
+enum { LATENCY_MAX_MS = 100 };
 
 #define PIECE_PAGES (ATTACH_PIECE / GUEST_PAGE_SIZE)
 
