@@ -43,9 +43,9 @@ DEBIAN = ('idle', 'pagecache', 'sqlite')
 PEERS = [*MODES, *OTHER_MODES]
 DOWNTIME_MS = 300
 QUIET_PCT = 15
-QUICK = {'links': ('1gbit', None), 'loads': ('bare-idle', 'scrub-50', 'random', 'sqlite'), 'mib': 512, 'rounds': 3,
-         'limit_s': 15}
-FULL = {'links': LINKS, 'loads': (*BARE, *DEBIAN), 'mib': 512, 'rounds': 3, 'limit_s': 90}
+QUICK = {'loads': {'bare-idle': ('1gbit',), 'scrub-50': ('1gbit', None), 'random': (None,), 'sqlite': ('1gbit',)},
+         'mib': 512, 'rounds': 2, 'limit_s': 15}
+FULL = {'loads': dict.fromkeys((*BARE, *DEBIAN), LINKS), 'mib': 512, 'rounds': 3, 'limit_s': 90}
 
 
 def bare(load, mib):
@@ -117,11 +117,11 @@ def end(races):
 def run(results, quick, inputs):
     plan = QUICK if quick else FULL
     Race.limit_s = plan['limit_s']
-    for load in plan['loads']:
+    for load, links in plan['loads'].items():
         with results.cell(load), Cluster(plain=True, start=False) as cluster:
             start_agents(cluster)
             races = contestants(cluster, load, plan['mib'], inputs)
-            for link in plan['links']:
+            for link in links:
                 for host in cluster.hosts:
                     host.set_rate(link)
                 take_turns(results, f'{link or "unshaped"}/{load}', races, plan['rounds'])

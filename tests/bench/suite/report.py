@@ -16,7 +16,7 @@ MORE_IS_BETTER = ('finished', 'within_limit')
 # What is said of a run, and is no tool's merit.
 NOT_JUDGED = ('others_pct',)
 # The work that was done, for bounds().
-HIDDEN = ('memory_bytes', 'data_bytes')
+HIDDEN = ('memory_bytes', 'data_bytes', 'huge_MiB')
 TITLES = {'limits': 'Limits of the machine', 'migrate': 'Migrations', 'repo': 'Repositories', 'clone': 'Clones',
           'dirtylog': 'Dirty tracking', 'growth': 'Growth'}
 MODULES = {'migrate': 'migrations', 'repo': 'repository', 'clone': 'clones'}
