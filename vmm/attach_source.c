@@ -36,8 +36,6 @@ enum { CHANNELS_MAX = 64, STATE_CHUNK = 256 << 10 };
 enum { ROUND_MIN_MS = 5 };
 /* Throttling: see vmm/attach.h. */
 enum { THROTTLE_ROUND_MS = 30, THROTTLE_STRIKES = 2, THROTTLE_FIRST = 20, THROTTLE_STEP = 10 };
-/* A round is over when its end is acknowledged: it takes as long as that also over a long link that is idle. */
-enum { LATENCY_MAX_MS = 100 };
 
 #define PIECE_PAGES (ATTACH_PIECE / GUEST_PAGE_SIZE)
 
@@ -60,7 +58,7 @@ struct attach_source {
     unsigned round;
     unsigned throttle, strikes;
     uint64_t sent_in_round;
-    int64_t round_started_ns, given_ns; /* given: all of the round was taken, if not acknowledged */
+    int64_t round_started_ns;
     bool tracks, complete;
     pthread_t thread;
     bool thread_started;
@@ -343,9 +341,8 @@ static int set_throttle(struct attach_source *s, unsigned percent, struct vm_err
 /* The round that has ended carried sent_in_round pages; as many as `found` were written meanwhile. */
 static int steer(struct attach_source *s, uint64_t found, int64_t took_ns, struct vm_error **err)
 {
-    int64_t gave_ns = s->given_ns - s->round_started_ns;
-    bool is_long = gave_ns >= THROTTLE_ROUND_MS * NSEC_PER_MSEC || took_ns >= LATENCY_MAX_MS * NSEC_PER_MSEC;
-    bool losing = s->round >= 2 && is_long && found * 2 > s->sent_in_round;
+    bool losing = s->round >= 2 && took_ns >= THROTTLE_ROUND_MS * NSEC_PER_MSEC &&
+                  found * 2 > s->sent_in_round;
     s->strikes = losing ? s->strikes + 1 : 0;
     if (s->strikes < THROTTLE_STRIKES || s->throttle == ATTACH_THROTTLE_MAX)
         return 0;
@@ -392,7 +389,6 @@ static int begin_round(struct attach_source *s, struct vm_error **err)
 
 static int settle(struct attach_source *s, struct vm_error **err)
 {
-    s->given_ns = clock_mono_ns();
     return s->events->settle && !is_paused(s) ? s->events->settle(s->arg, err) : 0;
 }
 
