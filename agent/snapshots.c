@@ -468,8 +468,7 @@ static int let_run(struct restore_job *t, const struct restore *r, struct guest 
         return -1;
     driver_sink_release(guest);
     if (t->paused && restore_is_frozen(r))
-        snprintf(t->progress.note, sizeof(t->progress.note), "the guest's file systems are frozen, as they were "
-                 "when it was snapshotted: thaw them when it runs (guest-fsfreeze-thaw)");
+        snprintf(t->progress.note, sizeof(t->progress.note), "%s", FROZEN_WHILE_PAUSED);
     return t->paused ? 0 : go_on(t, r, guest, err);
 }
 

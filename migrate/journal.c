@@ -632,10 +632,12 @@ static int open_lock(const char *path, struct vm_error **err)
     return steal_fd(&fd);
 }
 
-/* Writes zeros over what is read as zeros. */
+enum { ZEROS = 64 << 10 };
+
+/* Writes up to ZEROS zeros over what is read as zeros. */
 static int write_zeros(int fd, off_t at, size_t n)
 {
-    static const uint8_t zeros[64 << 10];
+    static const uint8_t zeros[ZEROS];
     uint8_t found[sizeof(zeros)];
     ssize_t r = pread(fd, found, n, at);
     if (r < 0)
@@ -653,15 +655,15 @@ static int write_zeros(int fd, off_t at, size_t n)
  */
 static int write_holes(int fd)
 {
-    const off_t step = 64 << 10;
     bool wrote = false;
     off_t at = 0, end;
     while ((at = lseek(fd, at, SEEK_HOLE)) >= 0 && at < JOURNAL_WRITTEN_SIZE) {
         end = lseek(fd, at, SEEK_DATA);
         if (end < 0 || end > JOURNAL_WRITTEN_SIZE)
             end = JOURNAL_WRITTEN_SIZE;
-        for (; at < end; at += end - at < step ? end - at : step) {
-            int rc = write_zeros(fd, at, (size_t)(end - at < step ? end - at : step));
+        for (off_t n; at < end; at += n) {
+            n = end - at < ZEROS ? end - at : ZEROS;
+            int rc = write_zeros(fd, at, (size_t)n);
             if (rc)
                 return rc;
         }

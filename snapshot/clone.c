@@ -367,8 +367,7 @@ static int tell_guest(const struct making *m, struct clone *c)
         frozen_thaw_restored(&m->p->thawer, &c->guest->process, c->argv, m->vm.definition.cwd, &frozen) < 0)
         note(c, "%s", error_message(frozen));
     if (!c->running && m->vm.frozen)
-        note(c, "the guest's file systems are frozen, as they were when it was snapshotted: thaw them when it runs "
-                "(guest-fsfreeze-thaw)");
+        note(c, "%s", FROZEN_WHILE_PAUSED);
     if (!c->notes.n_macs)
         return 0;
     if (!c->running)

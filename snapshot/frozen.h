@@ -24,6 +24,10 @@
 #include "base/process.h"
 
 enum { FROZEN_PATH_MAX = 4096, FROZEN_PAUSE_MAX_S = 16 };
+/* Of a guest that was restored or cloned paused: nobody can ask its agent now. */
+#define FROZEN_WHILE_PAUSED                                                                        \
+    "the guest's file systems are frozen, as they were when it was snapshotted: thaw them when "   \
+    "it runs (guest-fsfreeze-thaw)"
 
 struct thawer {
     const char *libexec_dir; /* where vmmig-guard is */

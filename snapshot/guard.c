@@ -16,7 +16,7 @@
 #include <sys/socket.h>
 #include <sys/syscall.h>
 
-enum { END_TIMEOUT_MS = 5000 };
+enum { END_TIMEOUT_MS = 5000, NOTE_MAX = 128 };
 
 struct guard {
     int socket;
@@ -29,7 +29,7 @@ struct guard {
 
 static int write_note(const struct guard *g, struct vm_error **err)
 {
-    char text[GUARD_NOTE_MAX];
+    char text[NOTE_MAX];
     int n = snprintf(text, sizeof(text), "%" PRId32 " %" PRIu64 " %" PRId32 " %" PRIu64 " %d\n",
                      g->vmm.pid, g->vmm.start, g->process.pid, g->process.start, g->attach);
     return io_write_file_durably(g->note_path, text, (size_t)n, 0600, err);
@@ -40,18 +40,24 @@ struct note {
     int attach;
 };
 
-/* False: there is none of this VMM. */
+/* False: there is none of this VMM, which is of the boot that the note is of. */
 static bool read_note(const char *path, const struct process_identity *vmm, struct note *ret)
 {
     cleanup_free char *text = NULL;
     size_t n;
     cleanup_error struct vm_error *absent = NULL;
-    if (io_read_file(path, GUARD_NOTE_MAX, &text, &n, &absent) < 0)
+    if (io_read_file(path, NOTE_MAX, &text, &n, &absent) < 0)
         return false;
     *ret = (struct note){.vmm = *vmm, .guard = *vmm};
     return sscanf(text, "%" SCNd32 " %" SCNu64 " %" SCNd32 " %" SCNu64 " %d", &ret->vmm.pid, &ret->vmm.start,
                &ret->guard.pid, &ret->guard.start, &ret->attach) == 5 &&
            process_identity_equal(&ret->vmm, vmm);
+}
+
+bool guard_is_noted(const char *note_path, const struct process_identity *vmm, pid_t guard)
+{
+    struct note note;
+    return read_note(note_path, vmm, &note) && note.guard.pid == guard;
 }
 
 int guard_settle_before(const char *note_path, const struct process_identity *process,

@@ -35,7 +35,7 @@
 #include "snapshot/frozen.h"
 #include "vmm/guest.h"
 
-enum { GUARD_PATH_MAX = 4096, GUARD_NOTE_MAX = 256 };
+enum { GUARD_PATH_MAX = 4096 };
 
 /* What the agent says: one packet each (SOCK_SEQPACKET), the letter and then its text. */
 enum guard_word {
@@ -65,6 +65,8 @@ DEFINE_CLEANUP(guard, struct guard *, guard_end)
  */
 int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err);
+/* The note is there, and is that of this guard: nobody has taken over. */
+bool guard_is_noted(const char *note_path, const struct process_identity *vmm, pid_t guard);
 /* The rest, and the note is gone. */
 void guard_settle(const char *note_path, const struct thawer *thawer, struct guest *guest);
 

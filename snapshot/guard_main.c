@@ -127,12 +127,8 @@ static int sweep(struct watch *w, struct vm_error **err)
 /* The next agent has swept itself, and taken the note away; or it has written that of another snapshot by now. */
 static bool is_taken_over(const struct watch *w)
 {
-    cleanup_free char *text = NULL;
-    size_t n;
-    cleanup_error struct vm_error *absent = NULL;
-    int guard;
-    return io_read_file(w->note, GUARD_NOTE_MAX, &text, &n, &absent) < 0 ||
-           sscanf(text, "%*d %*u %d", &guard) != 1 || guard != getpid();
+    struct process_identity vmm;
+    return identify(w, &vmm, NULL) < 0 || !guard_is_noted(w->note, &vmm, getpid());
 }
 
 static void sweep_soon(struct watch *w)

@@ -10,7 +10,7 @@
 #define PROGRAM "vmmig-local"
 
 /* Beside this program, where both were built; else where it is installed. */
-static int become(const struct cli *c, struct vm_error **err)
+int cli_local_enter(const struct cli *c, struct vm_error **err)
 {
     char beside[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", beside, sizeof(beside) - sizeof(PROGRAM));
@@ -25,27 +25,22 @@ static int become(const struct cli *c, struct vm_error **err)
     return error_errno(err, errno, "cannot run %s", LIBEXEC_DIR "/" PROGRAM);
 }
 
-int cli_local_enter(const struct cli *c, struct vm_error **err)
-{
-    return become(c, err);
-}
-
 int cli_local_repo(const struct cli *c, struct cli_repo_view *view, int64_t *ret_elapsed_ns,
                    struct vm_error **err)
 {
     (void)view, (void)ret_elapsed_ns;
-    return become(c, err);
+    return cli_local_enter(c, err);
 }
 
 int cli_local_pki_init(const struct cli *c, const char *dir, struct vm_error **err)
 {
     (void)dir;
-    return become(c, err);
+    return cli_local_enter(c, err);
 }
 
 int cli_local_pki_issue(const struct cli *c, const char *dir, const struct pki_host *host,
                         struct vm_error **err)
 {
     (void)dir, (void)host;
-    return become(c, err);
+    return cli_local_enter(c, err);
 }

@@ -12,8 +12,6 @@
 
 /* Longer than the library lets a callback of the VMM take, and than a dirty log of terabytes. */
 enum { REQUEST_TIMEOUT_MS = 15000 };
-/* The socket goes before the process does. One that lives on is asked for something meanwhile. */
-enum { END_BEGINS_MS = 500, END_TIMEOUT_MS = 5000 };
 
 void attach_answer_finish(struct attach_answer *a)
 {
@@ -278,7 +276,7 @@ static int explain_loss(struct attach_client *c, struct vm_error **err)
 {
     bool timed_out = err && *err && (*err)->kind == VM_ERROR_TIMEOUT;
     close_fd(&c->fd);
-    if (process_has_ended(&c->process, timed_out ? 0 : END_BEGINS_MS, END_TIMEOUT_MS)) {
+    if (process_has_ended(&c->process, timed_out ? 0 : GUEST_END_BEGINS_MS, GUEST_END_TIMEOUT_MS)) {
         error_clear(err);
         return error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", c->process.pid);
     }

@@ -75,13 +75,12 @@ static int open_process(const struct attach_client *client, struct vm_error **er
                          "this guest is a clone, whose memory is private to its VMM (pid %d), and the agent may "
                          "not read it there: %s",
                          p->pid, strerror(errno));
-    if (fd >= 0 && process_alive(p) && is_of_user(fd, client->uid))
+    bool lives = fd >= 0 && process_alive(p);
+    if (lives && is_of_user(fd, client->uid))
         return fd;
-    bool foreign = fd >= 0 && process_alive(p);
     close_fd(&fd);
-    if (foreign)
-        return error_set(err, VM_ERROR_REFUSED, "the VMM (pid %d) runs with other rights than it had", p->pid);
-    return error_set(err, VM_ERROR_VMM_DIED, "the VMM (pid %d) ended", p->pid);
+    return lives ? error_set(err, VM_ERROR_REFUSED, "the VMM (pid %d) runs with other rights than it had", p->pid)
+                 : error_set(err, VM_ERROR_VMM_DIED, "the VMM (pid %d) ended", p->pid);
 }
 
 static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *slot, int fd,

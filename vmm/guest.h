@@ -40,6 +40,8 @@
 
 #define GUEST_REGIONS_MAX 256
 #define GUEST_REGION_NAME_MAX 256 /* with the NUL */
+/* A VMM's connection ends before its process does. One that lives on is asked for something meanwhile. */
+enum { GUEST_END_BEGINS_MS = 500, GUEST_END_TIMEOUT_MS = 5000 };
 
 struct guest;
 

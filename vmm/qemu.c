@@ -14,8 +14,6 @@
 #include <sys/stat.h>
 
 enum { SPAWN_TIMEOUT_MS = 30000, QUIT_TIMEOUT_MS = 1000 };
-/* The connection ends before the process does. One that lives on is asked for something meanwhile. */
-enum { END_BEGINS_MS = 500, END_TIMEOUT_MS = 5000 };
 
 /* QMP commands. */
 
@@ -23,7 +21,7 @@ int qemu_explain(struct qemu *q, struct vm_error **err)
 {
     if (!err || !*err || (*err)->kind != VM_ERROR_VMM_DIED)
         return -1;
-    if (!process_has_ended(&q->guest.process, END_BEGINS_MS, END_TIMEOUT_MS)) {
+    if (!process_has_ended(&q->guest.process, GUEST_END_BEGINS_MS, GUEST_END_TIMEOUT_MS)) {
         error_set_kind(err, VM_ERROR_UNREACHABLE);
         return error_wrap(err, "QEMU (process %d) still runs, but QMP is lost",
                           q->guest.process.pid);
@@ -385,7 +383,7 @@ struct qemu *qemu_spawn(const struct qemu_launch *launch, struct vm_error **err)
     if (!q->qmp)
         qemu_explain(q, err);
     if (!q->qmp || check_version(q, err) < 0) {
-        process_kill(&q->guest.process, END_TIMEOUT_MS, NULL);
+        process_kill(&q->guest.process, GUEST_END_TIMEOUT_MS, NULL);
         unlink(launch->qmp_path);
         error_wrap(err, "cannot start %s", launch->binary);
         return NULL;

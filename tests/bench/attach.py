@@ -42,7 +42,7 @@ sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE),
 from agents import Cluster  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
 from lab.guests import built  # noqa: E402
-from migrate import HZ, Race, cpu_of, cpu_times, undisturbed  # noqa: E402
+from migrate import HZ, Race, cpu_of, cpu_times, start_agents, undisturbed  # noqa: E402
 
 MEMORY_MIB = 2048
 DIRTY = {1: {'dirty_mib': 64, 'rate_mbps': 1}, 200: {'dirty_mib': 256, 'rate_mbps': 210}}
@@ -137,10 +137,7 @@ def side_by_side(rounds=3, rates=(1, 200), others=100):
     """{rate: {'vmmig': [run...], 'qemu': [run...]}}"""
     found = {}
     with Cluster(plain=True, start=False) as cluster:
-        for agent in cluster.agents:
-            agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
-            agent.options['log-level'] = 'info'
-            agent.start()
+        start_agents(cluster)
         for rate in rates:
             guest = {'mem_mib': MEMORY_MIB, 'scan_mbps': 0, 'fill': 'half', **DIRTY[rate]}
             races = {'vmmig': AttachRace(cluster, VmmGuest(f'attach{rate}', **guest))}

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page of docs/bench that a program writes with what it measured: the table's rows are lists of texts."""
-import os
 import pathlib
-import platform
-import re
 import time
+
+from suite import results
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def machine():
-    model = re.search(r'model name\s*:\s*(.*)', pathlib.Path('/proc/cpuinfo').read_text(errors='replace')).group(1)
-    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    return (f'{os.cpu_count()} cores of {model}, {memory >> 30} GiB, Linux {platform.release()}; '
-            f'{time.strftime("%Y-%m-%d", time.gmtime())}.')
+    return f'{results.describe(results.machine())}; {time.strftime("%Y-%m-%d", time.gmtime())}.'
 
 
 def table(head, rows):

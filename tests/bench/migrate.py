@@ -45,6 +45,7 @@ sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE),
 
 from agents import PKI, Cluster, eventually  # noqa: E402
 from lab import BareGuest, LinuxGuest, QmpError, linux_guest  # noqa: E402
+from lab.guests import built  # noqa: E402
 
 MODES = {
     'qemu-plain': ([], {}),
@@ -135,6 +136,14 @@ def use_tls(qmp, endpoint, agent):
     qmp('object-add', **{'qom-type': 'tls-creds-x509', 'id': 'bench-tls', 'endpoint': endpoint, 'dir': folder,
                          'verify-peer': True})
     qmp('migrate-set-parameters', **{'tls-creds': 'bench-tls'})
+
+
+def start_agents(cluster):
+    """Agents that can take guests of vmmig-vmm in, and log what until_prepared() reads."""
+    for agent in cluster.agents:
+        agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
+        agent.options['log-level'] = 'info'
+        agent.start()
 
 
 class Unfinished(Exception):

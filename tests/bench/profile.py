@@ -34,8 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'flow')]
 from agents import Cluster  # noqa: E402
 from attach import AttachRace  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
-from lab.guests import built  # noqa: E402
-from migrate import Race  # noqa: E402
+from migrate import Race, start_agents  # noqa: E402
 
 TOP = 10
 METRICS = {'copy_ms': 'copy, ms', 'cpu_s': 'CPU, s', 'total_s': 'time, s'}
@@ -49,10 +48,7 @@ class Migrations:
         with self.chosen():
             self.cluster = Cluster(plain=True, start=False)
             self.cluster.__enter__()
-            for agent in self.cluster.agents:
-                agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
-                agent.options['log-level'] = 'info'
-                agent.start()
+            start_agents(self.cluster)
             self.race = make_race(self.cluster, make_vm())
             self.race.let_run(False)
 

@@ -143,9 +143,12 @@ class Tool:
 
 
 class Vmmig(Tool):
+    def url(self):
+        return f'dir:{self.store}'
+
     def vmmig(self, *words):
         build = pathlib.Path(os.environ.get('VMMIG_BUILD', ROOT / 'build'))
-        return json.loads(run(build / 'tools/vmmig', *words, '--json', '--repo', f'dir:{self.store}'))
+        return json.loads(run(build / 'tools/vmmig', *words, '--json', '--repo', self.url()))
 
     def init(self):
         self.vmmig('repo', 'init')

@@ -3,6 +3,9 @@
 long the peer's guest stood still, what the peer put on the wire) is said there, from the figures."""
 import fnmatch
 
+CORES = 'The cores bind here, not the link: both hosts, agents, VMMs and the guest share them.'
+PLAIN = 'That peer compresses nothing, and vmmig does.'
+
 # (part, case, tool, metric, the best peer), each a pattern; the first that fits is meant.
 EXPLANATIONS = [
     (('migrate', 'unshaped/*', '*', 'wire_bytes', '*'),
@@ -12,11 +15,10 @@ EXPLANATIONS = [
     (('migrate', '*', 'vmmig-qemu', '*cpu_s', '*'),
      'Every page takes one more way: out of QEMU as a stream, and through the agents.'),
     (('migrate', '*/random', 'vmmig-attach', '*cpu_s', '*'), 'Pages are copied once, and their frames carry a sum.'),
-    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-[!m]*'), 'That peer compresses nothing, and vmmig does.'),
-    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-multifd'), 'That peer compresses nothing, and vmmig does.'),
+    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-[!m]*'), PLAIN),
+    (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-multifd'), PLAIN),
     (('migrate', '*', '*', 'pause_ms', 'qemu-postcopy'), 'It runs the guest before its memory is there.'),
-    (('migrate', '*', '*', 'total_ms', '*'),
-     'The cores bind here, not the link: both hosts, agents, VMMs and the guest share them.'),
+    (('migrate', '*', '*', 'total_ms', '*'), CORES),
     (('repo', 'collect', 'vmmig-rados', '*', '*'),
      'It goes through all shards of the catalogue, objects of Ceph each.'),
     (('repo', '*', 'vmmig-rados', '*', 'rbd'), 'rbd copies: it neither hashes nor compresses.'),
@@ -25,8 +27,7 @@ EXPLANATIONS = [
     (('repo', '*', '*', 'stored_bytes', '*'),
      'New pages are stored with LZ4; `vmmig repo gc --repack` compresses with zstd, as casync and restic do at once.'),
     (('clone', '*', '*', 'request_ms', '*'), 'Of vmmig it counts from typing the command.'),
-    (('growth', 'memory-*', '*', 'total_ms', '*'),
-     'The cores bind here, not the link: both hosts, agents, VMMs and the guest share them.'),
+    (('growth', 'memory-*', '*', 'total_ms', '*'), CORES),
 ]
 
 

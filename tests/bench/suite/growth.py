@@ -21,12 +21,12 @@ from agents import Cluster
 from attach import AttachRace
 from lab import BareGuest, VmmGuest
 from lab.guests import built
-from migrate import Race
+from migrate import Race, start_agents
 
-from .migrations import end, once, start_agents
+from .migrations import end, take_turns
 
 PLANS = {True: {'filled': (256, 1024, 2048), 'sparse': (256, 1024, 4096), 'images': (1, 10, 100),
-                'unique': (16, 32, 64), 'rounds': 2},
+                'unique': (32, 64, 128), 'rounds': 2},
          False: {'filled': (256, 1024, 4096, 8192), 'sparse': (256, 1024, 4096, 16384), 'images': (1, 10, 100, 1000),
                  'unique': (64, 256, 1024), 'rounds': 3}}
 PEER = 'qemu-multifd'
@@ -40,15 +40,9 @@ def move_one(results, cluster, case, guest, rounds):
     qemu = Race(cluster, BareGuest(f'q{name}', **guest))
     qemu.let_run(False)
     races = {'vmmig-qemu': (qemu, 'vmmig-qemu'), 'vmmig-attach': (attach, 'vmmig-qemu'), PEER: (qemu, PEER)}
-    found = {tool: [] for tool in races}
-    for _ in range(rounds):
-        for tool, (contest, words) in races.items():
-            contest.let_run(True)
-            found[tool].append(once(contest, words))
-            contest.let_run(False)
+    found = take_turns(case, races, rounds)
     end(races)
     for tool, runs in found.items():
-        print(f'  {case} {tool}: {[run.get("total_ms") for run in runs]}', file=sys.stderr, flush=True)
         results.add(case, tool, 'total_ms', [run.get('total_ms') for run in runs])
 
 

@@ -28,8 +28,7 @@ import sys
 
 from attach import AttachRace
 from lab import BareGuest, VmmGuest
-from lab.guests import built
-from migrate import MODES, OTHER_MODES, Race, Unfinished, undisturbed
+from migrate import MODES, OTHER_MODES, Race, Unfinished, start_agents, undisturbed
 
 from agents import Cluster
 
@@ -68,15 +67,8 @@ def once(race, tool):
             'memory_bytes': race.vm.mem_mib << 20}
 
 
-def start_agents(cluster):
-    for agent in cluster.agents:
-        agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
-        agent.options['log-level'] = 'info'
-        agent.start()
-
-
-def take_turns(results, case, races, rounds):
-    """races: {tool: (race, the tool's name in it)}"""
+def take_turns(case, races, rounds):
+    """races: {tool: (race, the tool's name in it)}. Returns {tool: [run...]}."""
     found = {tool: [] for tool in races}
     for _ in range(rounds):
         for tool, (contest, name) in races.items():
@@ -86,9 +78,7 @@ def take_turns(results, case, races, rounds):
             print(f'  {case} {tool}: ' + ', '.join(f'{m} {v:.4g}' for m, v in found[tool][-1].items()),
                   file=sys.stderr, flush=True)
             contest.let_run(False)
-    for tool, runs in found.items():
-        results.add_all(case, tool, runs)
-    results.save()
+    return found
 
 
 def contestants(cluster, load, mib, inputs):
@@ -124,5 +114,8 @@ def run(results, quick, inputs):
             for link in links:
                 for host in cluster.hosts:
                     host.set_rate(link)
-                take_turns(results, f'{link or "unshaped"}/{load}', races, plan['rounds'])
+                case = f'{link or "unshaped"}/{load}'
+                for tool, runs in take_turns(case, races, plan['rounds']).items():
+                    results.add_all(case, tool, runs)
+                results.save()
             end(races)

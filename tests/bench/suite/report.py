@@ -8,6 +8,7 @@ import re
 import subprocess
 
 from .explanations import explanation
+from .results import describe as describe_hardware
 from .results import load
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -228,7 +229,7 @@ def near(suite, part):
 def describe_machine(suite):
     m = suite.machine
     versions = ', '.join(f'{name} {version}' for name, version in m['versions'].items())
-    return (f'{m["cpus"]} cores of {m["cpu"]}, {m["memory_bytes"] / 2**30:.0f} GiB, Linux {m["kernel"]}; {versions}.')
+    return f'{describe_hardware(m)}; {versions}.'
 
 
 def describe(suite, part):

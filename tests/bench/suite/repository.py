@@ -48,12 +48,8 @@ class Vmmig(repo_peers.Vmmig):
 
 
 class VmmigRados(Vmmig):
-    def __init__(self, ceph, namespace):
-        super().__init__(f'rados:{POOL}/{namespace}?conf={ceph.conf}&id=admin')
-
-    def vmmig(self, *words):
-        build = pathlib.Path(os.environ['VMMIG_BUILD'])
-        return json.loads(repo_peers.run(build / 'tools/vmmig', *words, '--json', '--repo', self.store))
+    def url(self):
+        return self.store
 
     def bytes(self):
         stat = self.vmmig('repo', 'stat')
@@ -232,7 +228,7 @@ def versions(plan, disk, folder):
 def one_round(number, plan, inputs, folder, ceph, found):
     (folder / 'stores').mkdir()
     tools = {name: kind(folder / 'stores' / name) for name, kind in LOCAL.items()}
-    tools |= {'vmmig-rados': VmmigRados(ceph, f'round{number}'), 'rbd': Rbd(ceph, f'round{number}-')}
+    tools |= {'vmmig-rados': VmmigRados(f'rados:{POOL}/round{number}?conf={ceph.conf}&id=admin'), 'rbd': Rbd(ceph, f'round{number}-')}
     contest = Contest(tools, folder, found, ceph)
     for tool in tools.values():
         tool.init()

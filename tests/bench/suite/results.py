@@ -48,6 +48,11 @@ def machine():
             'versions': {name: found for name, argv in VERSIONS.items() if (found := version(*argv))}}
 
 
+def describe(m):
+    """What machine() says, in words."""
+    return f'{m["cpus"]} cores of {m["cpu"]}, {m["memory_bytes"] / 2**30:.0f} GiB, Linux {m["kernel"]}'
+
+
 def commit():
     return subprocess.run(['git', '-C', os.path.dirname(__file__), 'describe', '--always', '--dirty'],
                           capture_output=True, text=True, check=True).stdout.strip()
