@@ -9,14 +9,17 @@ enum { FULL_THROTTLE_PERCENT = 99 };
 enum { PATIENCE_ROUNDS = 40, PATIENCE_ROUNDS_THROTTLED = 4 };
 /* A round "helps" when it shortens the prediction to less than this share. */
 static const double MARKED_GAIN = 0.75;
-/* Share of the elapsed time that refinement may cost. */
-static const double REFINE_SHARE = 0.10;
+/* Refinement, where rounds are dear and where they are cheap. */
+static const struct refinement {
+    double share;            /* of the elapsed time that it may cost */
+    int64_t short_enough_ns; /* what is left may take so long to leave, and is worth no other round */
+} refinements[] = {{0.10, 5 * NSEC_PER_MSEC}, {0.20, NSEC_PER_MSEC}};
 
-void converge_init(struct converge *c, int64_t limit_ns, int64_t short_enough_ns, int64_t now_ns)
+void converge_init(struct converge *c, int64_t limit_ns, bool cheap_rounds, int64_t now_ns)
 {
     *c = (struct converge){
         .limit_ns = limit_ns,
-        .short_enough_ns = short_enough_ns,
+        .cheap_rounds = cheap_rounds,
         .started_ns = now_ns,
         .round_started_ns = now_ns,
         .judged_round = 1,
@@ -39,10 +42,11 @@ static int64_t drain_ns(const struct converge_input *in)
 /* The limit is met: is one more round worth its time? It lasts as long as the pause would now. */
 static bool refine(struct converge *c, const struct converge_input *in)
 {
+    const struct refinement *r = &refinements[c->cheap_rounds];
     int64_t round_ns = drain_ns(in) + in->in_flight_ns;
-    double budget = REFINE_SHARE * (double)(in->now_ns - c->started_ns);
+    double budget = r->share * (double)(in->now_ns - c->started_ns);
     bool helped = !c->refining || (double)c->predicted_ns < MARKED_GAIN * (double)c->last_predicted_ns;
-    if (!helped || round_ns <= c->short_enough_ns || (double)(c->refined_ns + round_ns) > budget)
+    if (!helped || round_ns <= r->short_enough_ns || (double)(c->refined_ns + round_ns) > budget)
         return false;
     c->refining = true;
     c->refined_ns += round_ns;

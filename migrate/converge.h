@@ -4,7 +4,7 @@
  * it measures, it answers whether to pause now, and says what pause it predicts.
  *
  *     struct converge c;
- *     converge_init(&c, limit_ns, now);
+ *     converge_init(&c, limit_ns, cheap_rounds, now);
  *     at each new round, and every few milliseconds between:
  *         switch (converge_judge(&c, &input)) { ...
  *
@@ -15,8 +15,9 @@
  * Judgement is given at the start of a round, when the dirty log was just read and `remaining` is
  * exact. Three ways lead to a pause:
  *   - the prediction is within the limit. While another round promises to shorten it markedly and
- *     all such rounds together cost less than a tenth of the migration's time, the judge still waits:
- *     a short pause is worth more than a slightly shorter migration.
+ *     all such rounds together cost less than a share of the migration's time, the judge still waits:
+ *     a short pause is worth more than a slightly shorter migration. The share is a tenth, and no round is begun for
+ *     the last 5 ms; of a VMM whose rounds cost little beyond their pages it is a fifth, down to 1 ms.
  *   - the guest is throttled as far as the VMM goes, or many rounds brought nothing: then at the best
  *     local minimum, rather than never. The result says that the limit was not met.
  *   - the engine is told by the user to pause now (not decided here).
@@ -46,7 +47,8 @@ struct converge_input {
 };
 
 struct converge {
-    int64_t limit_ns, short_enough_ns, started_ns;
+    int64_t limit_ns, started_ns;
+    bool cheap_rounds;
     unsigned judged_round;     /* the last round judged */
     int64_t round_started_ns;
     int64_t last_predicted_ns; /* at the former round */
@@ -57,8 +59,8 @@ struct converge {
     int64_t predicted_ns;      /* the newest prediction; INT64_MAX while unknown */
 };
 
-/* short_enough_ns: what is left may take so long to leave, and is not worth another round of this VMM. */
-void converge_init(struct converge *c, int64_t limit_ns, int64_t short_enough_ns, int64_t now_ns);
+/* cheap_rounds: a round costs little beyond its pages, and is worth it sooner. */
+void converge_init(struct converge *c, int64_t limit_ns, bool cheap_rounds, int64_t now_ns);
 /* Judge; c->predicted_ns is renewed. */
 enum converge_verdict converge_judge(struct converge *c, const struct converge_input *in);
 

@@ -23,8 +23,6 @@ enum { BYTES_PATIENCE = 16 };
 enum { PILOT_INTERVAL_MS = 10 };
 enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
 /* What is not worth another round: of a VMM that has to be asked for its dirty log, of one that shares it. */
-#define SHORT_ENOUGH_NS (5 * NSEC_PER_MSEC)
-#define SHORT_ENOUGH_MAPPED_NS NSEC_PER_MSEC
 /* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
 #define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
 
@@ -649,8 +647,7 @@ static bool pilot_wait(struct sender *s)
 static int pilot_run(struct sender *s, struct vm_error **err)
 {
     struct pilot pilot = {.last_ns = clock_mono_ns()};
-    converge_init(&pilot.converge, s->params.downtime_limit_ns,
-                  s->params.guest->ops->mapped_source ? SHORT_ENOUGH_MAPPED_NS : SHORT_ENOUGH_NS, pilot.last_ns);
+    converge_init(&pilot.converge, s->params.downtime_limit_ns, s->params.guest->ops->mapped_source, pilot.last_ns);
     int64_t before = pilot.last_ns;
     while (!pilot_wait(s)) {
         int64_t now = clock_mono_ns();

@@ -14,7 +14,7 @@ enum {
     MAX_BAD_LINES = 16,
     CATCH_UP_MS = 100,
     FIRST_SEQUENCE = 1,
-    GAP_MS = 5,
+    GAP_MS = 1,
     COUNTERS_EVERY = 10,
 };
 

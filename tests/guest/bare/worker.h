@@ -30,7 +30,7 @@
  *         Heartbeat: running number, TSC in hexadecimal. Every tenth has the totals: complete
  *         rewrites of the working set (of the slowest vCPU), pages checked, pages that the writer has
  *         written, checks failed. gap= is
- *         for how long vCPU 0 stood still since the last heartbeat, by the TSC, if 5 ms or more.
+ *         for how long vCPU 0 stood still since the last heartbeat, by the TSC, if 1 ms or more.
  *     BAD page=ADDRESS expected=SEQ found=SEQ word=N
  *         A failed check: sequence numbers (0 in a base page; "none" without a valid header), and
  *         the first wrong word, 512 if it is the table of sequence numbers that is wrong. At most

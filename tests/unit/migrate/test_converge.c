@@ -11,11 +11,11 @@
 #include <cmocka.h>
 
 #define MB 1e6
-#define SHORT_ENOUGH_NS (5 * NSEC_PER_MSEC)
 
 struct world {
     double memory, working_set, dirty_rate, link_rate;
     double throttle_step; /* percent that the VMM adds when a round did not get shorter */
+    bool cheap_rounds;
 };
 
 struct outcome {
@@ -29,7 +29,7 @@ static struct outcome simulate(const struct world *w, double limit_ms)
     struct converge c;
     struct outcome o = {0};
     double to_send = w->memory;
-    converge_init(&c, (int64_t)(limit_ms * 1e6), SHORT_ENOUGH_NS, 0);
+    converge_init(&c, (int64_t)(limit_ms * 1e6), w->cheap_rounds, 0);
     for (o.rounds = 1; o.rounds < 1000; o.rounds++) {
         struct converge_input in = {.now_ns = (int64_t)(o.seconds * 1e9),
                                     .round = o.rounds,
@@ -73,6 +73,18 @@ static void refinement_is_worth_its_time_only(void **state)
     assert_true(o.seconds < 10 * 1.11 + 0.2);
 }
 
+/* All that it works on is within the limit after the first pass; two rounds, a sixth of the time, leave little of it. */
+static void a_fast_link_is_worth_some_rounds(void **state)
+{
+    (void)state;
+    struct world w = {.memory = 2000 * MB, .working_set = 260 * MB, .dirty_rate = 200 * MB, .link_rate = 1000 * MB,
+                      .cheap_rounds = true};
+    struct outcome o = simulate(&w, 300);
+    assert_int_equal(o.verdict, CONVERGE_PAUSE);
+    assert_true(o.pause_ms < 60);
+    assert_true(o.seconds < 2.4);
+}
+
 static void a_busy_guest_within_the_link_converges(void **state)
 {
     (void)state;
@@ -111,7 +123,7 @@ static void the_first_pass_is_never_interrupted(void **state)
 {
     (void)state;
     struct converge c;
-    converge_init(&c, NSEC_PER_SEC, SHORT_ENOUGH_NS, 0);
+    converge_init(&c, NSEC_PER_SEC, false, 0);
     struct converge_input in = {.round = 1, .remaining = 4096, .drain_rate = 1000000000};
     assert_int_equal(converge_judge(&c, &in), CONVERGE_CONTINUE);
 }
@@ -120,7 +132,7 @@ static void an_unknown_rate_never_fits(void **state)
 {
     (void)state;
     struct converge c;
-    converge_init(&c, NSEC_PER_SEC, SHORT_ENOUGH_NS, 0);
+    converge_init(&c, NSEC_PER_SEC, false, 0);
     struct converge_input in = {.now_ns = NSEC_PER_SEC, .round = 2, .remaining = 1 << 20};
     assert_int_equal(converge_judge(&c, &in), CONVERGE_CONTINUE);
     assert_true(c.predicted_ns > 3600 * NSEC_PER_SEC);
@@ -133,7 +145,7 @@ static void a_cheap_round_empties_what_is_on_the_way(void **state)
     for (int cheap = 0; cheap < 2; cheap++) {
         struct converge c;
         struct converge_input in = {.now_ns = NSEC_PER_SEC, .round = 2, .drain_rate = 1 << 30, .in_flight_ns = 3 * NSEC_PER_MSEC};
-        converge_init(&c, 300 * NSEC_PER_MSEC, cheap ? NSEC_PER_MSEC : SHORT_ENOUGH_NS, 0);
+        converge_init(&c, 300 * NSEC_PER_MSEC, cheap, 0);
         assert_int_equal(converge_judge(&c, &in), cheap ? CONVERGE_CONTINUE : CONVERGE_PAUSE);
         in.in_flight_ns = NSEC_PER_MSEC / 2;
         in.round = 3;
@@ -146,6 +158,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(an_idle_guest_is_paused_shortly),
         cmocka_unit_test(refinement_is_worth_its_time_only),
+        cmocka_unit_test(a_fast_link_is_worth_some_rounds),
         cmocka_unit_test(a_busy_guest_within_the_link_converges),
         cmocka_unit_test(a_guest_faster_than_the_link_needs_the_throttle),
         cmocka_unit_test(what_never_converges_is_paused_at_its_best),
