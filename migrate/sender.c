@@ -363,15 +363,21 @@ static void on_round(void *arg, unsigned round)
 }
 
 /* The driver's thread waits here, so nothing is put into the queues meanwhile, and no worker is in a send. */
-static int on_settle(void *arg, struct vm_error **err)
+static int on_settle(void *arg, int64_t *ret_rtt_ns, struct vm_error **err)
 {
     struct sender *s = arg;
+    int64_t rtt_ns = 0;
     for (unsigned i = 0; i < s->params.channels; i++)
         if (!queue_wait_idle(s->workers[i].batches))
             return stopped(err);
-    for (unsigned i = 0; i < s->params.channels; i++)
-        if (channel_sender_flush(s->channels[i + 1], INT64_MAX, err) < 0)
+    for (unsigned i = 1; i <= s->params.channels; i++) {
+        struct channel_sender_stats st;
+        if (channel_sender_flush(s->channels[i], INT64_MAX, err) < 0)
             return -1;
+        channel_sender_get_stats(s->channels[i], &st);
+        rtt_ns = st.rtt_ns > rtt_ns ? st.rtt_ns : rtt_ns;
+    }
+    *ret_rtt_ns = rtt_ns;
     return 0;
 }
 
@@ -796,6 +802,7 @@ static int copy(struct sender *s, struct vm_error **err)
     const struct sender_params *p = &s->params;
     struct guest_source_params source = {.channels = p->channels,
                                          .max_bandwidth = 0,
+                                         .downtime_limit_ns = p->downtime_limit_ns,
                                          .regions = p->regions,
                                          .n_regions = p->n_regions};
     if (start_workers(s, err) < 0 ||

@@ -22,8 +22,7 @@
  *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source), a clone's
  *         into a copy of 1 MiB for each batch under way. To read a page that a clone has not touched waits for the
  *         mount: while the store is away the copy stands, and so does whoever stops it.
- *         Throttling: when a round that lasted 30 ms or more, the link's own latency included, left half as much dirty
- *         as it carried, twice in a row, vCPUs lose 20 % of their time, then 10 % more each time, up to 99 %.
+ *         Throttling, of a guest that writes too fast for its downtime limit: vmm/attach_steering.h.
  *         After a complete copy tracking stays on, since ending it is dear for a large guest and the VMM is about
  *         to be killed; `resume` ends it.
  * sink    INCOMING: memory is mapped for writing; bytes gather in a file that sink_finish has the VMM load.

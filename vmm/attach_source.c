@@ -27,15 +27,12 @@
 #include "base/fault.h"
 #include "base/log.h"
 #include "vmm/attach_private.h"
+#include "vmm/attach_steering.h"
 
 #include <string.h>
 #include <sys/mman.h>
 
 enum { CHANNELS_MAX = 64, STATE_CHUNK = 256 << 10 };
-/* Between harvests of a guest that writes next to nothing. */
-enum { ROUND_MIN_MS = 5 };
-/* Throttling: see vmm/attach.h. */
-enum { THROTTLE_ROUND_MS = 30, THROTTLE_STRIKES = 2, THROTTLE_FIRST = 20, THROTTLE_STEP = 10 };
 
 #define PIECE_PAGES (ATTACH_PIECE / GUEST_PAGE_SIZE)
 
@@ -56,9 +53,10 @@ struct attach_source {
     struct page_batch *open[CHANNELS_MAX]; /* being filled */
     const struct attach_region *open_from[CHANNELS_MAX]; /* whose pages those are */
     unsigned round;
-    unsigned throttle, strikes;
+    struct attach_steering steering;
     uint64_t sent_in_round;
     int64_t round_started_ns;
+    int64_t rtt_ns; /* of the link, as far as it is known */
     bool tracks, complete;
     pthread_t thread;
     bool thread_started;
@@ -332,7 +330,6 @@ static int set_throttle(struct attach_source *s, unsigned percent, struct vm_err
     if (attach_order(&s->attach->client, VMMIG__ATTACH__TYPE__THROTTLE, &m.base, err) < 0)
         return -1;
     log_info("throttling the guest", "percent=%u", percent);
-    s->throttle = percent;
     SCOPE_LOCK(&s->lock);
     s->progress.throttle_percent = percent;
     return 0;
@@ -341,20 +338,16 @@ static int set_throttle(struct attach_source *s, unsigned percent, struct vm_err
 /* The round that has ended carried sent_in_round pages; as many as `found` were written meanwhile. */
 static int steer(struct attach_source *s, uint64_t found, int64_t took_ns, struct vm_error **err)
 {
-    bool losing = s->round >= 2 && took_ns >= THROTTLE_ROUND_MS * NSEC_PER_MSEC &&
-                  found * 2 > s->sent_in_round;
-    s->strikes = losing ? s->strikes + 1 : 0;
-    if (s->strikes < THROTTLE_STRIKES || s->throttle == ATTACH_THROTTLE_MAX)
-        return 0;
-    s->strikes = 0;
-    unsigned next = s->throttle ? s->throttle + THROTTLE_STEP : THROTTLE_FIRST;
-    return set_throttle(s, next < ATTACH_THROTTLE_MAX ? next : ATTACH_THROTTLE_MAX, err);
+    struct attach_round ended = {
+        .number = s->round, .carried = s->sent_in_round, .left = found, .took_ns = took_ns, .rtt_ns = s->rtt_ns};
+    unsigned before = s->steering.percent, now = attach_steer(&s->steering, &ended);
+    return now == before ? 0 : set_throttle(s, now, err);
 }
 
 /* A round takes a while even if it has nothing to do; a pause ends the wait. */
 static void wait_a_while(struct attach_source *s)
 {
-    int64_t due = s->round_started_ns + ROUND_MIN_MS * NSEC_PER_MSEC;
+    int64_t due = s->round_started_ns + ATTACH_ROUND_MIN_MS * NSEC_PER_MSEC;
     SCOPE_LOCK(&s->lock);
     while (!s->stop && !s->paused && cond_wait_until(&s->changed, &s->lock, due))
         ;
@@ -389,7 +382,7 @@ static int begin_round(struct attach_source *s, struct vm_error **err)
 
 static int settle(struct attach_source *s, struct vm_error **err)
 {
-    return s->events->settle && !is_paused(s) ? s->events->settle(s->arg, err) : 0;
+    return s->events->settle && !is_paused(s) ? s->events->settle(s->arg, &s->rtt_ns, err) : 0;
 }
 
 /* Round after round until the engine pauses the guest; what is dirty then is still to be done. */
@@ -550,6 +543,7 @@ int attach_source_start(struct guest *g, const struct guest_source_params *param
         return error_nomem(err);
     s->attach = a;
     s->channels = params->channels;
+    s->steering.limit_ns = params->downtime_limit_ns;
     s->events = events;
     s->arg = arg;
     pthread_mutex_init(&s->lock, NULL);

@@ -88,6 +88,7 @@ struct guest_region {
 struct guest_source_params {
     unsigned channels;        /* pages are sorted by page_stripe_channel(addr, channels) */
     uint64_t max_bandwidth;   /* bytes a second out of the VMM, 0: no limit */
+    int64_t downtime_limit_ns; /* for a driver that throttles the guest by itself, for a pause no longer; 0: none */
     /*
      * Names of the regions whose pages come as pages, in the order of their region numbers. Those of
      * any other region stay in the bytes. NULL: none, everything is bytes.
@@ -128,9 +129,9 @@ struct guest_source_events {
     /*
      * May be NULL. Asked by a driver that can choose when its log is read (ops->mapped_source), before each reading
      * while the guest runs: returns when all pages that were given are where they belong. So a round finds what is
-     * left, all of it, and nothing is on its way to be overtaken.
+     * left, all of it, and nothing is on its way to be overtaken. *ret_rtt_ns: the link's least round trip; 0: unknown.
      */
-    int (*settle)(void *arg, struct vm_error **err);
+    int (*settle)(void *arg, int64_t *ret_rtt_ns, struct vm_error **err);
     /*
      * Background, may be NULL: the stream is about to begin; `fd` is the end from which this process reads it, and
      * stays the driver's. As long as somebody holds a copy, the VMM does not see this process die. -1: it does

@@ -36,6 +36,7 @@ struct engine {
     /* Called after a page was copied. */
     void (*copied)(struct engine *e, uint64_t page);
     unsigned round;
+    int64_t rtt_ns; /* of the link that there would be */
     bool unsettled; /* pages came, and nobody asked whether they have arrived */
     pthread_mutex_t lock;
     pthread_cond_t changed;
@@ -98,9 +99,10 @@ static void wait_for_writes(struct toy_vmm *v)
         sched_yield();
 }
 
-static int on_settle(void *arg, struct vm_error **err)
+static int on_settle(void *arg, int64_t *ret_rtt_ns, struct vm_error **err)
 {
     ((struct engine *)arg)->unsettled = false;
+    *ret_rtt_ns = ((struct engine *)arg)->rtt_ns;
     return 0;
 }
 

@@ -8,6 +8,8 @@
 #include "migrate/receiver.h"
 #include "migrate/sender.h"
 
+#include <arpa/inet.h>
+#include <errno.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -32,6 +34,7 @@ struct toy {
     bool started, stopping, paused;
     const uint8_t *settles_at; /* the other end's memory: rounds begin when it is the same; NULL: at once */
     unsigned settled, unsettled;
+    int64_t rtt_ns; /* as the engine said */
     atomic_bool user_stopped; /* by who owns it */
     unsigned round;
     atomic_bool done; /* all was given away */
@@ -109,7 +112,7 @@ static int settle(struct toy *t, struct vm_error **err)
 {
     if (!t->settles_at)
         return 0;
-    if (t->events->settle(t->arg, err) < 0)
+    if (t->events->settle(t->arg, &t->rtt_ns, err) < 0)
         return -1;
     bool same = !memcmp(t->settles_at, t->region.base, MEMORY);
     t->settled += same;
@@ -352,10 +355,13 @@ static struct sender *make_world_at(struct world *w, enum policy_compress compre
     w->cancel = io_latch_new(NULL);
     pthread_mutex_init(&w->lock, NULL);
     cond_init(&w->changed);
-    snprintf(w->address, sizeof(w->address), "unix:/tmp/vmmig-test-copy-%d", getpid());
+    struct sockaddr_in bound;
+    socklen_t size = sizeof(bound);
     w->context = conn_context_create(&(struct conn_settings){.insecure_plain = true}, &err);
-    w->listen_fd = conn_listen(w->address, &err);
+    w->listen_fd = conn_listen("127.0.0.1:0", &err);
     assert_null(err);
+    assert_return_code(getsockname(w->listen_fd, (struct sockaddr *)&bound, &size), errno);
+    snprintf(w->address, sizeof(w->address), "127.0.0.1:%d", ntohs(bound.sin_port));
     struct receiver_params r = {.guest = &w->sink.guest, .attempt = attempt, .token = token,
                                 .channels = CHANNELS, .regions = &w->sink.region, .n_regions = 1,
                                 .cancel_fd = -1};
@@ -395,7 +401,6 @@ static void end_world(struct world *w)
     conn_context_destroy(w->context);
     close(w->listen_fd);
     close(w->cancel);
-    unlink(w->address + strlen("unix:"));
     toy_finish(&w->source);
     toy_finish(&w->sink);
 }
@@ -442,6 +447,7 @@ static void a_round_begins_when_the_former_one_has_arrived(void **state)
     assert_int_equal(receiver_wait(w.receiver, &err), 0);
     assert_true(w.source.settled >= 1);
     assert_int_equal(w.source.unsettled, 0);
+    assert_true(w.source.rtt_ns > 0 && w.source.rtt_ns < NSEC_PER_SEC); /* the kernel's: this link is TCP */
     expect_whole(&w);
     sender_destroy(s);
     end_world(&w);
