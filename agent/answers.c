@@ -131,7 +131,7 @@ static const char *run_state_name(enum guest_run_state state)
 /* What its VMM is, if it was ever there. */
 static void set_info(struct vm_answer *a)
 {
-    struct guest *g = vm_guest(a->vm);
+    CLEANUP(guest) struct guest *g = vm_guest(a->vm);
     if (!g)
         return;
     driver_get_info(g, &a->info);

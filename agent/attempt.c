@@ -378,7 +378,7 @@ static int ask_status(struct attempt *a, struct guest_status *ret_status)
 {
     cleanup_error struct vm_error *err = NULL;
     if (!a->guest)
-        a->role->reconnect(a, NULL);
+        a->role->reconnect(a);
     if (!a->guest)
         return -1;
     if (guest_status(a->guest, ret_status, &err) == 0)
@@ -386,7 +386,7 @@ static int ask_status(struct attempt *a, struct guest_status *ret_status)
     log_warn("the VMM does not say what it does", "error=%s", log_q(error_message(err)));
     if (err->kind != VM_ERROR_TIMEOUT && err->kind != VM_ERROR_REFUSED &&
         process_alive(&a->record.vmm))
-        a->role->reconnect(a, a->guest);
+        a->role->reconnect(a);
     return -1;
 }
 
@@ -476,7 +476,7 @@ static void quit_vmm(struct attempt *a)
 {
     int64_t deadline = clock_mono_ns() + NSEC(QUIT_TIMEOUT_MS);
     if (!a->guest)
-        a->role->reconnect(a, NULL);
+        a->role->reconnect(a);
     if (!a->guest || guest_quit(a->guest, NULL) < 0)
         return;
     while (process_alive(&a->record.vmm) && clock_mono_ns() < deadline)
@@ -816,8 +816,7 @@ void attempt_unref(struct attempt *a)
     if (!a || atomic_fetch_sub(&a->refs, 1) != 1)
         return;
     a->role->finish(a);
-    if (a->owns_guest)
-        guest_destroy(a->guest);
+    guest_unref(a->guest);
     peer_session_unref(a->session);
     error_free(a->reason);
     error_free(a->peer_reason);

@@ -54,10 +54,10 @@ struct attempt_role {
     /* Once, when the machine has settled; again every second while it returns -1. */
     int (*settled)(struct attempt *a, struct vm_error **err);
     /*
-     * a->guest is NULL, or `lost`, whose connection has ended though the VMM lives: connect to the
-     * VMM of the record, if it answers by now.
+     * The connection of a->guest has ended though the VMM lives, or there was none: connect to the VMM of the
+     * record, if it answers by now.
      */
-    void (*reconnect)(struct attempt *a, struct guest *lost);
+    void (*reconnect)(struct attempt *a);
     /* This agent began the copy, and nothing that has been done in it can have stopped the guest. */
     bool (*never_paused)(struct attempt *a);
     /* Every second: is the peer, or the copy, later than can be borne? */
@@ -77,7 +77,7 @@ struct source_part {
     struct disk_offer *offers;
     uint32_t *offer_disks; /* index in definition.disks of each */
     unsigned n_offers;
-    struct sender_params params; /* of the copy; regions are filled when the peer answered */
+    struct sender_params params; /* of the copy, with a reference to its guest; regions when the peer answered */
     bool assume_shared;
     char *dest_socket;
     struct guest_region *regions;
@@ -125,8 +125,7 @@ struct attempt {
     struct journal_record record;
     bool recorded;           /* the journal has it */
     bool was_running;        /* by its user's wish: whoever has it last lets it run */
-    struct guest *guest;     /* source: of the VM; destination: owned until registered */
-    bool owns_guest;
+    struct guest *guest;     /* reference; NULL while the VMM is not reached */
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
     bool cont_sent;          /* since this agent started: a vCPU may have run */
     bool resume_unsure;      /* the answer to a `cont` was lost once */

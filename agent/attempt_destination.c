@@ -170,7 +170,6 @@ static int prepare(struct attempt *a, struct vm_error **err)
     a->guest = make_sink(a, err);
     if (!a->guest)
         return -1;
-    a->owns_guest = true;
     d->process = a->guest->process;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
         attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0)
@@ -295,13 +294,12 @@ static int register_vm(struct attempt *a, struct vm_error **err)
     if (use_registered(a))
         return 0;
     struct vm_definition def = future_vm(a, &a->record.vmm);
-    struct guest *guest = a->guest;
+    if (!a->guest) /* after a restart, of a guest that is not to run: nobody needed it until now */
+        a->role->reconnect(a);
+    CLEANUP(guest) struct guest *guest = guest_ref(a->guest);
     if (vms_add(vms, &def, &guest, err) < 0)
         return -1;
-    a->owns_guest = false;
     d->vm = vms_get(vms, a->vm_name, NULL);
-    if (!d->vm)
-        a->guest = NULL;
     return 0;
 }
 
@@ -391,10 +389,7 @@ static int before_record(struct attempt *a, enum handover_record record, struct 
 static void drop_guest(struct attempt *a)
 {
     stop_transfer(a);
-    if (a->owns_guest)
-        guest_destroy(a->guest);
-    a->owns_guest = false;
-    a->guest = NULL;
+    guest_unref(steal_ptr(&a->guest));
 }
 
 /*
@@ -427,12 +422,12 @@ static int settled(struct attempt *a, struct vm_error **err)
     }
 }
 
-static void reconnect(struct attempt *a, struct guest *lost)
+static void reconnect(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
-    if (lost && a->destination.vm)
-        vms_reconnect(a->transfer->agent->vms, a->destination.vm, lost);
-    if (lost)
+    if (a->guest && a->destination.vm)
+        vms_reconnect(a->transfer->agent->vms, a->destination.vm, a->guest);
+    if (a->guest)
         drop_guest(a);
     if (use_registered(a))
         return;
@@ -445,11 +440,10 @@ static void reconnect(struct attempt *a, struct guest *lost)
     }
     if (!process_identity_equal(&guest->process, &a->record.vmm)) {
         log_error("another process answers for the VMM", "pid=%d", guest->process.pid);
-        guest_destroy(guest);
+        guest_unref(guest);
         return;
     }
     a->guest = guest;
-    a->owns_guest = true;
 }
 
 static bool never_paused(struct attempt *a)

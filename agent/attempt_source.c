@@ -282,14 +282,15 @@ static int register_again(struct attempt *a, struct vm_error **err)
 }
 
 /* The registry adopts the VMs that it knows some time after a restart. */
-static void reconnect(struct attempt *a, struct guest *lost)
+static void reconnect(struct attempt *a)
 {
     struct source_part *s = &a->source;
     cleanup_error struct vm_error *err = NULL;
     if (!s->vm && s->socket_path && register_again(a, &err) < 0)
         log_warn("cannot reach the VMM yet", "error=%s", log_q(error_message(err)));
-    if (s->vm && lost)
-        vms_reconnect(a->transfer->agent->vms, s->vm, lost);
+    if (s->vm && a->guest)
+        vms_reconnect(a->transfer->agent->vms, s->vm, a->guest);
+    guest_unref(steal_ptr(&a->guest));
     if (s->vm)
         a->guest = vm_guest(s->vm);
 }
@@ -420,6 +421,7 @@ static void finish(struct attempt *a)
     struct source_part *s = &a->source;
     withdraw_offers(s);
     sender_destroy(s->sender);
+    guest_unref(s->params.guest);
     if (s->prepared)
         vmmig__peer__handover__free_unpacked(s->prepared, NULL);
     qemu_wire_free(s->prepare_message.definition);
@@ -517,7 +519,7 @@ static void set_params(struct attempt *a, const struct transfer_params *p)
 {
     const struct config *config = a->transfer->agent->config;
     a->source.params = (struct sender_params){
-        .guest = a->guest,
+        .guest = guest_ref(a->guest),
         .attempt = a->id,
         .token = channel_token_new(),
         .channels = p->connections ? p->connections : TRANSFER_CONNECTIONS_DEFAULT,

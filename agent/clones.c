@@ -395,7 +395,7 @@ static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
     if (r == 0)
         return 0;
     guest_kill(guest, KILL_TIMEOUT_MS, NULL);
-    guest_destroy(guest);
+    guest_unref(guest);
     unlink(c->place.socket_path);
     clone_remove_disks(c->agent->config->clone_dir, c->name);
     return -1;
@@ -459,9 +459,10 @@ static void undo(struct cloning *c)
 {
     for (unsigned i = 0; i < c->n; i++) {
         CLEANUP(vm) struct vm *vm = vms_get(c->agent->vms, c->names[i], NULL);
-        if (!vm || !vm_guest(vm))
+        CLEANUP(guest) struct guest *guest = vm ? vm_guest(vm) : NULL;
+        if (!guest)
             continue;
-        guest_kill(vm_guest(vm), KILL_TIMEOUT_MS, NULL);
+        guest_kill(guest, KILL_TIMEOUT_MS, NULL);
         unlink(vm_definition(vm)->socket_path);
         vms_remove(c->agent->vms, c->names[i], NULL);
         clone_remove_disks(c->agent->config->clone_dir, c->names[i]);

@@ -262,7 +262,8 @@ static bool may_have_been_sent(struct finding *f, struct vm *vm)
 {
     struct guest_status status;
     int64_t deadline = clock_mono_ns() + ASK_TIMEOUT_NS;
-    bool asked = vm_guest(vm) && vm_status(vm, deadline, &status, NULL) == 0;
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    bool asked = guest && vm_status(vm, deadline, &status, NULL) == 0;
     if (asked && status.state == GUEST_RUNNING)
         return false;
     snprintf(f->why, sizeof(f->why),

@@ -109,7 +109,8 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
     char note[PATH_BYTES];
     struct snapshot_report r;
     make_note_path(config, t->vm_name, note);
-    struct snapshot_params p = {.guest = vm_guest(t->vm),
+    CLEANUP(guest) struct guest *guest = vm_guest(t->vm);
+    struct snapshot_params p = {.guest = guest,
                                 .vm = t->vm_name,
                                 .name = t->name,
                                 .disk_only = t->disk_only,
@@ -429,7 +430,7 @@ static void end_vm(struct restore_job *t, struct guest *guest)
     guest_kill(guest, RESTORE_KILL_MS, NULL);
     if (socket)
         unlink(socket);
-    guest_destroy(guest);
+    guest_unref(guest);
 }
 
 static int write_disks(struct restore_job *t, struct restore *r, struct vm_error **err)

@@ -168,10 +168,11 @@ static int decide_vm(struct transfer *t, struct vm *vm, bool here, struct vm_err
         return process_kill(&d->process, ATTEMPT_KILL_TIMEOUT_MS, err) < 0
                    ? -1
                    : attempt_source_forget(t, d->name, &d->process, err);
-    if (guest_resume(vm_guest(vm), err) < 0)
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    if (guest_resume(guest, err) < 0)
         return -1;
     cleanup_error struct vm_error *quiet = NULL;
-    if (guest_announce(vm_guest(vm), &quiet) < 0)
+    if (guest_announce(guest, &quiet) < 0)
         log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
     return 0;
 }
@@ -190,7 +191,8 @@ static int resolve_damaged(struct transfer *t, const char *name, bool here, stru
     CLEANUP(vm) struct vm *vm = damage.n ? vms_get_present(t->agent->vms, name, NULL) : NULL;
     if (!vm)
         return error_set(err, VM_ERROR_NOT_FOUND, "no hand-over of VM '%s' is unfinished", name);
-    if (guest_status(vm_guest(vm), &status, err) < 0)
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    if (guest_status(guest, &status, err) < 0)
         return -1;
     if (status.state == GUEST_RUNNING)
         return error_set(err, VM_ERROR_REFUSED,

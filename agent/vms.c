@@ -16,19 +16,13 @@
 
 #define RETRY_NS (3 * NSEC_PER_SEC)
 
-struct retired {
-    struct guest *guest;
-    struct retired *next;
-};
-
 struct vm {
     atomic_uint refs;
     struct vm_definition definition;
     int pidfd; /* -1: the process was gone already */
     pthread_mutex_t lock; /* guards what follows */
     enum vm_presence presence;
-    struct guest *guest; /* of the last connection; once set, it stays */
-    struct retired *retired; /* guests of former ones: somebody may be using them */
+    struct guest *guest; /* of the last connection; once there is one, there always is */
     char detail[VM_DETAIL_MAX];
     pthread_cond_t asked_cond;
     bool asking;      /* a thread waits for the VMM's answer */
@@ -141,13 +135,7 @@ void vm_put(struct vm *vm)
 {
     if (!vm || atomic_fetch_sub(&vm->refs, 1) != 1)
         return;
-    guest_destroy(vm->guest);
-    while (vm->retired) {
-        struct retired *r = vm->retired;
-        vm->retired = r->next;
-        guest_destroy(r->guest);
-        free(r);
-    }
+    guest_unref(vm->guest);
     vm_definition_finish(&vm->definition);
     close_fd(&vm->pidfd);
     error_free(vm->status_error);
@@ -176,7 +164,7 @@ enum vm_presence vm_presence(const struct vm *vm)
 struct guest *vm_guest(const struct vm *vm)
 {
     SCOPE_LOCK(lock_of(vm));
-    return vm->guest;
+    return guest_ref(vm->guest);
 }
 
 const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX])
@@ -205,12 +193,13 @@ static bool connection_ended(const struct vm_error *err)
 static void *ask_thread(void *arg)
 {
     CLEANUP(vm) struct vm *vm = arg;
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
     struct guest_status status = {0};
     struct vm_error *err = NULL;
-    guest_status(vm_guest(vm), &status, &err);
+    guest_status(guest, &status, &err);
     SCOPE_LOCK(&vm->lock);
-    /* The keeper connects again, unless it is the process that has gone. */
-    if (err && connection_ended(err) && vm->presence == VM_PRESENT) {
+    /* The keeper connects again, unless somebody has, or it is the process that has gone. */
+    if (err && connection_ended(err) && vm->presence == VM_PRESENT && vm->guest == guest) {
         vm->presence = VM_UNREACHABLE;
         snprintf(vm->detail, sizeof(vm->detail), "%s", error_message(err));
     }
@@ -332,20 +321,6 @@ static void remove_at(struct vms *vms, unsigned place)
 
 /* The keeper: adopts, retries, notices deaths. */
 
-/* With the lock held: from here on `guest` is the VM's. 0, or no memory and nothing was done. */
-static int replace_guest(struct vm *vm, struct guest **guest, struct vm_error **err)
-{
-    struct retired *r = vm->guest ? malloc(sizeof(*r)) : NULL;
-    if (vm->guest && !r)
-        return error_nomem(err);
-    if (r) {
-        *r = (struct retired){vm->guest, vm->retired};
-        vm->retired = r;
-    }
-    vm->guest = steal_ptr(guest);
-    return 0;
-}
-
 static void adopt_locked(struct vms *vms, struct vm *vm)
 {
     const struct vm_definition *d = &vm->definition;
@@ -359,8 +334,11 @@ static void adopt_locked(struct vms *vms, struct vm *vm)
         return;
     }
     SCOPE_LOCK(&vm->lock);
-    if (vm->presence == VM_ENDED || replace_guest(vm, &guest, &err) < 0)
+    if (vm->presence == VM_ENDED)
         return;
+    struct guest *former = vm->guest;
+    vm->guest = guest;
+    guest = former; /* goes after the lock, with whoever uses it last */
     vm->presence = VM_PRESENT;
     vm->detail[0] = 0;
     log_info("adopted a VM", "vm=%s pid=%d", d->name, d->process.pid);
@@ -625,8 +603,8 @@ int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest
     unsigned place = place_of(vms, d->name, &found);
     if (found)
         remove_at(vms, place);
+    vm->presence = *guest ? VM_PRESENT : VM_UNREACHABLE;
     vm->guest = steal_ptr(guest);
-    vm->presence = VM_PRESENT;
     insert_at(vms, place, steal_ptr(&vm));
     wake_keeper(vms);
     return 0;

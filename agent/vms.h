@@ -6,7 +6,8 @@
  *     CLEANUP(vms) struct vms *vms = vms_open(&params, &err);     reads records, adopts what runs
  *     vms_add(vms, &definition, &guest, &err);                    record on disk before it returns
  *     CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", &err);
- *     guest_pause(vm_guest(vm), &err);
+ *     CLEANUP(guest) struct guest *guest = vm_guest(vm);
+ *     guest_pause(guest, &err);
  *     vms_remove(vms, "web1", &err);                              the VMM runs on, nobody's
  *
  * Presence of a VM:
@@ -21,9 +22,8 @@
  * appended), and does not keep the agent from starting. After a crash at any instant a VM is in
  * the records or not, as the last call that returned says.
  *
- * Threads: any. A `struct vm` is reference counted; its guest stays valid until the last reference
- * goes, also after vms_remove, and also when a new connection has brought a new one. A thread of
- * the registry adopts VMs and notices their deaths. Bound: params.max VMs.
+ * Threads: any. A `struct vm` is reference counted, and so is its guest: a new connection brings a new one, and
+ * the former ends with whoever still uses it. A thread of the registry adopts VMs and notices their deaths. Bound: params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
 #define VMMIG_AGENT_VMS_H
@@ -109,8 +109,8 @@ DEFINE_CLEANUP(vms, struct vms *, vms_close)
 bool vms_settle(struct vms *vms, int timeout_ms);
 
 /*
- * Add a VM that runs; takes *guest over (sets it to NULL) on success. CONFLICT if the name is
- * taken by a VM that has not ended, or if the process is already here under another name.
+ * Add a VM whose process lives; takes *guest over (sets it to NULL) on success. With no guest it is UNREACHABLE until it
+ * answers, as one of the records. CONFLICT if the name is taken by a VM that has not ended, or if the process is already here under another name.
  */
 int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
             struct vm_error **err);
@@ -136,13 +136,17 @@ DEFINE_CLEANUP(vm, struct vm *, vm_put)
 
 /*
  * The connection of `lost`, a guest of that VM, has ended, though its process lives: connect again,
- * now, unless somebody has. vm_guest() is the new one, or still `lost` if the VMM does not answer.
+ * now, unless somebody has. vm_guest() is the new one, or still `lost` if the VMM does not answer. The caller's
+ * reference to `lost` stays the caller's.
  */
 void vms_reconnect(struct vms *vms, struct vm *vm, struct guest *lost);
 
 const struct vm_definition *vm_definition(const struct vm *vm);
 enum vm_presence vm_presence(const struct vm *vm);
-/* NULL unless the VM was adopted. Any thread; see vmm/guest.h. */
+/*
+ * A reference to the guest of the last connection, for guest_unref; NULL unless the VM was adopted, and once it was,
+ * never again. Any thread; see vmm/guest.h.
+ */
 struct guest *vm_guest(const struct vm *vm);
 /* Why it is not PRESENT ("exited with status 1"), in `out`. */
 const char *vm_detail(const struct vm *vm, char out[VM_DETAIL_MAX]);

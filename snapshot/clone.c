@@ -463,7 +463,7 @@ static int launch(struct making *m, struct clone *c, struct vm_error **err)
         return -1;
     guest_kill(c->guest, KILL_TIMEOUT_MS, NULL);
     unlink(common.qmp_path);
-    guest_destroy(steal_ptr(&c->guest));
+    guest_unref(steal_ptr(&c->guest));
     return -1;
 }
 

@@ -19,8 +19,10 @@
  *     guest_sink_finish(g, deadline)                loaded completely, and paused
  *     guest_resume(g)  or  guest_kill(g)
  *
- * Ownership: guest_destroy frees the handle and never touches the VMM. Threads: every call may come
- * from any thread, several at once; calls on one half are made by one engine at a time. Times in
+ * Ownership: handles are reference counted. Who made one has a reference, guest_ref takes another, and
+ * guest_unref gives one back; with the last the handle is freed, and its connection closed. It never touches the
+ * VMM. Threads: every call may come from any thread, several at once, guest_unref not from a callback
+ * of the driver's; calls on one half are made by one engine at a time. Times in
  * nanoseconds, memory in bytes unless a name says otherwise. Errors: VMM_DIED once the process is
  * gone, TIMEOUT when it does not answer, REFUSED with the VMM's own words when it refuses.
  * A crash of the agent leaves the VMM running; a new agent attaches again and finds by
@@ -34,6 +36,7 @@
 #include "base/process.h"
 #include "vmm/page_batch.h"
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -188,14 +191,22 @@ struct guest_ops {
 struct guest {
     const struct guest_ops *ops;
     struct process_identity process;
+    atomic_uint more_refs; /* besides the first; 0 when it is made */
 };
 
-static inline void guest_destroy(struct guest *g)
+static inline struct guest *guest_ref(struct guest *g)
 {
     if (g)
+        atomic_fetch_add(&g->more_refs, 1);
+    return g;
+}
+
+static inline void guest_unref(struct guest *g)
+{
+    if (g && atomic_fetch_sub(&g->more_refs, 1) == 0)
         g->ops->destroy(g);
 }
-DEFINE_CLEANUP(guest, struct guest *, guest_destroy)
+DEFINE_CLEANUP(guest, struct guest *, guest_unref)
 
 static inline int guest_status(struct guest *g, struct guest_status *ret_status,
                                struct vm_error **err)

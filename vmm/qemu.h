@@ -31,7 +31,7 @@
  * through QEMU's own mapping (process_vm_readv), so that they are QEMU's; the engine calls it for pages
  * that it is about to write, also after it made a hole where they were. Pages of hugetlb are not charged to memory cgroups at all.
  *
- * Ownership: guest_destroy(qemu_guest(q)) closes the connection and unmaps; QEMU runs on. Memfds of a
+ * Ownership: guest_unref(qemu_guest(q)) closes the connection and unmaps; QEMU runs on. Memfds of a
  * sink are QEMU's and the mapping's; the agent holds no descriptor of them.
  */
 #ifndef VMMIG_VMM_QEMU_H

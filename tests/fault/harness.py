@@ -3,7 +3,7 @@
 started again, and a judgement. Hosts, agents and the guest live on from case to case: a case begins on the host where
 the last one left the guest, and only a guest that a case ended is booted anew.
 
-A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [resolve=...] [quick]`, see matrix.table. A point named
+A case is `POINT ROLE FAULT OUTCOME [with=SPEC] [peer=SPEC] [resolve=...] [slow] [quick]`, see matrix.table. A point named
 "library." is one of libvmmig-attach, in the VMM itself."""
 import json
 import os
@@ -17,6 +17,10 @@ from lab import BareGuest, VmmGuest, judge
 from watch import SpokenWatch, Watch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
+HANGS = 4.0     # seconds until an agent that hangs is killed: nobody waits for it any longer while the guest stands
+# A copy that takes most of a second for what the guest writes in a fifth: long before QEMU finds that next to nothing
+# is left, and pauses the guest by itself, the agent has done so.
+SLOW = ('--max-bandwidth', '8M', '--downtime-limit', '1000')
 OUTCOMES = ('source', 'destination', 'ended', 'operator')
 ROLES = ('source', 'destination')
 
@@ -29,7 +33,7 @@ class Case:
     fault: str
     outcomes: tuple
     options: dict
-    quick: bool
+    words: frozenset
     # what was seen
     seen: str = ''
     recovery: float = float('nan')
@@ -38,6 +42,10 @@ class Case:
     @property
     def name(self):
         return f'{self.point} {self.role} {self.fault}'
+
+    @property
+    def quick(self):
+        return 'quick' in self.words
 
     @property
     def comes_late(self):
@@ -67,9 +75,10 @@ def read_table(path):
             point, role, fault, outcome, *rest = words
             outcomes = tuple(outcome.split('|'))
             options = dict(word.split('=', 1) for word in rest if '=' in word)
+            words = frozenset(word for word in rest if '=' not in word)
             assert role in ROLES and set(outcomes) <= set(OUTCOMES), f'{path}:{number}: {line}'
-            assert set(options) <= {'with', 'peer', 'resolve'}, f'{path}:{number}: {line}'
-            cases.append(Case(number, point, role, fault, outcomes, options, 'quick' in rest))
+            assert set(options) <= {'with', 'peer', 'resolve'} and words <= {'slow', 'quick'}, f'{path}:{number}: {line}'
+            cases.append(Case(number, point, role, fault, outcomes, options, words))
     names = [(case.name, tuple(case.options.items())) for case in cases]
     assert len(set(names)) == len(names), [name for name in names if names.count(name) > 1]
     return cases
@@ -369,7 +378,8 @@ class Harness:
         processes = [agent.process for agent in agents]
         mark = self.console.mark()
         self.watch.begin()
-        source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background')
+        source.vmmig('send', self.vm.name, '--to', destination.host.name, '--background',
+                     *(SLOW if 'slow' in case.words else ()))
         eventually(f'{case.name}: the fault', lambda: self.acted(victim, case.point))
         began = time.monotonic()
         if held:
@@ -384,6 +394,9 @@ class Harness:
                 self.repair(what, agents)
             if frozen:
                 self.arm(victim, rest)
+        elif case.kind == 'hang' and not in_vmm:
+            time.sleep(HANGS)
+            victim.kill()
         if 'operator' in case.outcomes:
             self.operate(case, agents)
         else:

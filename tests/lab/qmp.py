@@ -10,10 +10,10 @@ class QmpError(Exception):
 
 
 class Qmp:
-    """Connects as soon as the socket is there. Events are kept in .events."""
+    """Connects as soon as somebody listens, within `wait` seconds. Events are kept in .events."""
 
-    def __init__(self, path, timeout=10):
-        deadline = time.monotonic() + timeout
+    def __init__(self, path, timeout=10, wait=10):
+        deadline = time.monotonic() + wait
         self.events = []
         while True:
             self._socket = socket.socket(socket.AF_UNIX)

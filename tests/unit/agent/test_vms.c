@@ -50,8 +50,11 @@ static void end_waiter(pid_t pid)
     waitpid(pid, NULL, 0);
 }
 
+static atomic_int guests; /* that there are */
+
 static void guest_free(struct guest *g)
 {
+    atomic_fetch_sub(&guests, 1);
     free(g);
 }
 
@@ -62,10 +65,10 @@ static atomic_uint times_asked;
 static int guest_answer(struct guest *g, struct guest_status *ret_status, struct vm_error **err)
 {
     (void)g;
-    atomic_fetch_add(&times_asked, 1);
+    unsigned time = atomic_fetch_add(&times_asked, 1) + 1;
     if (answer_latch >= 0)
         io_wait(answer_latch, POLLIN, INT64_MAX, -1, NULL);
-    if (times_asked == 99)
+    if (time == 99)
         return error_set(err, VM_ERROR_VMM_DIED, "gone");
     *ret_status = (struct guest_status){.state = GUEST_PAUSED};
     return 0;
@@ -77,6 +80,7 @@ static const struct guest_ops ops = {.driver = "test", .destroy = guest_free,
 static struct guest *make_guest(pid_t pid)
 {
     struct guest *g = calloc(1, sizeof(*g));
+    atomic_fetch_add(&guests, 1);
     g->ops = &ops;
     assert_int_equal(process_identify(pid, &g->process, NULL), 0);
     return g;
@@ -172,7 +176,8 @@ static void a_vm_is_found_again_by_the_next_agent(void **state)
         CLEANUP(vm) struct vm *vm = vms_get_present(vms, "web1", NULL);
         assert_non_null(vm);
         assert_int_equal(atomic_load(&f->connects), 1);
-        assert_non_null(vm_guest(vm));
+        CLEANUP(guest) struct guest *guest = vm_guest(vm);
+        assert_non_null(guest);
         const struct vm_definition *d = vm_definition(vm);
         assert_string_equal(d->name, "web1");
         assert_int_equal(d->origin, VM_ORIGIN_RUN);
@@ -249,7 +254,8 @@ static void a_vmm_that_does_not_answer_is_tried_again(void **state)
     while (vm_presence(vm) != VM_PRESENT && clock_mono_ns() < deadline)
         poll(NULL, 0, 10);
     assert_int_equal(vm_presence(vm), VM_PRESENT);
-    assert_non_null(vm_guest(vm));
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    assert_non_null(guest);
     vms_close(vms);
 }
 
@@ -313,7 +319,8 @@ static void a_removed_vm_is_forgotten_and_runs_on(void **state)
     assert_null(vms_get(vms, "web1", NULL));
     assert_int_equal(kill(f->child, 0), 0);
     vms_close(vms);
-    assert_non_null(vm_guest(held)); /* valid until the last reference */
+    CLEANUP(guest) struct guest *guest = vm_guest(held); /* valid until the last reference */
+    assert_non_null(guest);
     vms = open_registry(f);
     assert_null(vms_get(vms, "web1", NULL));
     vms_close(vms);
@@ -354,7 +361,14 @@ static void a_vmm_that_hangs_is_waited_for_until_the_deadline(void **state)
     vms_close(vms);
 }
 
-/* A VMM that lives is connected to again; who holds the guest of the old connection may go on. */
+/* Is it the VM's guest? */
+static bool has_guest(struct vm *vm, const struct guest *wanted)
+{
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    return guest == wanted;
+}
+
+/* A VMM that lives is connected to again; who uses the guest of the old connection may go on. */
 static void a_connection_that_ended_is_made_anew(void **state)
 {
     struct fixture *f = *state;
@@ -368,7 +382,7 @@ static void a_connection_that_ended_is_made_anew(void **state)
     atomic_store(&times_asked, 98);
     assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, &err), -1);
     int64_t deadline = clock_mono_ns() + LONG_NS;
-    while (vm_guest(vm) == first && clock_mono_ns() < deadline)
+    while (has_guest(vm, first) && clock_mono_ns() < deadline)
         poll(NULL, 0, 10); /* the keeper tries within seconds */
     assert_int_equal(vm_presence(vm), VM_PRESENT);
     assert_int_equal(vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL), 0);
@@ -376,15 +390,84 @@ static void a_connection_that_ended_is_made_anew(void **state)
 
     struct guest *second = vm_guest(vm);
     vms_reconnect(vms, vm, first); /* somebody has */
-    assert_ptr_equal(vm_guest(vm), second);
+    assert_true(has_guest(vm, second));
     vms_reconnect(vms, vm, second);
-    assert_ptr_not_equal(vm_guest(vm), second);
+    struct guest *third = vm_guest(vm);
+    assert_ptr_not_equal(third, second);
     assert_int_equal(vm_presence(vm), VM_PRESENT);
     atomic_store(&f->reachable, false);
-    second = vm_guest(vm);
-    vms_reconnect(vms, vm, second);
-    assert_ptr_equal(vm_guest(vm), second);
+    vms_reconnect(vms, vm, third);
+    assert_true(has_guest(vm, third));
     assert_int_equal(vm_presence(vm), VM_UNREACHABLE);
+    guest_unref(first);
+    guest_unref(second);
+    guest_unref(third);
+    vm_put(vm);
+    vms_close(vms);
+}
+
+/* However often that is: a guest holds a descriptor, and perhaps its VM's memory. */
+static void guests_of_former_connections_end_with_who_uses_them(void **state)
+{
+    struct fixture *f = *state;
+    int before = atomic_load(&guests);
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    struct vm *vm = vms_get_present(vms, "web1", NULL);
+    struct guest *used = vm_guest(vm);
+    for (int i = 0; i < 100; i++) {
+        CLEANUP(guest) struct guest *lost = vm_guest(vm);
+        vms_reconnect(vms, vm, lost);
+        assert_false(has_guest(vm, lost));
+    }
+    assert_int_equal(atomic_load(&f->connects), 100);
+    assert_int_equal(atomic_load(&guests) - before, 2); /* the VM's, and that which is used */
+    guest_unref(used);
+    assert_int_equal(atomic_load(&guests) - before, 1);
+    vm_put(vm);
+    vms_close(vms);
+    assert_int_equal(atomic_load(&guests), before);
+}
+
+/* An answer over a connection that was replaced meanwhile says nothing of the new one. */
+static void a_late_answer_of_a_former_connection_is_not_held_against_the_new_one(void **state)
+{
+    struct fixture *f = *state;
+    struct guest_status status;
+    cleanup_error struct vm_error *late = NULL;
+    struct vms *vms = open_registry(f);
+    assert_int_equal(add(vms, "web1", f->child, NULL), 0);
+    struct vm *vm = vms_get_present(vms, "web1", NULL);
+    CLEANUP(guest) struct guest *lost = vm_guest(vm);
+    answer_latch = io_latch_new(NULL);
+    atomic_store(&times_asked, 98);
+    assert_int_equal(vm_status(vm, clock_mono_ns() + NSEC_PER_MSEC, &status, &late), -1);
+    assert_int_equal(late->kind, VM_ERROR_TIMEOUT);
+    while (atomic_load(&times_asked) < 99)
+        sched_yield(); /* the thread that asks may not have had a CPU yet */
+    vms_reconnect(vms, vm, lost);
+    io_latch_set(answer_latch);
+    vm_status(vm, clock_mono_ns() + LONG_NS, &status, NULL); /* "gone", or what the new one says after that */
+    assert_int_equal(vm_presence(vm), VM_PRESENT);
+    close_fd(&answer_latch);
+    vm_put(vm);
+    vms_close(vms);
+}
+
+/* After a restart of the agent, of a VM that nobody had to reach. */
+static void a_vm_without_a_guest_is_adopted(void **state)
+{
+    struct fixture *f = *state;
+    struct guest *none = NULL;
+    struct vms *vms = open_registry(f);
+    struct vm_definition d = define("web1", f->child);
+    assert_int_equal(vms_add(vms, &d, &none, NULL), 0);
+    struct vm *vm = vms_get(vms, "web1", NULL);
+    int64_t deadline = clock_mono_ns() + LONG_NS;
+    while (vm_presence(vm) != VM_PRESENT && clock_mono_ns() < deadline)
+        poll(NULL, 0, 10);
+    CLEANUP(guest) struct guest *guest = vm_guest(vm);
+    assert_non_null(guest);
     vm_put(vm);
     vms_close(vms);
 }
@@ -555,6 +638,9 @@ int main(void)
         WITH_FIXTURE(a_removed_vm_is_forgotten_and_runs_on),
         WITH_FIXTURE(a_vmm_that_hangs_is_waited_for_until_the_deadline),
         WITH_FIXTURE(a_connection_that_ended_is_made_anew),
+        WITH_FIXTURE(guests_of_former_connections_end_with_who_uses_them),
+        WITH_FIXTURE(a_late_answer_of_a_former_connection_is_not_held_against_the_new_one),
+        WITH_FIXTURE(a_vm_without_a_guest_is_adopted),
         WITH_FIXTURE(damaged_records_are_put_aside),
         WITH_FIXTURE(a_record_under_another_name_is_not_that_vm),
         WITH_FIXTURE(a_write_that_was_cut_off_leaves_nothing),
