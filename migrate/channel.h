@@ -125,6 +125,7 @@ struct channel_sender_stats {
     uint64_t rate;              /* bytes a second acknowledged while busy, smoothed; 0: unknown */
     int64_t ack_delay_ns;       /* smoothed: from a frame's last byte to its acknowledgement */
     int64_t cpu_ns;             /* CPU time of the channel's thread: encrypting and sending */
+    int64_t carrying_ns;        /* conn_carrying_ns() of all connections, as of the last acknowledgement */
     int64_t rtt_ns;             /* the least round trip that the kernel saw; 0: unknown */
     int64_t outage_ns;          /* now without a working connection for so long; 0: connected */
 };

@@ -76,6 +76,7 @@ struct channel_sender {
     struct conn *conn;
     int64_t outage_since; /* 0: none; ends with an acknowledgement */
     int64_t attempt_ns;   /* how long the next attempt to connect may take */
+    int64_t carrying_ns;  /* of former connections */
     int64_t last_sign; /* of life: a message came, or bytes left */
     uint64_t drained;
     uint64_t written_seq; /* highest frame ever written completely */

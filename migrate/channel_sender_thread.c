@@ -61,8 +61,9 @@ static void give_back(struct channel_sender *s, struct pending *list)
 
 static void apply_ack(struct channel_sender *s, uint64_t seq)
 {
-    int64_t now = clock_mono_ns();
+    int64_t now = clock_mono_ns(), carrying = s->carrying_ns + conn_carrying_ns(s->conn);
     pthread_mutex_lock(&s->lock);
+    s->stats.carrying_ns = carrying;
     bool progress = seq > s->applied;
     struct pending *list = take_acked(s, seq, now);
     bool idle = !s->head;
@@ -310,6 +311,8 @@ static bool halted(const struct channel_sender *s)
 
 static void drop_conn(struct channel_sender *s)
 {
+    if (s->conn)
+        s->carrying_ns += conn_carrying_ns(s->conn);
     conn_destroy(s->conn);
     s->conn = NULL;
     s->in_len = 0;

@@ -210,6 +210,16 @@ int64_t conn_rtt_ns(const struct conn *conn)
     return rtt_us * NSEC_PER_USEC;
 }
 
+int64_t conn_carrying_ns(const struct conn *conn)
+{
+    struct tcp_info info = {0};
+    socklen_t len = sizeof(info);
+    if (getsockopt(conn->fd, IPPROTO_TCP, TCP_INFO, &info, &len) < 0 ||
+        len < offsetof(struct tcp_info, tcpi_sndbuf_limited))
+        return clock_mono_ns();
+    return (int64_t)(info.tcpi_busy_time - info.tcpi_rwnd_limited) * NSEC_PER_USEC;
+}
+
 /* ---- Bytes, without waiting ---- */
 
 static int check_shut(struct conn *conn, struct vm_error **err)

@@ -148,6 +148,11 @@ uint64_t conn_bytes_drained(const struct conn *conn);
 uint64_t conn_bytes_queued(const struct conn *conn);
 /* The least round trip that the kernel has seen of late; 0 where it does not measure one. */
 int64_t conn_rtt_ns(const struct conn *conn);
+/*
+ * Time since the connection was made in which the link carried bytes, or was to: they waited for nothing at the peer,
+ * whose kernel had room for more. Counted in ticks of the kernel (1-10 ms). Where it does not count, all time.
+ */
+int64_t conn_carrying_ns(const struct conn *conn);
 
 /* No more will be written; the peer reads up to here, then 0. Reading goes on. */
 int conn_shutdown_write(struct conn *conn, int64_t deadline_ns, int cancel_fd,

@@ -34,6 +34,10 @@
 /* And what they begin with: one batch whose thread had to wait is no busy machine. */
 #define TIME_PRIOR_NS 1e7
 #define CREDIT_MAX_NS 1e9
+/* Sums of what the link carried: what remains with every interval; they say something after so many. */
+#define CARRIED_FADE 0.75
+#define CARRIED_INTERVALS 2
+#define CARRYING_LEAST_NS 1e6 /* the kernel counts in ticks, and may have seen none */
 
 /* Until they are measured: pages of a Linux guest. */
 static const struct policy_mode mode_defaults[PAGE_MODE_COUNT] = {
@@ -198,6 +202,7 @@ static void change_mode(struct policy *p, enum page_mode mode)
     p->trial.intervals = 0;
     p->trial.rate_sum = 0;
     p->page_rate = 0;
+    p->carried.intervals = 0;
     p->mode = mode;
 }
 
@@ -314,13 +319,33 @@ static double raw_share(const struct policy *p)
     return p->modes[PAGE_MODE_RAW].bytes_per_page / p->modes[p->mode].bytes_per_page;
 }
 
-/* Nobody waits for the link, and the encoders are busy. */
+static void note_carried(struct policy *p, const struct policy_link_sample *seen)
+{
+    p->carried.bytes = p->carried.bytes * CARRIED_FADE + (double)seen->bytes;
+    p->carried.carrying_ns = p->carried.carrying_ns * CARRIED_FADE + (double)seen->carrying_ns;
+    p->carried.interval_ns = p->carried.interval_ns * CARRIED_FADE + (double)seen->interval_ns;
+    p->carried.intervals++;
+}
+
+/*
+ * Bytes a second while the link carried any, as if its connections did so one after the other. If they do at once, the
+ * link is faster.
+ */
+static double carried_rate(const struct policy *p)
+{
+    double carrying_ns = min_double(p->carried.carrying_ns, p->carried.interval_ns);
+    return p->carried.bytes * NSEC_PER_SEC / (carrying_ns + CARRYING_LEAST_NS);
+}
+
+/* Nobody waits for the link, and pages are not lacking. */
 static void doubt_link_rate(struct policy *p)
 {
     p->link_known = false;
     if (p->seen_rate > p->link_measured * POLICY_LINK_SURPRISE)
         p->link_measured = 0;
     if (p->link_measured > 0 && p->now_ns < p->link_trusted_ns + POLICY_LINK_TRUST)
+        return;
+    if (p->link_rate >= carried_rate(p) * LINK_GROWTH)
         return;
     p->link_rate = min_double(POLICY_LINK_FASTEST, p->link_rate * LINK_GROWTH);
     p->link_trusted_ns = p->now_ns;
@@ -376,22 +401,34 @@ static void end_trial(struct policy *p, double rate)
         bar_failed(p, p->trial.from, p->mode);
 }
 
-static void judge_trial(struct policy *p, double rate)
+static void judge_trial(struct policy *p, double rate, bool link_limits)
 {
     if (!p->trial.active)
         return;
     if (++p->trial.intervals > POLICY_TRIAL_SETTLE)
         p->trial.rate_sum += rate;
+    if (link_limits && p->trial.forced && !p->trial.on_credit && rate <= p->trial.rate_before) {
+        end_trial(p, rate);
+        return;
+    }
     if (p->trial.intervals >= POLICY_TRIAL_LENGTH)
         end_trial(p, p->trial.rate_sum / (POLICY_TRIAL_LENGTH - POLICY_TRIAL_SETTLE));
 }
 
 /* Compression pays because the link is slow: is it? Costs at most the time that the trial takes. */
-static void challenge(struct policy *p)
+static void challenge(struct policy *p, bool on_credit)
 {
-    const struct policy_mode *raw = &p->modes[PAGE_MODE_RAW];
     if (!is_eligible(p, PAGE_MODE_RAW) || p->mode == PAGE_MODE_RAW || p->trial.active)
         return;
+    change_mode(p, PAGE_MODE_RAW);
+    p->trial.forced = true;
+    p->trial.on_credit = on_credit;
+}
+
+/* Not for nothing while the link is what limits: raw pages would take it from others. */
+static void challenge_on_credit(struct policy *p)
+{
+    const struct policy_mode *raw = &p->modes[PAGE_MODE_RAW];
     double interval_ns =
         POLICY_LINK_BATCHES * PAGE_BATCH_MAX * raw->bytes_per_page * NSEC_PER_SEC / p->link_rate;
     if (interval_ns < POLICY_LINK_INTERVAL)
@@ -399,25 +436,36 @@ static void challenge(struct policy *p)
     if (p->trial_credit < interval_ns * POLICY_TRIAL_LENGTH)
         return;
     p->trial_credit -= interval_ns * POLICY_TRIAL_LENGTH;
-    change_mode(p, PAGE_MODE_RAW);
-    p->trial.forced = true;
+    challenge(p, true);
+}
+
+static bool has_room_for_raw(const struct policy *p)
+{
+    return p->carried.intervals >= CARRIED_INTERVALS &&
+           carried_rate(p) > p->page_rate * p->modes[PAGE_MODE_RAW].bytes_per_page * POLICY_ROOM;
 }
 
 static void judge_interval(struct policy *p, const struct policy_link_sample *seen)
 {
     double seconds = (double)seen->interval_ns / NSEC_PER_SEC;
     double worker_ns = (double)seen->interval_ns * p->config.workers;
-    double blocked_share = (double)seen->blocked_ns / worker_ns;
-    bool busy = (double)p->seen_encode_ns >= BUSY_SHARE * worker_ns;
+    int64_t for_link_ns = seen->blocked_ns < seen->carrying_ns ? seen->blocked_ns : seen->carrying_ns;
+    double blocked_share = (double)for_link_ns / worker_ns;
+    double other_end_share = (double)(seen->blocked_ns - for_link_ns) / worker_ns;
+    bool busy = (double)p->seen_encode_ns / worker_ns + other_end_share >= BUSY_SHARE;
+    bool cores_lack = seen->cores_full || other_end_share >= BLOCKED_SHARE;
     double page_rate = (double)seen->pages / seconds;
 
+    note_carried(p, seen);
     learn_link_rate(p, blocked_share, busy, (double)seen->bytes / seconds);
-    if (blocked_share < BLOCKED_SHARE && !busy)
+    if (blocked_share < BLOCKED_SHARE && !busy && !cores_lack)
         return;
     average(&p->page_rate, page_rate, p->page_rate > 0 ? LINK_WEIGHT : 1);
-    judge_trial(p, page_rate);
+    judge_trial(p, page_rate, blocked_share >= BLOCKED_SHARE);
     if (blocked_share >= BLOCKED_SHARE)
-        challenge(p);
+        challenge_on_credit(p);
+    else if (cores_lack && has_room_for_raw(p))
+        challenge(p, false);
 }
 
 /* Acknowledgements come in lumps of a batch: an interval must hold several to say something. */
@@ -428,6 +476,8 @@ void policy_note_link(struct policy *p, const struct policy_link_sample *sample)
     seen->bytes += sample->bytes;
     seen->pages += sample->pages;
     seen->blocked_ns += sample->blocked_ns;
+    seen->carrying_ns += sample->carrying_ns;
+    seen->cores_full = sample->cores_full;
     bool enough = seen->interval_ns >= POLICY_LINK_INTERVAL &&
                   seen->pages >= POLICY_LINK_BATCHES * PAGE_BATCH_MAX;
     if (!enough && seen->interval_ns < POLICY_LINK_INTERVAL_MAX)

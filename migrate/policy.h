@@ -28,25 +28,28 @@
  * fast link as well as for pages that do not compress. While the link is what limits, it takes no
  * mode with more bytes.
  *
- * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
- * fewer pages a second are acknowledged than before (or hardly more, for more bytes), it is taken back, and all modes that cost more
- * than the former one are barred for POLICY_BAR, each time twice as long. And where compression
- * looks good because the link looks slow, raw is tried in truth now and then: it may be the other
- * end that is slow.
+ * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then fewer pages a second are
+ * acknowledged than before (or hardly more, for more bytes), it is taken back, and all modes that cost more than the
+ * former one are barred for POLICY_BAR, each time twice as long.
  *
- * Probes. What other modes would do is measured on a few pages of a batch that was encoded already, in
- * the mode in use and in the other, and nothing of it is sent: so a probe costs CPU time, at most
- * POLICY_PROBE_SHARE of the workers' (and POLICY_PROBE_CREDIT at the beginning), and no bytes; and
- * both figures are of the same pages. Trials of raw are paid from a credit of POLICY_TRIAL_SHARE of
- * the time passed; so a short migration has none.
+ * Raw against the prediction. Where compression looks good because the link looks slow, raw is tried in truth now and
+ * then: it may be the other end that is slow. Such trials are paid from a credit of POLICY_TRIAL_SHARE of the time
+ * passed; so a short migration has none. It is cores that lack, and not the link, where no core of this host is idle or
+ * workers wait for the other end, while the link would take these pages raw as fast as they come (POLICY_ROOM): then raw
+ * is tried at once, and given up as soon as the link limits after all.
  *
- * The link's rate is known only while the link is what limits: while workers wait for it
- * (blocked). While hardly anybody waits and the encoders are busy with pages, the link is faster
- * than believed, and the estimate grows step by step until somebody waits, or the mode changes, or
- * raw pages would fit. Not so soon if the link was what limited before: then pages have come that
- * compress better or more slowly, and the link is still what was measured, unless more gets
- * through than that (POLICY_LINK_SURPRISE) or POLICY_LINK_TRUST has passed; to find out costs the
- * bytes of a mode that is too light. While pages are lacking nothing is learnt but a lower bound.
+ * Probes. What other modes would do is measured on a few pages of a batch that was encoded already, in the mode in use
+ * and in the other, and nothing of it is sent: so a probe costs CPU time, at most POLICY_PROBE_SHARE of the workers' (and
+ * POLICY_PROBE_CREDIT at the beginning), and no bytes; and both figures are of the same pages.
+ *
+ * The link's rate is known only while the link is what limits: while workers wait for it, which is while they wait to be
+ * allowed to send (blocked) and the link has something to carry. Who waits while it has not waits for the other end.
+ * While hardly anybody waits for the link and pages are not lacking, it is faster than believed, and the estimate grows
+ * step by step until somebody waits, or the mode changes, or raw pages would fit, or it is more than the link showed
+ * while it carried something. Not so soon if the link was what limited before: then pages have come that compress better
+ * or more slowly, and the link is still what was measured, unless more gets through than that (POLICY_LINK_SURPRISE) or
+ * POLICY_LINK_TRUST has passed; to find out costs the bytes of a mode that is too light. While pages are lacking nothing
+ * is learnt but a lower bound.
  * It begins with POLICY_LINK_INITIAL, or with what the user believes: with POLICY_LINK_FASTEST pages
  * go raw until the link shows its rate, which takes a few batches.
  *
@@ -81,6 +84,7 @@
 #define POLICY_FRESH 12            /* batches */
 #define POLICY_LINK_TRUST 1000000000 /* ns */
 #define POLICY_LINK_SURPRISE 1.25
+#define POLICY_ROOM 1.5            /* for the bytes of raw pages, by what the link carried while it carried */
 #define POLICY_TRIAL_SETTLE 1      /* intervals after a change that are not judged, */
 #define POLICY_TRIAL_LENGTH 4      /* and after which the trial ends */
 #define POLICY_BAR 2000000000      /* ns */
@@ -100,7 +104,9 @@ struct policy_link_sample {
     int64_t interval_ns;
     uint64_t bytes; /* acknowledged, meta and payload */
     uint64_t pages; /* acknowledged: the sum of page_sample.pages */
-    int64_t blocked_ns; /* that all workers together waited to be allowed to send */
+    int64_t blocked_ns;  /* that all workers together waited to be allowed to send */
+    int64_t carrying_ns; /* in which the connections, one for each worker, had bytes under way: the sum */
+    bool cores_full;     /* no core of this host is idle: migrate/cores.h */
 };
 
 /* What is known about a mode. */
@@ -123,6 +129,10 @@ struct policy {
     bool link_known;  /* was the limit when last judged */
     double link_measured;        /* the rate when it last was; 0: never, or it has changed since */
     int64_t link_trusted_ns;     /* from then on */
+    struct {
+        double bytes, carrying_ns, interval_ns;
+        unsigned intervals;
+    } carried;                   /* sums that fade; the number is of those since the change of mode */
     double seen_rate;            /* acknowledged a second, smoothed: acknowledgements are lumpy */
     enum page_mode doubtful;     /* is probed before anything changes; PAGE_MODE_COUNT: none */
     uint64_t batches;
@@ -137,7 +147,8 @@ struct policy {
     double page_rate; /* acknowledged a second while the pages were not lacking; 0: unknown */
     struct {
         bool active;
-        bool forced;               /* of raw, against the prediction */
+        bool forced;               /* of raw, against the prediction, */
+        bool on_credit;            /* although the link limits */
         enum page_mode from, left; /* the mode at its begin, and that before the present one */
         double rate_before;        /* in `from` */
         unsigned intervals;        /* since the change */

@@ -395,7 +395,7 @@ struct pilot {
     int64_t last_ns;
     uint64_t last_pages, last_zero;
     uint64_t last_acked_pages, last_acked_bytes;
-    int64_t last_blocked_ns;
+    int64_t last_blocked_ns, last_carrying_ns;
     struct cores_watch cores;
     double drain_rate; /* bytes of non-zero guest memory a second */
     uint64_t last_sent;
@@ -407,7 +407,7 @@ struct pilot {
 
 struct link_totals {
     uint64_t rate, unacked, acked, sent;
-    int64_t send_cpu_ns;
+    int64_t send_cpu_ns, carrying_ns;
     int64_t outage_ns;
 };
 
@@ -425,6 +425,7 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
         ret->acked += st.bytes_acked;
         ret->sent += st.bytes_sent;
         ret->send_cpu_ns += st.cpu_ns;
+        ret->carrying_ns += i ? st.carrying_ns : 0;
         if (st.outage_ns > ret->outage_ns)
             ret->outage_ns = st.outage_ns;
         p->wire_bytes += st.bytes_sent;
@@ -458,29 +459,24 @@ static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
     pilot->last_ns = now;
 }
 
-/*
- * Workers that wait while every core is busy with this migration do not wait for the link: bytes that were saved would
- * cost more of what is lacking. Not asked where a QEMU writes its stream on the same cores.
- */
-static bool waits_for_cores(struct sender *s, struct pilot *pilot)
-{
-    return s->params.guest->ops->mapped_source && cores_are_full(&pilot->cores);
-}
-
 static void tell_policy(struct sender *s, struct pilot *pilot, const struct link_totals *link,
                         int64_t interval_ns)
 {
     uint64_t pages = atomic_load(&s->pages_acked), bytes = atomic_load(&s->page_bytes_acked);
     int64_t blocked = (int64_t)atomic_load(&s->blocked_ns);
+    bool full = cores_are_full(&pilot->cores);
+    /* Pages cost nothing to come by: workers that wait while every core is busy with this migration wait for one. */
+    bool for_cores = full && s->params.guest->ops->mapped_source;
     struct policy_link_sample sample = {.interval_ns = interval_ns,
                                         .bytes = bytes - pilot->last_acked_bytes,
                                         .pages = pages - pilot->last_acked_pages,
-                                        .blocked_ns = waits_for_cores(s, pilot)
-                                                          ? 0
-                                                          : blocked - pilot->last_blocked_ns};
+                                        .blocked_ns = for_cores ? 0 : blocked - pilot->last_blocked_ns,
+                                        .carrying_ns = link->carrying_ns - pilot->last_carrying_ns,
+                                        .cores_full = full};
     pilot->last_acked_bytes = bytes;
     pilot->last_acked_pages = pages;
     pilot->last_blocked_ns = blocked;
+    pilot->last_carrying_ns = link->carrying_ns;
     uint64_t sent = link->sent - pilot->last_sent;
     int64_t send_cpu_ns = link->send_cpu_ns - pilot->last_send_cpu_ns;
     pilot->last_sent = link->sent;

@@ -39,6 +39,7 @@ struct world {
     unsigned workers;
     double source, given; /* pages a second that the VMM gives, 0: any; those not yet taken */
     double receiver[PAGE_MODE_COUNT]; /* pages a second that the other end applies; 0: any */
+    bool starved; /* that is so for lack of cores, and no worker waits to send */
     double send_ns;                   /* CPU time per byte */
     double time, pages;
     double probed; /* CPU seconds */
@@ -77,6 +78,13 @@ static struct page_sample probe_of(const struct world *w, enum page_mode mode)
         .bytes = (uint64_t)(PAGE_PROBE_PAGES * w->content->bytes[mode]),
         .cpu_ns = (int64_t)(PAGE_PROBE_PAGES * w->content->ns[mode]),
     };
+}
+
+/* Of all connections together: who shares the link carries for longer. */
+static double carrying_share(const struct world *w, double rate)
+{
+    double used = rate / w->link;
+    return used < 1 ? min_double(w->workers, used / (1 - used)) : w->workers;
 }
 
 /* One batch; returns the seconds that it took. Adds to what the link saw. */
@@ -121,8 +129,10 @@ static void run(struct world *w, double seconds)
         double elapsed = used > step || w->source <= 0 ? used : step;
         seen.interval_ns = (int64_t)(elapsed * 1e9);
         double waited = used * w->workers - encode;
-        if (waited > 0)
+        seen.cores_full = w->starved;
+        if (waited > 0 && !w->starved)
             seen.blocked_ns = (int64_t)(waited * 1e9);
+        seen.carrying_ns = (int64_t)(carrying_share(w, (double)seen.bytes / elapsed) * elapsed * 1e9);
         policy_note_link(&w->policy, &seen);
         w->time += elapsed;
         w->pages += (double)seen.pages;
@@ -377,7 +387,8 @@ static void an_outage_is_forgotten_soon(void **state)
     enum page_mode mode = w.policy.mode;
     for (unsigned i = 0; i < 500; i++)
         policy_note_link(&w.policy, &(struct policy_link_sample){.interval_ns = 10 * NSEC_PER_MSEC,
-                                                                 .blocked_ns = 40 * NSEC_PER_MSEC});
+                                                                 .blocked_ns = 40 * NSEC_PER_MSEC,
+                                                                 .carrying_ns = 40 * NSEC_PER_MSEC});
     run(&w, 0.3);
     assert_int_equal(w.policy.mode, mode);
 }
@@ -393,6 +404,47 @@ static void a_change_that_made_it_slower_is_taken_back(void **state)
     double start = w.time;
     run(&w, 20);
     assert_true(w.pages / (w.time - start) > 0.85 * best_rate(&w));
+}
+
+static const double starved_rates[PAGE_MODE_COUNT] = {300e3, 130e3, 90e3, 80e3, 70e3};
+
+/* Every core is busy at both ends: what compression takes is what lacks, and no worker waits for anything. */
+static void lack_of_cores_is_no_slow_link(void **state)
+{
+    struct world w = new_world(&linux_memory, 1e11, 2, POLICY_AUTO);
+    memcpy(w.receiver, starved_rates, sizeof(starved_rates));
+    w.starved = true;
+    run(&w, 1);
+    assert_int_equal(w.policy.mode, PAGE_MODE_RAW);
+    assert_true(w.pages > 0.8 * 300e3);
+}
+
+/* Who waits for an end that has no cores does not wait for the link, which has nothing to carry. */
+static void waiting_for_the_other_end_is_no_slow_link(void **state)
+{
+    struct world w = new_world(&linux_memory, 1e11, 2, POLICY_AUTO);
+    memcpy(w.receiver, starved_rates, sizeof(starved_rates));
+    run(&w, 1);
+    assert_int_equal(w.policy.mode, PAGE_MODE_RAW);
+    assert_true(w.policy.link_rate >= POLICY_LINK_INITIAL);
+    assert_true(w.pages > 0.8 * 300e3);
+}
+
+/* There, raw pages would fill the link: they are not tried again and again. */
+static void lack_of_cores_fills_no_slow_link(void **state)
+{
+    struct world w = new_world(&linux_memory, GBIT, 2, POLICY_AUTO);
+    memcpy(w.receiver, starved_rates, sizeof(starved_rates));
+    w.starved = true;
+    double bytes = 0;
+    for (unsigned i = 0; i < 400; i++) {
+        double before = w.pages, each = w.content->bytes[w.policy.mode];
+        run(&w, 0.005);
+        bytes += (w.pages - before) * each;
+    }
+    if (bytes / w.pages > 1.1 * linux_memory.bytes[PAGE_MODE_ZSTD_1])
+        fail_msg("%.0f bytes per page", bytes / w.pages);
+    assert_true(w.pages / w.time > 0.97 * starved_rates[PAGE_MODE_ZSTD_3]);
 }
 
 /* Encryption makes bytes dear: then fewer bytes win although encoding alone would be slower. */
@@ -438,6 +490,9 @@ int main(void)
         cmocka_unit_test(a_few_pages_more_are_not_worth_a_full_link),
         cmocka_unit_test(an_outage_is_forgotten_soon),
         cmocka_unit_test(a_change_that_made_it_slower_is_taken_back),
+        cmocka_unit_test(lack_of_cores_is_no_slow_link),
+        cmocka_unit_test(waiting_for_the_other_end_is_no_slow_link),
+        cmocka_unit_test(lack_of_cores_fills_no_slow_link),
         cmocka_unit_test(the_cost_of_sending_counts),
         cmocka_unit_test(names_are_parsed),
     };
