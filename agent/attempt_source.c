@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "vmm/qemu_wire.h"
 
+#include <poll.h>
 #include <string.h>
 
 enum { DIAL_TIMEOUT_MS = 5000, REDIAL_MS = 1000 };
@@ -111,7 +112,7 @@ static void *link_main(void *arg)
             attempt_fail(a, steal_ptr(&err));
         }
         error_free(err);
-        io_wait(a->cancel, 1 /* POLLIN */, clock_mono_ns() + PATIENCE(REDIAL_MS), -1, NULL);
+        io_wait(a->cancel, POLLIN, clock_mono_ns() + PATIENCE(REDIAL_MS), -1, NULL);
     }
     return NULL;
 }
@@ -515,6 +516,12 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     return 0;
 }
 
+/* 0: none. */
+static uint64_t lesser_limit(uint64_t a, uint64_t b)
+{
+    return a && (!b || a < b) ? a : b;
+}
+
 static void set_params(struct attempt *a, const struct transfer_params *p)
 {
     const struct config *config = a->transfer->agent->config;
@@ -526,7 +533,7 @@ static void set_params(struct attempt *a, const struct transfer_params *p)
         .compress = p->compress,
         .downtime_limit_ns =
             NSEC(p->downtime_limit_ms ? p->downtime_limit_ms : TRANSFER_DOWNTIME_DEFAULT_MS),
-        .max_bandwidth = p->max_bandwidth ? p->max_bandwidth : config->max_bandwidth,
+        .max_bandwidth = lesser_limit(p->max_bandwidth, config->max_bandwidth),
         .outage_limit_ns = NSEC(config->peer_timeout_ms),
         .cores = (double)sysconf(_SC_NPROCESSORS_ONLN),
         .connect = dial_channel,

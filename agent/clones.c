@@ -242,7 +242,7 @@ int clones_handle_publish(struct control_session *s, const struct control_messag
 {
     struct template_list list = {.n = 0};
     struct template t;
-    if (control_check_member(s, control_agent(s)->config->publish_group, err) < 0)
+    if (control_check_publisher(s, err) < 0)
         return -1;
     struct store *store = get_store(s, err);
     if (!store ||
@@ -279,7 +279,7 @@ int clones_handle_delete(struct control_session *s, const struct control_message
                          struct vm_error **err)
 {
     Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
-    if (control_check_member(s, control_agent(s)->config->publish_group, err) < 0)
+    if (control_check_publisher(s, err) < 0)
         return -1;
     struct repo *r = repository_get(control_agent(s)->repository, err);
     char models[4096];

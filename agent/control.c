@@ -32,13 +32,17 @@ struct control_session {
     bool gone; /* the client cannot be reached any more */
 };
 
+struct control_group {
+    bool set;
+    gid_t gid;
+};
+
 struct control {
     struct agent *agent;
     int fd;
     struct acceptor *acceptor;
     int stop_fd;
-    bool has_group;
-    gid_t group;
+    struct control_group drivers, publishers;
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t ended;
     unsigned n_sessions;
@@ -236,27 +240,26 @@ static int check_peer(const struct control *c, int fd, uid_t *ret_uid, struct vm
         return error_errno(err, errno, "cannot tell who connects");
     *ret_uid = peer.uid;
     if (peer.uid == 0 || peer.uid == geteuid() ||
-        (c->has_group && is_in_group(fd, peer.gid, c->group)))
+        (c->drivers.set && is_in_group(fd, peer.gid, c->drivers.gid)))
         return 0;
     return error_set(
         err, VM_ERROR_DENIED,
         "user %u may not drive this agent; ask to be made a member of its control-group", peer.uid);
 }
 
-int control_check_member(struct control_session *s, const char *group, struct vm_error **err)
+int control_check_publisher(struct control_session *s, struct vm_error **err)
 {
+    const struct control *c = s->control;
     struct ucred peer;
     socklen_t size = sizeof(peer);
-    if (!*group)
+    if (!c->publishers.set)
         return 0;
-    const struct group *g = getgrnam(group);
     if (getsockopt(s->fd, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0)
         return error_errno(err, errno, "cannot tell who asks");
-    if (peer.uid == 0 || peer.uid == geteuid() || (g && is_in_group(s->fd, peer.gid, g->gr_gid)))
+    if (peer.uid == 0 || peer.uid == geteuid() || is_in_group(s->fd, peer.gid, c->publishers.gid))
         return 0;
-    return error_set(err, VM_ERROR_DENIED,
-                     "user %u may not do this; ask to be made a member of group %s", peer.uid,
-                     group);
+    return error_set(err, VM_ERROR_DENIED, "user %u may not do this; ask to be made a member of group %s", peer.uid,
+                     c->agent->config->publish_group);
 }
 
 /* One place among the sessions, if there is one. */
@@ -328,19 +331,27 @@ static int remove_stale_socket(const struct sockaddr_un *address, struct vm_erro
     return 0;
 }
 
+/* Looked up once, by the thread that starts: the C library's answer is not for several. */
+static int find_group(const char *key, const char *name, struct control_group *ret, struct vm_error **err)
+{
+    *ret = (struct control_group){.set = *name};
+    const struct group *group = *name ? getgrnam(name) : NULL;
+    if (*name && !group)
+        return error_set(err, VM_ERROR_NOT_FOUND, "%s: there is no group named %s", key, name);
+    if (group)
+        ret->gid = group->gr_gid;
+    return 0;
+}
+
 static int set_access(struct control *c, const char *path, struct vm_error **err)
 {
-    const char *name = c->agent->config->control_group;
-    if (!*name)
-        return 0; /* 0600, from the umask at bind */
-    const struct group *group = getgrnam(name);
-    if (!group)
-        return error_set(err, VM_ERROR_NOT_FOUND, "control-group: there is no group named %s",
-                         name);
-    c->has_group = true;
-    c->group = group->gr_gid;
-    if (chown(path, (uid_t)-1, c->group) < 0 || chmod(path, 0660) < 0)
-        return error_errno(err, errno, "cannot give %s to group %s", path, name);
+    const struct config *config = c->agent->config;
+    if (find_group("control-group", config->control_group, &c->drivers, err) < 0 ||
+        find_group("publish-group", config->publish_group, &c->publishers, err) < 0)
+        return -1;
+    /* Else 0600, from the umask at bind. */
+    if (c->drivers.set && (chown(path, (uid_t)-1, c->drivers.gid) < 0 || chmod(path, 0660) < 0))
+        return error_errno(err, errno, "cannot give %s to group %s", path, config->control_group);
     return 0;
 }
 

@@ -45,7 +45,6 @@ struct job_table {
 static const char *const kind_names[] = {JOB_KINDS(X)};
 static const char *const phase_names[] = {JOB_PHASES(X)};
 static const char *const encoding_names[] = {JOB_ENCODINGS(X)};
-static const char *const state_names[] = {JOB_STATES(X)};
 #undef X
 #define X(id, name, text) text,
 static const char *const phase_texts[] = {JOB_PHASES(X)};
@@ -69,11 +68,6 @@ const char *job_phase_text(enum job_phase phase)
 const char *job_encoding_name(enum job_encoding encoding)
 {
     return encoding_names[encoding];
-}
-
-const char *job_state_name(enum job_state state)
-{
-    return state_names[state];
 }
 
 void job_status_finish(struct job_status *status)
@@ -344,16 +338,6 @@ int job_start(struct job_table *t, const struct job_params *params, struct uuid 
     if (ret_id)
         *ret_id = id;
     return 0;
-}
-
-const struct uuid *job_id(const struct job *job)
-{
-    return &job->status.id;
-}
-
-const char *job_vm(const struct job *job)
-{
-    return job->status.vm;
 }
 
 int job_cancel_fd(const struct job *job)

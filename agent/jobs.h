@@ -82,13 +82,6 @@
     X(ZSTD, "zstd")                                                                                \
     X(RAW, "raw")
 
-/* X(id, stable name) */
-#define JOB_STATES(X)                                                                              \
-    X(RUNNING, "running")                                                                          \
-    X(DONE, "done")                                                                                \
-    X(FAILED, "failed")                                                                            \
-    X(CANCELLED, "cancelled")
-
 #define X(id, ...) JOB_##id,
 enum job_kind { JOB_KINDS(X) JOB_KIND_COUNT };
 #undef X
@@ -98,9 +91,7 @@ enum job_phase { JOB_PHASES(X) JOB_PHASE_COUNT };
 #define X(id, ...) JOB_ENC_##id,
 enum job_encoding { JOB_ENCODINGS(X) JOB_ENC_COUNT };
 #undef X
-#define X(id, ...) JOB_STATE_##id,
-enum job_state { JOB_STATES(X) JOB_STATE_COUNT };
-#undef X
+enum job_state { JOB_STATE_RUNNING, JOB_STATE_DONE, JOB_STATE_FAILED, JOB_STATE_CANCELLED };
 
 /* Of a snapshot that is taken or restored. */
 struct job_snapshot {
@@ -186,8 +177,6 @@ int job_claim(struct job_table *t, const char *vm, const char *what, struct vm_e
 void job_release(struct job_table *t, const char *vm);
 
 /* For the job itself, from any of its threads. */
-const struct uuid *job_id(const struct job *job);
-const char *job_vm(const struct job *job);
 /* A latch (base/io.h): readable once the job is to end early. */
 int job_cancel_fd(const struct job *job);
 bool job_is_cancelled(const struct job *job);
@@ -223,7 +212,6 @@ const char *job_kind_name(enum job_kind kind);
 const char *job_phase_name(enum job_phase phase);
 const char *job_phase_text(enum job_phase phase);
 const char *job_encoding_name(enum job_encoding encoding);
-const char *job_state_name(enum job_state state);
 
 static inline void job_status_cleanup(struct job_status *s)
 {

@@ -137,11 +137,11 @@ static int take_lock(int fd)
     return 0;
 }
 
-/* Make the folders. Two agents on one state directory would each think that the VMs are theirs. */
+/* Make the folders; VMs of another user reach their own files below the state. Two agents on one state directory would each think that the VMs are theirs. */
 static int lock_state(const struct config *config, struct vm_error **err)
 {
     cleanup_free char *path = NULL;
-    if (io_make_folders(config->state_dir, 0700, err) < 0 ||
+    if (io_make_folders(config->state_dir, 0711, err) < 0 ||
         io_make_folders(config->runtime_dir, 0755, err) < 0 ||
         io_make_folders(config->log_dir, 0750, err) < 0)
         return -1;

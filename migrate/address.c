@@ -275,14 +275,23 @@ static int listen_at(const struct address *a, int family, const struct sockaddr 
     return steal_fd(&fd);
 }
 
+static bool lacks_ipv6(void)
+{
+    cleanup_close int fd = socket(AF_INET6, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    return fd < 0 && errno == EAFNOSUPPORT;
+}
+
 int address_listen(const struct address *a, struct vm_error **err)
 {
     if (a->is_unix) {
         struct sockaddr_un path = unix_sockaddr(a);
         return listen_at(a, AF_UNIX, (struct sockaddr *)&path, sizeof(path), err);
     }
+    struct address at = *a;
+    if (!strcmp(a->host, "::") && lacks_ipv6())
+        strcpy(at.host, "0.0.0.0");
     struct addrinfo *found;
-    if (resolve(a, INT64_MAX, -1, &found, err) < 0)
+    if (resolve(&at, INT64_MAX, -1, &found, err) < 0)
         return -1;
     int fd = listen_at(a, found->ai_family, found->ai_addr, found->ai_addrlen, err);
     freeaddrinfo(found);

@@ -28,7 +28,7 @@ int address_parse(const char *text, const char *default_port, struct address *re
 /* A connected, non-blocking stream socket. */
 int address_connect(const struct address *a, int64_t deadline_ns, int cancel_fd,
                     struct vm_error **err);
-/* A listening, non-blocking one. */
+/* A listening, non-blocking one. "::" is every address of the host, whether it has IPv6 or not. */
 int address_listen(const struct address *a, struct vm_error **err);
 /* Who is at the other end of a socket, for messages. */
 void address_of_peer(int fd, char ret_text[ADDRESS_TEXT_MAX]);

@@ -57,11 +57,6 @@ const char *peer_session_peer(const struct peer_session *s)
     return conn_peer_name(s->conn);
 }
 
-const char *peer_session_host(const struct peer_session *s)
-{
-    return s->host;
-}
-
 void peer_session_shutdown(struct peer_session *s)
 {
     conn_shutdown(s->conn);

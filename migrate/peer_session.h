@@ -38,8 +38,6 @@ DEFINE_CLEANUP(peer_session, struct peer_session *, peer_session_unref)
 
 /* The name in the peer's certificate; "" without TLS. */
 const char *peer_session_peer(const struct peer_session *s);
-/* What the peer calls itself; for logs. */
-const char *peer_session_host(const struct peer_session *s);
 /*
  * The next message, within the deadline (INT64_MAX: whenever it comes): 1, or 0 when the peer closed
  * the connection, or -1. One thread. Only HANDOVER comes out; an ERROR of the peer's becomes an error.

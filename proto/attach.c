@@ -3,6 +3,7 @@
 
 #include "proto/fields.h"
 #include "proto/frame.h"
+#include "proto/unpack.h"
 
 #include <string.h>
 
@@ -228,7 +229,7 @@ static int unpack_frame(const struct frame *frame, struct attach_message *ret_me
     const struct kind *k = find_kind(frame->type);
     if (!k)
         return unknown(frame->type, err);
-    ProtobufCMessage *m = protobuf_c_message_unpack(k->descriptor, NULL, frame->len, frame->data);
+    ProtobufCMessage *m = unpack_message(k->descriptor, frame->data, frame->len);
     if (!m)
         return error_set(err, VM_ERROR_PROTOCOL, "message %s is malformed", k->name);
     if (k->check(m, err) < 0) {

@@ -2,6 +2,7 @@
 #include "proto/control.h"
 
 #include "base/fault.h"
+#include "proto/unpack.h"
 
 #include <string.h>
 
@@ -591,7 +592,7 @@ int control_unpack(unsigned type, const void *data, size_t len, struct control_m
     const struct kind *k = find_kind(type);
     if (!k)
         return control_check(type, NULL, err);
-    ProtobufCMessage *m = protobuf_c_message_unpack(k->descriptor, NULL, len, data);
+    ProtobufCMessage *m = unpack_message(k->descriptor, data, len);
     if (!m)
         return error_set(err, VM_ERROR_PROTOCOL, "message %s is malformed", k->name);
     if (control_check(type, m, err) < 0) {

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "proto/peer.h"
+#include "proto/unpack.h"
 
 #include <string.h>
 
@@ -167,19 +168,19 @@ int peer_unpack(unsigned type, const void *data, size_t len, struct peer_message
     int checked = -1;
     switch (type) {
     case VMMIG__PEER__TYPE__HELLO:
-        m.hello = vmmig__peer__hello__unpack(NULL, len, data);
+        m.hello = (Vmmig__Peer__Hello *)unpack_message(&vmmig__peer__hello__descriptor, data, len);
         checked = m.hello ? check_hello(m.hello, err) : bad("hello", err);
         break;
     case VMMIG__PEER__TYPE__HELLO_OK:
-        m.hello_ok = vmmig__peer__hello_ok__unpack(NULL, len, data);
+        m.hello_ok = (Vmmig__Peer__HelloOk *)unpack_message(&vmmig__peer__hello_ok__descriptor, data, len);
         checked = m.hello_ok ? check_hello_ok(m.hello_ok, err) : bad("hello answer", err);
         break;
     case VMMIG__PEER__TYPE__ERROR:
-        m.error = vmmig__peer__error__unpack(NULL, len, data);
+        m.error = (Vmmig__Peer__Error *)unpack_message(&vmmig__peer__error__descriptor, data, len);
         checked = m.error ? check_error(m.error, err) : bad("error", err);
         break;
     case VMMIG__PEER__TYPE__HANDOVER:
-        m.handover = vmmig__peer__handover__unpack(NULL, len, data);
+        m.handover = (Vmmig__Peer__Handover *)unpack_message(&vmmig__peer__handover__descriptor, data, len);
         checked = m.handover ? check_handover(m.handover, err) : bad("hand-over", err);
         break;
     default:

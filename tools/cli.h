@@ -21,6 +21,8 @@
 #define CLI_STATUS_INTERRUPTED 130
 
 /* Everything that a command line can say. */
+enum { CLI_IPS_MAX = 32 };
+
 struct cli {
     char **argv; /* as it came, with the command's own name */
     struct positionals args;
@@ -35,7 +37,10 @@ struct cli {
     bool assume_shared, background;
     bool here, gone;
     const char *fenced;
-    const char *ip;
+    struct cli_ips {
+        const char *list[CLI_IPS_MAX];
+        unsigned n;
+    } ips;
     uint64_t days;
     bool disk_only, dry_run, paused;
     const char *guest_agent, *as, *disk_dir;

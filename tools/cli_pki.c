@@ -26,16 +26,26 @@ static int run_pki_issue(const struct cli *c, struct vm_error **err)
 {
     struct pki_host host = {
         .name = c->args.list[1],
-        .ips = &c->ip,
-        .n_ips = c->ip ? 1 : 0,
+        .ips = c->ips.list,
+        .n_ips = c->ips.n,
         .days = (unsigned)c->days,
         .replace = c->replace,
     };
     return cli_local_pki_issue(c, c->args.list[0], &host, err) < 0 ? -1 : say_pki(c, host.name, err);
 }
 
+static int parse_ip(const struct option *o, const char *value, void *member, struct vm_error **err)
+{
+    struct cli_ips *ips = member;
+    (void)o;
+    if (ips->n == CLI_IPS_MAX)
+        return error_set(err, VM_ERROR_USAGE, "more than %d addresses", CLI_IPS_MAX);
+    ips->list[ips->n++] = value;
+    return 0;
+}
+
 static const struct option pki_issue_options[] = {
-    {"ip", "ADDRESS", option_parse_text, .offset = offsetof(struct cli, ip),
+    {"ip", "ADDRESS", parse_ip, .offset = offsetof(struct cli, ips), .repeatable = true,
      .text = "An address by which the host is dialled besides its name"},
     {"days", "N", option_parse_u64, .offset = offsetof(struct cli, days), .min = 1, .max = PKI_CA_DAYS, .unit = "days",
      .def = "825", .text = "How long the certificate is valid"},
@@ -51,7 +61,7 @@ static const struct cli_command commands[] = {
     {"pki issue", "DIR HOST", 2, 2, false, pki_issue_options, "issue a host's certificate",
      "Issue HOST.crt and HOST.key, with which that host's agent is admitted to the cluster. Copy "
      "them and ca.crt to the host.\n\n"
-     "    vmmig pki issue pki host2 --ip 10.0.0.2",
+     "    vmmig pki issue pki host2 --ip 10.0.0.2 --ip fd00::2",
      run_pki_issue},
     {NULL}};
 

@@ -125,6 +125,10 @@ void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
         append(out, size, ", dirty %s/s", text_size(j->dirty_rate));
     if (j->wire_bytes)
         append(out, size, ", link %s/s", text_size(j->link_rate));
+    if (j->predicted_pause_ns >= 0)
+        append(out, size, ", pause ~%s", duration_text(j->predicted_pause_ns));
+    if (j->throttle_percent)
+        append(out, size, ", throttle %u%%", j->throttle_percent);
     if (pages_sent(j)) {
         append(out, size, ", saved ");
         size_t before = strlen(out);
@@ -132,10 +136,6 @@ void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
         if (strlen(out) == before)
             append(out, size, "0%%");
     }
-    if (j->predicted_pause_ns >= 0)
-        append(out, size, ", pause ~%s", duration_text(j->predicted_pause_ns));
-    if (j->throttle_percent)
-        append(out, size, ", throttle %u%%", j->throttle_percent);
     if (*j->note)
         append(out, size, " (%s)", j->note);
 }

@@ -59,7 +59,6 @@ class Agent:
         self.process = None
         self.options = {}
         os.makedirs(host.path('/etc/vmmig/pki'), exist_ok=True)
-        os.makedirs(host.path('/var/lib/vmmig/log'), exist_ok=True)
 
     def write_config(self):
         lines = {'host': self.host.name, 'log-dir': '/var/lib/vmmig/log', 'log-level': 'debug',
@@ -126,7 +125,7 @@ class Agent:
 
     def names(self):
         """Names of the VMs that this agent has and that run."""
-        return [vm['name'] for vm in self.json('list')['vms'] if vm['presence'] == 'present']
+        return [vm['vm'] for vm in self.json('list')['vms'] if vm['presence'] == 'present']
 
 
 class Cluster(Lab):

@@ -341,6 +341,24 @@ def test_a_vm_on_its_way_is_seen_at_both_ends(h1, h2):
     assert h1.vm('web1')['state'] == 'running'
 
 
+def test_the_agents_limit_of_the_bandwidth_holds_besides(tmp_path_factory, h1, h2):
+    """What the user allows is more."""
+    slow = Agent(public_folder(tmp_path_factory, 'slow'), 'h3', **{'max-bandwidth': '64KiB'}).start()
+    try:
+        slow.boot('web1')
+        slow.ok('send', 'web1', '--to', f'127.0.0.1:{h2.port}', '--max-bandwidth', '10gbit', '--background')
+        eventually('it goes', lambda: slow.vm('web1')['job']['wire_bytes'])
+        began, sent = time.monotonic(), slow.vm('web1')['job']['wire_bytes']
+        time.sleep(2)
+        assert slow.vm('web1')['job']['wire_bytes'] - sent < 3 * 65536 * (time.monotonic() - began)
+        slow.ok('cancel', 'web1')
+        slow.run('watch', 'web1')
+        eventually('the destination is clean', lambda: not h2.json('list')['vms'])
+    finally:
+        slow.clean()
+        slow.stop()
+
+
 def test_a_failed_send_is_a_line_and_a_status(h1):
     h1.boot('web1')
     port = free_port()
@@ -536,22 +554,39 @@ def test_bad_input_gets_one_clear_line(h1, words, status, message):
         assert json.loads(said.stdout)['error']['message'] == message
 
 
-def test_a_socket_that_is_no_qmp(h1, tmp_path):
+@pytest.mark.parametrize('greeting, status, said', [
+    (b'', 10, 'does not greet: not QMP, or another client holds this monitor'), (b'HTTP/1.1 400 Bad Request\r\n\r\n', 9, 'QMP: '),
+], ids=['silent', 'http'])
+def test_a_socket_that_is_no_qmp(h1, tmp_path, greeting, status, said):
     """Somebody listens there, and says nothing, or something else."""
-    for name, greeting in (('silent', b''), ('http', b'HTTP/1.1 400 Bad Request\r\n\r\n')):
-        path = str(tmp_path / name)
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(1)
-            command = subprocess.Popen(h1.argv('attach', 'web9', '--qmp', path), stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, text=True)
-            connection = listener.accept()[0]
-            connection.sendall(greeting)
-            _, stderr = command.communicate(timeout=30)
-            connection.close()
-        assert command.returncode in (9, 10), stderr
-        assert stderr.count('\n') == 1 and path in stderr, stderr
-        assert h1.run('status', 'web9').returncode == 3
+    path = str(tmp_path / 'qmp')
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(1)
+        command = subprocess.Popen(h1.argv('attach', 'web9', '--qmp', path), stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE, text=True)
+        connection = listener.accept()[0]
+        connection.sendall(greeting)
+        _, stderr = command.communicate(timeout=30)
+        connection.close()
+    assert command.returncode == status, stderr
+    assert stderr.count('\n') == 1 and path in stderr and said in stderr, stderr
+    assert h1.run('status', 'web9').returncode == 3
+
+
+def test_a_file_that_is_no_qmp(h1, tmp_path):
+    (tmp_path / 'qmp').write_text('')
+    done = h1.run('attach', 'web9', '--qmp', tmp_path / 'qmp')
+    assert done.returncode == 6 and re.fullmatch(r'vmmig: .*/qmp: Connection refused\n', done.stderr), done
+
+
+@pytest.mark.parametrize('key', ['control-group', 'publish-group'])
+def test_a_group_that_does_not_exist(tmp_path, key):
+    agent = Agent(tmp_path, 'h9', **{key: 'no-such-group'})
+    done = subprocess.run([built('agent/vmmigd'), '--config', agent.config], capture_output=True, text=True, timeout=30,
+                          check=False)
+    assert done.returncode == 3
+    assert f'{key}: there is no group named no-such-group' in done.stderr
 
 
 def test_a_qemu_that_cannot_start(h1):
@@ -567,7 +602,8 @@ def test_a_name_is_taken_once(h1):
     done = h1.run('run', 'web1', '--', QEMU)
     assert (done.returncode, done.stderr) == (4, 'vmmig: a VM named web1 is here already\n')
     done = h1.run('attach', 'web2', '--qmp', h1.folder / 'run/web1.qmp')
-    assert done.returncode != 0 and done.stderr.count('\n') == 1
+    assert done.returncode == 10, done
+    assert re.fullmatch('vmmig: .*web1.qmp does not greet: not QMP, or another client holds this monitor\n', done.stderr), done
 
 
 def test_no_agent_answers(tmp_path):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the README and the manuals tell their reader to type does what they say."""
+import json
 import os
 import re
 import subprocess
@@ -64,6 +65,26 @@ def test_two_hosts_as_in_the_readme(tmp_path):
         own_console.wait_ticks(5)
         assert own_console.check() == ['h1', 'h2']
     assert {'pki', 'run', 'attach', 'send', 'status', 'repo', 'image', 'snapshot', 'restore', 'clone', 'mount'} <= set(done)
+
+
+def test_what_is_installed(tmp_path):
+    """By the commands of the README; what they build is built alike by every other test."""
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
+        typed = re.search(r'## Install\n[\s\S]*?\n\n((?:    .*\n)+)', file.read())[1].split('\n    ')
+    packages, setup, installs, accounts = (line.split() for line in typed)
+    assert installs == ['meson', 'install', '-C', 'build'] and accounts == ['systemd-sysusers']
+    subprocess.run([os.path.join(ROOT, packages[0]), *packages[1:]], check=True, capture_output=True)
+    folder = str(tmp_path / 'build')
+    subprocess.run([folder if word == 'build' else word for word in setup], cwd=ROOT, check=True, capture_output=True)
+    places = json.loads(subprocess.run(['meson', 'introspect', folder, '--installed'], check=True,
+                                       capture_output=True).stdout)
+    assert {'/usr/bin/vmmig', '/usr/sbin/vmmigd', '/etc/vmmig/vmmigd.conf.sample'} <= set(places.values())
+    unit, = (made for made, place in places.items() if place.endswith('/vmmigd.service'))
+    with open(unit, encoding='ascii') as file:
+        assert 'ExecStart=/usr/sbin/vmmigd\n' in file.read()
+    rules, = (made for made, place in places.items() if place.endswith('sysusers.d/vmmig.conf'))
+    with open(rules, encoding='ascii') as file:
+        assert re.search('^u vmmig-vm ', file.read(), re.M)
 
 
 def test_every_command_of_the_manuals_exists():

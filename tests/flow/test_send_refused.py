@@ -198,6 +198,25 @@ def test_peers_that_are_none(cluster, guest, certificates, which, status, patter
         peer.wait()
 
 
+@pytest.mark.parametrize('which, pattern', [('stranger', "does not accept this host's certificate"),
+                                            ('expired', "does not accept this host's certificate")])
+def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certificates, which, pattern):
+    a1, _ = cluster.agents
+    kept = {name: open(a1.host.path(f'{PKI}/host.{name}'), 'rb').read() for name in ('crt', 'key')}
+    a1.stop()
+    for name in kept:
+        shutil.copy(f'{certificates[which]}.{name}', a1.host.path(f'{PKI}/host.{name}'))
+    a1.start()
+    try:
+        refused(cluster, guest, 'h2', 7, pattern)
+    finally:
+        a1.stop()
+        for name, content in kept.items():
+            with open(a1.host.path(f'{PKI}/host.{name}'), 'wb') as file:
+                file.write(content)
+        a1.start()
+
+
 @pytest.mark.parametrize('said', ['00' * 4096, FRAME + 'ffffffff' + '01000000' + '00' * 4096, FRAME + '00000000ff7f0000',
                                   FRAME + '04000000' + '01000000' + 'ffffffff'],
                          ids=['zeros', 'huge-length', 'wrong-order', 'no-message'])

@@ -210,8 +210,8 @@ static void progress_is_one_line(void **state)
     job.note = note;
     cli_format_progress(&job, line, sizeof(line));
     assert_string_equal(line,
-                        "copying round 3, 64.0 MiB left, dirty 10.0 MiB/s, link 100 MiB/s, saved "
-                        "zero 50% lz4 25%, pause ~120 ms, throttle 20% (throttling)");
+                        "copying round 3, 64.0 MiB left, dirty 10.0 MiB/s, link 100 MiB/s, pause "
+                        "~120 ms, throttle 20%, saved zero 50% lz4 25% (throttling)");
     cli_format_progress(&job, tiny, sizeof(tiny)); /* cut, never written past */
     assert_int_equal(strlen(tiny), sizeof(tiny) - 1);
 }
