@@ -26,6 +26,7 @@
 #include "migrate/peer_session.h"
 #include "migrate/receiver.h"
 #include "migrate/sender.h"
+#include "vmm/disk_identity.h"
 #include "vmm/qemu_definition.h"
 
 #include <stdatomic.h>
@@ -73,7 +74,7 @@ struct source_part {
     enum vm_driver driver;
     char *socket_path;
     struct qemu_definition definition;
-    char *root;                       /* of the VMM's mount namespace, for its disks */
+    char root[DISK_IDENTITY_ROOT_MAX]; /* within which the VMM finds its disks */
     struct disk_offer *offers;
     uint32_t *offer_disks; /* index in definition.disks of each */
     unsigned n_offers;

@@ -55,7 +55,8 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
                              p->assume_shared, &birth, err);
 }
 
-static int answer_disks(struct attempt *a, struct vm_error **err)
+/* `here`: the disks that this host has as those of the definition, looked up within `root`. */
+static int answer_disks(struct attempt *a, const struct qemu_definition *here, const char *root, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
@@ -65,11 +66,44 @@ static int answer_disks(struct attempt *a, struct vm_error **err)
     for (size_t i = 0; i < p->n_offers; i++) {
         struct disk_offer offer;
         qemu_wire_unpack_offer(p->offers[i], &offer);
-        if (disk_identity_answer(&d->definition.disks[p->offers[i]->disk], d->definition.cwd,
-                                 &offer, &d->answers[i], err) < 0)
+        if (!here->disks[p->offers[i]->disk].file)
+            return error_set(err, VM_ERROR_PROTOCOL, "a proof was asked for of a disk that is not written");
+        if (disk_identity_answer(&here->disks[p->offers[i]->disk], here->cwd, root, &offer, &d->answers[i], err) < 0)
             return -1;
         d->n_answers++;
     }
+    return 0;
+}
+
+/* Of a VMM that was prepared it is the disks which it has open. */
+static int answer_prepared_disks(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    cleanup_qemu_definition struct qemu_definition here = {0};
+    char root[DISK_IDENTITY_ROOT_MAX];
+    if (d->prepare->prepare->assume_shared)
+        return 0;
+    return disk_identity_root(a->guest->process.pid, root, err) < 0 ||
+                   driver_sink_disks(a->guest, &d->definition, &here, err) < 0
+               ? -1
+               : answer_disks(a, &here, root, err);
+}
+
+/* The VMM that the guest will be in, and the disks that it will have. */
+static int make_vmm(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    bool prepared = *d->prepare->prepare->dest_socket;
+    if (!prepared && answer_disks(a, &d->definition, "", err) < 0)
+        return -1;
+    a->guest = make_sink(a, err);
+    if (!a->guest)
+        return -1;
+    if (prepared && answer_prepared_disks(a, err) < 0) {
+        driver_sink_release(a->guest); /* it is the user's, and goes on waiting */
+        return -1;
+    }
+    d->process = a->guest->process;
     return 0;
 }
 
@@ -164,13 +198,8 @@ static int prepare(struct attempt *a, struct vm_error **err)
         qemu_wire_unpack(p->definition, &d->definition, err) < 0)
         return -1;
     a->was_running = d->definition.state == GUEST_RUNNING;
-    if (clones_show_templates(a->transfer->agent, &d->definition, err) < 0 ||
-        answer_disks(a, err) < 0)
+    if (clones_show_templates(a->transfer->agent, &d->definition, err) < 0 || make_vmm(a, err) < 0)
         return -1;
-    a->guest = make_sink(a, err);
-    if (!a->guest)
-        return -1;
-    d->process = a->guest->process;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
         attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0)
         return -1;

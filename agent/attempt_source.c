@@ -435,7 +435,6 @@ static void finish(struct attempt *a)
     free(s->regions);
     free(s->dest_socket);
     free(s->socket_path);
-    free(s->root);
     close_fd(&s->copy_cancel);
     vm_put(s->vm);
 }
@@ -498,8 +497,8 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     bool prepared = p->dest_socket && *p->dest_socket;
     if (driver_define(a->guest, prepared, p->dest_driver, &s->definition, err) < 0)
         return -1;
-    if (asprintf(&s->root, "/proc/%d/root", a->guest->process.pid) < 0)
-        return error_nomem(err);
+    if (disk_identity_root(a->guest->process.pid, s->root, err) < 0)
+        return -1;
     a->was_running = s->definition.state == GUEST_RUNNING;
     Vmmig__Peer__Prepare *m = &s->prepare_message;
     vmmig__peer__prepare__init(m);

@@ -167,7 +167,7 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
         return error_set(err, VM_ERROR_REFUSED, "the guest of %s can be taken in by %s only, not by %s",
                          d->title, d->title, there->title);
     cleanup_qemu_definition struct qemu_definition made = {0};
-    if (d->define(g, &made, err) < 0)
+    if (d->define(g, prepared, &made, err) < 0)
         return -1;
     if (!prepared && d->check_startable && d->check_startable(&made, err) < 0)
         return -1;
@@ -237,6 +237,16 @@ struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *pat
                                 struct vm_error **err)
 {
     return drivers[driver_of_definition(d)]->sink_adopt(d, path, err);
+}
+
+int driver_sink_disks(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
+                      struct vm_error **err)
+{
+    const struct driver *driver = drivers[driver_of(g)];
+    if (driver->sink_disks)
+        return driver->sink_disks(g, d, ret_here, err);
+    *ret_here = (struct qemu_definition){0};
+    return 0;
 }
 
 /* ---- The registry's ---- */

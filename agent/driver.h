@@ -68,7 +68,7 @@ struct driver {
     const char *(*find_binary)(const struct config *config, const char *argv0);
     struct guest *(*start)(const struct driver_launch *launch, struct vm_error **err);
     struct guest *(*adopt)(const char *path, struct vm_error **err);
-    int (*define)(struct guest *g, struct qemu_definition *ret, struct vm_error **err);
+    int (*define)(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err);
     bool (*defines)(const struct qemu_definition *d);
     /* May a destination of this definition be started by an agent? */
     int (*check_startable)(const struct qemu_definition *d, struct vm_error **err);
@@ -78,6 +78,9 @@ struct driver {
     struct guest *(*boot)(const struct driver_launch *launch, const struct qemu_definition *d, struct vm_error **err);
     struct guest *(*sink_adopt)(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);
+    /* NULL: it has no disks that the agent knows of. */
+    int (*sink_disks)(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
+                      struct vm_error **err);
     void (*sink_release)(struct guest *g);
     void (*source_release)(struct guest *g); /* NULL: nothing is kept of a copy */
     void (*info)(struct guest *g, struct driver_info *ret);
@@ -130,6 +133,12 @@ struct guest *driver_boot(const struct config *config, const char *name, const s
 /* One that waits there already; REFUSED if it is not what the definition says. */
 struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *path,
                                 struct vm_error **err);
+/*
+ * Of one that was adopted: ret_here->disks[i] is what it has open as the writable d->disks[i]; ret_here->cwd is what
+ * relative names refer to. REFUSED, by name, unless it writes the VM's disks and no other.
+ */
+int driver_sink_disks(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
+                      struct vm_error **err);
 /* The VMM at that socket. */
 struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err);
 

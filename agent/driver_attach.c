@@ -36,8 +36,9 @@ static struct guest *adopt(const char *path, struct vm_error **err)
     return guest_of(attach_connect(path, DRIVER_ATTACH_TIMEOUT_MS, err));
 }
 
-static int define(struct guest *g, struct qemu_definition *ret, struct vm_error **err)
+static int define(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err)
 {
+    (void)prepared;
     return attach_define(attach_from_guest(g), ret, err);
 }
 

@@ -49,9 +49,9 @@ static struct guest *adopt(const char *path, struct vm_error **err)
     return qemu_guest(q);
 }
 
-static int define(struct guest *g, struct qemu_definition *ret, struct vm_error **err)
+static int define(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err)
 {
-    return qemu_preflight(qemu_from_guest(g), ret, err);
+    return qemu_preflight(qemu_from_guest(g), prepared, ret, err);
 }
 
 static bool defines(const struct qemu_definition *d)
@@ -99,6 +99,12 @@ static struct guest *sink_adopt(const struct qemu_definition *d, const char *pat
     return guest_of(qemu_sink_attach(d, path, DRIVER_ATTACH_TIMEOUT_MS, err));
 }
 
+static int sink_disks(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
+                      struct vm_error **err)
+{
+    return qemu_prepared_disks(qemu_from_guest(g), d, ret_here, err);
+}
+
 static void sink_release(struct guest *g)
 {
     qemu_sink_release(qemu_from_guest(g));
@@ -115,4 +121,5 @@ const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .sink_start = sink_start,
                                    .boot = boot,
                                    .sink_adopt = sink_adopt,
+                                   .sink_disks = sink_disks,
                                    .sink_release = sink_release};

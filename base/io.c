@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/openat2.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,8 +15,10 @@
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-enum { MAX_PASSED_FDS = 64 };
+enum { MAX_PASSED_FDS = 64, RENAMES_MAX = 100 };
 
 int io_wait(int fd, short events, int64_t deadline_ns, int cancel_fd, struct vm_error **err)
 {
@@ -121,16 +124,36 @@ int io_set_nonblocking(int fd, bool on, struct vm_error **err)
     return 0;
 }
 
-int io_open_type(const char *path, mode_t type, struct vm_error **err)
+int io_open_within(const char *root, const char *path, int flags)
+{
+    if (!*root)
+        return open(path, flags | O_CLOEXEC);
+    struct open_how how = {.flags = (unsigned)(flags | O_CLOEXEC), .resolve = RESOLVE_IN_ROOT};
+    cleanup_close int top = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    int fd = -1;
+    /* EAGAIN: something was renamed meanwhile, and the kernel is not sure that it stayed inside. */
+    for (int tries = 0; top >= 0 && fd < 0 && tries < RENAMES_MAX && (!tries || errno == EAGAIN); tries++)
+        fd = (int)syscall(SYS_openat2, top, path, &how, sizeof(how));
+    return fd;
+}
+
+int io_look_at(const char *root, const char *path, mode_t type, struct vm_error **err)
+{
+    struct stat st;
+    cleanup_close int fd = io_open_within(root, path, O_PATH);
+    if (fd < 0 || fstat(fd, &st) < 0)
+        return error_errno(err, errno, "cannot look at %s", path);
+    if ((st.st_mode & S_IFMT) != type)
+        return error_set(err, VM_ERROR_REFUSED, "%s is not a %s", path, type == S_IFBLK ? "block device" : "file");
+    return steal_fd(&fd);
+}
+
+int io_open_type(const char *root, const char *path, mode_t type, struct vm_error **err)
 {
     char self[64];
-    struct stat st;
-    cleanup_close int place = open(path, O_PATH | O_CLOEXEC);
-    if (place < 0 || fstat(place, &st) < 0)
-        return error_errno(err, errno, "cannot open %s", path);
-    if ((st.st_mode & S_IFMT) != type)
-        return error_set(err, VM_ERROR_REFUSED, "%s is not a %s", path,
-                         type == S_IFBLK ? "block device" : "file");
+    cleanup_close int place = io_look_at(root, path, type, err);
+    if (place < 0)
+        return -1;
     snprintf(self, sizeof(self), "/proc/self/fd/%d", place);
     int fd = open(self, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
     return fd < 0 ? error_errno(err, errno, "cannot open %s", path) : fd;

@@ -72,7 +72,7 @@ static int check_disks(const Vmmig__Peer__Definition *d, struct vm_error **err)
         const Vmmig__Peer__Disk *k = d->disks[i];
         if (!text_ok(k->name, PEER_NAME_MAX) || !text_ok(k->node, PEER_NAME_MAX) ||
             !text_ok(k->file, PEER_TEXT_MAX) || !text_ok(k->driver, PEER_NAME_MAX) ||
-            !text_ok(k->format, PEER_NAME_MAX))
+            !text_ok(k->format, PEER_NAME_MAX) || !text_ok(k->device, PEER_TEXT_MAX))
             return bad("disk", err);
     }
     return 0;

@@ -89,7 +89,7 @@ static int look_at_vm(struct take *t, struct vm_error **err)
                          "QEMU does that once: resume it first");
     snprintf(t->s.vm.name, sizeof(t->s.vm.name), "%s", t->s.p->vm);
     if (qemu_snapshot_wait_former(t->qemu, clock_mono_ns() + FORMER_NS, t->s.p->cancel_fd, err) < 0 ||
-        qemu_preflight(t->qemu, d, err) < 0 || qemu_json_name_files(&t->s.vm, err) < 0)
+        qemu_preflight(t->qemu, false, d, err) < 0 || qemu_json_name_files(&t->s.vm, err) < 0)
         return -1;
     for (unsigned i = 0; i < d->n_disks; i++)
         if (!d->disks[i].writable)

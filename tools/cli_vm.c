@@ -272,8 +272,9 @@ static const struct option send_options[] = {
      .choices = "auto|none|lz4|zstd", .text = "auto measures what is fastest, page by page"},
     {"dest-qmp", "PATH", option_parse_text, MEMBER(dest_qmp),
      .text =
-         "A QEMU that waits at the destination, started with -incoming defer. Without it the agent "
-         "there starts one"},
+         "A QEMU that waits at the destination, started with -incoming defer, for a VM whose command line "
+         "does not tell any more what it is, say after a live snapshot. It must have the VM's devices and disks, "
+         "and is ended if the migration fails. Without it the agent there starts one"},
     {"dest-socket", "PATH", option_parse_text, MEMBER(dest_socket),
      .text = "The same for a VMM that links libvmmig-attach: the socket of one that waits there"},
     {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),

@@ -19,7 +19,7 @@
 
 #define PREFIX ".vmmig-proof-"
 #define DEFAULT_CEPH_CONF "/etc/ceph/ceph.conf"
-enum { STALE_AFTER_S = 24 * 3600, CONF_MAX = 1 << 20, SYSFS_TEXT_MAX = 256 };
+enum { STALE_AFTER_S = 24 * 3600, CONF_MAX = 1 << 20, SYSFS_TEXT_MAX = 256, LINKS_MAX = 40 };
 
 const char *disk_proof_name(enum disk_proof proof)
 {
@@ -52,37 +52,64 @@ static int proof_of(const struct qemu_disk *disk, enum disk_proof *ret, struct v
         disk->name, disk->driver);
 }
 
-/* "ROOT/CWD/FILE", or "ROOT/FILE" for an absolute name. */
-static int full_path(const char *root, const char *cwd, const char *file, char out[QEMU_STRING_MAX],
-                     struct vm_error **err)
+/* "CWD/FILE", or FILE if that is absolute. */
+static int full_path(const char *cwd, const char *file, char out[QEMU_STRING_MAX], struct vm_error **err)
 {
     bool absolute = *file == '/';
-    int n = snprintf(out, QEMU_STRING_MAX, "%s%s%s%s", root, absolute ? "" : cwd,
-                     absolute ? "" : "/", file);
-    return n < QEMU_STRING_MAX ? 0
-                               : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
+    int n = snprintf(out, QEMU_STRING_MAX, "%s%s%s", absolute ? "" : cwd, absolute ? "" : "/", file);
+    return n < QEMU_STRING_MAX ? 0 : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
 }
 
-/*
- * The folder that an image is really in: QEMU follows symbolic links, and two names of one file are
- * the same disk. (Within another mount namespace links that are absolute lead out of `root`: then
- * the folder of the name as it is given has to do.)
- */
-static int open_folder(const char *path, const char *root, char out_name[NAME_MAX + 1],
-                       struct vm_error **err)
+/* If it is a symbolic link: replace it by what it says. 1 if so, 0 if it is none. */
+static int follow(const char *root, char path[QEMU_STRING_MAX], struct vm_error **err)
 {
-    cleanup_free char *real = *root ? strdup(path) : realpath(path, NULL);
-    if (!real)
+    char target[QEMU_STRING_MAX], next[QEMU_STRING_MAX];
+    cleanup_close int fd = io_open_within(root, path, O_PATH | O_NOFOLLOW);
+    ssize_t n = fd < 0 ? -1 : readlinkat(fd, "", target, sizeof(target) - 1);
+    if (fd < 0 || (n < 0 && errno != ENOENT && errno != EINVAL))
         return error_errno(err, errno, "cannot find %s", path);
-    char *slash = strrchr(real, '/');
-    if (!slash || strlen(slash + 1) > NAME_MAX)
+    if (n < 0)
+        return 0;
+    target[n] = 0;
+    const char *slash = strrchr(path, '/');
+    int folder = *target == '/' || !slash ? 0 : (int)(slash + 1 - path);
+    if (snprintf(next, sizeof(next), "%.*s%s", folder, path, target) >= (int)sizeof(next))
+        return error_set(err, VM_ERROR_USAGE, "the name %s is too long", path);
+    strcpy(path, next);
+    return 1;
+}
+
+/* The folder that an image is really in: QEMU follows symbolic links, and two names of one file are the same disk. */
+static int open_folder(const char *root, const char *image, struct vm_error **err)
+{
+    char path[QEMU_STRING_MAX];
+    int links = 0, followed;
+    snprintf(path, sizeof(path), "%s", image);
+    while ((followed = follow(root, path, err)) > 0)
+        if (++links > LINKS_MAX)
+            return error_errno(err, ELOOP, "cannot find %s", image);
+    if (followed < 0)
+        return -1;
+    char *slash = strrchr(path, '/');
+    if (!slash)
         return error_set(err, VM_ERROR_USAGE, "%s is not a file name", path);
-    strcpy(out_name, slash + 1);
-    *slash = 0;
-    int fd = open(*real ? real : "/", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        error_errno(err, errno, "cannot open the folder of %s", path);
-    return fd;
+    slash[slash == path] = 0;
+    int fd = io_open_within(root, path, O_RDONLY | O_DIRECTORY);
+    return fd < 0 ? error_errno(err, errno, "cannot open the folder of %s", image) : fd;
+}
+
+int disk_identity_root(pid_t pid, char out[DISK_IDENTITY_ROOT_MAX], struct vm_error **err)
+{
+    char mounts[32];
+    struct stat own_mounts, its_mounts, own_top, its_top;
+    snprintf(out, DISK_IDENTITY_ROOT_MAX, "/proc/%d/root", pid);
+    snprintf(mounts, sizeof(mounts), "/proc/%d/ns/mnt", pid);
+    if (stat("/proc/self/ns/mnt", &own_mounts) < 0 || stat(mounts, &its_mounts) < 0 || stat("/", &own_top) < 0 ||
+        stat(out, &its_top) < 0)
+        return error_errno(err, errno, "cannot find out which files process %d sees", pid);
+    if (own_mounts.st_ino == its_mounts.st_ino && own_top.st_dev == its_top.st_dev && own_top.st_ino == its_top.st_ino)
+        *out = 0;
+    return 0;
 }
 
 static void nonce_name(const struct uuid *nonce, char out[64])
@@ -130,46 +157,26 @@ static int write_nonce(int folder, const struct disk_offer *offer, struct vm_err
     return error_errno(err, saved, "cannot write a proof");
 }
 
-/* Where the proof is: in the folder that was opened, or, in another mount namespace, by the image's
- * name. */
-static int name_proof(int folder, const char *image, const char *root, struct disk_offer *offer,
-                      struct vm_error **err)
-{
-    char proc[32], name[64], place[QEMU_STRING_MAX];
-    ssize_t n = strrchr(image, '/') - image;
-    nonce_name(&offer->nonce, name);
-    snprintf(proc, sizeof(proc), "/proc/self/fd/%d", folder);
-    memcpy(place, image, (size_t)n);
-    if (!*root)
-        n = readlink(proc, place, sizeof(place) - 1);
-    if (n < 0)
-        return error_errno(err, errno, "cannot find the folder of %s", image);
-    place[n] = 0;
-    if (snprintf(offer->path, sizeof(offer->path), "%s/%s", place, name) >=
-        (int)sizeof(offer->path))
-        return error_set(err, VM_ERROR_USAGE, "the name %s is too long", image);
-    return 0;
-}
-
 static int offer_nonce(const struct qemu_disk *disk, const char *cwd, const char *root,
                        struct disk_offer *offer, struct vm_error **err)
 {
-    char path[QEMU_STRING_MAX], base[NAME_MAX + 1];
-    if (full_path(root, cwd, disk->file, path, err) < 0)
+    char path[QEMU_STRING_MAX];
+    if (full_path(cwd, disk->file, path, err) < 0)
         return -1;
-    cleanup_close int folder = open_folder(path, root, base, err);
+    cleanup_close int folder = open_folder(root, path, err);
     if (folder < 0)
         return -1;
     remove_stale(folder);
-    if (name_proof(folder, path, root, offer, err) < 0 || write_nonce(folder, offer, err) < 0)
+    if (write_nonce(folder, offer, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
+    offer->folder = steal_fd(&folder);
     return 0;
 }
 
 int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
                         struct disk_offer *ret_offer, struct vm_error **err)
 {
-    struct disk_offer offer = {.nonce = uuid_new(), .secret = uuid_new()};
+    struct disk_offer offer = {.nonce = uuid_new(), .secret = uuid_new(), .folder = -1};
     if (proof_of(disk, &offer.proof, err) < 0)
         return -1;
     if (offer.proof == DISK_PROOF_NONCE && offer_nonce(disk, cwd, root, &offer, err) < 0)
@@ -180,20 +187,24 @@ int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const cha
 
 void disk_identity_withdraw(struct disk_offer *offer)
 {
-    if (offer->path[0])
-        unlink(offer->path);
-    offer->path[0] = 0;
+    char name[64];
+    nonce_name(&offer->nonce, name);
+    if (offer->folder >= 0)
+        unlinkat(offer->folder, name, 0);
+    close_fd(&offer->folder);
 }
 
 /* What a host sees of a disk. Both sides describe, the source compares. */
 
-static int describe_file(const char *path, struct disk_answer *a, struct vm_error **err)
+static int describe_file(const char *root, const char *path, struct disk_answer *a, struct vm_error **err)
 {
     struct stat st;
-    if (stat(path, &st) < 0)
+    cleanup_close int fd = io_look_at(root, path, S_IFREG, err);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, &st) < 0)
         return error_errno(err, errno, "cannot look at %s", path);
-    if (!S_ISREG(st.st_mode))
-        return error_set(err, VM_ERROR_REFUSED, "%s is not a file", path);
+    snprintf(a->text, sizeof(a->text), "%s", path);
     a->inode = st.st_ino;
     a->size = (uint64_t)st.st_size;
     return 0;
@@ -224,10 +235,10 @@ static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
     snprintf(out, DISK_IDENTITY_TEXT_MAX, "%s", text);
 }
 
-static int describe_device(const char *path, struct disk_answer *a, struct vm_error **err)
+static int describe_device(const char *root, const char *path, struct disk_answer *a, struct vm_error **err)
 {
     struct stat st;
-    cleanup_close int fd = io_open_type(path, S_IFBLK, err);
+    cleanup_close int fd = io_open_type(root, path, S_IFBLK, err);
     if (fd < 0)
         return -1;
     if (fstat(fd, &st) < 0 || ioctl(fd, BLKGETSIZE64, &a->size) < 0)
@@ -257,7 +268,7 @@ static bool find_fsid(const char *conf, struct uuid *ret)
     return false;
 }
 
-static int describe_rbd(const struct qemu_disk *disk, const char *root, struct disk_answer *a,
+static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const char *root, struct disk_answer *a,
                         struct vm_error **err)
 {
     struct rbd_name name;
@@ -269,8 +280,8 @@ static int describe_rbd(const struct qemu_disk *disk, const char *root, struct d
         return error_set(err, VM_ERROR_REFUSED, "disk %s: cannot tell which RBD image %s is",
                          disk->name, disk->file);
     cleanup_close int fd = -1;
-    if (full_path(root, "", *name.conf ? name.conf : DEFAULT_CEPH_CONF, path, err) < 0 ||
-        (fd = io_open_type(path, S_IFREG, err)) < 0 ||
+    if (full_path(cwd, *name.conf ? name.conf : DEFAULT_CEPH_CONF, path, err) < 0 ||
+        (fd = io_open_type(root, path, S_IFREG, err)) < 0 ||
         io_read_all(fd, path, CONF_MAX, &conf, &n, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
     if (!find_fsid(conf, &fsid))
@@ -293,19 +304,19 @@ static int describe(const struct qemu_disk *disk, enum disk_proof proof, const c
         return -1;
     a->boot = self.boot;
     if (proof == DISK_PROOF_RBD)
-        return describe_rbd(disk, root, a, err);
-    if (full_path(root, cwd, disk->file, path, err) < 0)
+        return describe_rbd(disk, cwd, root, a, err);
+    if (full_path(cwd, disk->file, path, err) < 0)
         return -1;
-    return proof == DISK_PROOF_NONCE ? describe_file(path, a, err) : describe_device(path, a, err);
+    return (proof == DISK_PROOF_NONCE ? describe_file : describe_device)(root, path, a, err);
 }
 
-static int read_nonce(const struct qemu_disk *disk, const char *cwd, const struct disk_offer *offer,
-                      struct disk_answer *a, struct vm_error **err)
+static int read_nonce(const struct qemu_disk *disk, const char *cwd, const char *root,
+                      const struct disk_offer *offer, struct disk_answer *a, struct vm_error **err)
 {
-    char path[QEMU_STRING_MAX], base[NAME_MAX + 1], name[64], text[UUID_TEXT_SIZE] = "";
-    if (full_path("", cwd, disk->file, path, err) < 0)
+    char path[QEMU_STRING_MAX], name[64], text[UUID_TEXT_SIZE] = "";
+    if (full_path(cwd, disk->file, path, err) < 0)
         return -1;
-    cleanup_close int folder = open_folder(path, "", base, err);
+    cleanup_close int folder = open_folder(root, path, err);
     if (folder < 0)
         return -1;
     nonce_name(&offer->nonce, name);
@@ -322,7 +333,7 @@ static int read_nonce(const struct qemu_disk *disk, const char *cwd, const struc
     return 0;
 }
 
-int disk_identity_answer(const struct qemu_disk *disk, const char *cwd,
+int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const char *root,
                          const struct disk_offer *offer, struct disk_answer *ret_answer,
                          struct vm_error **err)
 {
@@ -331,21 +342,24 @@ int disk_identity_answer(const struct qemu_disk *disk, const char *cwd,
     if (proof_of(disk, &proof, err) < 0)
         return -1;
     if (proof != offer->proof)
-        return error_set(err, VM_ERROR_PROTOCOL, "disk %s: a proof of the wrong kind was asked for",
-                         disk->name);
-    if (describe(disk, proof, cwd, "", &answer, err) < 0 ||
-        (proof == DISK_PROOF_NONCE && read_nonce(disk, cwd, offer, &answer, err) < 0))
+        return error_set(err, VM_ERROR_REFUSED,
+                         "disk %s: %s is not the one of the other host, which is opened as a %s", disk->name, disk->file,
+                         disk_proof_name(offer->proof));
+    if (describe(disk, proof, cwd, root, &answer, err) < 0 ||
+        (proof == DISK_PROOF_NONCE && read_nonce(disk, cwd, root, offer, &answer, err) < 0))
         return -1;
     *ret_answer = answer;
     return 0;
 }
 
-static int not_the_same(const struct qemu_disk *disk, const char *what, struct vm_error **err)
+static int not_the_same(const struct qemu_disk *disk, const struct disk_answer *there, const char *what,
+                        struct vm_error **err)
 {
+    bool named = *there->text && strcmp(there->text, disk->file);
     return error_set(
         err, VM_ERROR_REFUSED,
-        "disk %s: %s is not the same one on both hosts: %s (--assume-shared overrides this)",
-        disk->name, disk->file, what);
+        "disk %s: %s is not the same one on both hosts%s%.400s: %s (--assume-shared overrides this)",
+        disk->name, disk->file, named ? ", there it is " : "", named ? there->text : "", what);
 }
 
 int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,
@@ -358,19 +372,19 @@ int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const cha
     switch (offer->proof) {
     case DISK_PROOF_NONCE:
         if (!uuid_equal(&answer->secret, &offer->secret))
-            return not_the_same(disk, "the destination did not find the proof", err);
+            return not_the_same(disk, answer, "the destination did not find the proof", err);
         if (answer->inode != own.inode || answer->size != own.size)
-            return not_the_same(disk, "the inode or the size differs", err);
+            return not_the_same(disk, answer, "the inode or the size differs", err);
         return 0;
     case DISK_PROOF_DEVICE:
         if (uuid_equal(&answer->boot, &own.boot) && answer->device == own.device)
             return 0;
         if (!*own.text || strncmp(answer->text, own.text, sizeof(own.text)))
-            return not_the_same(disk, "no world-wide or LVM identifier shows that it is", err);
-        return answer->size == own.size ? 0 : not_the_same(disk, "the size differs", err);
+            return not_the_same(disk, answer, "no world-wide or LVM identifier shows that it is", err);
+        return answer->size == own.size ? 0 : not_the_same(disk, answer, "the size differs", err);
     case DISK_PROOF_RBD:
         if (strncmp(answer->text, own.text, sizeof(own.text)))
-            return not_the_same(disk, "cluster, pool or image differ", err);
+            return not_the_same(disk, answer, "cluster, pool or image differ", err);
         return 0;
     }
     return error_set(err, VM_ERROR_PROTOCOL, "disk %s: a proof of an unknown kind", disk->name);

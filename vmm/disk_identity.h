@@ -5,8 +5,8 @@
  *
  *     source        disk_identity_offer(disk, cwd, root, &offer)   a question; for a file, also a fresh
  *                                                                  file beside it
- *     destination   disk_identity_answer(disk, cwd, &offer, &answer)
- *     source        disk_identity_check(disk, &offer, &answer)     REFUSED unless it is proved
+ *     destination   disk_identity_answer(disk, cwd, root, &offer, &answer)
+ *     source        disk_identity_check(disk, cwd, root, &offer, &answer)   REFUSED unless it is proved
  *     source        disk_identity_withdraw(&offer)                 always; removes that file
  *
  * How, by the driver that has the disk open:
@@ -20,7 +20,7 @@
  *
  * A crash of the source's agent can leave the file `.vmmig-proof-UUID` behind (32 bytes); the next offer
  * beside the same image removes those that are older than a day.
- * Both structs are plain data for the wire; text fields end with NUL. Threads: any.
+ * What is for the wire is plain data; text fields end with NUL. Threads: any.
  */
 #ifndef VMMIG_VMM_DISK_IDENTITY_H
 #define VMMIG_VMM_DISK_IDENTITY_H
@@ -30,6 +30,7 @@
 #include "vmm/qemu_definition.h"
 
 #include <stdint.h>
+#include <sys/types.h>
 
 #define DISK_IDENTITY_TEXT_MAX 512
 
@@ -47,7 +48,7 @@ struct disk_offer {
     struct uuid nonce;  /* names the file beside the image: ".vmmig-proof-UUID" */
     /* The source's alone, not for the wire: */
     struct uuid secret; /* what is in the file */
-    char path[QEMU_STRING_MAX]; /* of the file; "" if there is none */
+    int folder;         /* that the file is in; -1 if there is none */
 };
 
 struct disk_answer {
@@ -55,16 +56,18 @@ struct disk_answer {
     uint64_t inode, size;
     struct uuid boot;
     uint64_t device;    /* major and minor, as stat(2) has them */
-    char text[DISK_IDENTITY_TEXT_MAX]; /* identifier of a block device; fsid/pool/namespace/image */
+    char text[DISK_IDENTITY_TEXT_MAX]; /* path of a file; identifier of a block device; fsid/pool/namespace/image */
 };
 
-/*
- * `cwd` is what a relative name refers to. `root` is put before every path: "" for this process's own view,
- * "/proc/PID/root" for that of a QEMU in another mount namespace.
- */
+#define DISK_IDENTITY_ROOT_MAX 32
+
+/* "" for this process's own view, or "/proc/PID/root" if that process has other mounts or another root directory. */
+int disk_identity_root(pid_t pid, char out_root[DISK_IDENTITY_ROOT_MAX], struct vm_error **err);
+
+/* `cwd` is what a relative name refers to; `root` says within which root directory names, and links, are looked up. */
 int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
                         struct disk_offer *ret_offer, struct vm_error **err);
-int disk_identity_answer(const struct qemu_disk *disk, const char *cwd,
+int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const char *root,
                          const struct disk_offer *offer, struct disk_answer *ret_answer,
                          struct vm_error **err);
 int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,

@@ -378,7 +378,7 @@ int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_no
     cleanup_free bool *used = m.tap_used = calloc(params->n_taps + 1, sizeof(bool));
     int r = used ? qemu_argv_parse(params->vm->definition.argv, &m.a, err) : error_nomem(err);
     if (r == 0)
-        r = qemu_argv_check_movable(&m.a, err);
+        r = qemu_argv_check_movable(&m.a, true, err);
     if (r == 0)
         r = check_memory(&m, err);
     for (unsigned i = 0; r == 0 && i < m.a.n; i++)

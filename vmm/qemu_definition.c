@@ -20,6 +20,7 @@ void qemu_definition_finish(struct qemu_definition *d)
         free(d->disks[i].file);
         free(d->disks[i].driver);
         free(d->disks[i].format);
+        free(d->disks[i].device);
     }
     for (unsigned i = 0; i < d->n_nics; i++) {
         free(d->nics[i].id);
@@ -132,7 +133,8 @@ static int check_disks(const struct qemu_definition *d, struct vm_error **err)
             check_text("a block node", k->node, QEMU_STRING_MAX, err) < 0 ||
             check_name("a disk's file", k->file, QEMU_STRING_MAX - 1, err) < 0 ||
             check_name("a disk's driver", k->driver, 64, err) < 0 ||
-            check_text("a disk's format", k->format, 64, err) < 0)
+            check_text("a disk's format", k->format, 64, err) < 0 ||
+            check_text("a disk's device", k->device ? k->device : "", QEMU_STRING_MAX, err) < 0)
             return -1;
     }
     return 0;

@@ -39,6 +39,11 @@ struct qemu_disk {
     bool writable;
     bool cached;    /* goes through the host's page cache */
     bool backing;   /* a file behind another disk's image, which names it; known on the VM's own host alone */
+    /*
+     * The guest's device, by which a disk of another QEMU with the same devices is this one: a path of QEMU's object
+     * tree, or the drive's name where that path depends on the command line's order. NULL or "": not known.
+     */
+    char *device;
 };
 
 struct qemu_nic {

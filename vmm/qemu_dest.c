@@ -37,7 +37,6 @@ static int find_machine(struct qemu *q, const struct qemu_definition *d, struct 
 static int probe(const struct qemu_definition *d, const struct qemu_host *host,
                  struct vm_error **err)
 {
-    char qmp_path[108], log_path[256];
     static char machine[] = "-machine", none[] = "none", nodefaults[] = "-nodefaults",
                 no_user_config[] = "-no-user-config", display[] = "-display";
     cleanup_free char *program = strdup(host->binary);
@@ -45,9 +44,11 @@ static int probe(const struct qemu_definition *d, const struct qemu_host *host,
         return error_nomem(err);
     char *argv[] = {program, machine, none, nodefaults, no_user_config, display, none, NULL};
     struct uuid unique = uuid_new();
-    snprintf(qmp_path, sizeof(qmp_path), "%.60s/p%.12s.qmp", host->scratch_dir, uuid_text(&unique));
-    snprintf(log_path, sizeof(log_path), "%.200s/p%.12s.log", host->scratch_dir,
-             uuid_text(&unique));
+    /* No longer than the agent's own socket there: so long that it had room may be the name of the folder. */
+    cleanup_free char *qmp_path = NULL, *log_path = NULL;
+    if (asprintf(&qmp_path, "%s/p%.7s.qmp", host->scratch_dir, uuid_text(&unique)) < 0 ||
+        asprintf(&log_path, "%s/p%.7s.log", host->scratch_dir, uuid_text(&unique)) < 0)
+        return error_nomem(err);
     struct qemu_launch launch = {.binary = host->binary,
                                  .argv = argv,
                                  .qmp_path = qmp_path,
@@ -138,8 +139,21 @@ static bool is_path(const struct qemu_disk *disk)
            !strcmp(disk->driver, "host_cdrom");
 }
 
+int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *disk, struct vm_error **err)
+{
+    struct process_identity self;
+    if (process_identify(getpid(), &self, err) < 0)
+        return -1;
+    if (!disk->writable || !disk->cached || uuid_equal(&self.boot, &d->boot))
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "disk %s (%s) goes through a host's page cache: start the VM with cache=none "
+                     "(cache.direct=on), or say --assume-shared if the file system keeps both hosts' caches alike",
+                     disk->name, disk->file);
+}
+
 static int check_disk(const struct qemu_definition *d, const struct qemu_host *host,
-                      const struct qemu_disk *disk, bool same_host, struct vm_error **err)
+                      const struct qemu_disk *disk, struct vm_error **err)
 {
     char path[2 * QEMU_STRING_MAX];
     struct stat st;
@@ -149,24 +163,14 @@ static int check_disk(const struct qemu_definition *d, const struct qemu_host *h
              *disk->file == '/' ? "" : "/", disk->file);
     if (stat(path, &st) < 0)
         return error_errno(err, errno, "disk %s: %s", disk->name, path);
-    if (disk->writable && disk->cached && !same_host && !host->assume_shared)
-        return error_set(
-            err, VM_ERROR_REFUSED,
-            "disk %s (%s) goes through the source's page cache: start the VM with "
-            "cache=none (cache.direct=on), or say --assume-shared if the file system keeps "
-            "both hosts' caches alike",
-            disk->name, disk->file);
-    return 0;
+    return host->assume_shared ? 0 : qemu_check_cache(d, disk, err);
 }
 
 static int check_disks(const struct qemu_definition *d, const struct qemu_host *host,
                        struct vm_error **err)
 {
-    struct process_identity self;
-    if (process_identify(getpid(), &self, err) < 0)
-        return -1;
     for (unsigned i = 0; i < d->n_disks; i++)
-        if (check_disk(d, host, &d->disks[i], uuid_equal(&self.boot, &d->boot), err) < 0)
+        if (check_disk(d, host, &d->disks[i], err) < 0)
             return -1;
     return 0;
 }

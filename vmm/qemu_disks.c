@@ -243,6 +243,14 @@ static int refuse_stale(const struct qemu_argv *argv, const struct qemu_definiti
         disk->name, disk->file);
 }
 
+/* See qemu_disk.device. */
+static const char *device_of(const json_t *backend)
+{
+    static const char named[] = "/machine/peripheral";
+    const char *qdev = qmp_string(backend, "qdev"), *drive = qmp_string(backend, "device");
+    return strncmp(qdev, named, strlen(named)) && *drive ? drive : qdev;
+}
+
 static int fill_disk(struct qemu_disk *disk, const json_t *node, const json_t *backend,
                      struct vm_error **err)
 {
@@ -257,13 +265,13 @@ static int fill_disk(struct qemu_disk *disk, const json_t *node, const json_t *b
                    qemu_set_text(&disk->node, qmp_string(node, "node-name"), err) < 0 ||
                    qemu_set_text(&disk->file, file, err) < 0 ||
                    qemu_set_text(&disk->driver, qmp_string(node, "drv"), err) < 0 ||
-                   qemu_set_text(&disk->format, top ? qmp_string(inserted, "drv") : "", err) < 0
+                   qemu_set_text(&disk->format, top ? qmp_string(inserted, "drv") : "", err) < 0 ||
+                   qemu_set_text(&disk->device, device_of(backend), err) < 0
                ? -1
                : 0;
 }
 
-static int take_node(const struct qemu_argv *argv, const json_t *node, const json_t *backends,
-                     struct qemu_definition *d, struct vm_error **err)
+static int take_node(const json_t *node, const json_t *backends, struct qemu_definition *d, struct vm_error **err)
 {
     const char *driver = qmp_string(node, "drv"), *file = qmp_string(node, "file");
     enum kind kind = kind_of(driver);
@@ -283,13 +291,26 @@ static int take_node(const struct qemu_argv *argv, const json_t *node, const jso
     if (fill_disk(disk, node, backend, err) < 0)
         return -1;
     disk->backing = behind && !disk->writable;
-    if (disk->backing)
-        return 0; /* the image names it */
-    struct search s = {d, file, driver, disk->node, false};
-    int found = is_on_command_line(argv, &s, err);
-    if (found < 0)
-        return -1;
-    return found ? 0 : refuse_stale(argv, d, backend, disk, err);
+    return 0;
+}
+
+int qemu_disks_list(const json_t *nodes, const json_t *backends, struct qemu_definition *d, struct vm_error **err)
+{
+    size_t i;
+    json_t *node;
+    json_array_foreach((json_t *)(uintptr_t)nodes, i, node) if (take_node(node, backends, d, err) < 0) return -1;
+    return 0;
+}
+
+static int check_named(const struct qemu_argv *argv, const struct qemu_disk *disk, const json_t *backends,
+                       const struct qemu_definition *d, struct vm_error **err)
+{
+    bool behind;
+    struct search s = {d, disk->file, disk->driver, disk->node, false};
+    int found = disk->backing /* the image names it */ ? 1 : is_on_command_line(argv, &s, err);
+    if (found)
+        return found < 0 ? -1 : 0;
+    return refuse_stale(argv, d, find_backend(backends, disk->file, &behind), disk, err);
 }
 
 /* The other direction: files of the command line that the VM has not open. */
@@ -336,16 +357,73 @@ static int check_option_open(const struct qemu_definition *d, const struct qemu_
     return 0;
 }
 
-int qemu_disks_compare(const struct qemu_argv *argv, const json_t *nodes, const json_t *backends,
-                       struct qemu_definition *d, struct vm_error **err)
+int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends, const struct qemu_definition *d,
+                       struct vm_error **err)
 {
-    size_t i;
-    json_t *node;
-    json_array_foreach((json_t *)(uintptr_t)nodes, i,
-                       node) if (take_node(argv, node, backends, d, err) < 0) return -1;
+    for (unsigned i = 0; i < d->n_disks; i++)
+        if (check_named(argv, &d->disks[i], backends, d, err) < 0)
+            return -1;
     for (unsigned k = 0; k < argv->n; k++)
         if (check_option_open(d, &argv->options[k], err) < 0)
             return -1;
+    return 0;
+}
+
+/* ---- the same disks in another QEMU ---- */
+
+/* How many files of that device does it write? A disk of several images has some of them beside the first. */
+static unsigned count_of_device(const struct qemu_definition *d, const char *device)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < d->n_disks; i++)
+        n += d->disks[i].writable && d->disks[i].device && !strcmp(d->disks[i].device, device);
+    return n;
+}
+
+static bool is_same_name(const struct qemu_definition *d, const struct qemu_disk *disk, const struct qemu_definition *here,
+                         const struct qemu_disk *candidate)
+{
+    char a[QEMU_STRING_MAX], b[QEMU_STRING_MAX];
+    if (kind_of(disk->driver) == KIND_PATH)
+        return normal_path(d->cwd, disk->file, a) && normal_path(here->cwd, candidate->file, b) && !strcmp(a, b);
+    return rbd_name_same_file(disk->file, candidate->file);
+}
+
+/* By its device; a file of which no device tells, or one of several of a device, by its name. */
+static struct qemu_disk *find_counterpart(const struct qemu_definition *d, const struct qemu_disk *disk,
+                                          const struct qemu_definition *here)
+{
+    const char *device = disk->device ? disk->device : "";
+    bool one = *device && count_of_device(d, device) == 1 && count_of_device(here, device) == 1;
+    for (unsigned i = 0; i < here->n_disks; i++) {
+        struct qemu_disk *k = &here->disks[i];
+        if (k->writable && !strcmp(k->device, device) && (one || is_same_name(d, disk, here, k)))
+            return k;
+    }
+    return NULL;
+}
+
+int qemu_disks_pair(const struct qemu_definition *d, const struct qemu_definition *here, unsigned *ret_pairs,
+                    struct vm_error **err)
+{
+    bool used[QEMU_DISKS_MAX] = {false};
+    for (unsigned i = 0; i < d->n_disks; i++) {
+        const struct qemu_disk *disk = &d->disks[i];
+        if (!disk->writable)
+            continue;
+        const struct qemu_disk *found = find_counterpart(d, disk, here);
+        if (!found || used[found - here->disks])
+            return error_set(err, VM_ERROR_REFUSED,
+                             "disk %s (%s): the QEMU that was prepared has no such disk open for writing", disk->name,
+                             disk->file);
+        ret_pairs[i] = (unsigned)(found - here->disks);
+        used[found - here->disks] = true;
+    }
+    for (unsigned i = 0; i < here->n_disks; i++)
+        if (here->disks[i].writable && !used[i])
+            return error_set(err, VM_ERROR_REFUSED,
+                             "disk %s: the QEMU that was prepared has %s open for writing, which is no disk of the VM",
+                             here->disks[i].name, here->disks[i].file);
     return 0;
 }
 

@@ -31,14 +31,15 @@ static const char *or_empty(const char *text)
 
 static const struct {
     const char *option, *why;
+    bool rebuilt; /* matters only where the command line is made anew */
 } unmovable_options[] = {
-    {"snapshot", "its disks are temporary files of this host"},
-    {"readconfig", "it hides options in a file"},
-    {"chroot", "names of files mean something else inside"},
-    {"add-fd", "an inherited descriptor cannot be passed on to another host"},
-    {"preconfig", "the machine is not built yet"},
-    {"dump-vmstate", "it is not a VM"},
-    {"xen-attach", "it is a Xen domain"},
+    {"snapshot", "its disks are temporary files of this host", false},
+    {"readconfig", "it hides options in a file", true},
+    {"chroot", "names of files mean something else inside", true},
+    {"add-fd", "an inherited descriptor cannot be passed on to another host", true},
+    {"preconfig", "the machine is not built yet", false},
+    {"dump-vmstate", "it is not a VM", false},
+    {"xen-attach", "it is a Xen domain", false},
 };
 
 static const struct {
@@ -119,10 +120,10 @@ static int check_descriptors(const struct qemu_option *o, const struct qemu_prop
     return 0;
 }
 
-static int check_option(const struct qemu_option *o, struct vm_error **err)
+static int check_option(const struct qemu_option *o, bool rebuilt, struct vm_error **err)
 {
     for (size_t i = 0; i < sizeof(unmovable_options) / sizeof(*unmovable_options); i++)
-        if (!strcmp(o->name, unmovable_options[i].option))
+        if (!strcmp(o->name, unmovable_options[i].option) && (rebuilt || !unmovable_options[i].rebuilt))
             return refuse(err, o->name, or_empty(o->value), unmovable_options[i].why);
     cleanup_qemu_props struct qemu_props p = {0};
     if (parse_props(o, &p, err) < 0)
@@ -138,21 +139,32 @@ static int check_option(const struct qemu_option *o, struct vm_error **err)
     if (!strcmp(o->name, "machine") && (qemu_props_get(&p, "confidential-guest-support") ||
                                         qemu_props_get(&p, "memory-encryption")))
         return refuse(err, o->name, o->value, "memory is encrypted by this host");
-    if (!strcmp(o->name, "run-with") && qemu_props_get(&p, "chroot"))
+    if (rebuilt && !strcmp(o->name, "run-with") && qemu_props_get(&p, "chroot"))
         return refuse(err, o->name, o->value, "names of files mean something else inside");
     if (is_memory_object(o, &p)) {
         if (qemu_props_is_on(&p, "pmem"))
             return refuse(err, o->name, o->value, "persistent memory of this host");
         return 0; /* its descriptor or file stays behind: the destination gets memory of its own */
     }
-    return strcmp(o->name, "mem-path") ? check_descriptors(o, &p, err) : 0;
+    return rebuilt && strcmp(o->name, "mem-path") ? check_descriptors(o, &p, err) : 0;
 }
 
-int qemu_argv_check_movable(const struct qemu_argv *argv, struct vm_error **err)
+int qemu_argv_check_movable(const struct qemu_argv *argv, bool rebuilt, struct vm_error **err)
 {
     for (unsigned i = 0; i < argv->n; i++)
-        if (check_option(&argv->options[i], err) < 0)
+        if (check_option(&argv->options[i], rebuilt, err) < 0)
             return -1;
+    return 0;
+}
+
+int qemu_device_check_movable(const struct qemu_device *device, struct vm_error **err)
+{
+    static const char child[] = "child<";
+    const char *type = device->type + (starts_with(device->type, child) ? strlen(child) : 0);
+    for (size_t i = 0; i < sizeof(unmovable_types) / sizeof(*unmovable_types); i++)
+        if (starts_with(type, unmovable_types[i].prefix))
+            return error_set(err, VM_ERROR_REFUSED, "device %.200s (%.*s) cannot move: %s", device->path,
+                             (int)strcspn(type, ">"), type, unmovable_types[i].why);
     return 0;
 }
 
@@ -378,7 +390,7 @@ static int build_portable(struct builder *b, struct vm_error **err)
 int qemu_argv_portable(const struct qemu_argv *argv, const struct qemu_memory_facts *facts,
                        struct qemu_argv *ret_argv, struct vm_error **err)
 {
-    if (qemu_argv_check_movable(argv, err) < 0)
+    if (qemu_argv_check_movable(argv, true, err) < 0)
         return -1;
     cleanup_free bool *emitted = calloc(facts->n_backends + 1, sizeof(*emitted));
     cleanup_qemu_argv struct qemu_argv to = {.program = strdup(argv->program)};
@@ -387,6 +399,22 @@ int qemu_argv_portable(const struct qemu_argv *argv, const struct qemu_memory_fa
     struct builder b = {.from = argv, .facts = facts, .to = &to, .emitted = emitted};
     if (build_portable(&b, err) < 0)
         return -1;
+    *ret_argv = to;
+    to = (struct qemu_argv){0};
+    return 0;
+}
+
+int qemu_argv_of_memory(const char *program, const struct qemu_memory_facts *facts, struct qemu_argv *ret_argv,
+                        struct vm_error **err)
+{
+    cleanup_free bool *emitted = calloc(facts->n_backends + 1, sizeof(*emitted));
+    cleanup_qemu_argv struct qemu_argv to = {.program = strdup(program)};
+    if (!emitted || !to.program)
+        return error_nomem(err);
+    struct builder b = {.facts = facts, .to = &to, .emitted = emitted};
+    for (unsigned i = 0; i < facts->n_backends; i++)
+        if (emit_backend(&b, i, NULL, err) < 0)
+            return -1;
     *ret_argv = to;
     to = (struct qemu_argv){0};
     return 0;
@@ -530,7 +558,7 @@ int qemu_argv_destination(const struct qemu_definition *d, const struct qemu_pla
 {
     cleanup_qemu_argv struct qemu_argv a = {0};
     if (qemu_argv_check_memory(d, err) < 0 || qemu_argv_parse(d->argv, &a, err) < 0 ||
-        qemu_argv_check_movable(&a, err) < 0)
+        qemu_argv_check_movable(&a, true, err) < 0)
         return -1;
     for (unsigned i = a.n; i-- > 0;)
         if (is_dropped(a.options[i].name))

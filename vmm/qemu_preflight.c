@@ -305,7 +305,7 @@ static int check_whole(struct qemu *q, const struct qemu_definition *d, struct v
     return 0;
 }
 
-static int make_argv(struct qemu *q, const struct qemu_argv *argv, struct qemu_definition *d,
+static int make_argv(struct qemu *q, const struct qemu_argv *argv, bool prepared, struct qemu_definition *d,
                      struct vm_error **err)
 {
     __attribute__((cleanup(memory_finish))) struct memory m = {0};
@@ -314,7 +314,8 @@ static int make_argv(struct qemu *q, const struct qemu_argv *argv, struct qemu_d
         take_backends(&m, argv, d, err) < 0 || check_whole(q, d, err) < 0)
         return -1;
     m.facts.machine = d->machine;
-    if (qemu_argv_portable(argv, &m.facts, &portable, err) < 0)
+    if ((prepared ? qemu_argv_of_memory(argv->program, &m.facts, &portable, err)
+                  : qemu_argv_portable(argv, &m.facts, &portable, err)) < 0)
         return -1;
     d->argv = qemu_argv_format(&portable);
     return d->argv ? 0 : error_nomem(err);
@@ -322,16 +323,17 @@ static int make_argv(struct qemu *q, const struct qemu_argv *argv, struct qemu_d
 
 /* Disks and NICs. */
 
-static int compare_disks(struct qemu *q, const struct qemu_argv *argv, struct qemu_definition *d,
-                         struct vm_error **err)
+/* argv NULL: they are compared with nothing. */
+static int take_disks(struct qemu *q, const struct qemu_argv *argv, struct qemu_definition *d,
+                      struct vm_error **err)
 {
     CLEANUP(json) json_t *nodes = NULL;
     CLEANUP(json) json_t *backends = NULL;
     if (qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) <
             0 ||
-        qemu_command(q, "query-block", NULL, &backends, err) < 0)
+        qemu_command(q, "query-block", NULL, &backends, err) < 0 || qemu_disks_list(nodes, backends, d, err) < 0)
         return -1;
-    return qemu_disks_compare(argv, nodes, backends, d, err);
+    return argv ? qemu_disks_compare(argv, backends, d, err) : 0;
 }
 
 static int take_nic(const struct qemu_option *o, struct qemu_definition *d, struct vm_error **err)
@@ -364,16 +366,54 @@ static int take_nics(const struct qemu_argv *argv, struct qemu_definition *d, st
     return 0;
 }
 
-int qemu_preflight(struct qemu *q, struct qemu_definition *ret_definition, struct vm_error **err)
+int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d, struct qemu_definition *ret_here,
+                        struct vm_error **err)
+{
+    cleanup_qemu_definition struct qemu_definition here = {0}, paired = {0};
+    unsigned pairs[QEMU_DISKS_MAX];
+    char cwd[QEMU_STRING_MAX];
+    if (read_link(q, "cwd", cwd, err) < 0 || qemu_set_text(&here.cwd, cwd, err) < 0 ||
+        take_disks(q, NULL, &here, err) < 0 || qemu_disks_pair(d, &here, pairs, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < d->n_disks; i++) {
+        struct qemu_disk *to = qemu_definition_add_disk(&paired);
+        if (!to)
+            return error_nomem(err);
+        if (!d->disks[i].writable)
+            continue;
+        struct qemu_disk *from = &here.disks[pairs[i]];
+        if (qemu_check_cache(d, &d->disks[i], err) < 0 || qemu_check_cache(d, from, err) < 0)
+            return -1;
+        *to = *from;
+        *from = (struct qemu_disk){0};
+    }
+    paired.cwd = steal_ptr(&here.cwd);
+    *ret_here = paired;
+    paired = (struct qemu_definition){0};
+    return 0;
+}
+
+static int check_devices_movable(const struct qemu_definition *d, struct vm_error **err)
+{
+    for (unsigned i = 0; i < d->n_devices; i++)
+        if (qemu_device_check_movable(&d->devices[i], err) < 0)
+            return -1;
+    return 0;
+}
+
+int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition, struct vm_error **err)
 {
     cleanup_qemu_definition struct qemu_definition d = {0};
     cleanup_qemu_argv struct qemu_argv argv = {0};
     if (check_state(q, &d, err) < 0 || read_process(q, &d, &argv, err) < 0 ||
-        qemu_argv_check_movable(&argv, err) < 0 || check_blockers(q, err) < 0 ||
+        qemu_argv_check_movable(&argv, !prepared, err) < 0 || check_blockers(q, err) < 0 ||
         qemu_inspect_machine(q, &d, err) < 0 || qemu_inspect_cpus(q, &d, err) < 0 ||
-        qemu_inspect_devices(q, &d, err) < 0 || check_plugged(&argv, &d, err) < 0 ||
-        check_unplugged(&argv, &d, err) < 0 || make_argv(q, &argv, &d, err) < 0 ||
-        compare_disks(q, &argv, &d, err) < 0 || take_nics(&argv, &d, err) < 0)
+        qemu_inspect_devices(q, &d, err) < 0 || check_devices_movable(&d, err) < 0)
+        return -1;
+    if (!prepared && (check_plugged(&argv, &d, err) < 0 || check_unplugged(&argv, &d, err) < 0))
+        return -1;
+    if (make_argv(q, &argv, prepared, &d, err) < 0 || take_disks(q, prepared ? NULL : &argv, &d, err) < 0 ||
+        take_nics(&argv, &d, err) < 0)
         return -1;
     if (qemu_definition_validate(&d, err) < 0)
         return error_set_kind(err, VM_ERROR_REFUSED);

@@ -48,6 +48,7 @@ static void pack_disks(const struct qemu_definition *d, Vmmig__Peer__Definition 
         m->disks[i]->format = lend(d->disks[i].format);
         m->disks[i]->writable = d->disks[i].writable;
         m->disks[i]->cached = d->disks[i].cached;
+        m->disks[i]->device = lend(d->disks[i].device);
     }
 }
 
@@ -168,7 +169,7 @@ static bool unpack_disks(const Vmmig__Peer__Definition *m, struct qemu_definitio
         struct qemu_disk *to = qemu_definition_add_disk(d);
         if (!to || !keep(&to->name, from->name) || !keep(&to->node, from->node) ||
             !keep(&to->file, from->file) || !keep(&to->driver, from->driver) ||
-            !keep(&to->format, from->format))
+            !keep(&to->format, from->format) || !keep(&to->device, from->device))
             return false;
         to->writable = from->writable;
         to->cached = from->cached;

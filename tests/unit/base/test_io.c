@@ -147,15 +147,15 @@ static void what_is_of_another_type_is_not_opened(void **state)
     for (size_t i = 0; i < sizeof(paths) / sizeof(*paths); i++) {
         cleanup_error struct vm_error *err = NULL, *also = NULL;
         assert_true(inotify_add_watch(seen, paths[i], IN_OPEN) >= 0);
-        assert_int_equal(io_open_type(paths[i], S_IFREG, &err), -1);
+        assert_int_equal(io_open_type("", paths[i], S_IFREG, &err), -1);
         assert_int_equal(err->kind, VM_ERROR_REFUSED);
-        assert_int_equal(io_open_type(paths[i], S_IFBLK, &also), -1);
+        assert_int_equal(io_open_type("", paths[i], S_IFBLK, &also), -1);
         assert_int_equal(also->kind, VM_ERROR_REFUSED);
         assert_int_equal(read(seen, event, sizeof(event)), -1);
     }
     close(seen);
     unlink(fifo);
-    cleanup_close int fd = io_open_type("/proc/self/status", S_IFREG, NULL);
+    cleanup_close int fd = io_open_type("", "/proc/self/status", S_IFREG, NULL);
     assert_true(read(fd, event, sizeof(event)) > 0);
 }
 

@@ -195,7 +195,7 @@ int live_prepare(struct live_move *m, struct qemu *from, const char *name, struc
     pthread_mutex_init(&m->lock, NULL);
     pthread_cond_init(&m->changed, NULL);
     struct qemu_host host = {.binary = LIVE_BINARY, .scratch_dir = live_dir, .user = m->user};
-    if (qemu_preflight(from, &m->definition, err) < 0 ||
+    if (qemu_preflight(from, m->dest_qmp != NULL, &m->definition, err) < 0 ||
         qemu_definition_validate(&m->definition, err) < 0 ||
         qemu_dest_check(&m->definition, &host, err) < 0)
         return -1;

@@ -53,7 +53,7 @@ static void expect_refusal(struct qemu *q, const char *message)
 {
     struct qemu_definition d = {0};
     struct vm_error *err = NULL;
-    assert_int_equal(qemu_preflight(q, &d, &err), -1);
+    assert_int_equal(qemu_preflight(q, false, &d, &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, message);
     assert_null(d.argv);
 }
@@ -61,7 +61,7 @@ static void expect_refusal(struct qemu *q, const char *message)
 static void expect_pass(struct qemu *q)
 {
     cleanup_qemu_definition struct qemu_definition d = {0};
-    assert_ok(qemu_preflight(q, &d, why));
+    assert_ok(qemu_preflight(q, false, &d, why));
 }
 
 static void test_definition(void **state)
@@ -72,7 +72,7 @@ static void test_definition(void **state)
         SPAWN("-drive", text("file=%s,format=raw,if=none,id=root,cache=none", disk), "-device",
               "virtio-blk-pci,drive=root,id=vda", "-smp", "2", "-netdev", "user,id=n0", "-device",
               "virtio-net-pci,netdev=n0", "-cdrom", make_disk("cd"));
-    assert_ok(qemu_preflight(q, &d, why));
+    assert_ok(qemu_preflight(q, false, &d, why));
     assert_string_equal(d.binary, "qemu-system-x86_64");
     assert_string_equal(d.cwd, live_dir);
     assert_true(!strncmp(d.machine, "pc-q35-", 7));
@@ -234,7 +234,7 @@ static void test_destination_host(void **state)
     struct qemu_host host = {.binary = LIVE_BINARY, .scratch_dir = live_dir};
     const char *disk = make_disk("d0");
     struct qemu *q = SPAWN("-drive", text("file=%s,format=raw,if=none,id=root", disk));
-    assert_ok(qemu_preflight(q, &d, why));
+    assert_ok(qemu_preflight(q, false, &d, why));
     assert_ok(qemu_dest_check(&d, &host, why));
 
     host.binary = "/nonexistent/qemu";
@@ -244,7 +244,7 @@ static void test_destination_host(void **state)
     /* From another host, through its page cache. */
     struct uuid boot = d.boot;
     d.boot = uuid_new();
-    expect_unfit(&d, &host, VM_ERROR_REFUSED, "goes through the source's page cache");
+    expect_unfit(&d, &host, VM_ERROR_REFUSED, "goes through a host's page cache");
     host.assume_shared = true;
     assert_ok(qemu_dest_check(&d, &host, why));
     host.assume_shared = false;
@@ -274,17 +274,23 @@ static void test_destination_host(void **state)
 
 /* Disks. */
 
-static int prove(const struct qemu_disk *there, const struct qemu_disk *here, struct vm_error **err)
+static int prove_within(const char *root, const struct qemu_disk *there, const struct qemu_disk *here,
+                        struct vm_error **err)
 {
     struct disk_offer offer;
     struct disk_answer answer;
-    if (disk_identity_offer(there, live_dir, "", &offer, err) < 0)
+    if (disk_identity_offer(there, live_dir, root, &offer, err) < 0)
         return -1;
-    int rc = disk_identity_answer(here, live_dir, &offer, &answer, err);
+    int rc = disk_identity_answer(here, live_dir, root, &offer, &answer, err);
     if (rc == 0)
-        rc = disk_identity_check(there, live_dir, "", &offer, &answer, err);
+        rc = disk_identity_check(there, live_dir, root, &offer, &answer, err);
     disk_identity_withdraw(&offer);
     return rc;
+}
+
+static int prove(const struct qemu_disk *there, const struct qemu_disk *here, struct vm_error **err)
+{
+    return prove_within("", there, here, err);
 }
 
 static struct qemu_disk disk_named(const char *driver, const char *file)
@@ -336,8 +342,19 @@ static void test_file_identity(void **state)
     expect_other(&disk, &sibling, "the inode or the size differs");
     /* A link is followed to where the image is. */
     assert_int_equal(symlink(disk.file, live_path("copy", "/link")), 0);
-    struct qemu_disk link = disk_named("file", live_path("copy", "/link"));
-    assert_ok(prove(&link, &disk, why));
+    assert_int_equal(symlink("link", live_path("copy", "/relative")), 0);
+    assert_int_equal(symlink("loop", live_path("copy", "/loop")), 0);
+    static const char *const roots[] = {"", "/proc/self/root"};
+    for (size_t i = 0; i < sizeof(roots) / sizeof(*roots); i++) {
+        struct qemu_disk link = disk_named("file", live_path("copy", "/link"));
+        struct qemu_disk second = disk_named("file", live_path("copy", "/relative"));
+        struct qemu_disk loop = disk_named("file", live_path("copy", "/loop"));
+        struct vm_error *err = NULL;
+        assert_ok(prove_within(roots[i], &link, &disk, why));
+        assert_ok(prove_within(roots[i], &disk, &second, why));
+        assert_int_equal(prove_within(roots[i], &loop, &disk, &err), -1);
+        assert_error(&err, VM_ERROR_SYSTEM, "Too many levels of symbolic links");
+    }
     assert_int_equal(count_proofs(), 0);
     /* The answer's secret must be the one that was written. */
     struct disk_offer offer;
@@ -345,7 +362,7 @@ static void test_file_identity(void **state)
     struct vm_error *err = NULL;
     assert_ok(disk_identity_offer(&disk, live_dir, "", &offer, why));
     assert_int_equal(count_proofs(), 1);
-    assert_ok(disk_identity_answer(&disk, live_dir, &offer, &answer, why));
+    assert_ok(disk_identity_answer(&disk, live_dir, "", &offer, &answer, why));
     answer.secret.bytes[3] ^= 1;
     assert_int_equal(disk_identity_check(&disk, live_dir, "", &offer, &answer, &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, "did not find the proof");
@@ -357,13 +374,14 @@ static void test_file_identity(void **state)
  * none. */
 static void test_mount_namespace(void **state)
 {
-    char script[600], folder[160], disk[200], drive[260];
+    char script[1200], folder[160], disk[200], drive[260];
     snprintf(folder, sizeof(folder), "%s", live_path("ns", ""));
     snprintf(disk, sizeof(disk), "%s/d.raw", folder);
-    snprintf(drive, sizeof(drive), "file=%s,format=raw,if=virtio,id=root", disk);
+    snprintf(drive, sizeof(drive), "file=%s/links/l.raw,format=raw,if=virtio,id=root", folder);
     snprintf(script, sizeof(script),
-             "mount -t tmpfs none %s && truncate -s 4M %s && exec " LIVE_BINARY " \"$@\"", folder,
-             disk);
+             "mount -t tmpfs none %s && truncate -s 4M %s && mkdir %s/links && ln -s %s %s/links/l.raw && "
+             "exec " LIVE_BINARY " \"$@\"",
+             folder, disk, folder, disk, folder);
     assert_int_equal(mkdir(folder, 0700), 0);
     char *argv[] = {(char[]){"unshare"},
                     (char[]){"-m"},
@@ -393,24 +411,30 @@ static void test_mount_namespace(void **state)
     if (!q)
         fail_msg("%s", error_message(err));
     cleanup_qemu_definition struct qemu_definition d = {0};
-    assert_ok(qemu_preflight(q, &d, why));
+    assert_ok(qemu_preflight(q, false, &d, why));
     assert_string_equal(d.binary, "qemu-system-x86_64");
     assert_int_equal(d.n_disks, 1);
 
-    char root[64];
-    snprintf(root, sizeof(root), "/proc/%d/root", qemu_guest(q)->process.pid);
+    char root[DISK_IDENTITY_ROOT_MAX], own[DISK_IDENTITY_ROOT_MAX];
+    assert_ok(disk_identity_root(qemu_guest(q)->process.pid, root, why));
+    assert_string_equal(root, text("/proc/%d/root", qemu_guest(q)->process.pid));
+    assert_ok(disk_identity_root(getpid(), own, why));
+    assert_string_equal(own, "");
     struct disk_offer offer;
     struct disk_answer answer;
     assert_ok(disk_identity_offer(&d.disks[0], d.cwd, root, &offer, why));
-    assert_int_equal(strncmp(offer.path, root, strlen(root)), 0);
+    /* The proof is beside the image to which the link leads there. */
+    const char *proof = text("%s%s/.vmmig-proof-%s", root, folder, uuid_text(&offer.nonce));
+    struct stat st;
+    assert_int_equal(stat(proof, &st), 0);
+    assert_ok(disk_identity_answer(&d.disks[0], d.cwd, root, &offer, &answer, why));
+    assert_ok(disk_identity_check(&d.disks[0], d.cwd, root, &offer, &answer, why));
+    assert_int_equal(mkdir(text("%s/links", folder), 0700), 0);
+    assert_int_equal(symlink(disk, text("%s/links/l.raw", folder)), 0);
     cleanup_close int other = open(disk, O_CREAT | O_RDWR, 0600);
     assert_int_equal(ftruncate(other, 4 * MIB), 0);
-    assert_int_equal(disk_identity_answer(&d.disks[0], d.cwd, &offer, &answer, &err), -1);
+    assert_int_equal(disk_identity_answer(&d.disks[0], d.cwd, "", &offer, &answer, &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, "the proof beside that one is not here");
-    char proof[QEMU_STRING_MAX];
-    struct stat st;
-    strcpy(proof, offer.path);
-    assert_int_equal(stat(proof, &st), 0);
     disk_identity_withdraw(&offer);
     assert_int_equal(stat(proof, &st), -1);
     live_end(q);
