@@ -6,6 +6,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "proto/record.pb-c.h"
+#include "proto/unpack.h"
 
 #include <dirent.h>
 #include <errno.h>
@@ -183,15 +184,15 @@ static int to_definition(const Vmmig__Record__Vm *m, struct vm_definition *ret,
     return vm_definition_copy(&d, ret, err);
 }
 
-static int parse(const char *data, size_t len, const char *name, struct vm_definition *ret,
-                 struct vm_error **err)
+int vm_record_parse(const char *data, size_t len, const char *name, struct vm_definition *ret,
+                    struct vm_error **err)
 {
     if (len < HEADER_SIZE || memcmp(data, VM_RECORD_MAGIC, MAGIC_SIZE))
         return corrupt(err, "it is not a VM's record");
     if (get_le64(data + MAGIC_SIZE) != XXH3_64bits(data + HEADER_SIZE, len - HEADER_SIZE))
         return corrupt(err, "its checksum is wrong");
-    Vmmig__Record__Vm *m =
-        vmmig__record__vm__unpack(NULL, len - HEADER_SIZE, (const uint8_t *)data + HEADER_SIZE);
+    Vmmig__Record__Vm *m = (Vmmig__Record__Vm *)unpack_message(&vmmig__record__vm__descriptor, data + HEADER_SIZE,
+                                                               len - HEADER_SIZE);
     if (!m)
         return corrupt(err, "it is malformed");
     int r = check(m, name, err) < 0 ? -1 : to_definition(m, ret, err);
@@ -234,7 +235,7 @@ static int read_one(const char *folder, const char *file, struct vm_definition *
     cleanup_free char *name = strndup(file, strlen(file) - strlen(VM_RECORD_SUFFIX));
     if (!name)
         return error_nomem(err);
-    if (parse(data, len, name, ret, &damage) == 0)
+    if (vm_record_parse(data, len, name, ret, &damage) == 0)
         return 1;
     put_aside(path, damage);
     return 0;

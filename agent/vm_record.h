@@ -33,5 +33,8 @@ int vm_record_remove(const char *folder, const char *name, struct vm_error **err
  */
 int vm_record_read_all(const char *folder, unsigned max, struct vm_definition **ret_list,
                        unsigned *ret_n, struct vm_error **err);
+/* What the file of VM `name` holds: CORRUPT, or vm_definition_finish it. */
+int vm_record_parse(const char *data, size_t len, const char *name, struct vm_definition *ret,
+                    struct vm_error **err);
 
 #endif
