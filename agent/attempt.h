@@ -20,6 +20,7 @@
 
 #include "agent/agent.h"
 #include "agent/places.h"
+#include "agent/supervisor.h"
 #include "migrate/conn.h"
 #include "migrate/handover.h"
 #include "migrate/journal.h"
@@ -74,6 +75,7 @@ struct source_part {
     enum vm_driver driver;
     char *socket_path;
     struct qemu_definition definition;
+    char note[SUPERVISOR_NOTE_MAX];    /* for the user, from the beginning */
     char root[DISK_IDENTITY_ROOT_MAX]; /* within which the VMM finds its disks */
     struct disk_offer *offers;
     uint32_t *offer_disks; /* index in definition.disks of each */

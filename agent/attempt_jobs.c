@@ -5,6 +5,8 @@
 #include "base/io.h"
 #include "base/log.h"
 
+#include <string.h>
+
 enum { SHOW_INTERVAL_MS = 100 };
 
 static const enum job_encoding encoding_of_kind[PAGE_KIND_COUNT] = {
@@ -82,6 +84,13 @@ static void add_copy(struct job_progress *to, const struct sender_progress *p)
                  p->throttle_max_percent);
 }
 
+static void add_note(struct job_progress *to, const char *note)
+{
+    size_t n = strlen(to->note);
+    if (*note)
+        snprintf(to->note + n, sizeof(to->note) - n, "%s%s", n ? "; " : "", note);
+}
+
 static void show(struct job *job, struct attempt *a)
 {
     struct job_progress progress = {.predicted_pause_ns = -1, .pause_ns = -1};
@@ -101,6 +110,8 @@ static void show(struct job *job, struct attempt *a)
     pthread_mutex_unlock(&a->lock);
     if (have_copy)
         add_copy(&progress, &copy);
+    if (a->role == &attempt_source_role)
+        add_note(&progress, a->source.note);
     progress.phase = phase_of(state, copy.paused_at_ns != 0);
     job_update(job, &progress);
 }

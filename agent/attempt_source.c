@@ -565,7 +565,7 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
     }
     strcpy(a->record.peer, s->peer);
     set_params(a, p);
-    if (describe(a, p, err) < 0)
+    if (supervisor_check(&a->guest->process, s->note, err) < 0 || describe(a, p, err) < 0)
         return NULL;
     s->params.was_running = a->was_running;
     int64_t deadline = clock_mono_ns() + NSEC(t->agent->config->connect_timeout_ms);

@@ -321,6 +321,9 @@ static const struct cli_command commands[] = {
      "throttling.\n\n"
      "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one "
      "within three seconds cancels it.\n\n"
+     "A VM that systemd would start again here, with Restart= of its unit, is refused: give the unit Restart=no first. "
+     "One of libvirt's moves, and a note says so: undefine the domain here, and take it from a cluster manager that would "
+     "miss it. Other supervisors, as a loop in a shell or a container's restart policy, are not seen: end them.\n\n"
      "    vmmig send web1 --to host2 --downtime-limit 100",
      run_send},
     {"watch", "NAME", 1, 1, false, NULL, "follow a VM's job until it ends",

@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { MIB = 1 << 20 };
+enum { MIB = 1 << 20, RUNTIME_DIR_MAX = 107 - 13 /* "/control.sock" */ };
 
 #define SPAWN(...)                                                                                 \
     ({                                                                                             \
@@ -269,6 +269,15 @@ static void test_destination_host(void **state)
     expect_explanation(&d, &host, VM_ERROR_VMM_DIED, "it ended");
     set(&d.machine, "pc-q35-99.0");
     expect_explanation(&d, &host, VM_ERROR_REFUSED, "does not have the machine type pc-q35-99.0");
+    /* In the longest folder in which the agent's own socket has room. */
+    char folder[RUNTIME_DIR_MAX + 1];
+    int at = snprintf(folder, sizeof(folder), "%s/", live_dir);
+    memset(folder + at, 'x', sizeof(folder) - 1 - (size_t)at);
+    folder[RUNTIME_DIR_MAX] = 0;
+    assert_int_equal(mkdir(folder, 0755), 0);
+    host.scratch_dir = folder;
+    expect_explanation(&d, &host, VM_ERROR_REFUSED, "does not have the machine type pc-q35-99.0");
+    assert_int_equal(rmdir(folder), 0);
     live_end(q);
 }
 
