@@ -90,7 +90,7 @@ static int receive_any(struct peer_session *s, int64_t deadline_ns, int cancel_f
     }
 }
 
-/* The answer to HELLO must be of this type. */
+/* The first message, HELLO or the answer to it, must be of this type. */
 static int receive_type(struct peer_session *s, Vmmig__Peer__Type type, int64_t deadline_ns,
                         int cancel_fd, struct peer_message *ret_message, struct vm_error **err)
 {
@@ -107,7 +107,7 @@ static int receive_type(struct peer_session *s, Vmmig__Peer__Type type, int64_t 
     if (m.type == VMMIG__PEER__TYPE__ERROR)
         error_set(err, error_kind_parse(m.error->kind), "%s", m.error->message);
     else
-        error_set(err, VM_ERROR_PROTOCOL, "the peer did not answer the greeting");
+        error_set(err, VM_ERROR_PROTOCOL, "the peer's first message is not its greeting");
     peer_message_finish(&m);
     return -1;
 }

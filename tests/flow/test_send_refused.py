@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -217,12 +218,28 @@ def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certific
         a1.start()
 
 
-@pytest.mark.parametrize('said', ['00' * 4096, FRAME + 'ffffffff' + '01000000' + '00' * 4096, FRAME + '00000000ff7f0000',
-                                  FRAME + '04000000' + '01000000' + 'ffffffff'],
-                         ids=['zeros', 'huge-length', 'wrong-order', 'no-message'])
-def test_an_agent_drops_a_host_that_talks_nonsense(cluster, guest, said):
+def message(name):
+    """One of those that the fuzzer begins with, as it comes over the connection."""
+    with open(os.path.join(ROOT, 'tests/fuzz/corpus-peer', name), 'rb') as file:
+        kind, body = file.read(1)[0], file.read()
+    return FRAME + struct.pack('<IHH', len(body), kind, 0).hex() + body.hex()
+
+
+@pytest.mark.parametrize('said, why', [
+    ('00' * 4096, 'a frame does not begin'),
+    (FRAME + 'ffffffff' + '01000000' + '00' * 4096, 'a frame is too long'),
+    (FRAME + '00000000ff7f0000', 'unknown type'),
+    (FRAME + '04000000' + '01000000' + 'ffffffff', 'malformed: hello'),
+    (message('prepare'), 'first message is not its greeting'), (message('hello-ok'), 'first message is not its greeting'), (message('hello') * 2, 'greeted twice'),
+    (message('hello-from-the-future'), 'upgrade the older one'),
+    (message('hello') + message('prepare-no-cpus'), 'malformed'), (message('hello') + message('hello-ok'), 'greeted twice'),
+], ids=['zeros', 'huge-length', 'unknown-type', 'no-message', 'prepare-first', 'answer-first', 'hello-twice',
+        'other-version', 'malformed-prepare', 'answer-unasked'])
+def test_an_agent_drops_a_host_that_talks_nonsense(cluster, guest, said, why):
     h1, _ = cluster.hosts
+    log = len(cluster.agents[1].log())
     assert h1.run([sys.executable, '-c', CLIENT, PKI, 'h2', said]) == 'dropped\n'
+    eventually('it says why', lambda: re.search(why, cluster.agents[1].log()[log:]))
     for agent in cluster.agents:
         assert agent.vmmig('list').returncode == 0
     assert judge.rss_anon(cluster.agents[1].process.pid) < 100 << 20
