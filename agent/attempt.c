@@ -397,6 +397,16 @@ static int send_cont(struct attempt *a, struct vm_error **err)
     return guest_resume(a->guest, err);
 }
 
+/* A guest that is to stand is its VMM's again. If that cannot be told, it stands all the same. */
+static void give_back(struct attempt *a)
+{
+    cleanup_error struct vm_error *err = NULL;
+    if (!a->guest)
+        a->role->reconnect(a, NULL);
+    if (a->guest && guest_release(a->guest, &err) < 0)
+        log_warn("the VMM does not take its guest back", "error=%s", log_q(error_message(err)));
+}
+
 /* One try: an event, or TIMER while nobody can tell. */
 static enum handover_event try_resume(struct attempt *a)
 {
@@ -406,6 +416,8 @@ static enum handover_event try_resume(struct attempt *a)
     if (!process_alive(&a->record.vmm))
         return judge_death(a);
     /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
+    if (!a->was_running)
+        give_back(a);
     if (!a->was_running || a->role->never_paused(a))
         return HANDOVER_EV_RESUMED;
     if (ask_status(a, &status) < 0)

@@ -470,7 +470,7 @@ static int let_run(struct restore_job *t, const struct restore *r, struct guest 
     driver_sink_release(guest);
     if (t->paused && restore_is_frozen(r))
         snprintf(t->progress.note, sizeof(t->progress.note), "%s", FROZEN_WHILE_PAUSED);
-    return t->paused ? 0 : go_on(t, r, guest, err);
+    return t->paused ? guest_release(guest, err) : go_on(t, r, guest, err);
 }
 
 /* When it fails nothing of the VM is left. */

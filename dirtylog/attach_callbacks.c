@@ -34,6 +34,8 @@ static int call_vmm(const struct call *c)
         return cb->pause(arg);
     case ATTACH_CALL_RESUME:
         return cb->resume(arg);
+    case ATTACH_CALL_RELEASE:
+        return cb->release(arg);
     case ATTACH_CALL_SAVE:
         return cb->save(arg, c->fd);
     case ATTACH_CALL_LOAD:
@@ -60,14 +62,26 @@ static int invoke(const struct call *c)
     return -EINVAL;
 }
 
-/* Nobody waits for it any more: the guest that it paused so late runs on, as does one that it resumed so late. */
+/* A guest that it paused so late goes on if it ran before, and is the VMM's again if that had paused it. */
+static void take_pause_back(struct vmmig_attach *a)
+{
+    pthread_mutex_lock(&a->state_lock);
+    bool ran = a->state == VMMIG_RUNNING, held = a->held;
+    pthread_mutex_unlock(&a->state_lock);
+    if (ran && a->config.callbacks.resume(a->config.arg) == 0)
+        attach_set_state(a, VMMIG_RUNNING, false);
+    if (!ran && !held && a->config.callbacks.release)
+        a->config.callbacks.release(a->config.arg);
+}
+
+/* Nobody waits for it any more. A guest that it resumed so late runs. */
 static void take_back(struct call *c)
 {
     struct vmmig_attach *a = c->attach;
     attach_log(a, "the callback `%s` returned after its caller had gone", call_names[c->which]);
-    if (c->result < 0 || (c->which != ATTACH_CALL_PAUSE && c->which != ATTACH_CALL_RESUME))
-        return;
-    if (c->which == ATTACH_CALL_RESUME || a->config.callbacks.resume(a->config.arg) == 0)
+    if (c->result == 0 && c->which == ATTACH_CALL_PAUSE)
+        take_pause_back(a);
+    if (c->result == 0 && c->which == ATTACH_CALL_RESUME)
         attach_set_state(a, VMMIG_RUNNING, false);
 }
 

@@ -34,6 +34,12 @@ struct attach_slot {
     bool maps_file; /* `host` is a private mapping of a file of the agent's, and memfd is empty */
 };
 
+/* Where the library has put a template's file. It stays there whatever the VMM tells of its memory later. */
+struct attach_file_mapping {
+    void *host;
+    uint64_t size;
+};
+
 struct attach_memory {
     pthread_mutex_t memory_lock;
     struct dirtylog *log;
@@ -43,6 +49,9 @@ struct attach_memory {
     uint8_t *bitmap;
     size_t bitmap_size;
     bool first_harvest;
+    uint64_t generation; /* of the tracking: another one with each start */
+    struct attach_file_mapping files[VMMIG_SLOTS_MAX];
+    unsigned n_files;
     pthread_rwlock_t marks_lock;
     atomic_bool tracking;
 };
@@ -58,7 +67,8 @@ struct attach_throttle {
 
 struct attach_connection {
     int fd; /* -1: free */
-    bool greeted, tracks;
+    bool greeted;
+    uint64_t tracks; /* the generation of what it tracks; 0: nothing */
     unsigned request; /* that is being served: its type */
 };
 
@@ -82,6 +92,7 @@ struct vmmig_attach {
     pthread_t server;
     bool server_started;
     struct attach_connection connections[ATTACH_CONNECTIONS_MAX];
+    const struct attach_connection *throttles; /* whose the throttling is, if there is any */
 };
 
 /* attach_memory.c */
@@ -89,12 +100,16 @@ void attach_memory_init(struct attach_memory *m);
 void attach_memory_finish(struct attach_memory *m);
 int attach_memory_set(struct attach_memory *m, const struct vmmig_slot *slots, unsigned n,
                       struct vm_error **err);
-int attach_memory_track(struct attach_memory *m, const char *record_path, struct vm_error **err);
-void attach_memory_untrack(struct attach_memory *m);
+int attach_memory_track(struct attach_memory *m, const char *record_path, uint64_t *ret_generation,
+                        struct vm_error **err);
+/* False: what is tracked now, if anything, is somebody else's. */
+bool attach_memory_untrack(struct attach_memory *m, uint64_t generation);
+/* CONFLICT, also of harvest and clear: the slots have changed since. */
+int attach_memory_check(struct attach_memory *m, uint64_t generation, struct vm_error **err);
 /* *ret_pages: bits found. */
-int attach_memory_harvest(struct attach_memory *m, uint64_t *ret_pages, uint64_t *ret_ring_full,
-                          struct vm_error **err);
-int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+int attach_memory_harvest(struct attach_memory *m, uint64_t generation, uint64_t *ret_pages,
+                          uint64_t *ret_ring_full, struct vm_error **err);
+int attach_memory_clear(struct attach_memory *m, uint64_t generation, unsigned slot, uint64_t first, uint64_t n,
                         struct vm_error **err);
 /* Put a private mapping of the file where the slot's memory is. */
 int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err);
@@ -107,7 +122,8 @@ int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t firs
 void attach_memory_mark(struct attach_memory *m, uint64_t guest_address, uint64_t size);
 
 /* attach_callbacks.c */
-#define ATTACH_CALLS(X) X(PAUSE, pause) X(RESUME, resume) X(SAVE, save) X(LOAD, load) X(QUIT, quit)
+#define ATTACH_CALLS(X)                                                                            \
+    X(PAUSE, pause) X(RESUME, resume) X(RELEASE, release) X(SAVE, save) X(LOAD, load) X(QUIT, quit)
 #define X(id, name) ATTACH_CALL_##id,
 enum attach_call { ATTACH_CALLS(X) };
 #undef X

@@ -97,6 +97,14 @@ static int check_config(const struct vmmig_config *c, struct vm_error **err)
                          c->size, VMMIG_CONFIG_SIZE);
     if (!cb->pause || !cb->resume || !cb->save || !cb->load || !cb->kick)
         return error_set(err, VM_ERROR_USAGE, "a callback is missing");
+    if (!c->vmm || !c->machine)
+        return error_set(err, VM_ERROR_USAGE, "config.%s is missing", c->vmm ? "machine" : "vmm");
+    if (c->tracking <= VMMIG_TRACKING_AUTO || c->tracking > VMMIG_TRACKING_TRACE)
+        return error_set(err, VM_ERROR_USAGE, "config.tracking is not what vmmig_prepare_vm said");
+    if (c->tracking != VMMIG_TRACKING_TRACE && !c->vcpu_fds)
+        return error_set(err, VM_ERROR_USAGE, "config.vcpu_fds is missing");
+    if (c->state_bytes > VMMIG_STATE_MAX)
+        return error_set(err, VM_ERROR_USAGE, "config.state_bytes is more than %u", VMMIG_STATE_MAX);
     if (!c->socket_path || strlen(c->socket_path) >= sizeof(((struct sockaddr_un *)0)->sun_path))
         return error_set(err, VM_ERROR_USAGE, "config.socket_path is missing or longer than 107 bytes");
     if (!c->n_vcpus || c->n_vcpus > VMMIG_VCPUS_MAX)
@@ -118,8 +126,8 @@ static int check_welcome(const struct vmmig_config *c, struct vm_error **err)
     w.version = ATTACH_VERSION_MAX;
     w.pid = 1;
     w.n_vcpus = c->n_vcpus;
-    w.vmm = (char *)(uintptr_t)(c->vmm ? c->vmm : "");
-    w.machine = (char *)(uintptr_t)(c->machine ? c->machine : "");
+    w.vmm = (char *)(uintptr_t)c->vmm;
+    w.machine = (char *)(uintptr_t)c->machine;
     w.tracking = (char *)(uintptr_t)"none";
     w.incoming_argv = (char **)(uintptr_t)c->incoming_argv;
     while (c->incoming_argv && c->incoming_argv[w.n_incoming_argv])

@@ -107,17 +107,15 @@ static int check_mapping(const struct vmmig_slot *s, struct vm_error **err)
     return 0;
 }
 
-/* Has the library put a template's file there, when the VMM told of that very slot before? */
+/* Has the library put a template's file there? */
 static bool maps_file(const struct attach_memory *m, const struct vmmig_slot *s)
 {
-    for (unsigned i = 0; i < m->n_slots; i++)
-        if (m->slots[i].maps_file && m->slots[i].slot.host == s->host &&
-            m->slots[i].slot.size == s->size && !strcmp(m->slots[i].slot.name, s->name))
+    for (unsigned i = 0; i < m->n_files; i++)
+        if (m->files[i].host == s->host && m->files[i].size == s->size)
             return true;
     return false;
 }
 
-/* m: as it was before. */
 static int check_slots(const struct attach_memory *m, const struct vmmig_slot *slots, unsigned n,
                        uint64_t *ret_page_sizes, struct vm_error **err)
 {
@@ -170,14 +168,14 @@ static int make_bitmap(struct attach_memory *m, struct vm_error **err)
 }
 
 static int take_slots(struct attach_memory *m, const struct vmmig_slot *slots, unsigned n,
-                      const uint64_t *page_sizes, const bool *map_files, struct vm_error **err)
+                      const uint64_t *page_sizes, struct vm_error **err)
 {
     for (unsigned i = 0; i < n; i++) {
         struct attach_slot *s = &m->slots[i];
         s->slot = slots[i];
         s->page_size = page_sizes[i];
         s->marks = NULL;
-        s->maps_file = map_files[i];
+        s->maps_file = maps_file(m, &slots[i]);
         s->slot.memfd = fcntl(slots[i].memfd, F_DUPFD_CLOEXEC, 0);
         if (s->slot.memfd < 0)
             return error_errno(err, errno, "cannot keep the memfd of memory slot %s", slots[i].name);
@@ -200,16 +198,13 @@ int attach_memory_set(struct attach_memory *m, const struct vmmig_slot *slots, u
                       struct vm_error **err)
 {
     uint64_t page_sizes[VMMIG_SLOTS_MAX];
-    bool map_files[VMMIG_SLOTS_MAX];
     SCOPE_LOCK(&m->memory_lock);
     untrack_locked(m);
     int r = check_slots(m, slots, n, page_sizes, err);
-    for (unsigned i = 0; r == 0 && i < n; i++)
-        map_files[i] = maps_file(m, &slots[i]);
     drop_slots(m);
     if (r < 0)
         return -1;
-    if (take_slots(m, slots, n, page_sizes, map_files, err) == 0)
+    if (take_slots(m, slots, n, page_sizes, err) == 0)
         return 0;
     drop_slots(m);
     return -1;
@@ -225,7 +220,7 @@ void attach_memory_init(struct attach_memory *m)
 void attach_memory_finish(struct attach_memory *m)
 {
     if (m->log)
-        attach_memory_untrack(m);
+        untrack_locked(m);
     drop_slots(m);
     dirtylog_destroy(m->log);
     pthread_rwlock_destroy(&m->marks_lock);
@@ -257,7 +252,8 @@ static int start_log(struct attach_memory *m, struct vm_error **err)
     return dirtylog_start(m->log, slots, m->n_slots, err);
 }
 
-int attach_memory_track(struct attach_memory *m, const char *record_path, struct vm_error **err)
+int attach_memory_track(struct attach_memory *m, const char *record_path, uint64_t *ret_generation,
+                        struct vm_error **err)
 {
     SCOPE_LOCK(&m->memory_lock);
     if (!m->n_slots)
@@ -276,13 +272,17 @@ int attach_memory_track(struct attach_memory *m, const char *record_path, struct
         return -1;
     }
     m->first_harvest = true;
+    *ret_generation = ++m->generation;
     return 0;
 }
 
-void attach_memory_untrack(struct attach_memory *m)
+bool attach_memory_untrack(struct attach_memory *m, uint64_t generation)
 {
     SCOPE_LOCK(&m->memory_lock);
+    if (generation != m->generation)
+        return false;
     untrack_locked(m);
+    return true;
 }
 
 static uint64_t *bitmap_of(struct attach_memory *m, unsigned slot)
@@ -313,21 +313,27 @@ static uint64_t merge_marks(struct attach_slot *s, uint64_t *bitmap)
     return found;
 }
 
-static int check_tracking(const struct attach_memory *m, struct vm_error **err)
+static int check_tracking(const struct attach_memory *m, uint64_t generation, struct vm_error **err)
 {
-    if (atomic_load(&m->tracking))
+    if (atomic_load(&m->tracking) && generation == m->generation)
         return 0;
     return error_set(err, VM_ERROR_CONFLICT,
                      "the VMM changed the guest's memory slots during the migration");
 }
 
-int attach_memory_harvest(struct attach_memory *m, uint64_t *ret_pages, uint64_t *ret_ring_full,
-                          struct vm_error **err)
+int attach_memory_check(struct attach_memory *m, uint64_t generation, struct vm_error **err)
+{
+    SCOPE_LOCK(&m->memory_lock);
+    return check_tracking(m, generation, err);
+}
+
+int attach_memory_harvest(struct attach_memory *m, uint64_t generation, uint64_t *ret_pages,
+                          uint64_t *ret_ring_full, struct vm_error **err)
 {
     struct dirtylog_stats before, after;
     uint64_t marked = 0;
     SCOPE_LOCK(&m->memory_lock);
-    if (check_tracking(m, err) < 0)
+    if (check_tracking(m, generation, err) < 0)
         return -1;
     dirtylog_get_stats(m->log, &before);
     if (dirtylog_begin_harvest(m->log, err) < 0)
@@ -346,11 +352,11 @@ int attach_memory_harvest(struct attach_memory *m, uint64_t *ret_pages, uint64_t
     return 0;
 }
 
-int attach_memory_clear(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+int attach_memory_clear(struct attach_memory *m, uint64_t generation, unsigned slot, uint64_t first, uint64_t n,
                         struct vm_error **err)
 {
     SCOPE_LOCK(&m->memory_lock);
-    if (check_tracking(m, err) < 0)
+    if (check_tracking(m, generation, err) < 0)
         return -1;
     if (slot >= m->n_slots)
         return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
@@ -377,6 +383,11 @@ int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struc
         return error_set(err, VM_ERROR_PROTOCOL, "the file for memory slot %s is none, or not as large as it",
                          s->slot.name);
     /* From here on it is not what its memfd says, whether that works or not. */
+    if (!maps_file(m, &s->slot)) {
+        if (m->n_files == VMMIG_SLOTS_MAX)
+            return error_set(err, VM_ERROR_REFUSED, "too many files were mapped as memory already");
+        m->files[m->n_files++] = (struct attach_file_mapping){s->slot.host, s->slot.size};
+    }
     s->maps_file = true;
     if (mmap(s->slot.host, s->slot.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd,
              0) == MAP_FAILED)

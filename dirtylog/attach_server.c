@@ -19,6 +19,9 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+/* After which a connection that could not be accepted is tried again. */
+enum { ACCEPT_AGAIN_MS = 200 };
+
 /* ---- The socket ---- */
 
 static int new_socket(struct vm_error **err)
@@ -204,6 +207,7 @@ static int handle_hello(const struct request *r, struct vm_error **err)
         m.n_incoming_argv++;
     m.takes_files = c->takes_files;
     m.populates = true;
+    m.state_bytes = c->state_bytes;
     if (answer(r->connection, VMMIG__ATTACH__TYPE__WELCOME, &m.base, err) < 0)
         return -1;
     r->connection->greeted = true;
@@ -262,9 +266,8 @@ static int handle_get_memory(const struct request *r, struct vm_error **err)
 
 static int handle_track(const struct request *r, struct vm_error **err)
 {
-    if (attach_memory_track(&r->attach->memory, r->attach->config.record_path, err) < 0)
+    if (attach_memory_track(&r->attach->memory, r->attach->config.record_path, &r->connection->tracks, err) < 0)
         return -1;
-    r->connection->tracks = true;
     return answer_ok(r->connection, err);
 }
 
@@ -277,7 +280,7 @@ static int handle_harvest(const struct request *r, struct vm_error **err)
 {
     Vmmig__Attach__Harvested m = VMMIG__ATTACH__HARVESTED__INIT;
     if (need_tracking(r, err) < 0 ||
-        attach_memory_harvest(&r->attach->memory, &m.pages, &m.ring_full, err) < 0)
+        attach_memory_harvest(&r->attach->memory, r->connection->tracks, &m.pages, &m.ring_full, err) < 0)
         return -1;
     return answer(r->connection, VMMIG__ATTACH__TYPE__HARVESTED, &m.base, err);
 }
@@ -286,18 +289,19 @@ static int handle_clear(const struct request *r, struct vm_error **err)
 {
     const Vmmig__Attach__Clear *m = r->message->clear;
     if (need_tracking(r, err) < 0 ||
-        attach_memory_clear(&r->attach->memory, m->slot, m->first, m->pages, err) < 0)
+        attach_memory_clear(&r->attach->memory, r->connection->tracks, m->slot, m->first, m->pages, err) < 0)
         return -1;
     return answer_ok(r->connection, err);
 }
 
+/* What another connection tracks since the slots changed is none of its business. */
 static void end_tracking(struct vmmig_attach *a, struct attach_connection *c)
 {
-    if (!c->tracks)
-        return;
-    c->tracks = false;
-    attach_throttle_set(a, 0, NULL);
-    attach_memory_untrack(&a->memory);
+    if (a->throttles == c)
+        attach_throttle_set(a, 0, NULL);
+    if (c->tracks)
+        attach_memory_untrack(&a->memory, c->tracks);
+    c->tracks = 0;
 }
 
 static int handle_untrack(const struct request *r, struct vm_error **err)
@@ -309,8 +313,10 @@ static int handle_untrack(const struct request *r, struct vm_error **err)
 static int handle_throttle(const struct request *r, struct vm_error **err)
 {
     if (need_tracking(r, err) < 0 ||
+        attach_memory_check(&r->attach->memory, r->connection->tracks, err) < 0 ||
         attach_throttle_set(r->attach, r->message->throttle->percent, err) < 0)
         return -1;
+    r->attach->throttles = r->connection;
     return answer_ok(r->connection, err);
 }
 
@@ -339,6 +345,22 @@ static int handle_resume(const struct request *r, struct vm_error **err)
     if (attach_call(a, ATTACH_CALL_RESUME, -1, err) < 0)
         return -1;
     attach_set_state(a, VMMIG_RUNNING, false);
+    return answer_ok(r->connection, err);
+}
+
+/* The VMM may set the guest going from within the callback. */
+static int handle_release(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    bool held;
+    enum vmmig_run_state state = state_of(a, &held);
+    if (state != VMMIG_PAUSED && state != VMMIG_BROKEN)
+        return out_of_order(r, "the guest does not stand", err);
+    if (!held)
+        return answer_ok(r->connection, err);
+    attach_set_state(a, VMMIG_PAUSED, false);
+    if (a->config.callbacks.release && attach_call(a, ATTACH_CALL_RELEASE, -1, err) < 0)
+        return -1;
     return answer_ok(r->connection, err);
 }
 
@@ -422,7 +444,7 @@ static const struct {
     {VMMIG__ATTACH__TYPE__PAUSE, handle_pause},       {VMMIG__ATTACH__TYPE__RESUME, handle_resume},
     {VMMIG__ATTACH__TYPE__QUIT, handle_quit},         {VMMIG__ATTACH__TYPE__POPULATE, handle_populate},
     {VMMIG__ATTACH__TYPE__SAVE, handle_save},         {VMMIG__ATTACH__TYPE__LOAD, handle_load},
-    {VMMIG__ATTACH__TYPE__MAP_FILE, handle_map_file},
+    {VMMIG__ATTACH__TYPE__MAP_FILE, handle_map_file}, {VMMIG__ATTACH__TYPE__RELEASE, handle_release},
 };
 
 static int handle(const struct request *r, struct vm_error **err)
@@ -485,17 +507,18 @@ static bool is_welcome_user(const struct vmmig_attach *a, int fd)
            (a->config.agent_uid != (uid_t)-1 && peer.uid == a->config.agent_uid);
 }
 
-static void accept_one(struct vmmig_attach *a)
+/* False: it cannot be done now, for lack of descriptors, say. */
+static bool accept_one(struct vmmig_attach *a)
 {
     struct attach_connection incoming = {
         .fd = accept4(a->listen_fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK)};
     cleanup_error struct vm_error *err = NULL;
     if (incoming.fd < 0)
-        return;
+        return errno == EAGAIN || errno == EINTR || errno == ECONNABORTED;
     for (unsigned i = 0; is_welcome_user(a, incoming.fd) && i < ATTACH_CONNECTIONS_MAX; i++) {
         if (a->connections[i].fd < 0) {
             a->connections[i] = incoming;
-            return;
+            return true;
         }
     }
     if (is_welcome_user(a, incoming.fd))
@@ -505,6 +528,7 @@ static void accept_one(struct vmmig_attach *a)
         error_set(&err, VM_ERROR_DENIED, "this user may not attach to the VMM");
     answer_error(&incoming, err);
     close(incoming.fd);
+    return true;
 }
 
 static void *server_main(void *arg)
@@ -512,20 +536,20 @@ static void *server_main(void *arg)
     struct vmmig_attach *a = arg;
     cleanup_free uint8_t *packet = malloc(ATTACH_PACKET_MAX);
     struct pollfd p[ATTACH_CONNECTIONS_MAX + 2];
+    bool accepts = true;
     while (packet) {
         p[0] = (struct pollfd){.fd = a->stop, .events = POLLIN};
-        p[1] = (struct pollfd){.fd = a->listen_fd, .events = POLLIN};
+        p[1] = (struct pollfd){.fd = accepts ? a->listen_fd : -1, .events = POLLIN};
         for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
             p[i + 2] = (struct pollfd){.fd = a->connections[i].fd, .events = POLLIN};
-        if (poll(p, ATTACH_CONNECTIONS_MAX + 2, -1) < 0)
+        if (poll(p, ATTACH_CONNECTIONS_MAX + 2, accepts ? -1 : ACCEPT_AGAIN_MS) < 0)
             continue;
         if (p[0].revents)
             break;
         for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
             if (p[i + 2].revents && !serve_packet(a, &a->connections[i], packet))
                 drop(a, &a->connections[i]);
-        if (p[1].revents)
-            accept_one(a);
+        accepts = !p[1].revents || accept_one(a);
     }
     for (unsigned i = 0; i < ATTACH_CONNECTIONS_MAX; i++)
         drop(a, &a->connections[i]);

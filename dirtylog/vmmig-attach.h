@@ -4,7 +4,7 @@
  *
  * KVM tells only the process that made a VM which pages of it were written. So a VMM links this library,
  * and vmmig's node agent, a process of its own, asks it over a Unix socket: it gets the guest's memory as
- * memfds, maps them, and reads and writes guest memory itself. The library has one thread, which sleeps
+ * memfds, maps them, and reads and writes guest memory itself. The library has a thread, which sleeps
  * unless an agent is there; without one nothing is tracked and the guest is as fast as ever.
  *
  * Calling sequence
@@ -34,13 +34,19 @@
  * since the guest runs elsewhere; or, when the migration is given up, `resume`. A VMM that was started to take a
  * guest in: `load`, then `resume`.
  *
- * Pause and resume belong to the agent from the moment that `pause` is called until `resume` is called. In
- * between the VMM must not run the guest for any reason of its own, or two copies of it may run.
+ * Pause and resume belong to the agent from the moment that `pause` or `load` is called until `resume` or `release` is
+ * called. In between the VMM must not run the guest for any reason of its own, or two copies of it may run. `release`
+ * comes where `resume` would, for a guest that was paused before it was moved: it stands still, and is the VMM's again.
  *
  * Threads. vmmig_vcpu_enter and vmmig_vcpu_exit are called by the thread of that vCPU, vmmig_mark_dirty and
- * vmmig_set_state by any, the rest by one thread at a time. Callbacks come from threads of the library, one at a
- * time, but for `resume` after a timeout (below). A callback may call vmmig_mark_dirty and vmmig_set_state, nothing
- * else of the library.
+ * vmmig_set_state by any, the rest by one thread at a time. Callbacks come from threads of the library, each in a new
+ * one, in which all signals are blocked: a thread that a callback makes has to unblock the signal of its kicks.
+ * They come one at a time, but for `resume` after a timeout (below), and for `kick` and `log`, which may come beside any.
+ * They come until vmmig_destroy returns: `pause` must return then, too, as soon as no vCPU is in KVM_RUN, whatever ends
+ * them. A callback may call vmmig_mark_dirty and vmmig_set_state, nothing else of the library.
+ *
+ * Devices that write guest memory by themselves, in the kernel or in another process (vhost, vhost-user, VFIO), are not
+ * told when a harvest is due: the VMM has to mark what they write, soon after they did, and the last of it in `pause`.
  *
  * Errors. Functions return 0, or -1 and fill *error (if it is not NULL): an errno value and one line of text.
  * Callbacks return 0 or a negative errno value; the agent shows it and gives the migration up, the guest runs on. A
@@ -99,13 +105,13 @@ enum vmmig_tracking {
 enum vmmig_run_state {
     VMMIG_RUNNING = 1,
     VMMIG_PAUSED = 2,
-    VMMIG_INCOMING = 3, /* waits for a guest; nothing is loaded */
+    VMMIG_INCOMING = 3, /* waits for a guest; nothing is loaded, and nobody but the agent writes its memory */
     VMMIG_BROKEN = 4,   /* will not run again: a triple fault, an internal error, powered off */
 };
 
 /* A piece of guest memory, as registered with KVM_SET_USER_MEMORY_REGION. */
 struct vmmig_slot {
-    /* Both ends of a migration must agree on names, sizes and order. Letters, digits, '.', '_', '-'. */
+    /* Both ends must agree on names, guest addresses, sizes and order. Letters, digits, '.', '_', '-'. */
     char name[VMMIG_NAME_MAX];
     uint32_t kvm_slot;      /* its number */
     uint32_t kvm_flags;     /* without KVM_MEM_LOG_DIRTY_PAGES, which is the library's */
@@ -128,6 +134,11 @@ struct vmmig_callbacks {
      * no vCPU has run: then the guest goes on in the VMM that it came from.
      */
     int (*resume)(void *arg);
+    /*
+     * Optional. The guest, which stands, is the VMM's again: after `pause` or `load`, instead of `resume`. Whether it
+     * is to run is for the VMM to decide, as it was before; it may call vmmig_set_state.
+     */
+    int (*release)(void *arg);
     /*
      * Write everything but memory that makes up the guest (vCPUs, interrupt controllers, clocks, devices)
      * to fd, an empty file; the format is the VMM's own. The guest is paused. This may still write guest
@@ -188,6 +199,7 @@ struct vmmig_config {
      * snapshots such a guest reads its memory out of this process, for which it has to be root, or may trace it.
      */
     bool takes_files;
+    uint64_t state_bytes;        /* about how many `save` writes: they are part of the predicted pause. 0: few */
 };
 
 #define VMMIG_CONFIG_SIZE sizeof(struct vmmig_config)
@@ -209,8 +221,8 @@ VMMIG_PUBLIC int vmmig_prepare_vm(int vm_fd, enum vmmig_tracking want, unsigned 
 VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_attach **ret_attach,
                               struct vmmig_error *error);
 /*
- * End the thread, remove the socket. Waits for a callback that is under way. vCPUs must have left
- * vmmig_vcpu_enter for good. NULL is fine.
+ * End the library's threads, remove the socket. Waits for a callback that is under way; none comes later. vCPUs must
+ * have left vmmig_vcpu_enter for good. NULL is fine.
  */
 VMMIG_PUBLIC void vmmig_destroy(struct vmmig_attach *attach);
 

@@ -25,6 +25,7 @@ enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
 /* What is not worth another round: of a VMM that has to be asked for its dirty log, of one that shares it. */
 /* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
 #define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
+#define FIXED_PAUSE_MAPPED_NS (8 * NSEC_PER_MSEC)
 
 struct page_worker {
     struct sender *s;
@@ -526,6 +527,15 @@ static int64_t queued_ns(struct sender *s, const struct pilot *pilot)
     return (int64_t)((double)(queued * GUEST_PAGE_SIZE) * 1e9 / pilot->drain_rate);
 }
 
+/* What a pause takes of itself, and the device state's way. QEMU, which does not say how much that is, has little. */
+static int64_t fixed_ns(struct sender *s, const struct pilot *pilot, const struct guest_source_progress *source,
+                        const struct link_totals *link)
+{
+    int64_t fixed = s->params.guest->ops->mapped_source ? FIXED_PAUSE_MAPPED_NS : FIXED_PAUSE_NS;
+    double rate = link->rate ? (double)link->rate : pilot->drain_rate;
+    return rate > 0 ? fixed + (int64_t)((double)source->state_bytes * 1e9 / rate) : fixed;
+}
+
 /*
  * Does the guest stand by its user's wish? He may stop it and let it go on while it is copied. What the VMM itself
  * does for the copy's end is not his.
@@ -582,7 +592,7 @@ static int judge(struct sender *s, struct pilot *pilot, const struct guest_sourc
                                 .remaining = source->remaining,
                                 .drain_rate = (uint64_t)pilot->drain_rate,
                                 .in_flight_ns = in_flight_ns(link) + queued_ns(s, pilot),
-                                .fixed_ns = FIXED_PAUSE_NS,
+                                .fixed_ns = fixed_ns(s, pilot, source, link),
                                 .throttle_percent = source->throttle_percent};
     enum converge_verdict verdict = converge_judge(&pilot->converge, &in);
     return verdict == CONVERGE_CONTINUE

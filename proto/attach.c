@@ -47,6 +47,8 @@ static int check_welcome(const Vmmig__Attach__Welcome *m, struct vm_error **err)
                          m->version, ATTACH_VERSION_MIN, ATTACH_VERSION_MAX);
     if (m->pid <= 0 || !m->n_vcpus || m->n_vcpus > ATTACH_VCPUS_MAX)
         return out_of_range("the process or its vCPUs", err);
+    if (m->state_bytes > ATTACH_STATE_BYTES_MAX)
+        return out_of_range("the state's size", err);
     if (field_check_text("the VMM's name", m->vmm, 1, ATTACH_WORD_MAX, err) < 0 ||
         field_check_text("the machine", m->machine, 1, ATTACH_WORD_MAX, err) < 0 ||
         field_check_text("the tracking", m->tracking, 1, ATTACH_WORD_MAX, err) < 0)

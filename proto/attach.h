@@ -60,6 +60,7 @@
     X(LOAD, load, Load)                                                                            \
     X(MAP_FILE, map_file, MapFile)                                                                 \
     X(RESUME, empty, Empty)                                                                        \
+    X(RELEASE, empty, Empty)                                                                       \
     X(QUIT, empty, Empty)                                                                          \
     X(POPULATE, populate, Populate)                                                                \
     X(STATE, state, State)                                                                         \
@@ -82,6 +83,7 @@
     X(LOAD)                                                                                        \
     X(MAP_FILE)                                                                                    \
     X(RESUME)                                                                                      \
+    X(RELEASE)                                                                                     \
     X(QUIT)                                                                                        \
     X(POPULATE)
 

@@ -79,6 +79,15 @@ static int resume(struct guest *g, struct vm_error **err)
     return 0;
 }
 
+static int release(struct guest *g, struct vm_error **err)
+{
+    struct attach *a = of(g);
+    if (attach_order(&a->client, VMMIG__ATTACH__TYPE__RELEASE, NULL, err) < 0)
+        return -1;
+    attach_end_copy(a);
+    return 0;
+}
+
 int64_t attach_resumed_ns(struct attach *a)
 {
     return atomic_load(&a->resumed_ns);
@@ -140,6 +149,7 @@ static const struct guest_ops attach_ops = {.driver = accel,
                                             .status = status,
                                             .pause = pause_guest,
                                             .resume = resume,
+                                            .release = release,
                                             .source_start = attach_source_start,
                                             .source_progress = attach_source_progress,
                                             .source_stop = attach_source_stop,
@@ -197,7 +207,7 @@ bool attach_is_definition(const struct qemu_definition *d)
     return !strcmp(d->accel, accel);
 }
 
-/* Slots, from the VMM's answer: nothing is mapped for that. */
+/* Slots, from the VMM's answer: nothing is mapped for that. `backend` is where one lies in the guest. */
 int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
@@ -209,7 +219,8 @@ int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_
         if (!ram)
             return error_nomem(err);
         ram->block = strdup(slot->name);
-        ram->backend = strdup(slot->name);
+        if (asprintf(&ram->backend, "%#llx", (unsigned long long)slot->guest_address) < 0)
+            ram->backend = NULL;
         ram->size = slot->size;
         ram->page_size = slot->page_size;
         if (!ram->block || !ram->backend)

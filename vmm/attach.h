@@ -74,6 +74,7 @@ struct attach_info {
     bool populates;   /* its library gets memory when it is asked to */
     char **incoming_argv; /* ended by NULL; empty: destinations are started by hand */
     bool takes_files;     /* its guest's memory can be a template's */
+    uint64_t state_bytes; /* about that many of device state; 0: few */
 }; /* constant as long as the handle lives */
 
 /*

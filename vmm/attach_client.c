@@ -179,6 +179,7 @@ static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, st
                             .tracking = strdup(w->tracking),
                             .n_vcpus = w->n_vcpus,
                             .takes_files = w->takes_files,
+                            .state_bytes = w->state_bytes,
                             .populates = w->populates,
                             .incoming_argv = attach_copy_argv(w->n_incoming_argv, w->incoming_argv)};
     if (!i.vmm || !i.machine || !i.tracking || !i.incoming_argv) {

@@ -12,18 +12,13 @@ enum { KILL_TIMEOUT_MS = 5000 };
 
 static int check(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
-    cleanup_qemu_definition struct qemu_definition has = {0};
-    cleanup_free struct guest_region *slots = NULL;
-    unsigned n = 0;
     if (attach_check_waits(a, d, err) < 0)
         return -1;
     if (!attach_info(a)->takes_files)
         return error_set(err, VM_ERROR_REFUSED,
                          "%s cannot run on a template's memory: restore the snapshot instead",
                          attach_info(a)->vmm);
-    return attach_define_memory(a, &has, err) < 0 || qemu_definition_regions(&has, &slots, &n, err) < 0
-               ? -1
-               : attach_check_slots(slots, n, d, err);
+    return attach_check_slots(a, d, err);
 }
 
 static int map_files(struct attach *a, const struct attach_clone_params *p, struct vm_error **err)
@@ -53,7 +48,7 @@ static int fill(struct attach *a, const struct attach_clone_params *p, struct vm
 {
     if (check(a, p->definition, err) < 0 || map_files(a, p, err) < 0 || load(a, p->state_fd, err) < 0)
         return -1;
-    return p->definition->state == GUEST_RUNNING ? guest_resume(&a->guest, err) : 0;
+    return p->definition->state == GUEST_RUNNING ? guest_resume(&a->guest, err) : guest_release(&a->guest, err);
 }
 
 struct attach *attach_clone_spawn(const struct attach_clone_params *params,

@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 /* Holes of hugetlb memory are found by reading; a piece at a time. */
@@ -25,6 +27,19 @@ static int check_file(int fd, uint64_t bytes, const char *what, struct vm_error 
                          what);
     if (st.st_size < 0 || (uint64_t)st.st_size < bytes)
         return error_set(err, VM_ERROR_PROTOCOL, "%s: its file is too short", what);
+    return 0;
+}
+
+/* Whether memory is huge pages decides how it is read and unmapped: that is not believed. */
+static int check_pages(int fd, const Vmmig__Attach__Slot *slot, struct vm_error **err)
+{
+    struct statfs fs;
+    if (fstatfs(fd, &fs) < 0)
+        return error_errno(err, errno, "%s: its file cannot be examined", slot->name);
+    uint64_t page = fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : GUEST_PAGE_SIZE;
+    if (slot->page_size != page || slot->size % page || slot->memfd_offset % page)
+        return error_set(err, VM_ERROR_PROTOCOL, "%s: its memory has pages of %llu bytes, the VMM says %llu", slot->name,
+                         (unsigned long long)page, (unsigned long long)slot->page_size);
     return 0;
 }
 
@@ -101,7 +116,7 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
         m->list[m->n++] = r->region;
         return 0;
     }
-    if (check_file(fd, slot->memfd_offset + slot->size, slot->name, err) < 0)
+    if (check_file(fd, slot->memfd_offset + slot->size, slot->name, err) < 0 || check_pages(fd, slot, err) < 0)
         return -1;
     r->region.base = map_file(fd, slot->size, slot->memfd_offset, writable, slot->name, err);
     if (!r->region.base)

@@ -143,9 +143,8 @@ void attach_source_paused(struct attach *a);
 
 /* Is it the VMM of the definition, waiting? */
 int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
-/* Are these memory slots those of the definition? */
-int attach_check_slots(const struct guest_region *slots, unsigned n, const struct qemu_definition *d,
-                       struct vm_error **err);
+/* Are its memory slots those of the definition? */
+int attach_check_slots(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
 /* Ask for the slots, and add them to a definition's `ram`. */
 int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err);
 /* Is it the VMM of the definition, and does it wait? Then it is a sink from now on. */

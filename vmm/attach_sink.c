@@ -54,14 +54,17 @@ int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct
     return 0;
 }
 
-int attach_check_slots(const struct guest_region *slots, unsigned n, const struct qemu_definition *d,
-                       struct vm_error **err)
+int attach_check_slots(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
-    if (n != d->n_ram)
+    cleanup_qemu_definition struct qemu_definition has = {0};
+    if (attach_define_memory(a, &has, err) < 0)
+        return -1;
+    if (has.n_ram != d->n_ram)
         return error_set(err, VM_ERROR_REFUSED, "the VMM prepared for the guest has %u memory slots, "
-                         "the guest %u", n, d->n_ram);
-    for (unsigned i = 0; i < n; i++)
-        if (strcmp(slots[i].name, d->ram[i].block) || slots[i].size != d->ram[i].size)
+                         "the guest %u", has.n_ram, d->n_ram);
+    for (unsigned i = 0; i < d->n_ram; i++)
+        if (strcmp(has.ram[i].block, d->ram[i].block) || has.ram[i].size != d->ram[i].size ||
+            strcmp(has.ram[i].backend, d->ram[i].backend))
             return error_set(err, VM_ERROR_REFUSED,
                              "memory slot %s of the guest is not that of the VMM prepared for it",
                              d->ram[i].block);
@@ -99,7 +102,7 @@ static int begin(struct attach *a, struct vm_error **err)
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
     return attach_check_waits(a, d, err) < 0 || begin(a, err) < 0 ||
-                   attach_check_slots(a->sink->memory.list, a->sink->memory.n, d, err) < 0
+                   attach_check_slots(a, d, err) < 0
                ? -1
                : 0;
 }

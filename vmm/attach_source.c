@@ -29,6 +29,7 @@
 #include "vmm/attach_private.h"
 #include "vmm/attach_steering.h"
 
+#include <fcntl.h>
 #include <string.h>
 #include <sys/mman.h>
 
@@ -110,7 +111,7 @@ static struct page_batch *make_batch(const struct attach_region *r, unsigned cha
     batch->release = release_batch;
     batch->channel = channel;
     batch->n = 0;
-    batch->file = r->region.base && r->region.page_size == GUEST_PAGE_SIZE ? r->fd : 0;
+    batch->file = r->region.base ? r->fd : 0;
     batch->file_offset = r->offset;
     batch->file_start = r->region.base;
     return batch;
@@ -413,6 +414,9 @@ static int give_state(struct attach_source *s, struct attach_answer *saved, stru
     if (!chunk)
         return error_nomem(err);
     uint64_t size = saved->message.saved->size;
+    /* Memory, and no file of the VMM's own, which could keep us waiting for ever. */
+    if (fcntl(saved->fds[0], F_GET_SEALS) < 0)
+        return error_set(err, VM_ERROR_PROTOCOL, "the file with the guest's state is no memfd");
     for (uint64_t at = 0; at < size;) {
         size_t want = size - at < STATE_CHUNK ? (size_t)(size - at) : STATE_CHUNK;
         ssize_t n = pread(saved->fds[0], chunk, want, (off_t)at);
@@ -508,6 +512,7 @@ static int begin(struct attach_source *s, const struct guest_source_params *p, s
         return error_set(err, VM_ERROR_REFUSED, "the VMM has no guest that could be sent");
     s->paused = state == VMMIG__ATTACH__RUN_STATE__RUN_PAUSED;
     s->progress.remaining = s->progress.total;
+    s->progress.state_bytes = attach_info(s->attach)->state_bytes;
     if (attach_order(client, VMMIG__ATTACH__TYPE__TRACK, NULL, err) < 0)
         return -1;
     s->tracks = true;

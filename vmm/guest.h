@@ -10,14 +10,14 @@
  *     guest_pause(g)                                by the engine, when it predicts a short enough pause
  *     ... events->memory_done, then bytes of device state, then events->done
  *     guest_source_stop(g)                          always, whatever happened; the driver's threads are gone
- *     guest_resume(g)  or  guest_kill(g)            the engine decides
+ *     guest_resume(g), guest_release(g) or guest_kill(g)    the engine decides
  *
  * A *sink* takes it; it is a VMM that waits for an incoming guest, paused:
  *
  *     guest_sink_regions(g, ...)                    its memory, into which the engine decodes pages
  *     guest_sink_bytes(g, data, n)                  what the VMM's own loader gets, in order
  *     guest_sink_finish(g, deadline)                loaded completely, and paused
- *     guest_resume(g)  or  guest_kill(g)
+ *     guest_resume(g), guest_release(g) or guest_kill(g)
  *
  * Ownership: handles are reference counted. Who made one has a reference, guest_ref takes another, and
  * guest_unref gives one back; with the last the handle is freed, and its connection closed. It never touches the
@@ -157,6 +157,7 @@ struct guest_source_progress {
      * the guest by itself at the end of the first round, whatever the limit.
      */
     bool one_round;
+    uint64_t state_bytes;     /* of its devices, as far as it says so */
     uint64_t working_set;     /* bytes written at least once since the first round; 0: not known */
 };
 
@@ -173,6 +174,7 @@ struct guest_ops {
     int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
     int (*pause)(struct guest *g, struct vm_error **err);
     int (*resume)(struct guest *g, struct vm_error **err);
+    int (*release)(struct guest *g, struct vm_error **err); /* NULL: there is nothing to give back */
     int (*source_start)(struct guest *g, const struct guest_source_params *params,
                         const struct guest_source_events *events, void *arg, struct vm_error **err);
     int (*source_progress)(struct guest *g, struct guest_source_progress *ret_progress,
@@ -227,6 +229,15 @@ static inline int guest_pause(struct guest *g, struct vm_error **err)
 static inline int guest_resume(struct guest *g, struct vm_error **err)
 {
     return g->ops->resume(g, err);
+}
+
+/*
+ * Instead of guest_resume, of a guest that is to stand: whoever manages the VMM may set it going, as he could before the
+ * engine had it. Fine if he could already.
+ */
+static inline int guest_release(struct guest *g, struct vm_error **err)
+{
+    return g->ops->release ? g->ops->release(g, err) : 0;
 }
 
 /* Begin to give the memory away. The guest runs on. */

@@ -11,7 +11,8 @@
  * started. --still: the guest is paused, by the VMM itself.
  * --firmware: its memory is full of something from the start, also with --incoming. --save-writes: saving its state
  * writes to its memory, as some devices do. Its state is a hash of all its memory, which `load` compares with what
- * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew.
+ * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew. SIGUSR2 is its
+ * user's wish that the guest go on: it does unless an agent has it.
  */
 #include "dirtylog/vmmig-attach.h"
 
@@ -50,6 +51,7 @@ struct vmm {
     uint64_t working, writes;
     pthread_t writer;
     bool running, save_writes;
+    atomic_bool held; /* an agent has the guest */
     atomic_bool stop, quit;
     const char *fails, *hangs; /* callbacks */
     struct vmmig_slot told[2];
@@ -121,6 +123,7 @@ static int on_pause(void *arg)
     struct vmm *v = arg;
     if (misbehave(v, "pause") < 0)
         return -EIO;
+    atomic_store(&v->held, true);
     if (v->running) {
         atomic_store(&v->stop, true);
         pthread_join(v->writer, NULL);
@@ -135,6 +138,7 @@ static int on_resume(void *arg)
     struct vmm *v = arg;
     if (misbehave(v, "resume") < 0)
         return -EIO;
+    atomic_store(&v->held, false);
     if (v->running)
         return 0;
     atomic_store(&v->stop, false);
@@ -143,6 +147,14 @@ static int on_resume(void *arg)
     if (!failed)
         say("running");
     return -failed;
+}
+
+static int on_release(void *arg)
+{
+    struct vmm *v = arg;
+    atomic_store(&v->held, false);
+    say("released");
+    return 0;
 }
 
 static uint64_t hash_memory(const struct vmm *v)
@@ -177,6 +189,7 @@ static int on_load(void *arg, int fd)
         return -EILSEQ;
     }
     v->writes = s.writes;
+    atomic_store(&v->held, true);
     say("loaded");
     return 0;
 }
@@ -250,6 +263,7 @@ static void attach(struct vmm *v, const char *socket, const char *machine,
                                   .incoming_argv = incoming_argv,
                                   .callbacks = {.pause = on_pause,
                                                 .resume = on_resume,
+                                                .release = on_release,
                                                 .save = on_save,
                                                 .load = on_load,
                                                 .kick = on_kick,
@@ -320,17 +334,29 @@ static struct options parse(int argc, char **argv)
 }
 
 /* SIGUSR1: the memory changed, as far as the library can tell. */
-static volatile sig_atomic_t retell;
+static volatile sig_atomic_t retell, wished;
 
 static void on_signal(int signum)
 {
-    (void)signum;
-    retell = 1;
+    if (signum == SIGUSR1)
+        retell = 1;
+    else
+        wished = 1;
+}
+
+/* SIGUSR2 */
+static void go_on(struct vmm *v)
+{
+    if (atomic_load(&v->held))
+        return say("the agent has it");
+    if (on_resume(v) == 0)
+        vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
 }
 
 int main(int argc, char **argv)
 {
     signal(SIGUSR1, on_signal);
+    signal(SIGUSR2, on_signal);
     struct options o = parse(argc, argv);
     struct vmm v = {.rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
                     .working = number(o.working) * MIB / PAGE,
@@ -358,6 +384,10 @@ int main(int argc, char **argv)
     if (!o.incoming)
         say("ready");
     for (; !atomic_load(&v.quit); usleep(2000)) {
+        if (wished) {
+            wished = 0;
+            go_on(&v);
+        }
         if (!retell)
             continue;
         retell = 0;

@@ -194,7 +194,23 @@ def test_a_paused_guest_stays_paused(cluster, a1, a2):
     assert a1.json('status', 'asleep')['state'] == 'paused'
     a1.json('send', 'asleep', '--to', 'h2')
     assert a2.json('status', 'asleep')['state'] == 'paused'
-    assert said(a2, 'asleep') == ['ready', 'loaded']
+    assert said(a2, 'asleep') == ['ready', 'loaded', 'released']
+
+
+@pytest.mark.parametrize('moved', [True, False], ids=['moved', 'move undone'])
+def test_a_guest_that_its_user_paused_is_his_again(cluster, a1, a2, moved):
+    """A VMM's own pause is not the agent's to end, and the guest not the agent's for ever."""
+    name = 'napping' if moved else 'dozing'
+    vmm = by_hand(a1, name, still=True)
+    waits = by_hand(a2, 'waits-' + name, attach=False, incoming=True, **({} if moved else {'fail': 'load'}))
+    done = a1.vmmig('send', name, '--to', 'h2', '--dest-socket', SOCKET.format('waits-' + name), check=False)
+    assert (done.returncode == 0) == moved, done
+    there, vmm = (a2, waits) if moved else (a1, vmm)
+    assert there.json('status', name)['state'] == 'paused'
+    assert 'released\n' in read(vmm.log)
+    os.kill(vmm.pid, signal.SIGUSR2)
+    eventually('it runs', lambda: there.json('status', name)['state'] == 'running')
+    assert 'the agent has it' not in read(vmm.log)
 
 
 def pause(agent, name):

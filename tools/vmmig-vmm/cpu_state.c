@@ -8,6 +8,8 @@
 #include <sys/ioctl.h>
 
 enum { CPUID_MAX = 256, MSRS_MAX = 512, MSR_TSC = 0x10, TSC_TOLERANCE_PPM = 250 };
+/* Of leaves 1 and 0x80000001, in ECX. */
+enum { CPUID_VMX = 1u << 5, CPUID_SVM = 1u << 2 };
 
 struct machine {
     uint32_t vcpus, tsc_khz;
@@ -49,6 +51,11 @@ int cpu_set_cpuid(struct vmm *vmm, struct vcpu *vcpu)
             e->ebx = (e->ebx & 0xffff) | vcpu->number << 24 | vmm->vcpus.n << 16;
         if (e->function == 0xb || e->function == 0x1f)
             e->edx = vcpu->number;
+        /* No guests within the guest: what KVM has of those is not in the saved state. */
+        if (e->function == 1)
+            e->ecx &= ~(uint32_t)CPUID_VMX;
+        if (e->function == 0x80000001)
+            e->ecx &= ~(uint32_t)CPUID_SVM;
     }
     return ioctl(vcpu->fd, KVM_SET_CPUID2, &c) < 0
                ? complain("vCPU %u: cannot set CPUID: %s", vcpu->number, strerror(errno))

@@ -11,6 +11,8 @@
 
 /* Pages that KVM needs for itself, below the firmware's place. */
 enum { IDENTITY_MAP = 0xfffbc000, TSS = 0xfffbd000 };
+/* Of a saved state, its vCPUs' are the most. */
+enum { VCPU_STATE_BYTES = 12 << 10 };
 
 /* ---- vmmig: the library's callbacks ---- */
 
@@ -41,6 +43,15 @@ static int on_resume(void *arg)
     vmm->held = r < 0; /* then it stays the agent's, which may have it go on elsewhere */
     pthread_mutex_unlock(&vmm->lock);
     return r;
+}
+
+static int on_release(void *arg)
+{
+    struct vmm *vmm = arg;
+    pthread_mutex_lock(&vmm->lock);
+    vmm->held = false;
+    pthread_mutex_unlock(&vmm->lock);
+    return 0;
 }
 
 static int on_save(void *arg, int fd)
@@ -111,13 +122,15 @@ static int attach(struct vmm *vmm)
                                   .incoming_argv = o->incoming_argv,
                                   .callbacks = {.pause = on_pause,
                                                 .resume = on_resume,
+                                                .release = on_release,
                                                 .save = on_save,
                                                 .load = on_load,
                                                 .kick = on_vcpu_kick,
                                                 .quit = on_quit,
                                                 .log = on_log},
                                   .arg = vmm,
-                                  .takes_files = !o->hugetlb};
+                                  .takes_files = !o->hugetlb,
+                                  .state_bytes = o->vcpus * VCPU_STATE_BYTES};
     if (vmmig_create(&config, &vmm->attach, &error) < 0 ||
         vmmig_set_slots(vmm->attach, vmm->memory.slots, vmm->memory.n_slots, &error) < 0)
         return complain("%s", error.text);
@@ -133,6 +146,21 @@ static int set_going(struct vmm *vmm)
     pthread_mutex_unlock(&vmm->lock);
     vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
     return r;
+}
+
+/* SIGUSR2: the user's own pause, and its end. vmmig: not while an agent has the guest. */
+static void pause_or_go_on(struct vmm *vmm)
+{
+    pthread_mutex_lock(&vmm->lock);
+    bool going = atomic_load(&vmm->vcpus.going);
+    if (!vmm->held && going) {
+        vcpus_pause(vmm);
+        writer_pause(&vmm->writer);
+        vmmig_set_state(vmm->attach, VMMIG_PAUSED, NULL);
+    } else if (!vmm->held && run(vmm) == 0) {
+        vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
+    }
+    pthread_mutex_unlock(&vmm->lock);
 }
 
 /* ---- The machine ---- */
@@ -211,11 +239,12 @@ int main(int argc, char **argv)
     sigemptyset(&ends);
     sigaddset(&ends, SIGTERM);
     sigaddset(&ends, SIGINT);
+    sigaddset(&ends, SIGUSR2);
     pthread_sigmask(SIG_BLOCK, &ends, NULL);
     signal(SIGPIPE, SIG_IGN);
     int r = start(&vmm);
-    if (r == 0)
-        sigwait(&ends, &signum);
+    while (r == 0 && sigwait(&ends, &signum) == 0 && signum == SIGUSR2)
+        pause_or_go_on(&vmm);
     stop(&vmm);
     return r < 0 ? 1 : 0;
 }

@@ -123,7 +123,7 @@ void options_help(void)
 {
     puts("usage: vmmig-vmm --attach SOCKET [--kernel FILE | --incoming] [OPTION ...]\n\n"
          "Run one KVM guest that vmmig can move. Ends at SIGTERM, or when the guest was\n"
-         "moved away.\n");
+         "moved away. SIGUSR2 pauses the guest, or lets it go on.\n");
     for (unsigned i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &options[i];
         printf("  --%-12s %-7s %s\n", o->name, o->argument ? o->argument : "", o->text);

@@ -164,7 +164,8 @@ static void run_once(struct vcpu *v)
 static void complete_io(struct vcpu *v)
 {
     __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    ioctl(v->fd, KVM_RUN, 0);
+    while (ioctl(v->fd, KVM_RUN, 0) == 0)
+        handle_exit(v); /* an access in several pieces: this is the next one */
     __atomic_store_n(&v->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
 }
 
@@ -181,6 +182,8 @@ static bool stand(struct vcpu *v, bool ran)
         pthread_cond_wait(&all->changed, &all->lock);
     all->standing--;
     bool end = all->end;
+    all->threads -= end;
+    pthread_cond_broadcast(&all->changed);
     pthread_mutex_unlock(&all->lock);
     return !end;
 }
@@ -212,16 +215,19 @@ int vcpus_start(struct vmm *vmm)
     return 0;
 }
 
-/* vmmig: called from any thread, also when the vCPU stands; does not block. */
+/* vmmig: called from any thread, also when the vCPU stands, and until vmmig_destroy; does not block. */
 void vcpus_kick(struct vmm *vmm, unsigned number)
 {
     struct vcpu *v = &vmm->vcpus.list[number];
-    if (!v->started)
-        return;
-    __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-    pthread_kill(v->thread, KICK_SIGNAL);
+    pthread_mutex_lock(&vmm->vcpus.lock);
+    if (v->started) {
+        __atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+        pthread_kill(v->thread, KICK_SIGNAL);
+    }
+    pthread_mutex_unlock(&vmm->vcpus.lock);
 }
 
+/* vmmig: returns when no vCPU is in KVM_RUN, be it that they stand, be it that they have ended. */
 void vcpus_pause(struct vmm *vmm)
 {
     struct vcpus *all = &vmm->vcpus;
@@ -255,7 +261,13 @@ void vcpus_stop(struct vmm *vmm)
     pthread_mutex_unlock(&all->lock);
     for (unsigned i = 0; i < all->n; i++)
         vcpus_kick(vmm, i);
-    for (unsigned i = 0; i < all->n; i++)
-        if (all->list[i].started)
-            pthread_join(all->list[i].thread, NULL);
+    for (unsigned i = 0; i < all->n; i++) {
+        struct vcpu *v = &all->list[i];
+        pthread_mutex_lock(&all->lock);
+        bool started = v->started;
+        v->started = false; /* it is not kicked any more */
+        pthread_mutex_unlock(&all->lock);
+        if (started)
+            pthread_join(v->thread, NULL);
+    }
 }

@@ -4,6 +4,7 @@ host without agents (tests/unit/dirtylog/vmm_move.c), so that what the self-chec
 agents come into it."""
 import os
 import re
+import signal
 import subprocess
 
 import pytest
@@ -191,6 +192,36 @@ def test_what_cannot_be_had(tmp_path, options, said):
                           check=False, timeout=30, stdin=subprocess.DEVNULL)
     assert done.returncode == 1 and said in done.stderr and done.stderr.count('\n') == 1, done
     assert not (tmp_path / 's').exists()
+
+
+@needs_faults
+def test_a_vmm_that_ends_while_an_agent_pauses_it_ends(host, boot, monkeypatch):
+    """The pause comes when its vCPUs are gone."""
+    monkeypatch.setenv('VMMIG_FAULTS_TOLD', '/run/vmlab/told')
+    guest = boot(busy('ending', vcpus=2), vmm_faults='library.call.pause=delay:2000')
+    monkeypatch.undo()  # the others have no fault points
+    other = guest.popen(guest.vm.argv(incoming=True, socket=guest.vm.attach_path + '1'))
+    eventually('a VMM that waits', lambda: os.path.exists(host.path(guest.vm.attach_path + '1')))
+    with subprocess.Popen([guest.mover, host.path(guest.socket), host.path(guest.vm.attach_path + '1'), '1'],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as mover:
+        eventually('the pause', lambda: os.path.exists(host.path('/run/vmlab/told')))
+        guest.process.terminate()
+        assert guest.process.wait(30) == 0
+        mover.wait(30)
+    assert other.poll() is None
+
+
+def test_a_user_pauses_his_guest_by_himself(boot):
+    guest = boot(busy('his', vcpus=2))
+    guest.console.wait_ticks(3)
+    guest.process.send_signal(signal.SIGUSR2)
+    with pytest.raises(TimeoutError):
+        while True:
+            guest.console.wait_ticks(1, timeout=2)
+    guest.process.send_signal(signal.SIGUSR2)
+    guest.console.wait_ticks(3)
+    assert guest.console.pause() > 1.5
+    guest.end()
 
 
 # ---- states

@@ -421,6 +421,45 @@ static void cancelled_copies_leave_nothing(void **state)
     engine_end(&e);
 }
 
+/* An agent whose tracking ended with a change of the slots has no say in another's. */
+static void tracking_is_its_agents_own(void **state)
+{
+    struct toy_vmm *v = toy_vmm_create(&(struct toy_params){.kind = kind});
+    struct vm_error *err = NULL;
+    struct vmmig_error error;
+    struct guest_status status;
+    Vmmig__Attach__Clear clear = VMMIG__ATTACH__CLEAR__INIT;
+    Vmmig__Attach__Throttle throttle = VMMIG__ATTACH__THROTTLE__INIT;
+    const struct {
+        unsigned type, answer;
+        const ProtobufCMessage *message;
+    } asked[] = {{VMMIG__ATTACH__TYPE__HARVEST, VMMIG__ATTACH__TYPE__HARVESTED, NULL},
+                 {VMMIG__ATTACH__TYPE__CLEAR, VMMIG__ATTACH__TYPE__OK, &clear.base},
+                 {VMMIG__ATTACH__TYPE__THROTTLE, VMMIG__ATTACH__TYPE__OK, &throttle.base}};
+    clear.pages = 64;
+    throttle.percent = 50;
+    struct attach *first = attach_connect(v->path, 1000, &err), *second = attach_connect(v->path, 1000, &err);
+    assert_int_equal(attach_order(&first->client, VMMIG__ATTACH__TYPE__TRACK, NULL, &err), 0);
+    assert_int_equal(vmmig_set_slots(v->attach, v->slots, 2, &error), 0);
+    assert_int_equal(attach_order(&second->client, VMMIG__ATTACH__TYPE__TRACK, NULL, &err), 0);
+    for (unsigned i = 0; i < 3; i++) {
+        assert_int_equal(
+            attach_request(&first->client, asked[i].type, asked[i].message, -1, asked[i].answer, NULL, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_CONFLICT);
+        assert_string_equal(error_message(err), "the VMM changed the guest's memory slots during the migration");
+        error_clear(&err);
+    }
+    assert_int_equal(attach_order(&first->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, &err), 0);
+    attach_destroy(first);
+    assert_int_equal(guest_status(attach_guest(second), &status, &err), 0);
+    assert_true(status.migrating);
+    for (unsigned i = 0; i < 3; i++)
+        assert_int_equal(
+            attach_request(&second->client, asked[i].type, asked[i].message, -1, asked[i].answer, NULL, &err), 0);
+    attach_destroy(second);
+    toy_vmm_destroy(v);
+}
+
 static void a_complete_copy_can_be_taken_back(void **state)
 {
     struct engine e;
@@ -569,6 +608,7 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(what_a_device_writes_arrives_if_it_is_marked),
         cmocka_unit_test(progress_tells_what_was_tracked),
         cmocka_unit_test(a_guest_that_outruns_the_copy_is_throttled),
+        cmocka_unit_test(tracking_is_its_agents_own),
         cmocka_unit_test(cancelled_copies_leave_nothing),
         cmocka_unit_test(a_complete_copy_can_be_taken_back),
         cmocka_unit_test(an_agent_that_dies_leaves_a_guest_that_runs_untracked),

@@ -18,11 +18,13 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -144,6 +146,19 @@ static void a_wrong_configuration_is_refused(void **state)
     config.size = VMMIG_CONFIG_SIZE;
     assert_int_equal(vmmig_create(&config, &a, &error), -1);
     assert_string_equal(error.text, "a callback is missing");
+    memset(&config.callbacks, 1, sizeof(config.callbacks)); /* never called */
+    config.callbacks.log = NULL;
+    config.n_vcpus = 1;
+    config.socket_path = "/tmp/x";
+    config.vmm = "toy 1";
+    assert_int_equal(vmmig_create(&config, &a, &error), -1);
+    assert_string_equal(error.text, "config.machine is missing");
+    config.machine = "toy/1";
+    assert_int_equal(vmmig_create(&config, &a, &error), -1);
+    assert_string_equal(error.text, "config.tracking is not what vmmig_prepare_vm said");
+    config.tracking = VMMIG_TRACKING_BITMAP;
+    assert_int_equal(vmmig_create(&config, &a, &error), -1);
+    assert_string_equal(error.text, "config.vcpu_fds is missing");
 }
 
 /* An agent that starts a VMM connects as soon as it can: what it is told then must be complete. */
@@ -471,6 +486,11 @@ static void memory_of_a_template_is_private(void **state)
     struct vmmig_error error;
     assert_int_equal(vmmig_set_slots(v->attach, v->slots, 2, &error), 0); /* the same, as when others came */
     expect_private(fd, v->memory[0], NULL);
+    struct vmmig_slot shapeless[2] = {v->slots[0], v->slots[1]};
+    shapeless[1].size = 1;
+    assert_int_equal(vmmig_set_slots(v->attach, shapeless, 2, &error), -1);
+    assert_int_equal(vmmig_set_slots(v->attach, v->slots, 2, &error), 0); /* a mistake is not for ever */
+    expect_private(fd, v->memory[0], NULL);
     close(file);
     close(ask_to_map(fd, 1, 0));
     expect_error(fd, "protocol: the file for memory slot high is none, or not as large as it");
@@ -684,7 +704,87 @@ static void a_pause_that_hangs_is_taken_back(void **state)
     error_clear(&err);
     atomic_store(&v->hang[TOY_PAUSE], false);
     wait_for_state(g, GUEST_RUNNING, (unsigned *)(void *)&v->calls[TOY_RESUME]);
-    assert_true(atomic_load(&v->running));
+    while (!atomic_load(&v->running))
+        sched_yield(); /* the call is counted when it begins */
+    toy_vmm_destroy(v);
+}
+
+/* It was the VMM's user who had the guest stand. */
+static void a_late_pause_sets_no_guest_going_that_stood(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    struct vm_error *err = NULL;
+    CLEANUP(attach) struct attach *a = agent_of(v);
+    struct guest_status status;
+    vmmig_set_state(v->attach, VMMIG_PAUSED, NULL);
+    atomic_store(&v->hang[TOY_PAUSE], true);
+    assert_int_equal(guest_pause(attach_guest(a), &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    error_clear(&err);
+    atomic_store(&v->hang[TOY_PAUSE], false);
+    while (!atomic_load(&v->released))
+        sched_yield();
+    assert_int_equal(atomic_load(&v->calls[TOY_RESUME]), 0);
+    assert_int_equal(guest_status(attach_guest(a), &status, NULL), 0);
+    assert_int_equal(status.state, GUEST_PAUSED);
+    toy_vmm_destroy(v);
+}
+
+/* What the agent has it holds against the VMM, until it gives it back; then it is the VMM's to run. */
+static void a_guest_that_is_released_is_the_vmms(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    CLEANUP(attach) struct attach *a = agent_of(v);
+    struct guest *g = attach_guest(a);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    assert_int_equal(guest_release(g, &err), -1);
+    assert_string_equal(error_message(err), "RELEASE is out of order: the guest does not stand");
+    error_clear(&err);
+    assert_int_equal(guest_pause(g, &err), 0);
+    for (int released = 0; released < 2; released++) {
+        assert_int_equal(atomic_load(&v->released), released);
+        vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+        assert_int_equal(guest_status(g, &status, &err), 0);
+        assert_int_equal(status.state, released ? GUEST_RUNNING : GUEST_PAUSED);
+        if (!released)
+            assert_int_equal(guest_release(g, &err), 0);
+    }
+    vmmig_set_state(v->attach, VMMIG_PAUSED, NULL);
+    assert_int_equal(guest_release(g, &err), 0); /* it is already */
+    assert_int_equal(atomic_load(&v->calls[TOY_RESUME]), 0);
+    toy_vmm_destroy(v);
+}
+
+static int64_t cpu_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return t.tv_sec * NSEC_PER_SEC + t.tv_nsec;
+}
+
+/* An agent that cannot be let in now waits at the door, and nobody runs in circles meanwhile. */
+static void a_vmm_out_of_descriptors_stays_calm(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    struct rlimit before, none;
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    strcpy(address.sun_path, v->path);
+    assert_return_code(getrlimit(RLIMIT_NOFILE, &before), errno);
+    none = before;
+    none.rlim_cur = (rlim_t)fd + 1; /* the lowest that was free */
+    assert_return_code(setrlimit(RLIMIT_NOFILE, &none), errno);
+    assert_return_code(connect(fd, (struct sockaddr *)&address, sizeof(address)), errno);
+    hello(fd);
+    int64_t used = cpu_ns();
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    assert_int_equal(poll(&p, 1, 500), 0);
+    assert_true(cpu_ns() - used < 100 * NSEC_PER_MSEC);
+    assert_return_code(setrlimit(RLIMIT_NOFILE, &before), errno);
+    expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
+    close(fd);
     toy_vmm_destroy(v);
 }
 
@@ -939,6 +1039,9 @@ int main(void)
         cmocka_unit_test(no_more_than_four_agents_attach),
         cmocka_unit_test(callbacks_that_fail_are_reported),
         cmocka_unit_test(a_pause_that_hangs_is_taken_back),
+        cmocka_unit_test(a_late_pause_sets_no_guest_going_that_stood),
+        cmocka_unit_test(a_guest_that_is_released_is_the_vmms),
+        cmocka_unit_test(a_vmm_out_of_descriptors_stays_calm),
         cmocka_unit_test(a_save_that_hangs_does_not_keep_the_guest),
         cmocka_unit_test(a_guest_stays_paused_without_its_agent),
         cmocka_unit_test(a_vmm_that_dies_is_named),

@@ -99,6 +99,13 @@ static int on_resume(void *arg)
     return r;
 }
 
+static int on_release(void *arg)
+{
+    struct toy_vmm *v = arg;
+    atomic_store(&v->released, true);
+    return 0;
+}
+
 static int on_save(void *arg, int fd)
 {
     struct toy_vmm *v = arg;
@@ -176,6 +183,7 @@ static void open_library(struct toy_vmm *v)
         .incoming_argv = argv,
         .callbacks = {.pause = on_pause,
                       .resume = on_resume,
+                      .release = on_release,
                       .save = on_save,
                       .load = on_load,
                       .quit = on_quit,

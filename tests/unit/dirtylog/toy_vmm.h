@@ -51,7 +51,7 @@ struct toy_vmm {
     int fail[TOY_STEPS];
     atomic_bool hang[TOY_STEPS];
     atomic_uint calls[TOY_STEPS];
-    atomic_bool quit;
+    atomic_bool quit, released;
     pthread_t device;
     bool device_started;
     atomic_bool device_stop;

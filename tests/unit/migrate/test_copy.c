@@ -34,6 +34,7 @@ struct toy {
     bool started, stopping, paused;
     const uint8_t *settles_at; /* the other end's memory: rounds begin when it is the same; NULL: at once */
     unsigned settled, unsettled;
+    uint64_t state_bytes; /* as it says of itself */
     int64_t rtt_ns; /* as the engine said */
     atomic_bool user_stopped; /* by who owns it */
     unsigned round;
@@ -199,6 +200,7 @@ static int toy_source_progress(struct guest *g, struct guest_source_progress *re
     *ret = (struct guest_source_progress){.round = toy_of(g)->round,
                                           .total = MEMORY,
                                           .remaining = 8 * GUEST_PAGE_SIZE,
+                                          .state_bytes = toy_of(g)->state_bytes,
                                           .paused_at_ns = atomic_load(&toy_of(g)->user_stopped)};
     return 0;
 }
@@ -459,6 +461,26 @@ static void memory_and_state_arrive_whole(void **state)
 }
 
 /* Whose guest it is stops it, or lets it go on, while it is copied: that is what it does afterwards. */
+/* 64 MB of it: what is measured of so short a copy may be ten times the 100 MB a second of its limit. */
+static void device_state_is_part_of_the_predicted_pause(void **state)
+{
+    int64_t predicted[2];
+    for (int large = 0; large < 2; large++) {
+        struct world w;
+        struct vm_error *err = NULL;
+        struct sender_progress p;
+        struct sender *s = make_world_at(&w, POLICY_NONE, true, 100 << 20);
+        w.source.state_bytes = large ? 64 << 20 : 0;
+        assert_int_equal(sender_run(s, &err), 0);
+        assert_int_equal(receiver_wait(w.receiver, &err), 0);
+        sender_progress(s, &p);
+        predicted[large] = p.predicted_pause_ns;
+        sender_destroy(s);
+        end_world(&w);
+    }
+    assert_true(predicted[1] >= predicted[0] + 10 * NSEC_PER_MSEC);
+}
+
 static void the_users_own_stop_counts(void **state)
 {
     for (int stopped = 0; stopped < 2; stopped++) {
@@ -587,6 +609,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(memory_and_state_arrive_whole),
         cmocka_unit_test(a_round_begins_when_the_former_one_has_arrived),
+        cmocka_unit_test(device_state_is_part_of_the_predicted_pause),
         cmocka_unit_test(the_users_own_stop_counts),
         cmocka_unit_test(every_compression_brings_the_same_memory),
         cmocka_unit_test(lost_connections_do_not_matter),
