@@ -83,10 +83,11 @@ static int answer_prepared_disks(struct attempt *a, struct vm_error **err)
     char root[DISK_IDENTITY_ROOT_MAX];
     if (d->prepare->prepare->assume_shared)
         return 0;
-    return disk_identity_root(a->guest->process.pid, root, err) < 0 ||
-                   driver_sink_disks(a->guest, &d->definition, &here, err) < 0
-               ? -1
-               : answer_disks(a, &here, root, err);
+    if (driver_sink_disks(a->guest, &d->definition, &here, err) < 0)
+        return -1;
+    if (!d->prepare->prepare->n_offers) /* nor has this agent to be allowed to see what that process sees */
+        return 0;
+    return disk_identity_root(a->guest->process.pid, root, err) < 0 ? -1 : answer_disks(a, &here, root, err);
 }
 
 /* The VMM that the guest will be in, and the disks that it will have. */

@@ -474,6 +474,8 @@ static int make_offers(struct attempt *a, struct vm_error **err)
         if (!d->disks[i].writable)
             continue;
         struct disk_offer *offer = &s->offers[s->n_offers];
+        if (!s->n_offers && disk_identity_root(a->guest->process.pid, s->root, err) < 0)
+            return -1;
         if (disk_identity_offer(&d->disks[i], d->cwd, s->root, offer, err) < 0)
             return -1;
         s->offer_disks[s->n_offers++] = i;
@@ -496,8 +498,6 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     struct source_part *s = &a->source;
     bool prepared = p->dest_socket && *p->dest_socket;
     if (driver_define(a->guest, prepared, p->dest_driver, &s->definition, err) < 0)
-        return -1;
-    if (disk_identity_root(a->guest->process.pid, s->root, err) < 0)
         return -1;
     a->was_running = s->definition.state == GUEST_RUNNING;
     Vmmig__Peer__Prepare *m = &s->prepare_message;

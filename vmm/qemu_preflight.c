@@ -366,14 +366,23 @@ static int take_nics(const struct qemu_argv *argv, struct qemu_definition *d, st
     return 0;
 }
 
+/* Which folder a QEMU is in can only be seen by an agent that may do all that it may: ask where it matters. */
+static int read_folder(struct qemu *q, struct qemu_definition *d, struct vm_error **err)
+{
+    char cwd[QEMU_STRING_MAX] = "/";
+    bool matters = false;
+    for (unsigned i = 0; i < d->n_disks; i++)
+        matters |= d->disks[i].writable && d->disks[i].file[0] != '/';
+    return matters && read_link(q, "cwd", cwd, err) < 0 ? -1 : qemu_set_text(&d->cwd, cwd, err);
+}
+
 int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d, struct qemu_definition *ret_here,
                         struct vm_error **err)
 {
     cleanup_qemu_definition struct qemu_definition here = {0}, paired = {0};
     unsigned pairs[QEMU_DISKS_MAX];
-    char cwd[QEMU_STRING_MAX];
-    if (read_link(q, "cwd", cwd, err) < 0 || qemu_set_text(&here.cwd, cwd, err) < 0 ||
-        take_disks(q, NULL, &here, err) < 0 || qemu_disks_pair(d, &here, pairs, err) < 0)
+    if (take_disks(q, NULL, &here, err) < 0 || read_folder(q, &here, err) < 0 ||
+        qemu_disks_pair(d, &here, pairs, err) < 0)
         return -1;
     for (unsigned i = 0; i < d->n_disks; i++) {
         struct qemu_disk *to = qemu_definition_add_disk(&paired);

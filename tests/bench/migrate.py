@@ -8,7 +8,9 @@
 Cases:
     linux-1gbit      Linux with 1 GiB, working, over 1 Gbit/s
     random-unshaped  1 GiB that does not compress, over a link without a limit
-    unmapped         the same, with a destination that the user prepared: none of its memory is the agent's
+    unmapped         the same, with a destination that the user prepared: none of its memory is the agent's, who writes
+                     it from outside
+    unreachable      the same by agents that may not do that: pages go through QEMU's own loader
     modes            vmmig alone, auto beside every --compress: 100 Mbit/s, 1 and 10 Gbit/s and no limit,
                      memory that compresses, does not, and is zero
 
@@ -43,7 +45,7 @@ import time
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE), os.path.join(os.path.dirname(HERE), 'flow')]
 
-from agents import PKI, Cluster, eventually  # noqa: E402
+from agents import PKI, UNPRIVILEGED, Cluster, eventually  # noqa: E402
 from lab import BareGuest, LinuxGuest, QmpError, linux_guest  # noqa: E402
 from lab.guests import built  # noqa: E402
 
@@ -156,8 +158,9 @@ class Race:
     limit_s = None
     boot_s = 600  # Debian under TCG, on a slow machine
 
-    def __init__(self, cluster, vm, dest_qmp=False):
+    def __init__(self, cluster, vm, dest_qmp=False, wrapper=()):
         self.cluster, self.vm, self.dest_qmp = cluster, vm, dest_qmp
+        self.wrapper = wrapper  # the command that runs each VMM
         self.here, self.there = cluster.agents
         self.console = cluster.console(vm.name)
         self.options = []
@@ -166,7 +169,7 @@ class Race:
 
     def boot(self):
         mark = self.console.mark()
-        self.here.host.popen(self.vm.argv(), name=self.vm.name)
+        self.here.host.popen([*self.wrapper, *self.vm.argv()], name=self.vm.name)
         self.console.wait_for('ready', timeout=self.boot_s, after=mark)
         self.console.wait_ticks(20)
         for pid in self.vmm_pids():
@@ -236,7 +239,7 @@ class Race:
                 os.unlink(agent.host.path(path))
 
     def start_destination(self):
-        self.there.host.popen(self.vm.argv(incoming='defer'), name=self.vm.name)
+        self.there.host.popen([*self.wrapper, *self.vm.argv(incoming='defer')], name=self.vm.name)
         eventually('the destination', lambda: os.path.exists(self.there.host.path(self.vm.judge_path)))
         return self.vm.qmp(self.there.host)
 
@@ -345,17 +348,24 @@ def linux_1gbit(plain):
     return Cluster(rate='1gbit', plain=plain), vm, False, ['vmmig-qemu', *MODES]
 
 
+def random_guest():
+    return BareGuest('bench', mem_mib=1024, dirty_mib=8, rate_mbps=5, scan_mbps=0, fill='random')
+
+
 def random_unshaped(plain):
-    vm = BareGuest('bench', mem_mib=1024, dirty_mib=8, rate_mbps=5, scan_mbps=0, fill='random')
-    return Cluster(plain=plain), vm, False, ['vmmig-qemu', *MODES]
+    return Cluster(plain=plain), random_guest(), False, ['vmmig-qemu', *MODES]
 
 
 def unmapped(plain):
-    cluster, vm, _, _ = random_unshaped(plain)
-    return cluster, vm, True, ['vmmig-qemu', 'qemu-plain']
+    return Cluster(plain=plain), random_guest(), True, ['vmmig-qemu', 'qemu-plain']
 
 
-CASES = {'linux-1gbit': linux_1gbit, 'random-unshaped': random_unshaped, 'unmapped': unmapped}
+def unreachable(plain):
+    return Cluster(plain=plain, wrapper=UNPRIVILEGED), random_guest(), True, ['vmmig-qemu', 'qemu-plain']
+
+
+CASES = {'linux-1gbit': linux_1gbit, 'random-unshaped': random_unshaped, 'unmapped': unmapped,
+         'unreachable': unreachable}
 # Link, and how much memory is moved over it.
 LINKS = {'100mbit': 64, '1gbit': 384, '10gbit': 512, None: 512}
 FILLS = ['text', 'random', 'zero']
@@ -373,7 +383,8 @@ def undisturbed(contest, tool, others, repeats=REPEATS):
 def race(name, cluster, vm, dest_qmp, tools, rounds, others=100):
     results = {tool: [] for tool in tools}
     with cluster:
-        contest = Race(cluster, vm, dest_qmp)
+        # Of QEMUs that may more than the agents these could not see enough.
+        contest = Race(cluster, vm, dest_qmp, wrapper=UNPRIVILEGED if name == 'unreachable' else ())
         contest.run(tools[0])  # warms up: not counted
         for _ in range(rounds):
             for tool in tools:
@@ -428,6 +439,7 @@ TITLES = {
     'linux-1gbit': 'Linux with 1 GiB under TCG, at work, over 1 Gbit/s',
     'random-unshaped': '1 GiB that does not compress, over a link without a limit',
     'unmapped': 'the same into a destination that the user prepared',
+    'unreachable': 'the same by agents that may not write into it',
 }
 
 

@@ -21,6 +21,8 @@ from lab.guests import ROOT, built  # noqa: E402
 from lab.hosts import inside  # noqa: E402
 
 SOCKET = '/run/vmmig/control.sock'
+# Runs a command without the privilege to reach another process's memory.
+UNPRIVILEGED = ['setpriv', '--bounding-set=-sys_ptrace', '--inh-caps=-sys_ptrace']
 PKI = '/etc/vmmig/pki'
 
 
@@ -129,9 +131,9 @@ class Agent:
 
 
 class Cluster(Lab):
-    """Hosts with agents that trust each other. plain: without TLS."""
+    """Hosts with agents that trust each other. plain: without TLS; wrapper: the command that runs each agent."""
 
-    def __init__(self, hosts=2, rate=None, plain=False, start=True):
+    def __init__(self, hosts=2, rate=None, plain=False, start=True, wrapper=()):
         super().__init__(hosts=hosts, rate=rate)
         self.plain = plain
         try:
@@ -140,7 +142,7 @@ class Cluster(Lab):
                 self.make_certificates()
             if start:
                 for agent in self.agents:
-                    agent.start()
+                    agent.start(wrapper=wrapper)
         except BaseException:
             print(self.report(), file=sys.stderr)
             self.close()

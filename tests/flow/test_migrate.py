@@ -223,6 +223,10 @@ def test_virtio_mem_arrives_whole(cluster, guests):
     console.wait_ticks(5)
     assert console.check(after=mark) == ['h1', 'h2']
     console.verify()
+    # QEMU 8 and later write its state before the memory, from which it cannot be told: then all is relayed.
+    pages = sum(encoding['pages'] for encoding in job['pages'].values())
+    relayed = job['opaque_bytes'] > 192 * MIB
+    assert relayed != (pages > 192 * MIB // 4096) and (relayed or job['opaque_bytes'] < 20 * MIB)
 
 
 def test_what_cannot_move_is_refused_by_name(cluster, guests):

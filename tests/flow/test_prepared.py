@@ -6,7 +6,7 @@ import os
 import re
 
 import pytest
-from agents import Cluster, eventually
+from agents import UNPRIVILEGED, Cluster, eventually
 from lab import BareGuest, LinuxGuest, linux_guest, make_disk
 from lab.linux import disk_log, fsck
 
@@ -68,10 +68,10 @@ def boot(cluster, vm):
     return console
 
 
-def prepare(cluster, vm, argv=None):
+def prepare(cluster, vm, argv=None, wrapper=()):
     """The QEMU that its user has waiting at h2."""
     h2 = cluster.hosts[1]
-    h2.popen(argv or vm.argv(incoming='defer'), name='prepared')
+    h2.popen([*wrapper, *(argv or vm.argv(incoming='defer'))], name='prepared')
     eventually('the QEMU that waits', lambda: answers(vm, h2))
 
 
@@ -144,7 +144,26 @@ def test_a_guest_with_a_device_that_was_plugged_moves(cluster, vm):
     vm.qmp(cluster.hosts[0])('device_add', driver='virtio-rng-pci', id='rng1', bus='port1')
     refused(cluster, vm, console, 'device rng1 (virtio-rng-pci) was plugged while the VM ran')
     prepare(cluster, vm, vm.argv(incoming='defer') + ['-device', 'virtio-rng-pci,id=rng1,bus=port1'])
-    moves(cluster, vm, console, '--dest-qmp', vm.qmp_path)
+    job = moves(cluster, vm, console, '--dest-qmp', vm.qmp_path)
+    assert job['opaque_bytes'] < 20 * MIB  # an agent that may writes its memory itself
+
+
+# ---- memory that cannot be reached
+
+def test_a_guest_goes_through_qemus_loader_where_its_memory_cannot_be_reached(cluster):
+    """By an agent that may not: every page is in QEMU's own stream."""
+    a2, vm = cluster.agents[1], BareGuest('loaded', mem_mib=96, dirty_mib=4, fill='random')
+    console = boot(cluster, vm)
+    a2.stop()
+    a2.start(wrapper=UNPRIVILEGED)
+    try:
+        prepare(cluster, vm, wrapper=UNPRIVILEGED)
+        job = moves(cluster, vm, console, '--dest-qmp', vm.qmp_path)
+        assert job['opaque_bytes'] > 96 * MIB
+        a2.end(vm.name)
+    finally:
+        a2.stop()
+        a2.start()
 
 
 # ---- the disks of the QEMU that waits

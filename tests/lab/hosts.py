@@ -154,10 +154,11 @@ class Host:
         self.run(['ip', 'link', 'set', 'br0', 'up'])
         self.set_rate(rate)
 
-    def add_tap(self, name='tap0'):
-        """Makes a tap on the host's bridge, for QEMU's -netdev tap,ifname=NAME,script=no,downscript=no."""
+    def add_tap(self, name='tap0', user=0):
+        """Makes a tap on the host's bridge, for QEMU's -netdev tap,ifname=NAME,script=no,downscript=no; of whom, if it is
+        not root who runs that."""
         if name not in self._taps:
-            self.run(['ip', 'tuntap', 'add', 'dev', name, 'mode', 'tap'])
+            self.run(['ip', 'tuntap', 'add', 'dev', name, 'mode', 'tap', 'user', user])
             self.run(['ip', 'link', 'set', name, 'master', 'br0', 'up'])
             self._taps.add(name)
         return name

@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from agents import Cluster, eventually, fault_build
+from agents import UNPRIVILEGED, Cluster, eventually, fault_build
 from lab import VmmGuest
 from lab.guests import built
 
@@ -145,7 +145,7 @@ def test_a_clone_whose_memory_cannot_be_read_stays(agent, template):
     console = agent.cluster.console('stays')
     agent.vmmig('clone', 'busy:v1', '--as', 'stays')
     agent.kill()
-    agent.start(build=fault_build(), wrapper=['setpriv', '--bounding-set=-sys_ptrace', '--inh-caps=-sys_ptrace'])
+    agent.start(build=fault_build(), wrapper=UNPRIVILEGED)
     eventually('the VM', lambda: agent.json('status', 'stays')['presence'] == 'present')
     there = agent.cluster.agents[1]
     there.start(build=fault_build())

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import threading
 
-from agents import fault_build
+from agents import UNPRIVILEGED, fault_build
 from lab.guests import built
 
 REPO = '/var/lib/vmmig/repo'
@@ -70,7 +70,7 @@ def disks(cluster, vm):
 def start(agent, vm, unprivileged=False):
     """Starts and attaches it; unprivileged: its QEMU may not use userfaultfd."""
     console = agent.cluster.console(vm.name)
-    lame = ['setpriv', '--bounding-set=-sys_ptrace', '--inh-caps=-sys_ptrace'] if unprivileged else []
+    lame = UNPRIVILEGED if unprivileged else []
     agent.host.popen([*lame, *vm.argv()], name=vm.name)
     console.wait_for('ready', timeout=60)
     agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
