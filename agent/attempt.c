@@ -402,7 +402,7 @@ static void give_back(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     if (!a->guest)
-        a->role->reconnect(a, NULL);
+        a->role->reconnect(a);
     if (a->guest && guest_release(a->guest, &err) < 0)
         log_warn("the VMM does not take its guest back", "error=%s", log_q(error_message(err)));
 }

@@ -642,7 +642,7 @@ static void no_more_than_four_agents_attach(void **state)
 static struct attach *agent_of(const struct toy_vmm *v)
 {
     struct vm_error *err = NULL;
-    struct attach *a = attach_connect(v->path, 1000, &err);
+    struct attach *a = attach_connect(v->path, 10000, &err);
     assert_string_equal(error_message(err), "no error");
     return a;
 }
