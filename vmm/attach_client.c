@@ -10,8 +10,17 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
-/* Longer than the library lets a callback of the VMM take, and than a dirty log of terabytes. */
-enum { REQUEST_TIMEOUT_MS = 15000 };
+/*
+ * Longer than the library lets a callback of the VMM take. To switch a dirty log on or off took 7 ms for each GiB: ten
+ * times that for a machine that has other things to do.
+ */
+enum { REQUEST_TIMEOUT_MS = 15000, LOG_TIMEOUT_MS_PER_GIB = 70 };
+
+static int patience_ms(struct attach_client *c, unsigned type)
+{
+    bool log = type == VMMIG__ATTACH__TYPE__TRACK || type == VMMIG__ATTACH__TYPE__UNTRACK;
+    return REQUEST_TIMEOUT_MS + (log ? (int)(atomic_load(&c->memory) >> 30) * LOG_TIMEOUT_MS_PER_GIB : 0);
+}
 
 void attach_answer_finish(struct attach_answer *a)
 {
@@ -299,7 +308,7 @@ int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessag
                    unsigned expected, struct attach_answer *ret_answer, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
-    int64_t deadline = clock_mono_ns() + fault_patience_ns(REQUEST_TIMEOUT_MS);
+    int64_t deadline = clock_mono_ns() + fault_patience_ns(patience_ms(c, type));
     SCOPE_LOCK(&c->lock);
     if (ensure_connected(c, deadline, err) < 0)
         return -1;

@@ -171,12 +171,13 @@ static int map_answer(struct attach_memory_map *m, const struct attach_answer *a
     return m->bitmap ? map_slots(m, a, client, writable, err) : -1;
 }
 
-static int check_total(const Vmmig__Attach__Memory *memory, struct vm_error **err)
+static int check_total(const Vmmig__Attach__Memory *memory, uint64_t *ret_total, struct vm_error **err)
 {
     long pages = sysconf(_SC_PHYS_PAGES), page_size = sysconf(_SC_PAGESIZE);
     uint64_t most = (uint64_t)(pages > 0 ? pages : 1) * (uint64_t)page_size * ATTACH_OVERCOMMIT, total = 0;
     for (size_t i = 0; i < memory->n_slots; i++)
         total += memory->slots[i]->size; /* each is checked: there is no overflow */
+    *ret_total = total;
     if (total <= most)
         return 0;
     return error_set(err, VM_ERROR_REFUSED,
@@ -186,10 +187,12 @@ static int check_total(const Vmmig__Attach__Memory *memory, struct vm_error **er
 
 int attach_memory_ask(struct attach_client *c, struct attach_answer *ret_answer, struct vm_error **err)
 {
+    uint64_t total;
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
     if (attach_request(c, VMMIG__ATTACH__TYPE__GET_MEMORY, NULL, -1, VMMIG__ATTACH__TYPE__MEMORY, &a, err) < 0 ||
-        check_total(a.message.memory, err) < 0)
+        check_total(a.message.memory, &total, err) < 0)
         return -1;
+    atomic_store(&c->memory, total);
     *ret_answer = a;
     a = (struct attach_answer){.n_fds = 0};
     return 0;

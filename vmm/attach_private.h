@@ -29,6 +29,7 @@ struct attach_client {
     struct process_identity process;
     uid_t uid; /* of the process when it opened the socket */
     struct attach_info info;
+    atomic_uint_fast64_t memory; /* of the guest, bytes, as last told */
 };
 
 /* An answer. Descriptors that are not taken (steal_fd) are closed by finish. */
