@@ -9,15 +9,27 @@
 #include <unistd.h>
 #include <cmocka.h>
 
-/* On four cores, in 60 ms: so much of all cores' time was idle, so much of a core was ours. */
-static bool full(double idle_share, double own_cores)
+/* In 60 ms: so much of all cores' time was idle, so much of a core was ours. */
+static bool full_of(unsigned cores, double idle_share, double own_cores)
 {
     const struct cores_times before = {.now_ns = 7, .idle_ns = 100, .own_ns = 1000};
     const double ns = CORES_INTERVAL_MS * NSEC_PER_MSEC;
     struct cores_times after = {.now_ns = before.now_ns + (int64_t)ns,
-                                .idle_ns = before.idle_ns + (int64_t)(idle_share * 4 * ns),
+                                .idle_ns = before.idle_ns + (int64_t)(idle_share * cores * ns),
                                 .own_ns = before.own_ns + (int64_t)(own_cores * ns)};
-    return cores_judge(&before, &after, 4);
+    return cores_judge(&before, &after, cores);
+}
+
+static bool full(double idle_share, double own_cores)
+{
+    return full_of(4, idle_share, own_cores);
+}
+
+/* The kernel's steps of 10 ms are large beside what two cores do in 60. */
+static void a_step_more_or_less_says_nothing(void **state)
+{
+    for (int steps = 0; steps < 12; steps++)
+        assert_true(full_of(2, steps / 12.0, 0.9) == (steps <= 3));
 }
 
 static void they_limit_when_none_is_idle_and_we_use_them(void **state)
@@ -43,6 +55,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(they_limit_when_none_is_idle_and_we_use_them),
+        cmocka_unit_test(a_step_more_or_less_says_nothing),
         cmocka_unit_test(an_idle_machine_is_seen),
     };
     return cmocka_run_group_tests_name("cores", tests, NULL, NULL);
