@@ -43,14 +43,26 @@ def eventually(what, condition, timeout=20):
         time.sleep(0.01)
 
 
+def make_compiler(folder, build):
+    """A `cc` in that folder which also links what this build's sanitizers need."""
+    options = json.loads(subprocess.run(['meson', 'introspect', build, '--buildoptions'], check=True,
+                                        capture_output=True).stdout)
+    sanitizers, = (option['value'] for option in options if option['name'] == 'b_sanitize')
+    compiler = '/usr/bin/cc' if sanitizers == 'none' else f'/usr/bin/clang -fsanitize={sanitizers}'
+    folder.mkdir()
+    (folder / 'cc').write_text(f'#!/bin/sh\nexec {compiler} "$@"\n')
+    (folder / 'cc').chmod(0o755)
+
+
 def install(folder, library):
     """Installs vmmig below a folder. Returns the environment of a user who builds with that library of it."""
     build = os.path.dirname(os.path.dirname(built('tools/vmmig')))
     subprocess.run(['meson', 'install', '-C', build, '--no-rebuild', '--destdir', folder], check=True,
                    capture_output=True)
+    make_compiler(folder / 'compiler', build)
     found, = folder.rglob(library)
     return {**os.environ, 'PKG_CONFIG_PATH': str(found.parent / 'pkgconfig'), 'PKG_CONFIG_SYSROOT_DIR': str(folder),
-            'LD_LIBRARY_PATH': str(found.parent)}
+            'LD_LIBRARY_PATH': str(found.parent), 'PATH': f'{folder}/compiler:{os.environ["PATH"]}'}
 
 
 class Agent:

@@ -155,20 +155,22 @@ def test_a_name_that_got_another_image(url, raw, tmp_path, mounts):
 def test_fetchers_die_as_often_as_they_like(url, raw, mounts):
     store(url, 'a', disk0_raw=raw)
     m = mounts(url)
-    ended = threading.Event()
+    ended, killed = threading.Event(), []
 
     def killer():
         """One after the other, when it has brought something."""
-        fetched = -1
         while not ended.is_set():
             seen = m.status()
-            if seen.get('fetcher_pid') and seen['fetched_bytes'] > fetched:
-                fetched = seen['fetched_bytes']
+            if seen.get('fetcher_pid') and seen['fetched_bytes'] > (killed or [-1])[-1]:
                 os.kill(seen['fetcher_pid'], signal.SIGKILL)
+                killed.append(seen['fetched_bytes'])
             ended.wait(.02)
     thread = threading.Thread(target=killer)
     thread.start()
     try:
+        with open(m.file('a'), 'rb') as file:
+            file.read(MIB)
+            eventually('one has died', lambda: killed)
         assert filecmp.cmp(m.file('a'), raw, shallow=False)
     finally:
         ended.set()
