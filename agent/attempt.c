@@ -273,6 +273,16 @@ Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record)
     return vmmig__peer__memory__unpack(NULL, record->blob_len, record->blob);
 }
 
+/* As the journal has stamped it; 0: it does not say. */
+static int64_t started_ns_of(struct journal *journal, const struct uuid *attempt)
+{
+    struct journal_record r;
+    if (journal_get(journal, attempt, &r, NULL) < 0)
+        return 0;
+    journal_record_finish(&r);
+    return r.started_ns;
+}
+
 static int write_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
     struct journal *journal = a->transfer->journal;
@@ -290,6 +300,8 @@ static int write_record(struct attempt *a, enum handover_record record, struct v
     a->record.record = record;
     if ((a->recorded ? journal_mend : journal_put)(journal, &a->record, err) < 0)
         return -1;
+    if (!a->recorded)
+        a->record.started_ns = started_ns_of(journal, &a->id);
     a->recorded = true;
     return 0;
 }
@@ -319,6 +331,22 @@ static void fault_after(enum handover_record record)
     }
 }
 
+/* Nobody can tell whether it is on the disk: the next start of the agent reads what is. */
+static void end_if_in_doubt(const struct vm_error *err)
+{
+    if (err->kind == VM_ERROR_IN_DOUBT)
+        _exit(error_kind_status(VM_ERROR_IN_DOUBT));
+}
+
+int attempt_write_again(struct attempt *a, struct vm_error **err)
+{
+    struct vm_error *failed = NULL;
+    if (write_record(a, a->record.record, &failed) == 0)
+        return 0;
+    end_if_in_doubt(failed);
+    return error_propagate(err, failed);
+}
+
 static enum handover_event act_journal(struct attempt *a, enum handover_record record)
 {
     struct vm_error *err = NULL;
@@ -332,8 +360,7 @@ static enum handover_event act_journal(struct attempt *a, enum handover_record r
     }
     log_error("journal", "attempt=%s record=%s error=%s", uuid_text(&a->id),
               handover_record_name(record), log_q(error_message(err)));
-    if (err->kind == VM_ERROR_IN_DOUBT)
-        _exit(error_kind_status(VM_ERROR_IN_DOUBT));
+    end_if_in_doubt(err);
     pthread_mutex_lock(&a->lock);
     if (a->reason)
         error_free(err);
@@ -423,6 +450,7 @@ static enum handover_event try_resume(struct attempt *a)
     if (ask_status(a, &status) < 0)
         return HANDOVER_EV_TIMER;
     if (status.state == GUEST_RUNNING) {
+        a->cont_sent = true; /* by whomever */
         a->stands = false;
         return HANDOVER_EV_RESUMED;
     }
@@ -440,8 +468,8 @@ static enum handover_event try_resume(struct attempt *a)
     /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
     if (err->kind != VM_ERROR_REFUSED)
         a->resume_unsure = true;
-    if (a->resume_unsure)
-        return HANDOVER_EV_TIMER;
+    if (a->resume_unsure) /* for ever, where a failure would mean that surely none has */
+        return a->machine.state == HANDOVER_DST_STARTING ? HANDOVER_EV_TIMER : HANDOVER_EV_RESUME_FAILED;
     a->stands = stood;
     SCOPE_LOCK(&a->lock);
     if (!a->reason)

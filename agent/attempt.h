@@ -220,6 +220,8 @@ struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *r
 /* Write what recovery needs into the record. */
 int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
                      char *const *argv, const char *peer_address, struct vm_error **err);
+/* Write the record of the present state again, with what is remembered now. The attempt's thread. */
+int attempt_write_again(struct attempt *a, struct vm_error **err);
 Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 
 extern const struct attempt_role attempt_source_role, attempt_destination_role;

@@ -368,10 +368,16 @@ static bool socket_is_ours(struct attempt *a)
     return d->socket_path && ours && !strcmp(d->socket_path, ours);
 }
 
+/*
+ * What a VMM of this attempt's has left. An attempt that came to none, because somebody else has that name, perhaps
+ * another attempt, has left nothing: what bears the name is the other's.
+ */
 static void remove_leftovers(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
-    if (d->argv) /* else it came to no VMM, and whatever is kept is another attempt's */
+    if (!a->record.vmm.pid)
+        return;
+    if (d->argv)
         vms_release(a->transfer->agent->vms, a->vm_name);
     if (socket_is_ours(a) && !name_is_anothers(a))
         unlink(d->socket_path);
@@ -430,7 +436,6 @@ static void drop_guest(struct attempt *a)
 static void let_go(struct attempt *a)
 {
     drop_guest(a);
-    remove_leftovers(a);
     vm_put(steal_ptr(&a->destination.vm));
 }
 

@@ -32,20 +32,30 @@ static enum job_phase phase_of(enum handover_state state, bool paused)
     case HANDOVER_SRC_DONE:
     case HANDOVER_DST_STARTING:
     case HANDOVER_DST_RESTARTING:
+    case HANDOVER_DST_STALLED:
     case HANDOVER_DST_STARTED:
     case HANDOVER_DST_RUNNING:
+    case HANDOVER_DST_ENDED:
+    case HANDOVER_DST_CLOSED:
         return JOB_PHASE_FINISHING;
     case HANDOVER_SRC_REVERTING:
     case HANDOVER_SRC_RESUMING:
     case HANDOVER_SRC_STALLED:
     case HANDOVER_SRC_SETTLING:
     case HANDOVER_SRC_ABORTED:
+    case HANDOVER_SRC_CLOSED:
     case HANDOVER_DST_KILLING:
+    case HANDOVER_DST_REVOKING:
     case HANDOVER_DST_NEVER:
         return JOB_PHASE_UNDOING;
-    default:
-        return JOB_PHASE_PREPARING;
+    case HANDOVER_SRC_NONE:
+    case HANDOVER_SRC_PREPARING:
+    case HANDOVER_DST_NONE:
+    case HANDOVER_DST_PREPARING:
+    case HANDOVER_STATE_COUNT:
+        break; /* no `default`: the compiler names a state that is missing */
     }
+    return JOB_PHASE_PREPARING;
 }
 
 static void add_pages(struct job_progress *to, const struct page_encoder_stats *from)

@@ -2,6 +2,7 @@
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
 #include "agent/driver.h"
+#include "agent/snapshots.h"
 
 #include "base/cond.h"
 #include "base/fault.h"
@@ -315,14 +316,31 @@ static void fill(struct attempt *a, enum handover_message message, Vmmig__Peer__
         out->run = a->was_running ? VMMIG__PEER__RUN__RUNS : VMMIG__PEER__RUN__STANDS;
 }
 
-/* A COMMIT that is repeated after a restart says the same. */
+static int remember(struct attempt *a, struct vm_error **err)
+{
+    const struct vm_definition *d = vm_definition(a->source.vm);
+    return attempt_remember(a, d->driver, d->socket_path, NULL, a->source.peer, err);
+}
+
+/* A COMMIT that is repeated after a restart says the same; and a guest is taken back as its user had it. */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
-    const struct source_part *s = &a->source;
-    if (record != HANDOVER_REC_COMMIT || !s->vm)
+    if ((record != HANDOVER_REC_COMMIT && record != HANDOVER_REC_ABORTING) || !a->source.vm)
         return 0;
-    return attempt_remember(a, vm_definition(s->vm)->driver, vm_definition(s->vm)->socket_path, NULL,
-                            s->peer, err);
+    if (record == HANDOVER_REC_ABORTING)
+        note_run_state(a);
+    return remember(a, err);
+}
+
+/* While it is copied. An agent that is started again takes the guest back as the record says. */
+static void record_run_state(struct attempt *a, bool runs)
+{
+    struct vm_error *err = NULL;
+    a->was_running = runs;
+    if (remember(a, &err) < 0 || attempt_write_again(a, &err) < 0)
+        attempt_fail(a, err);
+    else
+        sender_note_recorded(a->source.sender, runs);
 }
 
 int attempt_source_forget(struct transfer *t, const char *vm_name,
@@ -403,8 +421,11 @@ static void tick(struct attempt *a)
     int64_t offline = a->source.offline_since_ns;
     if (a->source.sender)
         sender_progress(a->source.sender, &copy_progress);
+    bool copies = a->source.sender && a->machine.state == HANDOVER_SRC_SENDING;
     pthread_mutex_unlock(&a->lock);
-    if (a->machine.state == HANDOVER_SRC_SENDING && copy_progress.paused_at_ns) {
+    if (copies && copy_progress.runs != a->was_running)
+        record_run_state(a, copy_progress.runs);
+    if (copies && copy_progress.paused_at_ns) {
         watch_standing_copy(a, &copy_progress);
     } else if (a->machine.state == HANDOVER_SRC_PREPARING) {
         fail_when_late(a, a->state_since_ns, PATIENCE(PREPARE_TIMEOUT_MS),
@@ -420,6 +441,10 @@ static void tick(struct attempt *a)
 static void finish(struct attempt *a)
 {
     struct source_part *s = &a->source;
+    if (s->link_started) { /* and the attempt's own thread could not be started */
+        io_latch_set(a->cancel);
+        pthread_join(s->link_thread, NULL);
+    }
     withdraw_offers(s);
     sender_destroy(s->sender);
     guest_unref(s->params.guest);
@@ -559,6 +584,8 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
         return NULL;
     a->guest = vm_guest(s->vm);
     a->record.vmm = a->guest->process;
+    if (snapshots_clear(t->agent->config, vm_definition(s->vm), a->guest, err) < 0)
+        return NULL;
     if (strlen(endpoint_format(&endpoint, s->peer)) > JOURNAL_PEER_MAX) {
         error_set(err, VM_ERROR_USAGE, "the name of host '%s' is too long", p->to);
         return NULL;
@@ -572,9 +599,7 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
     CLEANUP(peer_session)
     struct peer_session *session =
         peer_session_open(t->context, s->peer, t->agent->config->host, deadline, cancel_fd, err);
-    const struct vm_definition *known = vm_definition(s->vm);
-    if (!session ||
-        attempt_remember(a, known->driver, known->socket_path, NULL, s->peer, err) < 0)
+    if (!session || remember(a, err) < 0)
         return NULL;
     attempt_set_session(a, session);
     return steal_ptr(&a);

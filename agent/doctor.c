@@ -218,8 +218,10 @@ static int add_damaged(struct walk *w, const struct journal_record *record,
     return 0;
 }
 
-/* Attempts come oldest first: a later one of the same VM takes the place of an earlier one that is
- * settled. */
+/*
+ * Attempts come oldest first: a later one of the same VM takes the place of an earlier one that is settled, also where
+ * that one's last word was written later: that a VM ended here which a later attempt had sent away.
+ */
 static int visit(const struct journal_record *record, const struct vm_error *damage, void *arg,
                  struct vm_error **err)
 {
@@ -231,9 +233,6 @@ static int visit(const struct journal_record *record, const struct vm_error *dam
         return 0;
     struct finding *f = find_vm(w->d, record->vm);
     if (f && f->unsettled)
-        return 0;
-    if (f && f->message.changed_ns > record->changed_ns &&
-        handover_record_is_settled(record->record))
         return 0;
     if (!f && add_finding(w->d, record->vm, &f, err) < 0)
         return -1;

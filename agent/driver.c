@@ -176,6 +176,12 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
     return 0;
 }
 
+int driver_clear(struct guest *g, struct vm_error **err)
+{
+    const struct driver *d = drivers[driver_of(g)];
+    return d->clear ? d->clear(g, err) : 0;
+}
+
 /* A command line of QEMU's can name programs to run and files to write. */
 static int check_user(const struct config *config, struct vm_error **err)
 {

@@ -81,6 +81,8 @@ struct driver {
     /* NULL: it has no disks that the agent knows of. */
     int (*sink_disks)(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
                       struct vm_error **err);
+    /* NULL: a VMM has nothing of a snapshot in it. See driver_clear. */
+    int (*clear)(struct guest *g, struct vm_error **err);
     void (*sink_release)(struct guest *g);
     void (*source_release)(struct guest *g); /* NULL: nothing is kept of a copy */
     void (*info)(struct guest *g, struct driver_info *ret);
@@ -108,6 +110,9 @@ int driver_adopt(enum vm_driver driver, const char *name, const char *path,
  */
 int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver,
                   struct qemu_definition *ret_definition, struct vm_error **err);
+
+/* Take out what a snapshot that was cut short left in the VMM: -1 if some of it may let the guest go on later. */
+int driver_clear(struct guest *g, struct vm_error **err);
 
 enum vm_driver driver_of_definition(const struct qemu_definition *d);
 /*

@@ -49,6 +49,11 @@ static struct guest *adopt(const char *path, struct vm_error **err)
     return qemu_guest(q);
 }
 
+static int clear(struct guest *g, struct vm_error **err)
+{
+    return qemu_snapshot_clear(qemu_from_guest(g), err);
+}
+
 static int define(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err)
 {
     return qemu_preflight(qemu_from_guest(g), prepared, ret, err);
@@ -122,4 +127,5 @@ const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .boot = boot,
                                    .sink_adopt = sink_adopt,
                                    .sink_disks = sink_disks,
+                                   .clear = clear,
                                    .sink_release = sink_release};

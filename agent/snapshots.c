@@ -101,6 +101,22 @@ struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct
     return guest;
 }
 
+int snapshots_clear(const struct config *config, const struct vm_definition *d, struct guest *guest,
+                    struct vm_error **err)
+{
+    char note[PATH_BYTES];
+    make_note_path(config, d->name, note);
+    if (d->driver == VM_DRIVER_QEMU && guard_lives(note, &d->process))
+        return error_set(err, VM_ERROR_CONFLICT,
+                         "a snapshot of VM %s was cut short and is being taken out of it; try again in a moment",
+                         d->name);
+    if (guard_settle_before(note, &d->process, err) < 0 || driver_clear(guest, err) < 0)
+        return -1;
+    struct thawer thawer = snapshots_thawer(config);
+    guard_settle(note, &thawer, guest);
+    return 0;
+}
+
 static int take_run(struct job *job, void *arg, struct vm_error **err)
 {
     struct take_job *t = arg;

@@ -16,6 +16,13 @@
 struct thawer snapshots_thawer(const struct config *config);
 /* driver_connect, and what a snapshot that an agent died of has left is settled first. For vms_params. */
 struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
+/*
+ * Before a VM may change hands: whenever an agent connects to a VMM, what a snapshot that was cut short left in it, or
+ * in a note of it, lets a guest that stands go on. It is settled now. -1: the VM must stay; CONFLICT while the guard of
+ * that snapshot is at it.
+ */
+int snapshots_clear(const struct config *config, const struct vm_definition *d, struct guest *guest,
+                    struct vm_error **err);
 int snapshots_handle_take(struct control_session *s, const struct control_message *m,
                           struct vm_error **err);
 int snapshots_handle_list(struct control_session *s, const struct control_message *m,

@@ -12,6 +12,7 @@
 #include <errno.h>
 #include <string.h>
 
+#define ASK_OTHERS_NS (2 * NSEC_PER_SEC)
 enum { GREETING_TIMEOUT_MS = 10000, STOP_TIMEOUT_MS = 15000, SETTLE_TIMEOUT_MS = 10000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
@@ -177,10 +178,31 @@ static int decide_vm(struct transfer *t, struct vm *vm, bool here, struct vm_err
     return 0;
 }
 
+/* Does any other VM here stand, or not answer, so that the damaged record may be of its hand-over? */
+static bool another_may_be_meant(struct transfer *t, const char *name)
+{
+    struct vm **list;
+    unsigned n;
+    bool found = false;
+    int64_t deadline = clock_mono_ns() + ASK_OTHERS_NS;
+    if (vms_list(t->agent->vms, &list, &n, NULL) < 0)
+        return true;
+    for (unsigned i = 0; i < n; i++) {
+        CLEANUP(vm) struct vm *vm = list[i];
+        struct guest_status status;
+        if (found || !strcmp(vm_definition(vm)->name, name) || vm_presence(vm) == VM_ENDED)
+            continue;
+        found = vm_presence(vm) != VM_PRESENT || vm_status(vm, deadline, &status, NULL) < 0 ||
+                status.state != GUEST_RUNNING;
+    }
+    free(list);
+    return found;
+}
+
 /*
  * A VM that stands, and no attempt knows why, but a record is damaged: it was sent, and nobody here
  * can tell how far that went. What the operator decides makes the record needless, if it is the
- * only one.
+ * only one, and of no other VM's.
  */
 static int resolve_damaged(struct transfer *t, const char *name, bool here, struct vm_error **err)
 {
@@ -197,9 +219,10 @@ static int resolve_damaged(struct transfer *t, const char *name, bool here, stru
     if (status.state == GUEST_RUNNING)
         return error_set(err, VM_ERROR_REFUSED,
                          "VM '%s' runs here, and no hand-over of it is unfinished", name);
+    bool is_its = damage.n == 1 && !another_may_be_meant(t, name);
     if (decide_vm(t, vm, here, err) < 0)
         return -1;
-    return damage.n == 1 ? journal_remove(t->journal, &damage.attempt, err) : 0;
+    return is_its ? journal_remove(t->journal, &damage.attempt, err) : 0;
 }
 
 int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,

@@ -408,6 +408,7 @@ static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *
             return error_set(err, VM_ERROR_CONFLICT,
                              "journal: attempt %s has its other end here, too",
                              uuid_text(&r.attempt));
+        r.started_ns = old.started_ns;
     } else if (missing->kind == VM_ERROR_NOT_FOUND) {
         if (admit(j, txn, r.blob_len, err) < 0)
             return -1;

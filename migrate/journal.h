@@ -74,8 +74,7 @@ void journal_close(struct journal *j);
 DEFINE_CLEANUP(journal, struct journal *, journal_close)
 
 /*
- * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns if
- * it is 0. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
+ * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns, too, once. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
  * the other role; CORRUPT if it exists and is damaged.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);

@@ -75,6 +75,7 @@ struct sender {
     pthread_cond_t changed;
     struct vm_error *error; /* the first failure */
     bool source_done, new_round, failed;
+    bool recorded_runs; /* sender_note_recorded */
     struct sender_progress progress;
 };
 
@@ -567,10 +568,18 @@ static int follow_user(struct sender *s, struct pilot *pilot,
     return 0;
 }
 
+static bool is_recorded(struct sender *s)
+{
+    SCOPE_LOCK(&s->lock);
+    return s->recorded_runs == s->progress.runs;
+}
+
 static int pause_guest(struct sender *s, struct pilot *pilot, bool missed, struct vm_error **err)
 {
     if (ask_run_state(s, err) < 0)
         return -1;
+    if (!is_recorded(s))
+        return 0; /* the next look is soon */
     pilot->paused = true;
     int64_t now = clock_mono_ns();
     pthread_mutex_lock(&s->lock);
@@ -694,7 +703,7 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
     s->params = *params;
     s->cancel = s->halt = -1;
     s->progress.predicted_pause_ns = -1;
-    s->progress.runs = params->was_running;
+    s->progress.runs = s->recorded_runs = params->was_running;
     pthread_mutex_init(&s->lock, NULL);
     pthread_mutex_init(&s->policy_lock, NULL);
     cond_init(&s->changed);
@@ -726,6 +735,12 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
             return NULL;
     }
     return steal_ptr(&s);
+}
+
+void sender_note_recorded(struct sender *s, bool runs)
+{
+    SCOPE_LOCK(&s->lock);
+    s->recorded_runs = runs;
 }
 
 /* Until the receiver answered on the channel; looks at the caller's latch between. */

@@ -56,7 +56,8 @@ struct sender_params {
     const struct guest_region *regions; /* those that the destination has mapped, in their order */
     unsigned n_regions;
     bool destination_zero;              /* they hold nothing but zeros there: zero pages need not be sent */
-    bool was_running;                   /* false: the guest is paused already */
+    bool was_running;                   /* false: the guest is paused already. Its user may change that: see
+                                         * sender_note_recorded */
     enum policy_compress compress;
     int64_t downtime_limit_ns;
     double cores;                       /* that encoding may use */
@@ -91,6 +92,11 @@ struct sender;
 struct sender *sender_create(const struct sender_params *params, struct vm_error **err);
 int sender_run(struct sender *s, struct vm_error **err);
 void sender_progress(struct sender *s, struct sender_progress *ret_progress);
+/*
+ * Whether its user has the guest run (progress.runs) is durable as `runs`; until that is said of a change, the guest is
+ * not paused: after a crash nobody could tell its user's pause from ours.
+ */
+void sender_note_recorded(struct sender *s, bool runs);
 void sender_destroy(struct sender *s);
 DEFINE_CLEANUP(sender, struct sender *, sender_destroy)
 

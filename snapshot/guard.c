@@ -60,6 +60,12 @@ bool guard_is_noted(const char *note_path, const struct process_identity *vmm, p
     return read_note(note_path, vmm, &note) && note.guard.pid == guard;
 }
 
+bool guard_lives(const char *note_path, const struct process_identity *vmm)
+{
+    struct note note;
+    return read_note(note_path, vmm, &note) && process_alive(&note.guard);
+}
+
 int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err)
 {

@@ -65,6 +65,8 @@ DEFINE_CLEANUP(guard, struct guard *, guard_end)
  */
 int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err);
+/* There is a note of that VMM, and the guard that it names lives. */
+bool guard_lives(const char *note_path, const struct process_identity *vmm);
 /* The note is there, and is that of this guard: nobody has taken over. */
 bool guard_is_noted(const char *note_path, const struct process_identity *vmm, pid_t guard);
 /* The rest, and the note is gone. */

@@ -172,7 +172,8 @@ static int take_over(struct watch *w, struct vm_error **err)
     sweep_soon(w);
     if (draining) {
         pthread_join(drainer, NULL);
-        sweep_soon(w); /* now that QEMU has come to its end: what its user had set */
+        if (!is_taken_over(w)) /* else what is in the VM now is that of the next agent's */
+            sweep_soon(w); /* now that QEMU has come to its end: what its user had set */
     }
     return thaw(w, err); /* may take for ever */
 }

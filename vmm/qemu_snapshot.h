@@ -113,5 +113,10 @@ int qemu_snapshot_wait_former(struct qemu *q, int64_t deadline_ns, int cancel_fd
                               struct vm_error **err);
 /* Take out what a snapshot that was cut short left behind, memory that stayed write-protected included. *ret_found: there was something. */
 int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err);
+/*
+ * Before its guest may change hands: a sweep lets a guest that stands go on, and every new connection sweeps. So
+ * nothing may be left that one would take out; what there is, is taken out now. -1: the guest must stay.
+ */
+int qemu_snapshot_clear(struct qemu *q, struct vm_error **err);
 
 #endif

@@ -305,6 +305,20 @@ int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
     return 0;
 }
 
+int qemu_snapshot_clear(struct qemu *q, struct vm_error **err)
+{
+    CLEANUP(json) json_t *nodes = NULL;
+    bool marker, found;
+    if (has_marker(q, &marker, err) < 0 || list_nodes(q, &nodes, err) < 0)
+        return -1;
+    if (!marker && !any_node(nodes))
+        return 0;
+    log_warn("a snapshot was cut short; it is taken out of QEMU", "pid=%d", q->guest.process.pid);
+    if (qemu_snapshot_sweep(q, &found, err) < 0)
+        return error_wrap(err, "what a snapshot that was cut short left in QEMU");
+    return 0;
+}
+
 int qemu_snapshot_wait_former(struct qemu *q, int64_t deadline_ns, int cancel_fd,
                               struct vm_error **err)
 {

@@ -17,6 +17,8 @@ from lab import BareGuest, VmmGuest, judge
 from watch import SpokenWatch, Watch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
+IN_DOUBT = 15   # status of an agent that cannot know what is on the disk (base/error.h)
+DOUBT = 1.0     # seconds for which is looked whether nobody runs what is in doubt
 HANGS = 4.0     # seconds until an agent that hangs is killed: nobody waits for it any longer while the guest stands
 # A copy that takes most of a second for what the guest writes in a fifth: long before QEMU finds that next to nothing
 # is left, and pauses the guest by itself, the agent has done so.
@@ -160,6 +162,14 @@ exec -a "$0" {program} "$@"
         return vm, console, SpokenWatch(console)
 
 
+def check_end(agent):
+    """An agent that has ended was killed, by a fault or by the test, or asked to stop, or left because it could not know
+    what is on the disk. None ever ends otherwise."""
+    code = agent.process and agent.process.poll()
+    assert code in (None, 0, -signal.SIGKILL, IN_DOUBT), f'the agent on {agent.host.name} ended with {code}: ' \
+        f'{agent.log()[-2000:]}'
+
+
 class Harness:
     def __init__(self, cluster, driver, prefix='g', mistakes='', limit=20):
         self.cluster, self.driver = cluster, driver(cluster, prefix)
@@ -174,6 +184,7 @@ class Harness:
     # ---- agents
 
     def start(self, agent):
+        check_end(agent)
         os.environ['VMMIG_PATIENCE'] = str(PATIENCE)
         try:
             agent.start(build=fault_build())
@@ -302,8 +313,8 @@ class Harness:
     # ---- what happens from outside at a point that holds
 
     def outside(self, what, agents):
-        """`vmm:ROLE` dies; `cut:ROLE:DIRECTION` for good; `freeze:ROLE` for longer than every limit;
-        `host:ROLE` loses its power; `agent:ROLE` is killed; `cancel`."""
+        """`vmm:ROLE` dies; `cut:ROLE:DIRECTION[:SECONDS]` of its link, and `freeze:ROLE[:SECONDS]` of its agent, for one
+        second and for 1.5 unless it is said; `host:ROLE` loses its power; `agent:ROLE` is killed; `cancel`."""
         kind, *rest = what.split(':')
         agent = agents[ROLES.index(rest[0])] if rest else agents[0]
         if kind == 'vmm':
@@ -339,7 +350,7 @@ class Harness:
             time.sleep(float(rest[2]) if len(rest) > 2 else 1.0)
             agent.host.heal()
         elif kind == 'freeze':
-            time.sleep(1.5)
+            time.sleep(float(rest[1]) if len(rest) > 1 else 1.5)
             agent.process.send_signal(signal.SIGCONT)
 
     @staticmethod
@@ -424,7 +435,11 @@ class Harness:
         if other.process.poll() is None:
             other.host.crash()
         eventually('doubt', lambda: (vm := self.vm_at(agent)) and vm['handover'] and vm['handover']['in_doubt'])
-        eventually('nobody may run it while it is in doubt', lambda: self.watch.running() == [], 2)
+        eventually('nobody runs it while it is in doubt', lambda: self.watch.running() == [], 2)
+        until = time.monotonic() + DOUBT
+        while time.monotonic() < until:
+            assert self.watch.running() == [], 'it runs while it is in doubt'
+            time.sleep(0.05)
         finding, = self.findings(agent)
         assert finding['owner'] == 'undecided' and other.host.name in finding['advice'], finding
         agent.vmmig('resolve', self.vm.name, f'--{verdict}', '--i-fenced', other.host.name)
@@ -475,11 +490,12 @@ class Harness:
         return role if verdict == 'here' else 'ended'
 
     def judge_doctor(self, agents, place):
-        """The owner's doctor says that it is here, and nobody else's does."""
+        """The owner's doctor says that it is here. Nobody else's does, nor that it is nowhere, or undecided."""
         for agent in agents:
             owners = [finding['owner'] for finding in self.findings(agent)]
             here = place == agent.host.name
-            assert owners == ['here'] if here else not set(owners) & {'here', 'undecided'}, \
+            wrong = {'here', 'undecided'} | ({'nobody'} if place != 'ended' else set())
+            assert owners == ['here'] if here else not set(owners) & wrong, \
                 f'the doctor of {agent.host.name} says {owners} of a guest that is on {place}'
 
     def left(self, agent, owner):

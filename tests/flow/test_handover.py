@@ -4,6 +4,7 @@ nobody can know, an operator decides."""
 import contextlib
 import fcntl
 import os
+import re
 import struct
 import time
 
@@ -34,7 +35,7 @@ class Pair:
 
     def __init__(self, cluster, name, faults=('', ''), **options):
         self.cluster, self.name = cluster, name
-        self.a1, self.a2 = cluster.agents
+        self.a1, self.a2 = cluster.agents[:2]
         for agent, spec in zip(cluster.agents, faults):
             if agent.process and agent.process.poll() is None:
                 agent.stop()
@@ -201,6 +202,88 @@ def test_a_guest_that_is_not_to_run_arrives_though_the_agent_dies(cluster):
     pair.end()
 
 
+@pytest.mark.parametrize('runs', [True, False])
+def test_what_its_user_did_to_a_guest_in_mid_copy_is_known_after_a_crash(cluster, runs):
+    """He let it go on, or stopped it, after the copy had begun. The next agent takes the guest back as he wants it."""
+    pair = Pair(cluster, f'changed-{runs}', faults=('handover.before.COMMIT=crash', ''), fill='random')
+    pair.console.wait_ticks(2)
+    monitor = pair.vm.qmp(pair.a1.host)
+    cluster.hosts[0].set_rate('200mbit')
+    try:
+        if runs:
+            monitor('stop')
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 10 * MIB)
+        monitor('cont' if runs else 'stop')
+        pair.wait_death(pair.a1)
+        assert monitor.status() == 'postmigrate'
+        pair.a1.start(build=fault_build())
+        eventually('the end of the hand-over', lambda: (known := pair.a1.json('status', pair.name)['handover']) and
+                   known['settled'])
+        assert monitor.status() == ('running' if runs else 'postmigrate')
+        if not runs:
+            monitor('cont')
+        monitor.close()
+        pair.expect('h1')
+    finally:
+        cluster.hosts[0].set_rate(None)
+    pair.end()
+
+
+def test_what_a_snapshot_left_does_not_wake_a_guest_that_was_sent(cluster):
+    """A mark in QEMU by which the next agent lets a guest go on that stands for a snapshot. The guest stands for another
+    reason when that agent comes."""
+    pair = Pair(cluster, 'marked', faults=('handover.after.COMMIT=hold', 'handover.before.RUN=hold'))
+    monitor = pair.vm.qmp(pair.a1.host)
+    monitor('object-add', qom_type='secret', id='vmmig-snapshot', data='x')
+    pair.begin()
+    held(pair.a1, 'handover.after.COMMIT')
+    assert 'vmmig-snapshot' not in [child['name'] for child in monitor('qom-list', path='/objects')]
+    pair.a1.kill()
+    pair.a1.start(build=fault_build())
+    held(pair.a2, 'handover.before.RUN')
+    eventually('the next agent to know of it', lambda: pair.a1.json('status', 'marked')['presence'] == 'present')
+    assert monitor.status() == 'postmigrate'
+    monitor.close()
+    go_on(pair.a2)
+    pair.expect('h2')
+    pair.end()
+
+
+def test_a_name_that_is_arriving_already_keeps_its_socket():
+    """Two hosts send VMs of one name. Who is second is refused, and takes nothing from the first."""
+    with Cluster(hosts=3, start=False) as cluster:
+        pair = Pair(cluster, 'twin', faults=('', 'attempt.ready=hold', ''))
+        a3 = cluster.agents[2]
+        twin = BareGuest('twin', mem_mib=64, dirty_mib=4)
+        a3.host.popen(twin.argv(), name='twin')
+        eventually('its monitor', lambda: os.path.exists(a3.host.path(twin.qmp_path)))
+        a3.vmmig('attach', 'twin', '--qmp', twin.qmp_path)
+        pair.begin()
+        held(pair.a2, 'attempt.ready')
+        refused = a3.vmmig('send', 'twin', '--to', 'h2', check=False)
+        assert refused.returncode and 'receive is under way' in refused.stderr
+        go_on(pair.a2)
+        eventually('the first to be there', lambda: pair.a2.json('status', 'twin')['state'] == 'running')
+        pair.a2.kill()
+        pair.a2.start(build=fault_build())
+        eventually('the next agent reaches it', lambda: pair.a2.json('status', 'twin')['state'] == 'running')
+
+
+def test_the_doctor_of_a_host_between_knows_where_a_guest_went(cluster):
+    """It came, and its former host's last word was lost; it went back, and only then was it noticed that its VMM here
+    has ended."""
+    pair = Pair(cluster, 'returns', faults=('handover.send.FINISHED=drop@*', ''), mem_mib=64)
+    pair.begin()
+    pair.expect('h2')
+    pair.a2.vmmig('send', 'returns', '--to', 'h1')
+    eventually('the end of the first hand-over', lambda: re.search('vm=returns .*record=(ENDED|DST_CLOSED)', pair.a2.log()))
+    finding = advice(pair.a2, 'returns')
+    assert finding['owner'] == 'peer' and finding['owner_host'] == 'h1', finding
+    assert advice(pair.a1, 'returns')['owner'] == 'here'
+    pair.end()
+
+
 def test_a_destination_that_never_comes_back_needs_an_operator(cluster):
     pair = Pair(cluster, 'doubt', faults=('', 'handover.before.RUN=crash'))
     pair.begin()
@@ -278,6 +361,23 @@ def test_a_guest_that_is_taken_back_is_not_in_doubt(cluster):
     pair.end()
 
 
+def let_a_bystander_go(pair, name):
+    """Another VM, which its user has stopped: the record may be of it as well. What is decided about that VM decides
+    nothing about the first."""
+    other = BareGuest('bystander', mem_mib=64, dirty_mib=4)
+    console = pair.cluster.console('bystander')
+    pair.a1.host.popen(other.argv(), name='bystander')
+    console.wait_for('ready')
+    pair.a1.vmmig('attach', 'bystander', '--qmp', other.qmp_path)
+    monitor = other.qmp(pair.a1.host)
+    monitor('stop')
+    monitor.close()
+    assert advice(pair.a1, 'bystander')['owner'] == 'undecided'
+    pair.a1.vmmig('resolve', 'bystander', '--here', '--i-fenced', 'h2')
+    assert advice(pair.a1, 'bystander')['owner'] == 'here' and advice(pair.a1, name)['owner'] == 'undecided'
+    pair.a1.end('bystander')
+
+
 @pytest.mark.parametrize('verdict', ['here', 'gone'])
 def test_a_damaged_record_leaves_the_guest_to_an_operator(fresh, verdict):
     """What COMMIT left on the disk is damaged, and the source's agent is restarted: nobody there knows of the
@@ -292,6 +392,7 @@ def test_a_damaged_record_leaves_the_guest_to_an_operator(fresh, verdict):
     assert finding['owner'] == 'undecided' and f'resolve {name} --gone' in finding['advice'], finding
     assert advice(pair.a2, name)['owner'] == 'undecided' and pair.running() == []
     if verdict == 'here':
+        let_a_bystander_go(pair, name)
         pair.a2.host.crash()  # the operator fences it
         pair.a1.vmmig('resolve', name, '--here', '--i-fenced', 'h2')
         pair.a2.start(build=fault_build())

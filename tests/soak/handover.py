@@ -23,7 +23,7 @@ for folder in ('fault', 'flow', ''):
     sys.path.insert(0, os.path.join(TESTS, folder))
 
 from agents import Cluster, eventually, fault_build  # noqa: E402
-from harness import PATIENCE  # noqa: E402
+from harness import PATIENCE, check_end  # noqa: E402
 from lab import BareGuest, judge  # noqa: E402
 from watch import Watch  # noqa: E402
 
@@ -112,6 +112,7 @@ class Soak:
     def repair(self):
         for agent in self.cluster.agents:
             if self.dead(agent):
+                check_end(agent)
                 self.crashes += 1
                 self.start(agent)
 

@@ -13,6 +13,7 @@
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -460,7 +461,6 @@ static void memory_and_state_arrive_whole(void **state)
     copy_with(POLICY_AUTO);
 }
 
-/* Whose guest it is stops it, or lets it go on, while it is copied: that is what it does afterwards. */
 /* 64 MB of it: what is measured of so short a copy may be ten times the 100 MB a second of its limit. */
 static void device_state_is_part_of_the_predicted_pause(void **state)
 {
@@ -481,6 +481,34 @@ static void device_state_is_part_of_the_predicted_pause(void **state)
     assert_true(predicted[1] >= predicted[0] + 10 * NSEC_PER_MSEC);
 }
 
+/* Writes down what the guest's user wishes now, some looks of the pilot's later. */
+struct recorder {
+    struct sender *sender;
+    struct world *world;
+    bool runs;          /* what he comes to wish */
+    bool paused_before; /* the guest was, though that was not written down */
+};
+
+static void *recorder_main(void *arg)
+{
+    struct recorder *r = arg;
+    struct sender_progress p;
+    do {
+        poll(NULL, 0, 1);
+        sender_progress(r->sender, &p);
+    } while (p.runs != r->runs);
+    poll(NULL, 0, 100);
+    pthread_mutex_lock(&r->world->source.lock);
+    r->paused_before = r->world->source.paused;
+    pthread_mutex_unlock(&r->world->source.lock);
+    sender_note_recorded(r->sender, r->runs);
+    return NULL;
+}
+
+/*
+ * Whose guest it is stops it, or lets it go on, while it is copied: that is what it does afterwards. It is not paused
+ * before that is on record.
+ */
 static void the_users_own_stop_counts(void **state)
 {
     for (int stopped = 0; stopped < 2; stopped++) {
@@ -488,8 +516,13 @@ static void the_users_own_stop_counts(void **state)
         struct vm_error *err = NULL;
         struct sender_progress p;
         struct sender *s = make_world_of(&w, POLICY_LZ4, stopped);
+        struct recorder recorder = {.sender = s, .world = &w, .runs = !stopped};
+        pthread_t thread;
         atomic_store(&w.source.user_stopped, stopped);
+        assert_int_equal(pthread_create(&thread, NULL, recorder_main, &recorder), 0);
         assert_int_equal(sender_run(s, &err), 0);
+        pthread_join(thread, NULL);
+        assert_false(recorder.paused_before);
         sender_progress(s, &p);
         assert_int_equal(p.runs, !stopped);
         assert_int_equal(receiver_wait(w.receiver, &err), 0);
