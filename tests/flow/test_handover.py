@@ -218,7 +218,7 @@ def test_what_its_user_did_to_a_guest_in_mid_copy_is_known_after_a_crash(cluster
         pair.wait_death(pair.a1)
         assert monitor.status() == 'postmigrate'
         pair.a1.start(build=fault_build())
-        eventually('the end of the hand-over', lambda: (known := pair.a1.json('status', pair.name)['handover']) and
+        eventually('the end of the hand-over', lambda: not (known := pair.a1.json('status', pair.name)['handover']) or
                    known['settled'])
         assert monitor.status() == ('running' if runs else 'postmigrate')
         if not runs:
