@@ -6,8 +6,8 @@ import re
 import subprocess
 
 import pytest
-from agents import Cluster, fault_build
-from harness import read_table
+from agents import Cluster, eventually, fault_build
+from harness import Harness, QemuPair, VmmPair, read_table
 from lab.guests import built
 
 TABLES = ('matrix.table', 'attach.table')
@@ -30,6 +30,8 @@ EXCUSES = {
     r'(snapshot|restore|clone|repo|import|template|gc)\..*': 'of snapshots and the repository: tests/flow has theirs',
     r'(attach\.(send|receive)|library\.\w+)\.MAP_FILE': 'asked for by restore and clone alone',
     r'(attach\.(send|receive)|library\.\w+)\.THROTTLE': 'asked for when a guest outruns its link, which these do not',
+    r'((attach\.(send|receive)|library\.\w+)\.RELEASE|library\.\w+\.release)':
+        'said of a guest that is to stand, and these run: tests/flow/attach',
     r'attach\.(clear|first\.harvest|live\.run|paused\.run|saved\.pass|mark)':
         'loses pages, on purpose: tests that the guest notices',
     r'mistake\..*': 'test_mistakes.py',
@@ -194,3 +196,36 @@ def test_a_release_has_none(cluster, points):
     agent.stop()
     with pytest.raises(RuntimeError, match='VMMIG_FAULTS is set'):
         agent.start(faults='qmp.cont=crash', build=os.path.dirname(os.path.dirname(built('agent/vmmigd'))))
+
+
+def passes(harness, names, undone):
+    """(point, role) of those points that agents pass while a guest moves, or comes back from where it cannot be
+    loaded."""
+    agents = harness.ready()
+    for agent, role in zip(agents, ('source', 'destination')):
+        fails = undone and role == 'destination'
+        spec = [f'{name}=delay:0@*' for name in names if not (fails and name == 'attempt.loaded')]
+        harness.arm(agent, ','.join(spec + ['attempt.loaded=error'] * fails))
+    agents[0].vmmig('send', harness.vm.name, '--to', agents[1].host.name, check=False)
+    eventually('an end', harness.place)
+    found = set()
+    for agent, role in zip(agents, ('source', 'destination')):
+        said = agent.vmmig('debug', 'faults').stdout
+        found |= {(name, role) for name, times in re.findall(r'^(\S+)=\S+  acted (\d+)', said, re.M) if int(times)}
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize('driver', [QemuPair, VmmPair])
+def test_every_role_in_which_a_point_is_passed_has_a_case(driver):
+    with Cluster(start=False) as cluster:
+        harness = Harness(cluster, driver, prefix='p')
+        names = [point['name'] for point in cluster.agents[0].json('debug', 'faults')['points']
+                 if not any(re.fullmatch(excuse, point['name']) for excuse in EXCUSES)]
+        passed = set()
+        for at in range(0, len(names), 14):  # 16 can be armed
+            for undone in (False, True):
+                passed |= passes(harness, names[at:at + 14], undone)
+        harness.forget()
+    without = passed - {(point, role) for case in cases() for point, role, _ in faults_of(case)}
+    assert len(passed) > 80 and not without, sorted(without)
