@@ -149,17 +149,21 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
     const struct guest_region *regions;
-    unsigned n, kept = 0;
+    unsigned n, kept = 0, numbers[GUEST_REGIONS_MAX];
     struct guest_region mapped[GUEST_REGIONS_MAX];
     guest_sink_regions(a->guest, &regions, &n);
-    for (unsigned i = 0; i < n && i < GUEST_REGIONS_MAX; i++)
-        if (guest_region_is_reachable(&regions[i]))
-            mapped[kept++] = regions[i];
+    for (unsigned i = 0; i < n && i < GUEST_REGIONS_MAX; i++) {
+        if (!guest_region_is_reachable(&regions[i]))
+            continue;
+        numbers[kept] = i;
+        mapped[kept++] = regions[i];
+    }
     struct receiver_params params = {.guest = a->guest,
                                      .attempt = a->id,
                                      .channels = p->channels,
                                      .regions = mapped,
                                      .n_regions = kept,
+                                     .sink_regions = numbers,
                                      .charge_vmm = *a->transfer->agent->config->vm_cgroup != 0,
                                      .idle_limit_ns =
                                          NSEC(a->transfer->agent->config->peer_timeout_ms) +

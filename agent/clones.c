@@ -47,10 +47,12 @@ static int find_vm_user(const struct config *config, uid_t *ret_uid, gid_t *ret_
     *ret_gid = getegid();
     if (!*config->vm_user)
         return 0;
-    const struct passwd *user = getpwnam(config->vm_user);
+    char text[16384];
+    struct passwd entry, *user = NULL;
+    int rc = getpwnam_r(config->vm_user, &entry, text, sizeof(text), &user);
     if (!user)
-        return error_set(err, VM_ERROR_NOT_FOUND, "vm-user: there is no user named %s",
-                         config->vm_user);
+        return rc ? error_errno(err, rc, "vm-user: cannot look up user %s", config->vm_user)
+                  : error_set(err, VM_ERROR_NOT_FOUND, "vm-user: there is no user named %s", config->vm_user);
     *ret_uid = user->pw_uid;
     *ret_gid = user->pw_gid;
     return 0;

@@ -34,6 +34,7 @@ struct byte_lane {
 
 struct receiver {
     struct receiver_params params;
+    unsigned sink_regions[GUEST_REGIONS_MAX];
     int cancel; /* latch of all that this receiver waits in */
     unsigned n_lanes;
     struct page_lane lanes[CHANNELS_MAX];
@@ -64,6 +65,12 @@ static void receiver_fail(struct receiver *r, struct vm_error *why)
 
 /* ---- Page channels ---- */
 
+/* The regions that pages come for may be some of the sink's only. */
+static uint64_t sink_addr(const struct receiver *r, uint64_t addr)
+{
+    return page_addr(r->sink_regions[page_addr_region(addr)], page_addr_number(addr));
+}
+
 /*
  * Have the VMM fault in what is about to be written. Pages that become zero are left out: they may
  * stay holes. Failing costs only the right account, so it is said once and no more.
@@ -82,7 +89,7 @@ static void charge_vmm(struct page_lane *lane, const void *meta, size_t meta_len
                 left = m->units[unit++].pages;
             left--;
             if (m->units[unit - 1].kind != PAGE_ZERO)
-                addrs[n++] = m->runs[r].addr + i;
+                addrs[n++] = sink_addr(lane->r, m->runs[r].addr + i);
         }
     }
     if (!n || guest_sink_populate(lane->r->params.guest, addrs, n, &err) == 0 || lane->complained)
@@ -318,7 +325,10 @@ struct receiver *receiver_create(const struct receiver_params *params, struct vm
     r->cancel = io_latch_new(err);
     if (r->cancel < 0 || make_lanes(r, err) < 0)
         return NULL;
+    for (unsigned i = 0; i < params->n_regions && i < GUEST_REGIONS_MAX; i++)
+        r->sink_regions[i] = params->sink_regions ? params->sink_regions[i] : i;
     r->params.regions = NULL; /* the decoders have copies */
+    r->params.sink_regions = NULL;
     return steal_ptr(&r);
 }
 

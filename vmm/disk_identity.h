@@ -14,7 +14,8 @@
  *                   the image, and both see the same inode number and size. Works on NFS.
  *     host_device   the same boot of the same kernel and the same device number; or else the same
  *                   world-wide or LVM identifier, and size
- *     rbd           cluster id (fsid of the configuration that QEMU was given), pool, namespace and image
+ *     rbd           cluster id (fsid of the configuration that QEMU was given), pool, namespace and image by their names:
+ *                   within a cluster they mean one image at a time, and ids asked for by name would say no more
  *     others        cannot be proved: REFUSED without --assume-shared, which the caller handles
  *                   by not asking
  *

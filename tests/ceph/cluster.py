@@ -35,9 +35,9 @@ CLONE_NEWNET = 0x40000000
 
 CONF = """[global]
 fsid = {fsid}
-mon host = [v2:127.0.0.1:{port}]
+mon host = [v2:{address}:{port}]
 ms bind ipv4 = true
-public addr = 127.0.0.1
+public addr = {address}
 auth cluster required = cephx
 auth service required = cephx
 auth client required = cephx
@@ -101,8 +101,9 @@ def _free_port():
 
 
 class CephCluster:
-    def __init__(self, folder, osds=3, osd_size=6 << 30, network_of=None):
-        """network_of: a process in whose network namespace it is, and can be reached, at 127.0.0.1."""
+    def __init__(self, folder, osds=3, osd_size=6 << 30, network_of=None, address="127.0.0.1"):
+        """network_of: a process in whose network namespace it is, and can be reached, at that address."""
+        self.address = address
         self.dir = os.path.abspath(folder)
         self.n_osds = osds
         self.osd_size = osd_size
@@ -133,7 +134,7 @@ class CephCluster:
             os.makedirs(os.path.join(self.dir, sub), exist_ok=True)
         fsid, port = str(uuid.uuid4()), _free_port()
         with open(self.conf, "w") as f:
-            f.write(CONF.format(fsid=fsid, port=port, dir=self.dir, osd_size=self.osd_size))
+            f.write(CONF.format(fsid=fsid, address=self.address, port=port, dir=self.dir, osd_size=self.osd_size))
         self._make_monitor(fsid, port)
         self.rados = rados.Rados(conffile=self.conf, rados_id="admin")
         self.rados.connect(timeout=30)
@@ -152,7 +153,7 @@ class CephCluster:
         self._run(*authtool, "-n", "mgr.a", "--cap", "mon", "allow profile mgr", "--cap", "osd",
                   "allow *")
         monmap = os.path.join(self.dir, "monmap")
-        self._run("monmaptool", "--create", "--addv", "a", f"[v2:127.0.0.1:{port}]", "--fsid", fsid,
+        self._run("monmaptool", "--create", "--addv", "a", f"[v2:{self.address}:{port}]", "--fsid", fsid,
                   monmap)
         self._run("ceph-mon", "-c", self.conf, "--mkfs", "-i", "a", "--monmap", monmap, "--keyring",
                   self.keyring)

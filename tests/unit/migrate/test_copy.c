@@ -19,6 +19,7 @@
 #include <sys/socket.h>
 #include <cmocka.h>
 
+enum { SINK_REGION = 3 }; /* of the one that is copied, among those that the sink has */
 enum { PAGES = 4096, CHANNELS = 2, STATE_BYTES = 300000, ROUNDS_BEFORE_CALM = 4 };
 #define MEMORY ((size_t)PAGES * GUEST_PAGE_SIZE)
 
@@ -51,6 +52,7 @@ struct toy {
     size_t expected_prefix;
     bool memory_was_complete;
     bool withholds; /* the last bytes are not acknowledged until the receiver is stopped */
+    atomic_uint populated, misplaced; /* pages asked for of the region that the sink calls SINK_REGION, and of others */
 };
 
 static struct toy *toy_of(struct guest *g)
@@ -239,12 +241,20 @@ static int toy_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd,
     return 0;
 }
 
+static int toy_sink_populate(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err)
+{
+    for (unsigned i = 0; i < n; i++)
+        atomic_fetch_add(page_addr_region(addrs[i]) == SINK_REGION ? &toy_of(g)->populated : &toy_of(g)->misplaced, 1);
+    return 0;
+}
+
 static const struct guest_ops toy_ops = {.driver = "toy",
                                          .pause = toy_pause,
                                          .status = toy_status,
                                          .source_start = toy_source_start,
                                          .source_progress = toy_source_progress,
                                          .source_stop = toy_source_stop,
+                                         .sink_populate = toy_sink_populate,
                                          .sink_bytes = toy_sink_bytes,
                                          .sink_finish = toy_sink_finish};
 
@@ -368,6 +378,7 @@ static struct sender *make_world_at(struct world *w, enum policy_compress compre
     snprintf(w->address, sizeof(w->address), "127.0.0.1:%d", ntohs(bound.sin_port));
     struct receiver_params r = {.guest = &w->sink.guest, .attempt = attempt, .token = token,
                                 .channels = CHANNELS, .regions = &w->sink.region, .n_regions = 1,
+                                .sink_regions = (const unsigned[]){SINK_REGION}, .charge_vmm = true,
                                 .cancel_fd = -1};
     w->receiver = receiver_create(&r, &err);
     struct sender_params s = {.guest = &w->source.guest, .attempt = attempt, .token = token,
@@ -433,6 +444,9 @@ static void copy_with(enum policy_compress compress)
     assert_true(p.paused_at_ns > 0 && p.runs);
     assert_int_equal(p.acked_resent_bytes, 0);
     assert_true(p.wire_bytes > 0);
+    /* Half of its pages were written, a quarter of these with zeros. */
+    assert_true(atomic_load(&w.sink.populated) > PAGES / 4);
+    assert_int_equal(atomic_load(&w.sink.misplaced), 0);
     sender_destroy(s);
     end_world(&w);
 }
