@@ -56,7 +56,8 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
 }
 
 /* `here`: the disks that this host has as those of the definition, looked up within `root`. */
-static int answer_disks(struct attempt *a, const struct qemu_definition *here, const char *root, struct vm_error **err)
+static int answer_disks(struct attempt *a, const struct qemu_definition *here, const char *root,
+                        struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
@@ -67,8 +68,10 @@ static int answer_disks(struct attempt *a, const struct qemu_definition *here, c
         struct disk_offer offer;
         qemu_wire_unpack_offer(p->offers[i], &offer);
         if (!here->disks[p->offers[i]->disk].file)
-            return error_set(err, VM_ERROR_PROTOCOL, "a proof was asked for of a disk that is not written");
-        if (disk_identity_answer(&here->disks[p->offers[i]->disk], here->cwd, root, &offer, &d->answers[i], err) < 0)
+            return error_set(err, VM_ERROR_PROTOCOL,
+                             "a proof was asked for of a disk that is not written");
+        if (disk_identity_answer(&here->disks[p->offers[i]->disk], here->cwd, root, &offer,
+                                 &d->answers[i], err) < 0)
             return -1;
         d->n_answers++;
     }
@@ -85,9 +88,12 @@ static int answer_prepared_disks(struct attempt *a, struct vm_error **err)
         return 0;
     if (driver_sink_disks(a->guest, &d->definition, &here, err) < 0)
         return -1;
-    if (!d->prepare->prepare->n_offers) /* nor has this agent to be allowed to see what that process sees */
+    /* Nor has this agent to be allowed to see what that process sees. */
+    if (!d->prepare->prepare->n_offers)
         return 0;
-    return disk_identity_root(a->guest->process.pid, root, err) < 0 ? -1 : answer_disks(a, &here, root, err);
+    return disk_identity_root(a->guest->process.pid, root, err) < 0
+               ? -1
+               : answer_disks(a, &here, root, err);
 }
 
 /* The VMM that the guest will be in, and the disks that it will have. */

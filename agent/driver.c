@@ -245,8 +245,8 @@ struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *pat
     return drivers[driver_of_definition(d)]->sink_adopt(d, path, err);
 }
 
-int driver_sink_disks(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
-                      struct vm_error **err)
+int driver_sink_disks(struct guest *g, const struct qemu_definition *d,
+                      struct qemu_definition *ret_here, struct vm_error **err)
 {
     const struct driver *driver = drivers[driver_of(g)];
     if (driver->sink_disks)

@@ -24,7 +24,8 @@ static bool begins_with(const char *text, size_t n, const char *head)
     return n >= strlen(head) && !memcmp(text, head, strlen(head));
 }
 
-/* The innermost unit of a cgroup's path counts. Libvirt's own folders: "machine/qemu-1-web1.libvirt-qemu". */
+/* The innermost unit of a cgroup's path counts. Libvirt's own folders:
+ * "machine/qemu-1-web1.libvirt-qemu". */
 static void look_at_part(struct supervisor *s, const char *part, size_t n)
 {
     enum supervisor_kind kind = SUPERVISOR_NONE;
@@ -108,8 +109,10 @@ static int ask_systemd(const struct supervisor *s, char **ret_properties, struct
         return error_set(err, VM_ERROR_NOT_FOUND, "there is no user %u", s->uid);
     snprintf(machine, sizeof(machine), "--machine=%.100s@.host", found ? found->pw_name : "");
     const char *const of_system[] = {"systemctl", "show", asked, "--", s->unit, NULL};
-    const char *const of_user[] = {"systemctl", "--user", machine, "show", asked, "--", s->unit, NULL};
-    *ret_properties = run_tool(s->of_user ? of_user : of_system, "say whether the unit would be started again", err);
+    const char *const of_user[] = {"systemctl", "--user", machine, "show",
+                                   asked,       "--",     s->unit, NULL};
+    *ret_properties = run_tool(s->of_user ? of_user : of_system,
+                               "say whether the unit would be started again", err);
     return *ret_properties ? 0 : -1;
 }
 
@@ -123,7 +126,8 @@ static int check_unit(const struct supervisor *s, struct vm_error **err)
     if (!supervisor_restarts(properties))
         return 0;
     return error_set(err, VM_ERROR_REFUSED,
-                     "systemd would start the VM again here once it has moved: its unit %s has Restart=. Give it Restart=no "
+                     "systemd would start the VM again here once it has moved: its unit %s has "
+                     "Restart=. Give it Restart=no "
                      "(systemctl %sedit --runtime %s, section [Service]) and send it then",
                      s->unit, s->of_user ? "--user " : "", s->unit);
 }
@@ -140,7 +144,8 @@ static int read_supervisor(pid_t pid, struct supervisor *ret, struct vm_error **
     return 0;
 }
 
-int supervisor_check(const struct process_identity *process, char out_note[SUPERVISOR_NOTE_MAX], struct vm_error **err)
+int supervisor_check(const struct process_identity *process, char out_note[SUPERVISOR_NOTE_MAX],
+                     struct vm_error **err)
 {
     struct supervisor its, own;
     cleanup_error struct vm_error *why = NULL;
@@ -151,11 +156,13 @@ int supervisor_check(const struct process_identity *process, char out_note[SUPER
                    : error_set(err, VM_ERROR_VMM_DIED, "the VM's process %d ended", process->pid);
     if (read_supervisor(getpid(), &own, err) < 0)
         return -1;
-    if (its.kind == own.kind && its.of_user == own.of_user && its.uid == own.uid && !strcmp(its.unit, own.unit))
+    if (its.kind == own.kind && its.of_user == own.of_user && its.uid == own.uid &&
+        !strcmp(its.unit, own.unit))
         return 0;
     if (its.kind == SUPERVISOR_LIBVIRT)
         snprintf(out_note, SUPERVISOR_NOTE_MAX,
-                 "libvirt here may be told to start it again (%.60s): undefine the domain, and take it from a cluster manager",
+                 "libvirt here may be told to start it again (%.60s): undefine the domain, and "
+                 "take it from a cluster manager",
                  its.unit);
     return its.kind == SUPERVISOR_SYSTEMD ? check_unit(&its, err) : 0;
 }

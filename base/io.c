@@ -132,7 +132,8 @@ int io_open_within(const char *root, const char *path, int flags)
     cleanup_close int top = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
     int fd = -1;
     /* EAGAIN: something was renamed meanwhile, and the kernel is not sure that it stayed inside. */
-    for (int tries = 0; top >= 0 && fd < 0 && tries < RENAMES_MAX && (!tries || errno == EAGAIN); tries++)
+    for (int tries = 0; top >= 0 && fd < 0 && tries < RENAMES_MAX && (!tries || errno == EAGAIN);
+         tries++)
         fd = (int)syscall(SYS_openat2, top, path, &how, sizeof(how));
     return fd;
 }
@@ -144,7 +145,8 @@ int io_look_at(const char *root, const char *path, mode_t type, struct vm_error 
     if (fd < 0 || fstat(fd, &st) < 0)
         return error_errno(err, errno, "cannot look at %s", path);
     if ((st.st_mode & S_IFMT) != type)
-        return error_set(err, VM_ERROR_REFUSED, "%s is not a %s", path, type == S_IFBLK ? "block device" : "file");
+        return error_set(err, VM_ERROR_REFUSED, "%s is not a %s", path,
+                         type == S_IFBLK ? "block device" : "file");
     return steal_fd(&fd);
 }
 

@@ -34,13 +34,14 @@ int io_writev_full(int fd, struct iovec *iov, int n, int64_t deadline_ns, int ca
 
 int io_set_nonblocking(int fd, bool on, struct vm_error **err);
 /*
- * open(2), as a process would whose root directory is `root` ("": this one's): links, absolute ones too, do not lead out
- * of it. -1 and errno.
+ * open(2), as a process would whose root directory is `root` ("": this one's): links, absolute ones
+ * too, do not lead out of it. -1 and errno.
  */
 int io_open_within(const char *root, const char *path, int flags);
 /*
- * A descriptor to read from of a path, within `root`, that somebody else named. What is not of that type (S_IFREG,
- * S_IFBLK) is refused without being opened: a device may act on that, a FIFO may wait for ever.
+ * A descriptor to read from of a path, within `root`, that somebody else named. What is not of that
+ * type (S_IFREG, S_IFBLK) is refused without being opened: a device may act on that, a FIFO may
+ * wait for ever.
  */
 int io_open_type(const char *root, const char *path, mode_t type, struct vm_error **err);
 /* Likewise, O_PATH: one that may be looked at only. */

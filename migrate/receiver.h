@@ -36,7 +36,8 @@ struct receiver_params {
     unsigned channels;                  /* page channels; channel 0 comes on top */
     const struct guest_region *regions; /* mapped ones, in the order told to the sender */
     unsigned n_regions;
-    const unsigned *sink_regions; /* which of the sink's each of these is; NULL: they are the sink's, in its order */
+    const unsigned *sink_regions; /* which of the sink's each of these is; NULL: they are the
+                                     sink's, in its order */
     bool charge_vmm; /* the VMM is in a cgroup of its own: guest pages are to be charged to that */
     int64_t idle_limit_ns;              /* without any data connection; 0: 60 s */
     int cancel_fd;

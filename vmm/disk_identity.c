@@ -53,11 +53,14 @@ static int proof_of(const struct qemu_disk *disk, enum disk_proof *ret, struct v
 }
 
 /* "CWD/FILE", or FILE if that is absolute. */
-static int full_path(const char *cwd, const char *file, char out[QEMU_STRING_MAX], struct vm_error **err)
+static int full_path(const char *cwd, const char *file, char out[QEMU_STRING_MAX],
+                     struct vm_error **err)
 {
     bool absolute = *file == '/';
-    int n = snprintf(out, QEMU_STRING_MAX, "%s%s%s", absolute ? "" : cwd, absolute ? "" : "/", file);
-    return n < QEMU_STRING_MAX ? 0 : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
+    int n =
+        snprintf(out, QEMU_STRING_MAX, "%s%s%s", absolute ? "" : cwd, absolute ? "" : "/", file);
+    return n < QEMU_STRING_MAX ? 0
+                               : error_set(err, VM_ERROR_USAGE, "the name %s is too long", file);
 }
 
 /* If it is a symbolic link: replace it by what it says. 1 if so, 0 if it is none. */
@@ -79,7 +82,8 @@ static int follow(const char *root, char path[QEMU_STRING_MAX], struct vm_error 
     return 1;
 }
 
-/* The folder that an image is really in: QEMU follows symbolic links, and two names of one file are the same disk. */
+/* The folder that an image is really in: QEMU follows symbolic links, and two names of one file are
+ * the same disk. */
 static int open_folder(const char *root, const char *image, struct vm_error **err)
 {
     char path[QEMU_STRING_MAX];
@@ -104,10 +108,11 @@ int disk_identity_root(pid_t pid, char out[DISK_IDENTITY_ROOT_MAX], struct vm_er
     struct stat own_mounts, its_mounts, own_top, its_top;
     snprintf(out, DISK_IDENTITY_ROOT_MAX, "/proc/%d/root", pid);
     snprintf(mounts, sizeof(mounts), "/proc/%d/ns/mnt", pid);
-    if (stat("/proc/self/ns/mnt", &own_mounts) < 0 || stat(mounts, &its_mounts) < 0 || stat("/", &own_top) < 0 ||
-        stat(out, &its_top) < 0)
+    if (stat("/proc/self/ns/mnt", &own_mounts) < 0 || stat(mounts, &its_mounts) < 0 ||
+        stat("/", &own_top) < 0 || stat(out, &its_top) < 0)
         return error_errno(err, errno, "cannot find out which files process %d sees", pid);
-    if (own_mounts.st_ino == its_mounts.st_ino && own_top.st_dev == its_top.st_dev && own_top.st_ino == its_top.st_ino)
+    if (own_mounts.st_ino == its_mounts.st_ino && own_top.st_dev == its_top.st_dev &&
+        own_top.st_ino == its_top.st_ino)
         *out = 0;
     return 0;
 }
@@ -196,7 +201,8 @@ void disk_identity_withdraw(struct disk_offer *offer)
 
 /* What a host sees of a disk. Both sides describe, the source compares. */
 
-static int describe_file(const char *root, const char *path, struct disk_answer *a, struct vm_error **err)
+static int describe_file(const char *root, const char *path, struct disk_answer *a,
+                         struct vm_error **err)
 {
     struct stat st;
     cleanup_close int fd = io_look_at(root, path, S_IFREG, err);
@@ -235,7 +241,8 @@ static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
     snprintf(out, DISK_IDENTITY_TEXT_MAX, "%s", text);
 }
 
-static int describe_device(const char *root, const char *path, struct disk_answer *a, struct vm_error **err)
+static int describe_device(const char *root, const char *path, struct disk_answer *a,
+                           struct vm_error **err)
 {
     struct stat st;
     cleanup_close int fd = io_open_type(root, path, S_IFBLK, err);
@@ -268,8 +275,8 @@ static bool find_fsid(const char *conf, struct uuid *ret)
     return false;
 }
 
-static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const char *root, struct disk_answer *a,
-                        struct vm_error **err)
+static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const char *root,
+                        struct disk_answer *a, struct vm_error **err)
 {
     struct rbd_name name;
     struct uuid fsid;
@@ -343,8 +350,8 @@ int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const ch
         return -1;
     if (proof != offer->proof)
         return error_set(err, VM_ERROR_REFUSED,
-                         "disk %s: %s is not the one of the other host, which is opened as a %s", disk->name, disk->file,
-                         disk_proof_name(offer->proof));
+                         "disk %s: %s is not the one of the other host, which is opened as a %s",
+                         disk->name, disk->file, disk_proof_name(offer->proof));
     if (describe(disk, proof, cwd, root, &answer, err) < 0 ||
         (proof == DISK_PROOF_NONCE && read_nonce(disk, cwd, root, offer, &answer, err) < 0))
         return -1;
@@ -352,14 +359,15 @@ int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const ch
     return 0;
 }
 
-static int not_the_same(const struct qemu_disk *disk, const struct disk_answer *there, const char *what,
-                        struct vm_error **err)
+static int not_the_same(const struct qemu_disk *disk, const struct disk_answer *there,
+                        const char *what, struct vm_error **err)
 {
     bool named = *there->text && strcmp(there->text, disk->file);
-    return error_set(
-        err, VM_ERROR_REFUSED,
-        "disk %s: %s is not the same one on both hosts%s%.400s: %s (--assume-shared overrides this)",
-        disk->name, disk->file, named ? ", there it is " : "", named ? there->text : "", what);
+    return error_set(err, VM_ERROR_REFUSED,
+                     "disk %s: %s is not the same one on both hosts%s%.400s: %s (--assume-shared "
+                     "overrides this)",
+                     disk->name, disk->file, named ? ", there it is " : "",
+                     named ? there->text : "", what);
 }
 
 int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,
@@ -380,7 +388,8 @@ int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const cha
         if (uuid_equal(&answer->boot, &own.boot) && answer->device == own.device)
             return 0;
         if (!*own.text || strncmp(answer->text, own.text, sizeof(own.text)))
-            return not_the_same(disk, answer, "no world-wide or LVM identifier shows that it is", err);
+            return not_the_same(disk, answer, "no world-wide or LVM identifier shows that it is",
+                                err);
         return answer->size == own.size ? 0 : not_the_same(disk, answer, "the size differs", err);
     case DISK_PROOF_RBD:
         if (strncmp(answer->text, own.text, sizeof(own.text)))

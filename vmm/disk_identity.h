@@ -1,27 +1,26 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * disk_identity: proof that a writable disk of the definition is the same one on both hosts. Without it
- * a destination that has another file under the same name would run on the wrong disk, without an error.
+ * disk_identity: proof that a writable disk of the definition is the same one on both hosts.
+ * Without it a destination that has another file under the same name would run on the wrong disk,
+ * without an error.
  *
- *     source        disk_identity_offer(disk, cwd, root, &offer)   a question; for a file, also a fresh
- *                                                                  file beside it
- *     destination   disk_identity_answer(disk, cwd, root, &offer, &answer)
- *     source        disk_identity_check(disk, cwd, root, &offer, &answer)   REFUSED unless it is proved
- *     source        disk_identity_withdraw(&offer)                 always; removes that file
+ *     source        disk_identity_offer(disk, cwd, root, &offer)   a question; for a file, also a
+ * fresh file beside it destination   disk_identity_answer(disk, cwd, root, &offer, &answer) source
+ * disk_identity_check(disk, cwd, root, &offer, &answer)   REFUSED unless it is proved source
+ * disk_identity_withdraw(&offer)                 always; removes that file
  *
  * How, by the driver that has the disk open:
- *     file          the destination reads a random secret back that the source put into a file beside
- *                   the image, and both see the same inode number and size. Works on NFS.
- *     host_device   the same boot of the same kernel and the same device number; or else the same
- *                   world-wide or LVM identifier, and size
- *     rbd           cluster id (fsid of the configuration that QEMU was given), pool, namespace and image by their names:
- *                   within a cluster they mean one image at a time, and ids asked for by name would say no more
- *     others        cannot be proved: REFUSED without --assume-shared, which the caller handles
- *                   by not asking
+ *     file          the destination reads a random secret back that the source put into a file
+ * beside the image, and both see the same inode number and size. Works on NFS. host_device   the
+ * same boot of the same kernel and the same device number; or else the same world-wide or LVM
+ * identifier, and size rbd           cluster id (fsid of the configuration that QEMU was given),
+ * pool, namespace and image by their names: within a cluster they mean one image at a time, and ids
+ * asked for by name would say no more others        cannot be proved: REFUSED without
+ * --assume-shared, which the caller handles by not asking
  *
- * A crash of the source's agent can leave the file `.vmmig-proof-UUID` behind (32 bytes); the next offer
- * beside the same image removes those that are older than a day.
- * What is for the wire is plain data; text fields end with NUL. Threads: any.
+ * A crash of the source's agent can leave the file `.vmmig-proof-UUID` behind (32 bytes); the next
+ * offer beside the same image removes those that are older than a day. What is for the wire is
+ * plain data; text fields end with NUL. Threads: any.
  */
 #ifndef VMMIG_VMM_DISK_IDENTITY_H
 #define VMMIG_VMM_DISK_IDENTITY_H
@@ -57,15 +56,18 @@ struct disk_answer {
     uint64_t inode, size;
     struct uuid boot;
     uint64_t device;    /* major and minor, as stat(2) has them */
-    char text[DISK_IDENTITY_TEXT_MAX]; /* path of a file; identifier of a block device; fsid/pool/namespace/image */
+    char text[DISK_IDENTITY_TEXT_MAX]; /* path of a file; identifier of a block device;
+                                          fsid/pool/namespace/image */
 };
 
 #define DISK_IDENTITY_ROOT_MAX 32
 
-/* "" for this process's own view, or "/proc/PID/root" if that process has other mounts or another root directory. */
+/* "" for this process's own view, or "/proc/PID/root" if that process has other mounts or another
+ * root directory. */
 int disk_identity_root(pid_t pid, char out_root[DISK_IDENTITY_ROOT_MAX], struct vm_error **err);
 
-/* `cwd` is what a relative name refers to; `root` says within which root directory names, and links, are looked up. */
+/* `cwd` is what a relative name refers to; `root` says within which root directory names, and
+ * links, are looked up. */
 int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
                         struct disk_offer *ret_offer, struct vm_error **err);
 int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const char *root,

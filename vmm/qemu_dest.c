@@ -44,7 +44,8 @@ static int probe(const struct qemu_definition *d, const struct qemu_host *host,
         return error_nomem(err);
     char *argv[] = {program, machine, none, nodefaults, no_user_config, display, none, NULL};
     struct uuid unique = uuid_new();
-    /* No longer than the agent's own socket there: so long that it had room may be the name of the folder. */
+    /* No longer than the agent's own socket there: so long that it had room may be the name of the
+     * folder. */
     cleanup_free char *qmp_path = NULL, *log_path = NULL;
     if (asprintf(&qmp_path, "%s/p%.7s.qmp", host->scratch_dir, uuid_text(&unique)) < 0 ||
         asprintf(&log_path, "%s/p%.7s.log", host->scratch_dir, uuid_text(&unique)) < 0)
@@ -139,7 +140,8 @@ static bool is_path(const struct qemu_disk *disk)
            !strcmp(disk->driver, "host_cdrom");
 }
 
-int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *disk, struct vm_error **err)
+int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *disk,
+                     struct vm_error **err)
 {
     struct process_identity self;
     if (process_identify(getpid(), &self, err) < 0)
@@ -148,7 +150,8 @@ int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *di
         return 0;
     return error_set(err, VM_ERROR_REFUSED,
                      "disk %s (%s) goes through a host's page cache: start the VM with cache=none "
-                     "(cache.direct=on), or say --assume-shared if the file system keeps both hosts' caches alike",
+                     "(cache.direct=on), or say --assume-shared if the file system keeps both "
+                     "hosts' caches alike",
                      disk->name, disk->file);
 }
 

@@ -271,7 +271,8 @@ static int fill_disk(struct qemu_disk *disk, const json_t *node, const json_t *b
                : 0;
 }
 
-static int take_node(const json_t *node, const json_t *backends, struct qemu_definition *d, struct vm_error **err)
+static int take_node(const json_t *node, const json_t *backends, struct qemu_definition *d,
+                     struct vm_error **err)
 {
     const char *driver = qmp_string(node, "drv"), *file = qmp_string(node, "file");
     enum kind kind = kind_of(driver);
@@ -294,16 +295,19 @@ static int take_node(const json_t *node, const json_t *backends, struct qemu_def
     return 0;
 }
 
-int qemu_disks_list(const json_t *nodes, const json_t *backends, struct qemu_definition *d, struct vm_error **err)
+int qemu_disks_list(const json_t *nodes, const json_t *backends, struct qemu_definition *d,
+                    struct vm_error **err)
 {
     size_t i;
     json_t *node;
-    json_array_foreach((json_t *)(uintptr_t)nodes, i, node) if (take_node(node, backends, d, err) < 0) return -1;
+    json_array_foreach((json_t *)(uintptr_t)nodes, i,
+                       node) if (take_node(node, backends, d, err) < 0) return -1;
     return 0;
 }
 
-static int check_named(const struct qemu_argv *argv, const struct qemu_disk *disk, const json_t *backends,
-                       const struct qemu_definition *d, struct vm_error **err)
+static int check_named(const struct qemu_argv *argv, const struct qemu_disk *disk,
+                       const json_t *backends, const struct qemu_definition *d,
+                       struct vm_error **err)
 {
     bool behind;
     struct search s = {d, disk->file, disk->driver, disk->node, false};
@@ -357,8 +361,8 @@ static int check_option_open(const struct qemu_definition *d, const struct qemu_
     return 0;
 }
 
-int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends, const struct qemu_definition *d,
-                       struct vm_error **err)
+int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends,
+                       const struct qemu_definition *d, struct vm_error **err)
 {
     for (unsigned i = 0; i < d->n_disks; i++)
         if (check_named(argv, &d->disks[i], backends, d, err) < 0)
@@ -371,7 +375,8 @@ int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends, con
 
 /* ---- the same disks in another QEMU ---- */
 
-/* How many files of that device does it write? A disk of several images has some of them beside the first. */
+/* How many files of that device does it write? A disk of several images has some of them beside the
+ * first. */
 static unsigned count_of_device(const struct qemu_definition *d, const char *device)
 {
     unsigned n = 0;
@@ -380,17 +385,19 @@ static unsigned count_of_device(const struct qemu_definition *d, const char *dev
     return n;
 }
 
-static bool is_same_name(const struct qemu_definition *d, const struct qemu_disk *disk, const struct qemu_definition *here,
-                         const struct qemu_disk *candidate)
+static bool is_same_name(const struct qemu_definition *d, const struct qemu_disk *disk,
+                         const struct qemu_definition *here, const struct qemu_disk *candidate)
 {
     char a[QEMU_STRING_MAX], b[QEMU_STRING_MAX];
     if (kind_of(disk->driver) == KIND_PATH)
-        return normal_path(d->cwd, disk->file, a) && normal_path(here->cwd, candidate->file, b) && !strcmp(a, b);
+        return normal_path(d->cwd, disk->file, a) && normal_path(here->cwd, candidate->file, b) &&
+               !strcmp(a, b);
     return rbd_name_same_file(disk->file, candidate->file);
 }
 
 /* By its device; a file of which no device tells, or one of several of a device, by its name. */
-static struct qemu_disk *find_counterpart(const struct qemu_definition *d, const struct qemu_disk *disk,
+static struct qemu_disk *find_counterpart(const struct qemu_definition *d,
+                                          const struct qemu_disk *disk,
                                           const struct qemu_definition *here)
 {
     const char *device = disk->device ? disk->device : "";
@@ -403,8 +410,8 @@ static struct qemu_disk *find_counterpart(const struct qemu_definition *d, const
     return NULL;
 }
 
-int qemu_disks_pair(const struct qemu_definition *d, const struct qemu_definition *here, unsigned *ret_pairs,
-                    struct vm_error **err)
+int qemu_disks_pair(const struct qemu_definition *d, const struct qemu_definition *here,
+                    unsigned *ret_pairs, struct vm_error **err)
 {
     bool used[QEMU_DISKS_MAX] = {false};
     for (unsigned i = 0; i < d->n_disks; i++) {
@@ -413,16 +420,18 @@ int qemu_disks_pair(const struct qemu_definition *d, const struct qemu_definitio
             continue;
         const struct qemu_disk *found = find_counterpart(d, disk, here);
         if (!found || used[found - here->disks])
-            return error_set(err, VM_ERROR_REFUSED,
-                             "disk %s (%s): the QEMU that was prepared has no such disk open for writing", disk->name,
-                             disk->file);
+            return error_set(
+                err, VM_ERROR_REFUSED,
+                "disk %s (%s): the QEMU that was prepared has no such disk open for writing",
+                disk->name, disk->file);
         ret_pairs[i] = (unsigned)(found - here->disks);
         used[found - here->disks] = true;
     }
     for (unsigned i = 0; i < here->n_disks; i++)
         if (here->disks[i].writable && !used[i])
             return error_set(err, VM_ERROR_REFUSED,
-                             "disk %s: the QEMU that was prepared has %s open for writing, which is no disk of the VM",
+                             "disk %s: the QEMU that was prepared has %s open for writing, which "
+                             "is no disk of the VM",
                              here->disks[i].name, here->disks[i].file);
     return 0;
 }

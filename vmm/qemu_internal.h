@@ -64,8 +64,10 @@ void qemu_forget_fd(struct qemu *q, const char *name);
 /* Under q->lock: false when the deadline passed. */
 bool qemu_wait_changed(struct qemu *q, int64_t deadline_ns);
 
-/* REFUSED if a disk of d's VM, or one here in its place, is written through a page cache, and d came from another host. */
-int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *disk, struct vm_error **err);
+/* REFUSED if a disk of d's VM, or one here in its place, is written through a page cache, and d
+ * came from another host. */
+int qemu_check_cache(const struct qemu_definition *d, const struct qemu_disk *disk,
+                     struct vm_error **err);
 
 /* The parts of guest_ops in other files. */
 int qemu_source_start(struct guest *g, const struct guest_source_params *params,

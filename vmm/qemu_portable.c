@@ -123,7 +123,8 @@ static int check_descriptors(const struct qemu_option *o, const struct qemu_prop
 static int check_option(const struct qemu_option *o, bool rebuilt, struct vm_error **err)
 {
     for (size_t i = 0; i < sizeof(unmovable_options) / sizeof(*unmovable_options); i++)
-        if (!strcmp(o->name, unmovable_options[i].option) && (rebuilt || !unmovable_options[i].rebuilt))
+        if (!strcmp(o->name, unmovable_options[i].option) &&
+            (rebuilt || !unmovable_options[i].rebuilt))
             return refuse(err, o->name, or_empty(o->value), unmovable_options[i].why);
     cleanup_qemu_props struct qemu_props p = {0};
     if (parse_props(o, &p, err) < 0)
@@ -163,8 +164,8 @@ int qemu_device_check_movable(const struct qemu_device *device, struct vm_error 
     const char *type = device->type + (starts_with(device->type, child) ? strlen(child) : 0);
     for (size_t i = 0; i < sizeof(unmovable_types) / sizeof(*unmovable_types); i++)
         if (starts_with(type, unmovable_types[i].prefix))
-            return error_set(err, VM_ERROR_REFUSED, "device %.200s (%.*s) cannot move: %s", device->path,
-                             (int)strcspn(type, ">"), type, unmovable_types[i].why);
+            return error_set(err, VM_ERROR_REFUSED, "device %.200s (%.*s) cannot move: %s",
+                             device->path, (int)strcspn(type, ">"), type, unmovable_types[i].why);
     return 0;
 }
 
@@ -404,8 +405,8 @@ int qemu_argv_portable(const struct qemu_argv *argv, const struct qemu_memory_fa
     return 0;
 }
 
-int qemu_argv_of_memory(const char *program, const struct qemu_memory_facts *facts, struct qemu_argv *ret_argv,
-                        struct vm_error **err)
+int qemu_argv_of_memory(const char *program, const struct qemu_memory_facts *facts,
+                        struct qemu_argv *ret_argv, struct vm_error **err)
 {
     cleanup_free bool *emitted = calloc(facts->n_backends + 1, sizeof(*emitted));
     cleanup_qemu_argv struct qemu_argv to = {.program = strdup(program)};

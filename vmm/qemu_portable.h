@@ -74,12 +74,13 @@ int qemu_argv_destination(const struct qemu_definition *d, const struct qemu_pla
 bool qemu_argv_is_private(const struct qemu_definition *d, unsigned index);
 /* Does every block of definition->ram have its backend in definition->argv, and no other? PROTOCOL. */
 int qemu_argv_check_memory(const struct qemu_definition *d, struct vm_error **err);
-/* The backends alone, as above: all that is said of a VM whose destination was prepared, and has a command line. */
-int qemu_argv_of_memory(const char *program, const struct qemu_memory_facts *facts, struct qemu_argv *ret_argv,
-                        struct vm_error **err);
+/* The backends alone, as above: all that is said of a VM whose destination was prepared, and has a
+ * command line. */
+int qemu_argv_of_memory(const char *program, const struct qemu_memory_facts *facts,
+                        struct qemu_argv *ret_argv, struct vm_error **err);
 /*
- * REFUSED, by name, if the command line says something that cannot move; `rebuilt`: or something of which no
- * other can be made for the destination.
+ * REFUSED, by name, if the command line says something that cannot move; `rebuilt`: or something of
+ * which no other can be made for the destination.
  */
 int qemu_argv_check_movable(const struct qemu_argv *argv, bool rebuilt, struct vm_error **err);
 /* The same of a device of the running VM, by its type: "child<vfio-pci>". */

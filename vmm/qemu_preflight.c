@@ -305,8 +305,8 @@ static int check_whole(struct qemu *q, const struct qemu_definition *d, struct v
     return 0;
 }
 
-static int make_argv(struct qemu *q, const struct qemu_argv *argv, bool prepared, struct qemu_definition *d,
-                     struct vm_error **err)
+static int make_argv(struct qemu *q, const struct qemu_argv *argv, bool prepared,
+                     struct qemu_definition *d, struct vm_error **err)
 {
     __attribute__((cleanup(memory_finish))) struct memory m = {0};
     cleanup_qemu_argv struct qemu_argv portable = {0};
@@ -331,7 +331,8 @@ static int take_disks(struct qemu *q, const struct qemu_argv *argv, struct qemu_
     CLEANUP(json) json_t *backends = NULL;
     if (qemu_command(q, "query-named-block-nodes", json_pack("{s:b}", "flat", 1), &nodes, err) <
             0 ||
-        qemu_command(q, "query-block", NULL, &backends, err) < 0 || qemu_disks_list(nodes, backends, d, err) < 0)
+        qemu_command(q, "query-block", NULL, &backends, err) < 0 ||
+        qemu_disks_list(nodes, backends, d, err) < 0)
         return -1;
     return argv ? qemu_disks_compare(argv, backends, d, err) : 0;
 }
@@ -366,7 +367,8 @@ static int take_nics(const struct qemu_argv *argv, struct qemu_definition *d, st
     return 0;
 }
 
-/* Which folder a QEMU is in can only be seen by an agent that may do all that it may: ask where it matters. */
+/* Which folder a QEMU is in can only be seen by an agent that may do all that it may: ask where it
+ * matters. */
 static int read_folder(struct qemu *q, struct qemu_definition *d, struct vm_error **err)
 {
     char cwd[QEMU_STRING_MAX] = "/";
@@ -376,8 +378,8 @@ static int read_folder(struct qemu *q, struct qemu_definition *d, struct vm_erro
     return matters && read_link(q, "cwd", cwd, err) < 0 ? -1 : qemu_set_text(&d->cwd, cwd, err);
 }
 
-int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d, struct qemu_definition *ret_here,
-                        struct vm_error **err)
+int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d,
+                        struct qemu_definition *ret_here, struct vm_error **err)
 {
     cleanup_qemu_definition struct qemu_definition here = {0}, paired = {0};
     unsigned pairs[QEMU_DISKS_MAX];
@@ -410,7 +412,8 @@ static int check_devices_movable(const struct qemu_definition *d, struct vm_erro
     return 0;
 }
 
-int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition, struct vm_error **err)
+int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition,
+                   struct vm_error **err)
 {
     cleanup_qemu_definition struct qemu_definition d = {0};
     cleanup_qemu_argv struct qemu_argv argv = {0};
@@ -421,8 +424,8 @@ int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_de
         return -1;
     if (!prepared && (check_plugged(&argv, &d, err) < 0 || check_unplugged(&argv, &d, err) < 0))
         return -1;
-    if (make_argv(q, &argv, prepared, &d, err) < 0 || take_disks(q, prepared ? NULL : &argv, &d, err) < 0 ||
-        take_nics(&argv, &d, err) < 0)
+    if (make_argv(q, &argv, prepared, &d, err) < 0 ||
+        take_disks(q, prepared ? NULL : &argv, &d, err) < 0 || take_nics(&argv, &d, err) < 0)
         return -1;
     if (qemu_definition_validate(&d, err) < 0)
         return error_set_kind(err, VM_ERROR_REFUSED);

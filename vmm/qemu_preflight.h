@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * qemu_preflight: may this guest move, and what exactly is it? Asked before a page moves, on both sides.
+ * qemu_preflight: may this guest move, and what exactly is it? Asked before a page moves, on both
+ * sides.
  *
  *     source:       qemu_preflight(q, prepared, &definition, &err)
  *     destination:  qemu_definition_validate(&definition, &err)
@@ -9,19 +10,21 @@
  *     or, prepared: qemu_sink_attach(...), likewise
  *                   qemu_prepared_disks(q, &definition, &here, &err)
  *
- * A command line grows stale: disks are snapshotted and devices are plugged while the VM runs. So the source
- * compares it with the running VM over QMP. Memory that was plugged is put into the destination's command line;
- * every other difference is REFUSED by name, as is what cannot move at all: VFIO, ivshmem, nvdimm, SEV
- * and TDX, inherited descriptors (except vmmig's own), options read from files, -snapshot, chroot,
- * and whatever QEMU itself reports as a reason that blocks migration.
+ * A command line grows stale: disks are snapshotted and devices are plugged while the VM runs. So
+ * the source compares it with the running VM over QMP. Memory that was plugged is put into the
+ * destination's command line; every other difference is REFUSED by name, as is what cannot move at
+ * all: VFIO, ivshmem, nvdimm, SEV and TDX, inherited descriptors (except vmmig's own), options read
+ * from files, -snapshot, chroot, and whatever QEMU itself reports as a reason that blocks
+ * migration.
  *
- * Where the user prepared the destination's QEMU, nothing is made of the VM's command line: how stale it is, which files
- * it hides options in and which descriptors it inherited does not matter. What cannot move at all is refused there, too.
- * Then it is the disks which that QEMU has open that have to be the VM's, device by device.
+ * Where the user prepared the destination's QEMU, nothing is made of the VM's command line: how
+ * stale it is, which files it hides options in and which descriptors it inherited does not matter.
+ * What cannot move at all is refused there, too. Then it is the disks which that QEMU has open that
+ * have to be the VM's, device by device.
  *
- * qemu_verify then compares the destination's QEMU, once it waits, with the definition: machine, devices with
- * their types and order, RAM, CPUs with their features, accelerator. It finds whatever a command line does
- * not show.
+ * qemu_verify then compares the destination's QEMU, once it waits, with the definition: machine,
+ * devices with their types and order, RAM, CPUs with their features, accelerator. It finds whatever
+ * a command line does not show.
  */
 #ifndef VMMIG_VMM_QEMU_PREFLIGHT_H
 #define VMMIG_VMM_QEMU_PREFLIGHT_H
@@ -31,10 +34,11 @@
 #include "vmm/qemu_definition.h"
 
 /*
- * The source's part; `prepared`: a QEMU waits for the guest. The guest runs on. On success fill *ret
- * (qemu_definition_finish it).
+ * The source's part; `prepared`: a QEMU waits for the guest. The guest runs on. On success fill
+ * *ret (qemu_definition_finish it).
  */
-int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition, struct vm_error **err);
+int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition,
+                   struct vm_error **err);
 
 /* What the destination's agent says of its host. */
 struct qemu_host {
@@ -62,13 +66,14 @@ int qemu_dest_explain(const struct qemu_definition *d, const struct qemu_host *h
 /* Is the QEMU that waits the one of the definition? REFUSED with the first difference. */
 int qemu_verify(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
 /*
- * The disks of a prepared QEMU, for the proof that they are the VM's (disk_identity.h): ret_here->disks[i] is that which
- * it has in place of the writable d->disks[i], and all zero for the others; relative names refer to ret_here->cwd.
- * REFUSED, by name, unless every writable disk has one and it writes no other; and if one goes through a host's
- * page cache, and comes from another host.
+ * The disks of a prepared QEMU, for the proof that they are the VM's (disk_identity.h):
+ * ret_here->disks[i] is that which it has in place of the writable d->disks[i], and all zero for
+ * the others; relative names refer to ret_here->cwd. REFUSED, by name, unless every writable disk
+ * has one and it writes no other; and if one goes through a host's page cache, and comes from
+ * another host.
  */
-int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d, struct qemu_definition *ret_here,
-                        struct vm_error **err);
+int qemu_prepared_disks(struct qemu *q, const struct qemu_definition *d,
+                        struct qemu_definition *ret_here, struct vm_error **err);
 /* Its CPUs alone, which a clone's must be as well: a guest uses what it found when it booted. */
 int qemu_verify_cpus(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
 

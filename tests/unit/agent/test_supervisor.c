@@ -20,8 +20,10 @@ static void expect(const char *cgroup, enum supervisor_kind kind, const char *un
 static void units_are_found_in_cgroups(void **state)
 {
     expect("0::/system.slice/web1.service\n", SUPERVISOR_SYSTEMD, "web1.service");
-    expect("0::/system.slice/system-vm.slice/vm@web1.service/qemu\n", SUPERVISOR_SYSTEMD, "vm@web1.service");
-    expect("12:memory:/\n4:pids:/system.slice/web1.service\n1:name=systemd:/system.slice/web1.service\n0::/\n",
+    expect("0::/system.slice/system-vm.slice/vm@web1.service/qemu\n", SUPERVISOR_SYSTEMD,
+           "vm@web1.service");
+    expect("12:memory:/\n4:pids:/system.slice/web1.service\n1:name=systemd:/system.slice/"
+           "web1.service\n0::/\n",
            SUPERVISOR_SYSTEMD, "web1.service");
     expect("0::/user.slice/user-1000.slice/session-4.scope\n", SUPERVISOR_NONE, "");
     expect("0::/system.slice/docker-1234.scope\n", SUPERVISOR_NONE, "");
@@ -35,8 +37,8 @@ static void units_are_found_in_cgroups(void **state)
 
 static void units_of_a_user_are_his_managers(void **state)
 {
-    struct supervisor s =
-        supervisor_of_cgroup("0::/user.slice/user-1000.slice/user@1000.service/app.slice/web1.service\n");
+    struct supervisor s = supervisor_of_cgroup(
+        "0::/user.slice/user-1000.slice/user@1000.service/app.slice/web1.service\n");
     assert_int_equal(s.kind, SUPERVISOR_SYSTEMD);
     assert_string_equal(s.unit, "web1.service");
     assert_true(s.of_user);
@@ -47,15 +49,17 @@ static void units_of_a_user_are_his_managers(void **state)
 
 static void domains_of_libvirt_are_found(void **state)
 {
-    expect("0::/machine.slice/machine-qemu\\x2d1\\x2dweb1.scope/libvirt/emulator\n", SUPERVISOR_LIBVIRT,
-           "machine-qemu\\x2d1\\x2dweb1.scope");
-    expect("5:memory:/machine/qemu-1-web1.libvirt-qemu\n", SUPERVISOR_LIBVIRT, "qemu-1-web1.libvirt-qemu");
+    expect("0::/machine.slice/machine-qemu\\x2d1\\x2dweb1.scope/libvirt/emulator\n",
+           SUPERVISOR_LIBVIRT, "machine-qemu\\x2d1\\x2dweb1.scope");
+    expect("5:memory:/machine/qemu-1-web1.libvirt-qemu\n", SUPERVISOR_LIBVIRT,
+           "qemu-1-web1.libvirt-qemu");
     expect("0::/system.slice/libvirtd.service\n", SUPERVISOR_LIBVIRT, "libvirtd.service");
 }
 
 static void what_a_unit_says_decides(void **state)
 {
-    static const char *const again[] = {"always", "on-failure", "on-abnormal", "on-abort", "a later word"};
+    static const char *const again[] = {"always", "on-failure", "on-abnormal", "on-abort",
+                                        "a later word"};
     static const char *const never[] = {"no", "on-success", "on-watchdog"};
     char text[128];
     for (size_t i = 0; i < sizeof(again) / sizeof(*again); i++) {
