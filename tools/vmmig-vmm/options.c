@@ -207,7 +207,7 @@ static char *put_name(const char *text, const char *name)
 
 int options_parse(int argc, char **argv, struct options *ret_options)
 {
-    struct options o = {
+    static struct options o = {
         .memory = 256u << 20, .below_4g = 3ull << 30, .vcpus = 1, .append = "", .serial = "stdio"};
     unsigned n = 0;
     if (argc > VMM_ARGV_MAX)
