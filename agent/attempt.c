@@ -894,6 +894,20 @@ struct attempt *attempt_find_of_vm(struct transfer *t, const char *vm_name)
     return found ? attempt_ref(found) : NULL;
 }
 
+bool attempt_has_rival(struct attempt *a)
+{
+    bool found = false;
+    SCOPE_LOCK(&a->transfer->lock);
+    for (struct attempt *other = a->transfer->attempts; other && !found; other = other->next) {
+        if (other == a || other->role != &attempt_destination_role || strcmp(other->vm_name, a->vm_name))
+            continue;
+        pthread_mutex_lock(&other->lock);
+        found = !other->is_settled;
+        pthread_mutex_unlock(&other->lock);
+    }
+    return found;
+}
+
 int attempt_wait_settled(struct attempt *a, int64_t deadline_ns, struct vm_error **err)
 {
     SCOPE_LOCK(&a->lock);

@@ -192,6 +192,9 @@ struct attempt *attempt_find(struct transfer *t, const struct uuid *id);
 /* The unsettled attempt of a VM, or one that is in doubt; NULL. */
 struct attempt *attempt_find_of_vm(struct transfer *t, const char *vm_name);
 
+/* Is there an unsettled attempt besides, to bring a VM of that name here? */
+bool attempt_has_rival(struct attempt *a);
+
 /* Any thread. Messages may be dropped when too much is waiting, as a network would. */
 void attempt_post(struct attempt *a, enum handover_event event);
 /* FAILED with its reason (owned by the call); the first reason stays. */

@@ -359,11 +359,12 @@ static int remember_socket(struct attempt *a, struct vm_error **err)
 }
 
 /*
- * A VM of this name that is here, and is why the attempt was refused, has its socket in the same
- * place.
+ * A VM of this name that is here, or arrives, and is why the attempt was refused, has its socket in the same place.
  */
 static bool name_is_anothers(struct attempt *a)
 {
+    if (attempt_has_rival(a))
+        return true;
     CLEANUP(vm) struct vm *known = vms_get(a->transfer->agent->vms, a->vm_name, NULL);
     return known && vm_presence(known) != VM_ENDED &&
            !process_identity_equal(&vm_definition(known)->process, &a->record.vmm);
@@ -378,18 +379,14 @@ static bool socket_is_ours(struct attempt *a)
     return d->socket_path && ours && !strcmp(d->socket_path, ours);
 }
 
-/*
- * What a VMM of this attempt's has left. An attempt that came to none, because somebody else has that name, perhaps
- * another attempt, has left nothing: what bears the name is the other's.
- */
 static void remove_leftovers(struct attempt *a)
 {
     struct destination_part *d = &a->destination;
-    if (!a->record.vmm.pid)
+    if (name_is_anothers(a))
         return;
-    if (d->argv)
+    if (d->argv) /* else it came to no VMM */
         vms_release(a->transfer->agent->vms, a->vm_name);
-    if (socket_is_ours(a) && !name_is_anothers(a))
+    if (socket_is_ours(a))
         unlink(d->socket_path);
 }
 
@@ -446,6 +443,7 @@ static void drop_guest(struct attempt *a)
 static void let_go(struct attempt *a)
 {
     drop_guest(a);
+    remove_leftovers(a);
     vm_put(steal_ptr(&a->destination.vm));
 }
 
