@@ -159,7 +159,8 @@ def test_a_guest_goes_through_qemus_loader_where_its_memory_cannot_be_reached(cl
     try:
         prepare(cluster, vm, wrapper=UNPRIVILEGED)
         job = moves(cluster, vm, console, '--dest-qmp', vm.qmp_path)
-        assert job['opaque_bytes'] > 96 * MIB
+        assert job['opaque_bytes'] > 64 * MIB  # what is zero of the 96 MiB needs few
+        assert sum(encoding['pages'] for encoding in job['pages'].values()) == 0
         a2.end(vm.name)
     finally:
         a2.stop()
