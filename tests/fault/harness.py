@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from agents import eventually, fault_build
 from lab import BareGuest, VmmGuest, judge
-from watch import SpokenWatch, Watch
+from watch import QemuWatch, VmmWatch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
 IN_DOUBT = 15   # status of an agent that cannot know what is on the disk (base/error.h)
@@ -101,7 +101,7 @@ class QemuPair:
         self.count += 1
         vm = BareGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
         console = self.cluster.console(vm.name)
-        watch = Watch({host.name: host.path(vm.judge_path) for host in self.cluster.hosts})
+        watch = QemuWatch({host.name: host.path(vm.judge_path) for host in self.cluster.hosts})
         agent.host.popen(vm.argv(), name=vm.name)
         console.wait_for('ready')
         agent.vmmig('attach', vm.name, '--qmp', vm.qmp_path)
@@ -109,7 +109,7 @@ class QemuPair:
 
 
 class VmmPair:
-    """The same with vmmig-vmm, which links libvmmig-attach. It has no events: what its guests say judges alone.
+    """The same with vmmig-vmm, which links libvmmig-attach.
 
     Its fault points are armed when it is started, by a script in its place: the first VMM of a guest by what boot() is
     given, those that wait for it by what arm_incoming() says."""
@@ -152,14 +152,15 @@ exec -a "$0" {program} "$@"
 
     def boot(self, agent, faults=''):
         self.count += 1
-        vm = VmmGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
+        vm = VmmGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10, events=True)
         console = self.cluster.console(vm.name)
+        watch = VmmWatch({host.name: host.path(vm.events_path) for host in self.cluster.hosts})
         self.write('first', faults)
         self.write('told', '')
         agent.host.popen(vm.argv(program=self.program), name=vm.name)
         console.wait_for('ready')
         agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
-        return vm, console, SpokenWatch(console)
+        return vm, console, watch
 
 
 def check_end(agent):

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """When did a guest's vCPUs run, and where? From the RESUME and STOP events of its VMMs, stamped by them.
 
-    watch = Watch(vm.name, {host.name: host.path(vm.judge_path) for host in lab.hosts})
+    watch = QemuWatch(vm.name, {host.name: host.path(vm.judge_path) for host in lab.hosts})
     ... migrate, break, repair ...
     assert not watch.overlaps()
 
-A thread connects to the test's own QMP socket of every VMM of that guest as soon as there is one. The stamps are of
-one clock, since all hosts are one machine. A VMM that dies stops when its connection ends."""
+A thread connects to the test's own QMP socket of every QEMU of that guest as soon as there is one; a vmmig-vmm connects
+to the test's listener in its host before the guest runs. The stamps are of one clock, since all hosts are one machine. A
+VMM that dies stops when its connection ends."""
+import contextlib
 import json
 import os
 import selectors
@@ -28,10 +30,11 @@ class Run:
 
 
 class Connection:
+    """To a VMM, which says lines."""
+
     def __init__(self, watch, host, made):
         self.watch, self.host, self.socket = watch, host, made
-        self.rest, self.run, self.asked = b'', None, False
-        made.sendall(b'{"execute":"qmp_capabilities"}\n{"execute":"query-status","id":"first"}\n')
+        self.rest, self.run = b'', None
 
     def begin(self, at):
         if not self.run:
@@ -43,15 +46,7 @@ class Connection:
             self.run.ended = at
             self.run = None
 
-    def hear(self, message):
-        event = message.get('event')
-        if message.get('id') == 'first' and message['return']['running'] and not self.run:
-            self.begin(time.time())  # it ran before there was anybody to see it begin
-            self.watch.late.append(self.host)
-        if event not in ('RESUME', 'STOP'):
-            return
-        stamp = message['timestamp']
-        at = stamp['seconds'] + stamp['microseconds'] / 1e6
+    def happened(self, event, at):
         (self.begin if event == 'RESUME' else self.end)(at)
 
     def read(self):
@@ -62,46 +57,59 @@ class Connection:
             data = b''
         *lines, self.rest = (self.rest + data).split(b'\n')
         for line in lines:
-            self.hear(json.loads(line))
+            self.hear(line)
         if not data:
             self.end(time.time())
         return bool(data)
 
 
+class QemuConnection(Connection):
+    def __init__(self, watch, host, made):
+        super().__init__(watch, host, made)
+        made.sendall(b'{"execute":"qmp_capabilities"}\n{"execute":"query-status","id":"first"}\n')
+
+    def hear(self, line):
+        message = json.loads(line)
+        event = message.get('event')
+        if message.get('id') == 'first' and message['return']['running'] and not self.run:
+            self.begin(time.time())  # it ran before there was anybody to see it begin
+            self.watch.late.append(self.host)
+        if event in ('RESUME', 'STOP'):
+            stamp = message['timestamp']
+            self.happened(event, stamp['seconds'] + stamp['microseconds'] / 1e6)
+
+
+class VmmConnection(Connection):
+    def hear(self, line):
+        event, at = line.decode().split()
+        self.happened(event, float(at))
+
+
 class Watch:
+    """paths: {host: where the VMM of that host is met}"""
+
     def __init__(self, paths):
         self.paths = paths
         self.runs, self.late = [], []
-        self._connections = {}
+        self._connections = set()
         self._closing = False
         self._thread = threading.Thread(target=self._main, daemon=True)
         self._thread.start()
 
-    def _connect(self, selector):
-        for host, path in self.paths.items():
-            if host in self._connections or not os.path.exists(path):
-                continue
-            made = socket.socket(socket.AF_UNIX)
-            try:
-                made.connect(path)
-                connection = Connection(self, host, made)
-            except OSError:
-                made.close()
-                continue
-            self._connections[host] = connection
-            selector.register(made, selectors.EVENT_READ, connection)
+    def _add(self, selector, connection):
+        self._connections.add(connection)
+        selector.register(connection.socket, selectors.EVENT_READ, connection)
 
     def _main(self):
         with selectors.DefaultSelector() as selector:
             while not self._closing:
-                self._connect(selector)
+                self._meet(selector)
                 for key, _ in selector.select(POLL):
-                    connection = key.data
-                    if not connection.read():
-                        selector.unregister(connection.socket)
-                        connection.socket.close()
-                        del self._connections[connection.host]
-            for connection in self._connections.values():
+                    if not key.data.read():
+                        selector.unregister(key.data.socket)
+                        key.data.socket.close()
+                        self._connections.remove(key.data)
+            for connection in self._connections:
                 connection.socket.close()
 
     def close(self):
@@ -123,28 +131,39 @@ class Watch:
                 and max(a.began, b.began) < min(a.ended or float('inf'), b.ended or float('inf'))]
 
 
-class SpokenWatch:
-    """For a VMM without events: a guest runs where it spoke last, as long as it speaks, and its heart beats every 10
-    ms. Two copies ran if it spoke here, there, and here again."""
+class QemuWatch(Watch):
+    def _meet(self, selector):
+        met = [connection.host for connection in self._connections]
+        for host, path in self.paths.items():
+            if host in met or not os.path.exists(path):
+                continue
+            made = socket.socket(socket.AF_UNIX)
+            try:
+                made.connect(path)
+                self._add(selector, QemuConnection(self, host, made))
+            except OSError:
+                made.close()
 
-    def __init__(self, console):
-        self.console, self.mark, self.late = console, console.mark(), []
 
-    def begin(self):
-        self.mark = self.console.mark()
+class VmmWatch(Watch):
+    def __init__(self, paths):
+        self._listeners = {}
+        for host, path in paths.items():
+            self._listeners[host] = socket.socket(socket.AF_UNIX)
+            self._listeners[host].bind(path)
+            self._listeners[host].listen()
+            self._listeners[host].setblocking(False)
+        super().__init__(paths)
 
-    def running(self):
-        lines = self.console.lines
-        return [lines[-1].host] if lines and time.monotonic() - lines[-1].at < 0.5 else []
-
-    def overlaps(self):
-        seen, found = [], []
-        for line in self.console.lines[self.mark:]:
-            if line.host in seen[:-1]:
-                found.append((seen[-1], line.host, line.text))
-            if line.host not in seen:
-                seen.append(line.host)
-        return found
+    def _meet(self, selector):
+        for host, listener in self._listeners.items():
+            with contextlib.suppress(BlockingIOError):
+                made = listener.accept()[0]
+                made.setblocking(True)
+                self._add(selector, VmmConnection(self, host, made))
 
     def close(self):
-        pass
+        super().close()
+        for host, listener in self._listeners.items():
+            listener.close()
+            os.unlink(self.paths[host])

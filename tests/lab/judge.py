@@ -49,12 +49,12 @@ def open_memfds(pid):
 
 def leftovers(host, vm_name, agents=()):
     """What of a VM is still on a host, as readable lines: processes whose command line names it, its
-    sockets, memory of it that an agent (pid) still holds. Consoles' listeners are the lab's own."""
+    sockets, memory of it that an agent (pid) still holds. Listeners of consoles and events are the tests' own."""
     found = [f'process {pid}: {" ".join(argv)[:120]}' for pid, argv in host.processes().items()
              if any(re.search(rf'\b{re.escape(vm_name)}\b', word) for word in argv)]
     for folder, _, names in os.walk(host.path('/run')):
         found += [f'file {os.path.join(folder, name)}' for name in names
-                  if re.search(rf'\b{re.escape(vm_name)}\b', name) and not name.endswith('.console')]
+                  if re.search(rf'\b{re.escape(vm_name)}\b', name) and not name.endswith(('.console', '.events'))]
     found += [f'memfd {name} in agent {pid}' for pid in agents for name in open_memfds(pid)]
     return found
 

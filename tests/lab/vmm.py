@@ -32,11 +32,13 @@ class VmmGuest:
     pattern: str = 'seq'
     heartbeat_ms: int = 20
     seed: int = 1
+    events: bool = False         # it tells a listener at events_path when the guest runs
     options: list = field(default_factory=list)  # further words for vmmig-vmm
 
     def __post_init__(self):
         self.attach_path = f'/run/vmlab/{self.name}.vmm'
         self.console_path = f'/run/vmlab/{self.name}.console'
+        self.events_path = f'/run/vmlab/{self.name}.events'
 
     def argv(self, incoming=False, socket=None, program=None):
         """The whole command line. socket: instead of attach_path, for a second VMM on the same host; program: of
@@ -51,5 +53,6 @@ class VmmGuest:
                 '--vcpus', str(self.vcpus), '--tracking', self.tracking,
                 *(['--ring-entries', str(self.ring_entries)] if self.ring_entries else []),
                 *(['--writer', str(self.writer)] if self.writer else []),
+                *(['--events', '/run/vmlab/%n.events'] if self.events else []),
                 '--serial', 'unix:/run/vmlab/%n.console', '--append', append, *self.options,
                 *(['--incoming'] if incoming else ['--kernel', built('tests/guest/bare/bare_pc.bin')])]

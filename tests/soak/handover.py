@@ -25,7 +25,7 @@ for folder in ('fault', 'flow', ''):
 from agents import Cluster, eventually, fault_build  # noqa: E402
 from harness import PATIENCE, check_end  # noqa: E402
 from lab import BareGuest, judge  # noqa: E402
-from watch import Watch  # noqa: E402
+from watch import QemuWatch  # noqa: E402
 
 CPU_PERCENT = 90   # of one core, for all guests together
 STEPS_PER_ROUND = 24
@@ -56,7 +56,7 @@ class Guest:
                             seed=number + 1)
         self.name = self.vm.name
         self.console = soak.cluster.console(self.name)
-        self.watch = Watch({host.name: host.path(self.vm.judge_path) for host in soak.cluster.hosts})
+        self.watch = QemuWatch({host.name: host.path(self.vm.judge_path) for host in soak.cluster.hosts})
         agent = soak.cluster.agents[number % 2]
         process = agent.host.popen(self.vm.argv(), name=self.name)
         with open(os.path.join(soak.cgroup, 'cgroup.procs'), 'w', encoding='ascii') as file:

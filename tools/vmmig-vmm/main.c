@@ -14,6 +14,24 @@ enum { IDENTITY_MAP = 0xfffbc000, TSS = 0xfffbd000 };
 /* Of a saved state, its vCPUs' are the most. */
 enum { VCPU_STATE_BYTES = 12 << 10 };
 
+/* ---- The guest runs, or stands ---- */
+
+static int run(struct vmm *vmm)
+{
+    events_tell(&vmm->events, "RESUME");
+    if (vcpus_resume(vmm) < 0)
+        return -EIO;
+    writer_resume(&vmm->writer);
+    return 0;
+}
+
+static void stand(struct vmm *vmm)
+{
+    vcpus_pause(vmm);
+    writer_pause(&vmm->writer);
+    events_tell(&vmm->events, "STOP");
+}
+
 /* ---- vmmig: the library's callbacks ---- */
 
 static int on_pause(void *arg)
@@ -21,17 +39,8 @@ static int on_pause(void *arg)
     struct vmm *vmm = arg;
     pthread_mutex_lock(&vmm->lock);
     vmm->held = true;
-    vcpus_pause(vmm);
-    writer_pause(&vmm->writer);
+    stand(vmm);
     pthread_mutex_unlock(&vmm->lock);
-    return 0;
-}
-
-static int run(struct vmm *vmm)
-{
-    if (vcpus_resume(vmm) < 0)
-        return -EIO;
-    writer_resume(&vmm->writer);
     return 0;
 }
 
@@ -154,8 +163,7 @@ static void pause_or_go_on(struct vmm *vmm)
     pthread_mutex_lock(&vmm->lock);
     bool going = atomic_load(&vmm->vcpus.going);
     if (!vmm->held && going) {
-        vcpus_pause(vmm);
-        writer_pause(&vmm->writer);
+        stand(vmm);
         vmmig_set_state(vmm->attach, VMMIG_PAUSED, NULL);
     } else if (!vmm->held && run(vmm) == 0) {
         vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
@@ -206,7 +214,7 @@ static int start(struct vmm *vmm)
     pthread_mutex_init(&vmm->lock, NULL);
     pthread_mutex_init(&vmm->vcpus.lock, NULL);
     pthread_cond_init(&vmm->vcpus.changed, NULL);
-    if (serial_open(&vmm->serial, o->serial) < 0 || memory_create(&vmm->memory, o) < 0)
+    if (serial_open(&vmm->serial, o->serial) < 0 || events_open(&vmm->events, o->events) < 0 || memory_create(&vmm->memory, o) < 0)
         return -1;
     if (o->tracking != VMMIG_TRACKING_TRACE && create_vm(vmm) < 0)
         return -1;

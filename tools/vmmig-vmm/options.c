@@ -107,6 +107,8 @@ static const struct option {
     {"append", "TEXT", parse_text, offsetof(struct options, append), "its command line"},
     {"serial", "WHERE", parse_text, offsetof(struct options, serial),
      "stdio, null, file:PATH, unix:PATH; %n: the name (stdio)"},
+    {"events", "SOCKET", parse_text, offsetof(struct options, events),
+     "who is told when the guest runs; %n: the name"},
     {"writer", "N", parse_count, offsetof(struct options, writer_rate),
      "a device that writes N pages a second"},
     {"tracking", "KIND", parse_tracking, 0, "auto, bitmap, ring, plain, or trace:FILE (auto)"},
@@ -229,9 +231,11 @@ int options_parse(int argc, char **argv, struct options *ret_options)
         add_incoming(&o, &n, option, value);
     }
     o.incoming_argv[n++] = "--incoming";
+    bool named = o.events;
     o.serial = put_name(o.serial, o.name);
-    if (!o.serial)
-        return complain("--serial names the VM (%%n), and there is no --name");
+    o.events = o.events ? put_name(o.events, o.name) : NULL;
+    if (!o.serial || (named && !o.events))
+        return complain("--serial or --events names the VM (%%n), and there is no --name");
     *ret_options = o;
     return check(&o);
 }

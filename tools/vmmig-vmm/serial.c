@@ -16,15 +16,15 @@ enum { LINE_DIVISOR = 0x80, STATUS_RECEIVED = 0x01, STATUS_ROOM = 0x60 };
 
 /* ---- Where the bytes go ---- */
 
-static int connect_to(const char *path)
+int connect_to(const char *option, const char *path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof(address.sun_path))
-        return complain("--serial: the path %s is too long", path);
+        return complain("%s: the path %s is too long", option, path);
     strcpy(address.sun_path, path);
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
-        return complain("--serial: cannot connect to %s: %s", path, strerror(errno));
+        return complain("%s: cannot connect to %s: %s", option, path, strerror(errno));
     return fd;
 }
 
@@ -40,7 +40,7 @@ int serial_open(struct serial *s, const char *where)
         return 0;
     }
     if (!strncmp(where, "unix:", 5)) {
-        s->in_fd = s->out_fd = connect_to(where + 5);
+        s->in_fd = s->out_fd = connect_to("--serial", where + 5);
         return s->out_fd < 0 ? -1 : 0;
     }
     if (strncmp(where, "file:", 5))

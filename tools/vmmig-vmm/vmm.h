@@ -9,6 +9,7 @@
  *     cpu_state.c   what the state of vCPUs, interrupt controllers and clocks is
  *     serial.c      the console
  *     writer.c      a device that writes guest memory by itself
+ *     events.c      tells somebody when the guest runs, and when it stands
  *     state.c       the file that a guest's state travels in
  *
  * It needs nothing but KVM, libc and the library. vmmig-attach.h says what the library asks of a VMM; where
@@ -45,7 +46,7 @@ struct options {
     unsigned vcpus;
     const char *name; /* by which vmmig knows the VM; NULL: that does not matter */
     const char *kernel, *append;
-    const char *serial; /* on the heap */
+    const char *serial, *events; /* on the heap; events: NULL: nobody listens */
     uint64_t writer_rate; /* pages a second; 0: no such device */
     const char *attach;
     enum vmmig_tracking tracking;
@@ -154,6 +155,22 @@ void serial_write(struct serial *s, unsigned port, uint8_t value);
 void serial_save(struct serial *s, struct state *state);
 int serial_load(struct serial *s, const struct state *state);
 
+/* A connection to whoever listens at that path; complains of the option. */
+int connect_to(const char *option, const char *path);
+
+/* ---- events.c ---- */
+
+/*
+ * Lines "RESUME 1700000000.123456", before a vCPU may run, and "STOP ...", when none does any more, with the time of
+ * day. The end of the connection is the end of the VMM.
+ */
+struct events {
+    int fd; /* -1: nobody listens */
+};
+
+int events_open(struct events *e, const char *path);
+void events_tell(const struct events *e, const char *what);
+
 /* ---- writer.c: writes guest memory by itself ---- */
 
 /*
@@ -259,6 +276,7 @@ struct vmm {
     struct vcpus vcpus;
     struct serial serial;
     struct writer writer;
+    struct events events;
     struct vmmig_attach *attach;
     pthread_mutex_t lock; /* of `held`, and of pausing and resuming */
     bool held;            /* an agent has paused the guest, and not resumed it since */
