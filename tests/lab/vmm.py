@@ -7,8 +7,9 @@
     console.wait_for('ready')
     h2.popen(vm.argv(incoming=True))            # where no agent starts the destination
 
-Paths are the same in every host.
+Paths are the same in every host. VMMIG_TRACKING in the environment: the driver of guests that do not say which.
 """
+import os
 from dataclasses import dataclass, field
 
 from .guests import built
@@ -21,7 +22,7 @@ class VmmGuest:
     below_4g_mib: int = 3072     # what is more lies above 4 GiB
     hugetlb: bool = False        # see huge_pages
     vcpus: int = 1
-    tracking: str = 'auto'       # auto, bitmap, ring, plain
+    tracking: str = os.environ.get('VMMIG_TRACKING', 'auto')  # auto, bitmap, ring, plain
     ring_entries: int = 0        # 0: as the library chooses
     writer: int = 0              # pages a second that a device writes; 0: there is none
     writer_pages: int = 256      # how many it goes round
