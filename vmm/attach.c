@@ -207,7 +207,7 @@ bool attach_is_definition(const struct qemu_definition *d)
     return !strcmp(d->accel, accel);
 }
 
-/* Slots, from the VMM's answer: nothing is mapped for that. `backend` is where one lies in the guest. */
+/* Slots, from the VMM's answer: nothing is mapped for that. */
 int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
@@ -219,8 +219,8 @@ int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_
         if (!ram)
             return error_nomem(err);
         ram->block = strdup(slot->name);
-        if (asprintf(&ram->backend, "%#llx", (unsigned long long)slot->guest_address) < 0)
-            ram->backend = NULL;
+        ram->backend = strdup(slot->name);
+        ram->guest_address = slot->guest_address;
         ram->size = slot->size;
         ram->page_size = slot->page_size;
         if (!ram->block || !ram->backend)

@@ -64,7 +64,7 @@ int attach_check_slots(struct attach *a, const struct qemu_definition *d, struct
                          "the guest %u", has.n_ram, d->n_ram);
     for (unsigned i = 0; i < d->n_ram; i++)
         if (strcmp(has.ram[i].block, d->ram[i].block) || has.ram[i].size != d->ram[i].size ||
-            strcmp(has.ram[i].backend, d->ram[i].backend))
+            has.ram[i].guest_address != d->ram[i].guest_address)
             return error_set(err, VM_ERROR_REFUSED,
                              "memory slot %s of the guest is not that of the VMM prepared for it",
                              d->ram[i].block);

@@ -28,6 +28,7 @@ struct qemu_ram {
     char *backend;      /* id of the memory backend, "pc.ram", "mem1" */
     uint64_t size;
     uint64_t page_size; /* 4096, or that of hugetlb */
+    uint64_t guest_address; /* of an attach VMM's slot; QEMU's machine type decides */
 };
 
 struct qemu_disk {

@@ -78,10 +78,11 @@ static json_t *write_lists(const struct qemu_json *vm)
     for (char *const *a = d->argv; *a; a++)
         json_array_append_new(argv, json_string(*a));
     for (unsigned i = 0; i < d->n_ram; i++)
-        json_array_append_new(ram, json_pack("{s:s, s:s, s:I, s:I, s:s}", "block", d->ram[i].block,
+        json_array_append_new(ram, json_pack("{s:s, s:s, s:I, s:I, s:I, s:s}", "block", d->ram[i].block,
                                              "backend", d->ram[i].backend, "size",
                                              (json_int_t)d->ram[i].size, "page_size",
-                                             (json_int_t)d->ram[i].page_size, "image_file",
+                                             (json_int_t)d->ram[i].page_size, "guest_address",
+                                             (json_int_t)d->ram[i].guest_address, "image_file",
                                              vm->ram_files[i]));
     for (unsigned i = 0; i < d->n_disks; i++) {
         const struct qemu_disk *k = &d->disks[i];
@@ -180,6 +181,7 @@ static bool read_ram(const json_t *list, struct qemu_definition *d)
             return false;
         r->size = (uint64_t)qmp_integer(o, "size");
         r->page_size = (uint64_t)qmp_integer(o, "page_size");
+        r->guest_address = (uint64_t)qmp_integer(o, "guest_address");
     }
     return true;
 }

@@ -35,6 +35,7 @@ static void pack_ram(const struct qemu_definition *d, Vmmig__Peer__Definition *m
         m->ram[i]->backend = lend(d->ram[i].backend);
         m->ram[i]->size = d->ram[i].size;
         m->ram[i]->page_size = d->ram[i].page_size;
+        m->ram[i]->guest_address = d->ram[i].guest_address;
     }
 }
 
@@ -158,6 +159,7 @@ static bool unpack_ram(const Vmmig__Peer__Definition *m, struct qemu_definition 
             return false;
         to->size = m->ram[i]->size;
         to->page_size = m->ram[i]->page_size;
+        to->guest_address = m->ram[i]->guest_address;
     }
     return true;
 }
