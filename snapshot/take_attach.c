@@ -22,6 +22,7 @@ struct take {
     struct attach *attach;
     struct guard *guard;
     bool paused;
+    bool is_its, borrowed; /* it stands, and that is its VMM's doing: it is the agent's for the snapshot only */
     int64_t paused_at_ns;
 };
 
@@ -52,9 +53,7 @@ static int look_at_vm(struct take *t, struct vm_error **err)
                          "%s does not say how one is started that waits for its guest: nothing could be restored",
                          d->cpu_model);
     t->s.was_running = d->state == GUEST_RUNNING;
-    if (!t->s.was_running && !held)
-        return error_set(err, VM_ERROR_REFUSED,
-                         "%s itself holds the guest paused: let it run first", d->cpu_model);
+    t->is_its = !t->s.was_running && !held;
     return 0;
 }
 
@@ -97,6 +96,22 @@ static int pause_guest(struct take *t, struct vm_error **err)
     if (guest_pause(t->s.p->guest, err) < 0)
         return -1;
     FAULT("snapshot.paused");
+    return 0;
+}
+
+static int borrow(struct take *t, struct vm_error **err)
+{
+    if (!t->is_its)
+        return 0;
+    t->borrowed = true;
+    return guest_pause(t->s.p->guest, err);
+}
+
+static int give_back(struct take *t, struct vm_error **err)
+{
+    if (t->borrowed && guest_release(t->s.p->guest, err) < 0)
+        return -1;
+    t->borrowed = false;
     return 0;
 }
 
@@ -151,7 +166,7 @@ static int go_on(struct take *t, struct vm_error **err)
 static int switch_over(struct take *t, struct vm_error **err)
 {
     taking_tell(&t->s, SNAPSHOT_SWITCHING);
-    if (taking_start_memory(&t->s, false, err) < 0 || copy_memory(t, err) < 0 ||
+    if (borrow(t, err) < 0 || taking_start_memory(&t->s, false, err) < 0 || copy_memory(t, err) < 0 ||
         taking_stop_memory(&t->s, err) < 0)
         return -1;
     FAULT("snapshot.switched");
@@ -159,7 +174,7 @@ static int switch_over(struct take *t, struct vm_error **err)
         return go_on(t, err);
     attach_end_copy(t->attach);
     t->s.report->pause_ns = 0;
-    return 0;
+    return give_back(t, err);
 }
 
 /* ---- after ---- */
@@ -187,7 +202,7 @@ static void clean_up(struct take *t, struct vm_error **err)
 {
     cleanup_error struct vm_error *stands = NULL;
     taking_stop_memory(&t->s, NULL);
-    if (t->paused && set_going(t, &stands) < 0)
+    if ((t->paused && set_going(t, &stands) < 0) || give_back(t, &stands) < 0)
         error_wrap(err, "%s, after", error_message(stands));
     guard_end(t->guard);
     taking_finish(&t->s);

@@ -8,8 +8,8 @@
  * scratch_dir must have room for the guest's memory. What did not change since the parent is read, and stored once.
  *
  * Refused by name: disk_only, and a guest agent (the agent knows of no disks of such a VMM); a VMM that does not say how
- * one is started that waits for its guest, since that snapshot could not be restored; a guest that its VMM holds
- * paused by itself: the copy would make it the agent's to set going.
+ * one is started that waits for its guest, since that snapshot could not be restored. A guest that its VMM holds paused
+ * by itself is the agent's meanwhile, and its VMM's again afterwards; if the agent dies in between it stays the agent's.
  *
  * Failure: the guest runs on, nothing is tracked, nothing is visible. If the guest cannot be set going again, for half
  * a minute, the error says so. The VMM's death ends it as VMM_DIED. If the agent dies, tracking ends with its
