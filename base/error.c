@@ -155,6 +155,8 @@ void error_free(struct vm_error *err)
 
 void error_clear(struct vm_error **err)
 {
+    if (!err)
+        return;
     error_free(*err);
     *err = NULL;
 }

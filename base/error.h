@@ -75,7 +75,7 @@ int error_set_kind(struct vm_error **err, enum vm_error_kind kind);
 int error_propagate(struct vm_error **err, struct vm_error *from);
 struct vm_error *error_copy(const struct vm_error *from);
 void error_free(struct vm_error *err);
-/* error_free, then *err = NULL. */
+/* error_free, then *err = NULL. Nothing if nobody asks for the error: err is NULL. */
 void error_clear(struct vm_error **err);
 /* The out-of-memory error; -1. */
 int error_nomem(struct vm_error **err);

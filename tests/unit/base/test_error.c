@@ -28,6 +28,7 @@ static void context_is_added_while_unwinding(void **state)
 static void a_caller_may_ignore_the_error(void **state)
 {
     (void)state;
+    error_clear(NULL);
     assert_int_equal(open_disk(NULL), -1);
     assert_int_equal(error_wrap(NULL, "x"), -1);
     assert_string_equal(error_message(NULL), "no error");
