@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from agents import eventually, fault_build
 from lab import BareGuest, VmmGuest, judge
+from lab.keeper import has_ended
 from watch import QemuWatch, VmmWatch
 
 PATIENCE = 10   # limits of the agents are a tenth of what they are in production
@@ -356,14 +357,8 @@ class Harness:
 
     @staticmethod
     def lives(agent, pid):
-        """Also as a zombie whose threads, which may be vCPUs, have not ended yet."""
         agent.host.reap()
-        try:
-            with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
-                state, *numbers = file.read().rsplit(')', 1)[1].split()
-                return state not in 'ZX' or int(numbers[16]) > 1
-        except OSError:
-            return False
+        return not has_ended(pid)
 
     def vmm_pid(self, agent):
         return next(pid for pid, argv in agent.host.processes().items()

@@ -54,10 +54,22 @@ def processes(namespaces):
             if name.isdigit() and namespace(name) in namespaces}
 
 
+def has_ended(pid):
+    """Not while it is a zombie whose threads, which may be vCPUs, have not ended yet."""
+    try:
+        with open(f'/proc/{pid}/stat', encoding='ascii', errors='replace') as file:
+            state, *numbers = file.read().rsplit(')', 1)[1].split()
+            return state in 'ZX' and int(numbers[16]) <= 1
+    except OSError:
+        return True
+
+
 def kill_all(namespaces, spared):
-    """Kills the processes in these namespaces, and any that they start meanwhile."""
-    deadline = time.monotonic() + 20
-    while rest := processes(namespaces) - set(spared):
+    """Kills the processes in these namespaces, and any that they start meanwhile. They have left the namespace before
+    they have ended."""
+    deadline, killed = time.monotonic() + 20, set()
+    while rest := (processes(namespaces) - set(spared)) | {pid for pid in killed if not has_ended(pid)}:
+        killed |= rest
         for pid in rest:
             try:
                 os.kill(pid, signal.SIGKILL)
