@@ -22,8 +22,7 @@ _Static_assert(SENDER_CHANNELS_MAX * PAGE_ENCODER_MEMORY_MIN <= ENCODER_MEMORY, 
 enum { BYTES_PATIENCE = 16 };
 enum { PILOT_INTERVAL_MS = 10 };
 enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
-/* What is not worth another round: of a VMM that has to be asked for its dirty log, of one that shares it. */
-/* Device state, its loading and the hand-over's synced writes, until the pause shows what it was. */
+/* The device state's loading and the hand-over's synced writes; of a QEMU, the device state's way, too. */
 #define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
 #define FIXED_PAUSE_MAPPED_NS (8 * NSEC_PER_MSEC)
 

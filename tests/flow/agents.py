@@ -160,6 +160,15 @@ class Cluster(Lab):
             self.close()
             raise
 
+    def boot(self, vm, **options):
+        """A QEMU that its user started at the first host (options: of its process), known to the agent there. Returns
+        its console."""
+        console = self.console(vm.name)
+        self.agents[0].host.popen(vm.argv(), name=vm.name, **options)
+        console.wait_for('ready', timeout=60)
+        self.agents[0].vmmig('attach', vm.name, '--qmp', vm.qmp_path)
+        return console
+
     def make_certificates(self):
         """As the README says: a CA in one place, a certificate for each host, carried there."""
         pki = os.path.join(self.folder, 'pki')

@@ -60,14 +60,6 @@ def drive(path, kind, cache='none'):
             'virtio-blk-pci,drive=disk0,id=vda']
 
 
-def boot(cluster, vm):
-    console = cluster.console(vm.name)
-    cluster.agents[0].host.popen(vm.argv(), name=vm.name)
-    console.wait_for('ready', timeout=60)
-    cluster.agents[0].vmmig('attach', vm.name, '--qmp', vm.qmp_path)
-    return console
-
-
 def prepare(cluster, vm, argv=None, wrapper=()):
     """The QEMU that its user has waiting at h2."""
     h2 = cluster.hosts[1]
@@ -113,7 +105,7 @@ def test_a_guest_on_a_live_snapshot_moves_with_its_disk(cluster):
     base, overlay = f'{cluster.shared}/linux.raw', f'{cluster.shared}/linux.overlay'
     vm = LinuxGuest('linux', kernel=kernel, initrd=initrd, disk=make_disk(base, mib=64))
     here, there = cluster.agents
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     console.wait_ticks(3)
     vm.qmp(here.host)('blockdev-snapshot-sync', device='disk0', snapshot_file=overlay, format='qcow2')
     stale = here.vmmig('send', vm.name, '--to', 'h2', check=False)
@@ -140,7 +132,7 @@ def test_a_guest_on_a_live_snapshot_moves_with_its_disk(cluster):
 
 def test_a_guest_with_a_device_that_was_plugged_moves(cluster, vm):
     vm.options += ['-device', 'pcie-root-port,id=port1,chassis=1']
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     vm.qmp(cluster.hosts[0])('device_add', driver='virtio-rng-pci', id='rng1', bus='port1')
     refused(cluster, vm, console, 'device rng1 (virtio-rng-pci) was plugged while the VM ran')
     prepare(cluster, vm, vm.argv(incoming='defer') + ['-device', 'virtio-rng-pci,id=rng1,bus=port1'])
@@ -153,7 +145,7 @@ def test_a_guest_with_a_device_that_was_plugged_moves(cluster, vm):
 def test_a_guest_goes_through_qemus_loader_where_its_memory_cannot_be_reached(cluster):
     """By an agent that may not: every page is in QEMU's own stream."""
     a2, vm = cluster.agents[1], BareGuest('loaded', mem_mib=96, dirty_mib=4, fill='random')
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     a2.stop()
     a2.start(wrapper=UNPRIVILEGED)
     try:
@@ -178,7 +170,7 @@ def test_a_prepared_qemu_with_a_file_of_its_own_is_refused(cluster, vm):
     """The guest's own file is there and would prove itself. The user's QEMU goes on waiting, and so does not have to be
     the last: with the right disk it takes the guest."""
     h2 = cluster.hosts[1]
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     other = '/run/vmlab/other.raw'
     with open(h2.path(other), 'wb') as file:
         file.truncate(MIB)
@@ -190,7 +182,7 @@ def test_a_prepared_qemu_with_a_file_of_its_own_is_refused(cluster, vm):
 
 
 def test_a_prepared_qemu_with_another_file_beside_it_is_refused(cluster, vm):
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     other = make_file(cluster, 'other.raw')
     prepare(cluster, vm, with_options(vm, drive(other, 'raw')))
     refused(cluster, vm, console, f'not the same one on both hosts, there it is {other}: the inode or the size differs',
@@ -199,7 +191,7 @@ def test_a_prepared_qemu_with_another_file_beside_it_is_refused(cluster, vm):
 
 def test_a_prepared_qemu_has_no_disk_more_and_none_less(cluster, vm):
     h2, other = cluster.hosts[1], make_file(cluster, 'other.raw')
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     for options, pattern in (
             ([*drive(link_of(vm.name), 'raw')[2:], '-blockdev',
               f'driver=file,node-name=disk0,read-only=on,filename={other}'], 'disk disk0'),
@@ -213,7 +205,7 @@ def test_a_prepared_qemu_has_no_disk_more_and_none_less(cluster, vm):
 def test_a_disk_through_the_page_cache_is_refused(cluster, vm):
     """Of one host at least; by another machine, which has a boot id of its own. The user can vouch for it."""
     h2, a2 = cluster.hosts[1], cluster.agents[1]
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     identity = os.path.join(cluster.folder, 'boot_id')
     with open(identity, 'w', encoding='ascii') as file:
         file.write('5f1c9b0e-7d6e-4b53-a9a1-0c1f6a1f5f55\n')
@@ -236,5 +228,5 @@ def test_a_disk_through_the_page_cache_is_refused(cluster, vm):
 
 def test_an_image_may_be_a_link(cluster, vm):
     """As in the fixture: to storage that both hosts see. The agent that starts the destination proves it, too."""
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     moves(cluster, vm, console)

@@ -28,14 +28,6 @@ def convert(host, source, target):
     host.run(['qemu-img', 'convert', '-f', 'raw', '-O', 'raw', source, target])
 
 
-def boot(cluster, vm):
-    console = cluster.console(vm.name)
-    cluster.agents[0].host.popen(vm.argv(), name=vm.name)
-    console.wait_for('ready', timeout=60)
-    cluster.agents[0].vmmig('attach', vm.name, '--qmp', vm.qmp_path)
-    return console
-
-
 def test_linux_on_an_image_in_ceph(cluster, ceph):
     """It works on its disk while it moves. A QEMU that was prepared with another image does not get it."""
     here, there = cluster.agents
@@ -45,7 +37,7 @@ def test_linux_on_an_image_in_ceph(cluster, ceph):
     for name in image, other:
         convert(here.host, local, name)
     vm = LinuxGuest('linux', kernel=kernel, initrd=initrd, disk=image)
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     mark = console.mark()
 
     waits = there.host.popen([word.replace(image, other) for word in vm.argv(incoming='defer')], name='prepared')

@@ -31,13 +31,7 @@ def cluster():
 
 
 def boot(cluster, name, cgroup):
-    a1 = cluster.agents[0]
-    vm = BareGuest(name, mem_mib=64, dirty_mib=4)
-    console = cluster.console(name)
-    a1.host.popen(vm.argv(), name=name, cgroup=cgroup)
-    console.wait_for('ready', timeout=60)
-    a1.vmmig('attach', name, '--qmp', vm.qmp_path)
-    return console
+    return cluster.boot(BareGuest(name, mem_mib=64, dirty_mib=4), cgroup=cgroup)
 
 
 def says(cluster, text):

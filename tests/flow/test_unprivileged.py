@@ -34,14 +34,6 @@ def add_user(host):
                                   f'mount --bind {own} {device}'])
 
 
-def boot(cluster, vm):
-    console = cluster.console(vm.name)
-    cluster.agents[0].host.popen(vm.argv(), name=vm.name)
-    console.wait_for('ready', timeout=60)
-    cluster.agents[0].vmmig('attach', vm.name, '--qmp', vm.qmp_path)
-    return console
-
-
 def goes_and_comes(cluster, name, console):
     """To h2 and back; there and here it is the user's then, who has no privilege."""
     mark = console.mark()
@@ -61,7 +53,7 @@ def goes_and_comes(cluster, name, console):
 def test_memory_under_kvm(cluster):
     """Where KVM works."""
     vm = BareGuest('bare', mem_mib=128, dirty_mib=16)
-    goes_and_comes(cluster, vm.name, boot(cluster, vm))
+    goes_and_comes(cluster, vm.name, cluster.boot(vm))
     cluster.agents[0].end(vm.name)
 
 
@@ -72,7 +64,7 @@ def test_linux_with_its_disk_and_its_network(cluster):
     disk = make_disk(f'{cluster.shared}/linux.raw', mib=64)
     vm = LinuxGuest('linux', kernel=kernel, initrd=initrd, disk=disk, network=1)
     heartbeats = cluster.udp(HEARTBEAT_PORT)
-    console = boot(cluster, vm)
+    console = cluster.boot(vm)
     heartbeats.wait_ticks(20)
     mark = heartbeats.mark()
     goes_and_comes(cluster, vm.name, console)
