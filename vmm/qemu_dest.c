@@ -100,16 +100,24 @@ static uint64_t memory_of_page_size(const struct qemu_definition *d, uint64_t pa
     return sum;
 }
 
+static int read_huge_pages(uint64_t page_size, const char *file, uint64_t *ret)
+{
+    char path[128];
+    snprintf(path, sizeof(path), "/sys/kernel/mm/hugepages/hugepages-%" PRIu64 "kB/%s",
+             page_size >> 10, file);
+    return read_number(path, "", ret, NULL);
+}
+
 static int check_huge_pages(const struct qemu_definition *d, uint64_t page_size,
                             struct vm_error **err)
 {
-    char path[128];
-    uint64_t free_pages, needed = memory_of_page_size(d, page_size);
-    snprintf(path, sizeof(path), "/sys/kernel/mm/hugepages/hugepages-%" PRIu64 "kB/free_hugepages",
-             page_size >> 10);
-    if (read_number(path, "", &free_pages, NULL) < 0)
+    uint64_t free_pages, promised, needed = memory_of_page_size(d, page_size);
+    if (read_huge_pages(page_size, "free_hugepages", &free_pages) < 0 ||
+        read_huge_pages(page_size, "resv_hugepages", &promised) < 0)
         return error_set(err, VM_ERROR_REFUSED, "this host has no huge pages of %" PRIu64 " KiB",
                          page_size >> 10);
+    /* Those that a mapping has reserved are free until they are touched. */
+    free_pages -= promised < free_pages ? promised : free_pages;
     if (free_pages < needed / page_size)
         return error_set(err, VM_ERROR_NO_SPACE,
                          "the VM needs %" PRIu64 " huge pages of %" PRIu64 " KiB, %" PRIu64

@@ -78,6 +78,10 @@ class huge_pages:
             raise MemoryError(f'cannot reserve {self.pages} pages of 2 MiB')
         return self
 
+    def drop_free(self):
+        """Whatever the machine had before, too: only those that are in use stay."""
+        self._set(0)
+
     def __exit__(self, *exception):
         self._set(self.former)
 
