@@ -19,6 +19,7 @@
 #define RECORD_SIZE_MAX 512
 #define FORMAT_VERSION 1
 #define FORMAT_KEY "format"
+#define SMALL_CHANGE 4096 /* bytes by which a blob may grow without asking */
 #define RESERVE_PAGES 256 /* what changes of existing records may need at once, and plenty more */
 
 struct journal {
@@ -359,12 +360,23 @@ static int take_census(struct journal *j, MDB_txn *txn, struct census *ret, stru
     return rc == MDB_NOTFOUND ? 0 : error_mdb(err, rc, "read");
 }
 
+static int demand_room(struct journal *j, size_t bytes, struct vm_error **err)
+{
+    size_t pages = 0;
+    MDB_stat stat;
+    if (count_free_pages(j, &pages, err) < 0)
+        return -1;
+    mdb_env_stat(j->env, &stat);
+    if (pages < RESERVE_PAGES + bytes / stat.ms_psize)
+        return error_set(err, VM_ERROR_NO_SPACE,
+                         "journal: no room for another attempt; see `vmmig doctor`");
+    return 0;
+}
+
 /* A new attempt is about to be written: forget old history, and see that there is room. */
 static int admit(struct journal *j, MDB_txn *txn, size_t blob_len, struct vm_error **err)
 {
     struct census census;
-    size_t pages = 0;
-    MDB_stat stat;
     if (take_census(j, txn, &census, err) < 0)
         return -1;
     if (census.finished > JOURNAL_HISTORY_MAX) {
@@ -375,13 +387,7 @@ static int admit(struct journal *j, MDB_txn *txn, size_t blob_len, struct vm_err
     if (census.count >= JOURNAL_RECORDS_MAX)
         return error_set(err, VM_ERROR_NO_SPACE,
                          "journal: %zu attempts are unfinished; see `vmmig doctor`", census.count);
-    if (count_free_pages(j, &pages, err) < 0)
-        return -1;
-    mdb_env_stat(j->env, &stat);
-    if (pages < RESERVE_PAGES + blob_len / stat.ms_psize)
-        return error_set(err, VM_ERROR_NO_SPACE,
-                         "journal: no room for another attempt; see `vmmig doctor`");
-    return 0;
+    return demand_room(j, blob_len, err);
 }
 
 /* ---- The interface ---- */
@@ -409,6 +415,8 @@ static int put_in(struct journal *j, MDB_txn *txn, const struct journal_record *
                              "journal: attempt %s has its other end here, too",
                              uuid_text(&r.attempt));
         r.started_ns = old.started_ns;
+        if (r.blob_len > old.blob_len + SMALL_CHANGE && demand_room(j, r.blob_len, err) < 0)
+            return -1;
     } else if (missing->kind == VM_ERROR_NOT_FOUND) {
         if (admit(j, txn, r.blob_len, err) < 0)
             return -1;

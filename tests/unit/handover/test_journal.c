@@ -576,8 +576,14 @@ static void a_full_journal_refuses_new_attempts_and_finishes_the_old_ones(void *
     }
     assert_in_range(n, 64, MOST - 1);
     assert_error(-1, &err, VM_ERROR_NO_SPACE);
-    for (int i = 0; i < n; i++)
+    /* What exists goes on all the same, also when all of its memory is written again. */
+    for (int i = 0; i < n; i++) {
+        struct journal_record r = get(j, &attempts[i]);
+        r.record = HANDOVER_REC_ABORTING;
+        put(j, &r);
+        journal_record_finish(&r);
         advance(j, &attempts[i], HANDOVER_REC_COMMIT);
+    }
     for (int i = 0; i < n; i++) {
         struct journal_record out = get(j, &attempts[i]);
         assert_int_equal(out.record, HANDOVER_REC_COMMIT);
@@ -588,6 +594,42 @@ static void a_full_journal_refuses_new_attempts_and_finishes_the_old_ones(void *
         advance(j, &attempts[i], HANDOVER_REC_DONE);
     struct journal_record r = a_record(HANDOVER_REC_SENDING);
     put(j, &r);
+}
+
+/* An attempt is put before its VM's command line is known. */
+static void what_grows_later_is_refused_as_soon(void **state)
+{
+    (void)state;
+    enum { MOST = 256 };
+    struct vm_error *err = NULL;
+    CLEANUP(journal) struct journal *j = open_journal();
+    cleanup_free char *big = calloc(1, JOURNAL_BLOB_MAX);
+    static struct uuid attempts[MOST];
+    for (int i = 0; i < MOST; i++) {
+        struct journal_record r = a_record(HANDOVER_REC_PREPARING);
+        r.blob = big;
+        r.blob_len = 100;
+        put(j, &r);
+        attempts[i] = r.attempt;
+    }
+    int n = 0;
+    for (; n < MOST; n++) {
+        struct journal_record r = get(j, &attempts[n]);
+        free(r.blob);
+        r.blob = big;
+        r.blob_len = JOURNAL_BLOB_MAX;
+        int rc = journal_put(j, &r, &err);
+        r.blob = NULL;
+        journal_record_finish(&r);
+        if (rc < 0)
+            break;
+    }
+    assert_in_range(n, 64, MOST - 1);
+    assert_error(-1, &err, VM_ERROR_NO_SPACE);
+    for (int i = 0; i < MOST; i++)
+        advance(j, &attempts[i], HANDOVER_REC_LOADED);
+    for (int i = 0; i < MOST; i++)
+        advance(j, &attempts[i], HANDOVER_REC_RUN);
 }
 
 static void the_number_of_records_is_bounded(void **state)
@@ -719,6 +761,7 @@ int main(void)
         TEST(garbage_is_not_opened),
         TEST(history_is_pruned_and_open_attempts_are_kept),
         TEST(a_full_journal_refuses_new_attempts_and_finishes_the_old_ones),
+        TEST(what_grows_later_is_refused_as_soon),
         TEST(the_number_of_records_is_bounded),
         TEST(its_first_blocks_are_written_when_it_is_opened),
         TEST(a_disk_that_fills_up_does_not_hurt),
