@@ -2,7 +2,7 @@
 #include "agent/vms.h"
 
 #include "agent/vm_record.h"
-#include "base/clock.h"
+#include "base/cond.h"
 #include "base/io.h"
 #include "base/log.h"
 
@@ -20,7 +20,9 @@ struct vm {
     atomic_uint refs;
     struct vm_definition definition;
     int pidfd; /* -1: the process was gone already */
+    pthread_mutex_t adopt_lock; /* one connects at a time; before `lock`, never with that of `vms` */
     pthread_mutex_t lock; /* guards what follows */
+    bool adopting; /* a thread connects */
     enum vm_presence presence;
     struct guest *guest; /* of the last connection; once there is one, there always is */
     char detail[VM_DETAIL_MAX];
@@ -37,9 +39,10 @@ struct vms {
     pthread_t keeper;
     bool keeper_runs;
     int wake_fd; /* the list changed, or closing */
-    pthread_mutex_t adopt_lock; /* one connects at a time; before a vm's lock, never with `lock` */
     pthread_mutex_t lock; /* guards what follows; taken before a vm's lock */
-    pthread_cond_t settled_cond;
+    pthread_cond_t changed;
+    unsigned adopting; /* threads that connect */
+    bool all_begun;    /* every VM of the start has its thread */
     struct vm **list; /* sorted by name, params.max long */
     unsigned n;
     bool settled, closing;
@@ -108,23 +111,6 @@ int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_
     return 0;
 }
 
-/* A condition whose deadlines are monotonic. */
-static void init_cond(pthread_cond_t *cond)
-{
-    pthread_condattr_t monotonic;
-    pthread_condattr_init(&monotonic);
-    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
-    pthread_cond_init(cond, &monotonic);
-    pthread_condattr_destroy(&monotonic);
-}
-
-/* False once the deadline is over. */
-static bool wait_cond(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t deadline_ns)
-{
-    struct timespec until = {deadline_ns / NSEC_PER_SEC, deadline_ns % NSEC_PER_SEC};
-    return pthread_cond_timedwait(cond, lock, &until) == 0;
-}
-
 static struct vm *vm_ref(struct vm *vm)
 {
     atomic_fetch_add(&vm->refs, 1);
@@ -141,6 +127,7 @@ void vm_put(struct vm *vm)
     error_free(vm->status_error);
     pthread_cond_destroy(&vm->asked_cond);
     pthread_mutex_destroy(&vm->lock);
+    pthread_mutex_destroy(&vm->adopt_lock);
     free(vm);
 }
 
@@ -244,7 +231,7 @@ int vm_status(struct vm *vm, int64_t deadline_ns, struct guest_status *ret_statu
     unsigned before = vm->answers;
     if (ask_locked(vm, err) < 0)
         return -1;
-    while (vm->answers == before && wait_cond(&vm->asked_cond, &vm->lock, deadline_ns))
+    while (vm->answers == before && cond_wait_until(&vm->asked_cond, &vm->lock, deadline_ns))
         ;
     if (vm->answers == before)
         return error_set(err, VM_ERROR_TIMEOUT, "the VMM does not answer");
@@ -263,8 +250,9 @@ static struct vm *make_vm(const struct vm_definition *d, struct vm_error **err)
         return NULL;
     }
     atomic_init(&vm->refs, 1);
+    pthread_mutex_init(&vm->adopt_lock, NULL);
     pthread_mutex_init(&vm->lock, NULL);
-    init_cond(&vm->asked_cond);
+    cond_init(&vm->asked_cond);
     vm->pidfd = -1;
     if (vm_definition_copy(d, &vm->definition, err) < 0)
         return NULL;
@@ -346,7 +334,7 @@ static void adopt_locked(struct vms *vms, struct vm *vm)
 
 static void adopt(struct vms *vms, struct vm *vm)
 {
-    SCOPE_LOCK(&vms->adopt_lock);
+    SCOPE_LOCK(&vm->adopt_lock);
     if (vm_presence(vm) == VM_UNREACHABLE) /* or somebody was quicker */
         adopt_locked(vms, vm);
 }
@@ -407,23 +395,79 @@ static bool is_closing(struct vms *vms)
     return vms->closing;
 }
 
-static void announce_settled(struct vms *vms)
+/* With the lock held: all that were known at the start have been tried once. */
+static void see_if_settled(struct vms *vms)
 {
-    SCOPE_LOCK(&vms->lock);
-    vms->settled = true;
-    pthread_cond_broadcast(&vms->settled_cond);
+    vms->settled = vms->settled || (vms->all_begun && !vms->adopting);
+    pthread_cond_broadcast(&vms->changed);
 }
 
-/* Adopt those that do not answer yet, if it is time; true if some still do not. */
-static bool adopt_all(struct vms *vms, struct vm **list, unsigned n, bool due)
+struct adoption {
+    struct vms *vms;
+    struct vm *vm; /* reference */
+};
+
+static void *adopt_main(void *arg)
 {
-    bool some = false;
-    for (unsigned i = 0; i < n && !is_closing(vms); i++) {
-        if (due && vm_presence(list[i]) == VM_UNREACHABLE)
-            adopt(vms, list[i]);
-        some |= vm_presence(list[i]) == VM_UNREACHABLE;
+    struct adoption a = *(struct adoption *)arg;
+    free(arg);
+    adopt(a.vms, a.vm);
+    pthread_mutex_lock(&a.vm->lock);
+    a.vm->adopting = false;
+    pthread_mutex_unlock(&a.vm->lock);
+    vm_put(a.vm);
+    SCOPE_LOCK(&a.vms->lock);
+    a.vms->adopting--;
+    see_if_settled(a.vms);
+    return NULL;
+}
+
+static bool begin_adopting(struct vm *vm)
+{
+    SCOPE_LOCK(&vm->lock);
+    bool begin = vm->presence == VM_UNREACHABLE && !vm->adopting;
+    vm->adopting = vm->adopting || begin;
+    return begin;
+}
+
+static void count_adoptions(struct vms *vms, int change)
+{
+    SCOPE_LOCK(&vms->lock);
+    vms->adopting += (unsigned)change;
+}
+
+/* In a thread of its own: a VMM that is silent delays nobody else. */
+static void start_adopting(struct vms *vms, struct vm *vm)
+{
+    pthread_t thread;
+    struct adoption *a = malloc(sizeof(*a));
+    if (!begin_adopting(vm)) {
+        free(a);
+        return;
     }
-    return some;
+    count_adoptions(vms, 1);
+    if (a)
+        *a = (struct adoption){vms, vm_ref(vm)};
+    if (a && pthread_create(&thread, NULL, adopt_main, a) == 0) {
+        pthread_detach(thread);
+        return;
+    }
+    log_warn("no thread to connect to a VM", "vm=%s", vm->definition.name);
+    count_adoptions(vms, -1);
+    if (a)
+        vm_put(vm);
+    free(a);
+    SCOPE_LOCK(&vm->lock);
+    vm->adopting = false;
+}
+
+static void adopt_all(struct vms *vms, struct vm **list, unsigned n)
+{
+    for (unsigned i = 0; i < n && !is_closing(vms); i++)
+        start_adopting(vms, list[i]);
+    SCOPE_LOCK(&vms->lock);
+    vms->all_begun = true;
+    see_if_settled(vms);
 }
 
 /* Wait for a death, a change of the list, or the time to try again. */
@@ -453,13 +497,12 @@ static void *keeper_thread(void *arg)
     while (!is_closing(vms)) {
         unsigned n;
         struct vm **list = list_refs(vms, &n);
-        bool due = clock_mono_ns() >= retry_ns;
-        bool some = adopt_all(vms, list, n, due) || !list;
-        if (due)
+        if (clock_mono_ns() >= retry_ns) {
+            adopt_all(vms, list, n);
             retry_ns = clock_mono_ns() + RETRY_NS;
-        announce_settled(vms);
+        }
         /* A connection that ended shows when somebody asks: then it is made anew. */
-        watch(vms, list, n, n || some ? retry_ns : INT64_MAX);
+        watch(vms, list, n, n || !list ? retry_ns : INT64_MAX);
         for (unsigned i = 0; i < n; i++)
             vm_put(list[i]);
         free(list);
@@ -502,9 +545,8 @@ struct vms *vms_open(const struct vms_params *params, struct vm_error **err)
     }
     vms->params = *params;
     vms->wake_fd = -1;
-    pthread_mutex_init(&vms->adopt_lock, NULL);
     pthread_mutex_init(&vms->lock, NULL);
-    init_cond(&vms->settled_cond);
+    cond_init(&vms->changed);
     vms->list = calloc(params->max, sizeof(*vms->list));
     if (!vms->list || asprintf(&vms->folder, "%s/vms", params->state_dir) < 0) {
         error_nomem(err);
@@ -532,14 +574,17 @@ void vms_close(struct vms *vms)
         pthread_mutex_unlock(&vms->lock);
         wake_keeper(vms);
         pthread_join(vms->keeper, NULL);
+        pthread_mutex_lock(&vms->lock);
+        while (vms->adopting)
+            pthread_cond_wait(&vms->changed, &vms->lock);
+        pthread_mutex_unlock(&vms->lock);
     }
     while (vms->n)
         remove_at(vms, vms->n - 1);
     free(vms->list);
     free(vms->folder);
     close_fd(&vms->wake_fd);
-    pthread_cond_destroy(&vms->settled_cond);
-    pthread_mutex_destroy(&vms->adopt_lock);
+    pthread_cond_destroy(&vms->changed);
     pthread_mutex_destroy(&vms->lock);
     free(vms);
 }
@@ -548,7 +593,7 @@ bool vms_settle(struct vms *vms, int timeout_ms)
 {
     int64_t deadline = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
     SCOPE_LOCK(&vms->lock);
-    while (!vms->settled && wait_cond(&vms->settled_cond, &vms->lock, deadline))
+    while (!vms->settled && cond_wait_until(&vms->changed, &vms->lock, deadline))
         ;
     return vms->settled;
 }

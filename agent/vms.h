@@ -23,7 +23,8 @@
  * the records or not, as the last call that returned says.
  *
  * Threads: any. A `struct vm` is reference counted, and so is its guest: a new connection brings a new one, and
- * the former ends with whoever still uses it. A thread of the registry adopts VMs and notices their deaths. Bound: params.max VMs.
+ * the former ends with whoever still uses it. A thread of the registry notices deaths, and has a thread connect to each VM
+ * that does not answer, so that a silent one delays no other. Bound: params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
 #define VMMIG_AGENT_VMS_H
@@ -80,7 +81,7 @@ static inline void vm_definition_cleanup(struct vm_definition *d)
 }
 #define cleanup_vm_definition __attribute__((cleanup(vm_definition_cleanup)))
 
-/* Connect to the VMM of a definition (vmm/qemu.h); may take seconds. */
+/* Connect to the VMM of a definition (vmm/qemu.h); may take seconds. Called for several VMs at once, for each by one. */
 typedef struct guest *vm_connect_fn(const struct vm_definition *d, void *arg,
                                     struct vm_error **err);
 

@@ -28,6 +28,7 @@ struct fixture {
     char dir[64];
     pid_t child;
     int died;               /* latch */
+    int speaks;             /* latch: the VM "silent" is connected to only then */
     atomic_bool reachable;
     atomic_uint connects;
     pid_t lie;              /* connect answers as this process */
@@ -90,6 +91,8 @@ static struct guest *connect_to(const struct vm_definition *d, void *arg, struct
 {
     struct fixture *f = arg;
     atomic_fetch_add(&f->connects, 1);
+    if (!strcmp(d->name, "silent"))
+        io_wait(f->speaks, POLLIN, INT64_MAX, -1, NULL);
     if (!atomic_load(&f->reachable)) {
         error_set(err, VM_ERROR_TIMEOUT, "QMP does not answer");
         return NULL;
@@ -118,6 +121,7 @@ static int set_up(void **state)
     assert_non_null(mkdtemp(f->dir));
     f->child = spawn_waiter();
     f->died = io_latch_new(NULL);
+    f->speaks = io_latch_new(NULL);
     atomic_init(&f->reachable, true);
     *state = f;
     return 0;
@@ -129,6 +133,7 @@ static int tear_down(void **state)
     char command[128];
     end_waiter(f->child);
     close_fd(&f->died);
+    close_fd(&f->speaks);
     snprintf(command, sizeof(command), "rm -r %s", f->dir);
     assert_int_equal(system(command), 0);
     free(f);
@@ -257,6 +262,30 @@ static void a_vmm_that_does_not_answer_is_tried_again(void **state)
     CLEANUP(guest) struct guest *guest = vm_guest(vm);
     assert_non_null(guest);
     vms_close(vms);
+}
+
+/* Nobody waits for a VMM that says nothing: not a VM that is adopted, nor one that dies. */
+static void a_silent_vmm_delays_no_other(void **state)
+{
+    struct fixture *f = *state;
+    struct guest *none = NULL;
+    struct vms *vms = open_registry(f);
+    pid_t silent = spawn_waiter();
+    struct vm_definition first = define("silent", silent), second = define("web1", f->child);
+    assert_int_equal(vms_add(vms, &first, &none, NULL), 0);
+    while (!atomic_load(&f->connects))
+        poll(NULL, 0, 10);
+    assert_int_equal(vms_add(vms, &second, &none, NULL), 0);
+    {
+        CLEANUP(vm) struct vm *vm = vms_get(vms, "web1", NULL);
+        vms_reconnect(vms, vm, NULL);
+        assert_int_equal(vm_presence(vm), VM_PRESENT);
+    }
+    kill(f->child, SIGKILL);
+    assert_int_equal(io_wait(f->died, POLLIN, clock_mono_ns() + LONG_NS, -1, NULL), 0);
+    io_latch_set(f->speaks);
+    vms_close(vms);
+    end_waiter(silent);
 }
 
 static void another_process_at_the_socket_is_not_adopted(void **state)
@@ -637,6 +666,7 @@ int main(void)
         WITH_FIXTURE(names_and_processes_are_unique),
         WITH_FIXTURE(a_removed_vm_is_forgotten_and_runs_on),
         WITH_FIXTURE(a_vmm_that_hangs_is_waited_for_until_the_deadline),
+        WITH_FIXTURE(a_silent_vmm_delays_no_other),
         WITH_FIXTURE(a_connection_that_ended_is_made_anew),
         WITH_FIXTURE(guests_of_former_connections_end_with_who_uses_them),
         WITH_FIXTURE(a_late_answer_of_a_former_connection_is_not_held_against_the_new_one),
