@@ -60,10 +60,23 @@ static void end_piece(struct piece *p, uint64_t size)
 }
 
 /* A VMM without KVM, with memory of its own. */
+static struct toy_vmm *new_vmm_with(unsigned callback_timeout_ms)
+{
+    struct toy_vmm like = {.sizes = {MIB, 4 * MIB},
+                           .params = {.callback_timeout_ms = callback_timeout_ms}};
+    return toy_vmm_create_incoming(&like);
+}
+
+/* Its callbacks return, if late on a busy machine. */
 static struct toy_vmm *new_vmm(void)
 {
-    struct toy_vmm like = {.sizes = {MIB, 4 * MIB}, .params = {.callback_timeout_ms = 200}};
-    return toy_vmm_create_incoming(&like);
+    return new_vmm_with(10000);
+}
+
+/* One that is going to hang. */
+static struct toy_vmm *new_impatient_vmm(void)
+{
+    return new_vmm_with(200);
 }
 
 static void expect_refused(struct vmmig_attach *a, const struct vmmig_slot *slots, unsigned n,
@@ -687,7 +700,7 @@ static void wait_for_state(struct guest *g, enum guest_run_state state, unsigned
 
 static void a_pause_that_hangs_is_taken_back(void **state)
 {
-    struct toy_vmm *v = new_vmm();
+    struct toy_vmm *v = new_impatient_vmm();
     struct vm_error *err = NULL;
     CLEANUP(attach) struct attach *a = agent_of(v);
     struct guest *g = attach_guest(a);
@@ -712,7 +725,7 @@ static void a_pause_that_hangs_is_taken_back(void **state)
 /* It was the VMM's user who had the guest stand. */
 static void a_late_pause_sets_no_guest_going_that_stood(void **state)
 {
-    struct toy_vmm *v = new_vmm();
+    struct toy_vmm *v = new_impatient_vmm();
     struct vm_error *err = NULL;
     CLEANUP(attach) struct attach *a = agent_of(v);
     struct guest_status status;
@@ -790,7 +803,7 @@ static void a_vmm_out_of_descriptors_stays_calm(void **state)
 
 static void a_save_that_hangs_does_not_keep_the_guest(void **state)
 {
-    struct toy_vmm *v = new_vmm();
+    struct toy_vmm *v = new_impatient_vmm();
     struct guest_status status;
     char text[256];
     vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
