@@ -26,6 +26,7 @@ HANGS = 4.0     # seconds until an agent that hangs is killed: nobody waits for 
 SLOW = ('--max-bandwidth', '8M', '--downtime-limit', '1000')
 OUTCOMES = ('source', 'destination', 'ended', 'operator')
 ROLES = ('source', 'destination')
+GUEST = {'mem_mib': 64, 'dirty_mib': 4, 'rate_mbps': 20, 'heartbeat_ms': 10}
 
 
 @dataclass
@@ -96,11 +97,12 @@ class QemuPair:
     def __init__(self, cluster, prefix):
         self.cluster, self.prefix, self.count = cluster, prefix, 0
 
-    def boot(self, agent, faults=''):
-        """A guest that runs under the agent. Returns (vm, console, watch). faults: of its VMM."""
+    def boot(self, agent, faults='', **options):
+        """A guest that runs under the agent. Returns (vm, console, watch). faults: of its VMM; options: of the guest,
+        beside or instead of GUEST."""
         assert not faults
         self.count += 1
-        vm = BareGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10)
+        vm = BareGuest(f'{self.prefix}{self.count}', **{**GUEST, **options})
         console = self.cluster.console(vm.name)
         watch = QemuWatch({host.name: host.path(vm.judge_path) for host in self.cluster.hosts})
         agent.host.popen(vm.argv(), name=vm.name)
@@ -151,9 +153,9 @@ exec -a "$0" {program} "$@"
         with open(os.path.join(self.folder, 'told'), encoding='ascii') as file:
             return file.read().split()
 
-    def boot(self, agent, faults=''):
+    def boot(self, agent, faults='', **options):
         self.count += 1
-        vm = VmmGuest(f'{self.prefix}{self.count}', mem_mib=64, dirty_mib=4, rate_mbps=20, heartbeat_ms=10, events=True)
+        vm = VmmGuest(f'{self.prefix}{self.count}', events=True, **{**GUEST, **options})
         console = self.cluster.console(vm.name)
         watch = VmmWatch({host.name: host.path(vm.events_path) for host in self.cluster.hosts})
         self.write('first', faults)

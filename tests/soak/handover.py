@@ -4,8 +4,9 @@
 
     tests/soak/handover.py [--minutes N] [--seed N] [--vms N]
 
-Two hosts, eight small guests that share a part of a core, agents whose time-outs are divided by ten: agents crash,
-stand still, get errors, slow and full disks, lost and repeated messages; links are cut. Every twenty seconds or so the
+Two hosts, eight small guests that share a part of a core, half of them QEMU's, half vmmig-vmm's, agents whose time-outs
+are divided by ten: agents crash, stand still, get errors, slow and full disks, lost and repeated messages, clocks that
+jump; links are cut. (VMMs do not die: that may cost a guest, see the matrix.) Every twenty seconds or so the
 faults end, everything has to settle, and is judged: each guest runs on exactly one host, its VMMs never ran at the
 same instant, its memory is clean, its console without a gap; of descriptors an agent holds what it needs for its VMs,
 and none besides. In the second half of the rounds no fault ends an agent, so that what one leaks adds up: its memory
@@ -23,21 +24,22 @@ for folder in ('fault', 'flow', ''):
     sys.path.insert(0, os.path.join(TESTS, folder))
 
 from agents import Cluster, eventually, fault_build  # noqa: E402
-from harness import PATIENCE, check_end  # noqa: E402
-from lab import BareGuest, judge  # noqa: E402
-from watch import QemuWatch  # noqa: E402
+from harness import PATIENCE, QemuPair, VmmPair, check_end  # noqa: E402
+from lab import judge  # noqa: E402
 
 CPU_PERCENT = 90   # of one core, for all guests together
 STEPS_PER_ROUND = 24
 ROUND_SECONDS = 15  # about what one takes: how many rounds the minutes are
 SETTLE_LIMIT = 60
 LIVES_ON = 0.5     # of the rounds no agent is ended
-FDS_PER_VM = 3     # that runs under an agent: two of QMP, and one of its process
+# Descriptors for a VM that runs under an agent: of its process, and two of QMP or one of the attach protocol.
+FDS_PER_VM = {QemuPair: 3, VmmPair: 2}
 FLAT_BYTES = 4 << 20
 
 MESSAGES = ('PREPARE', 'COMMIT', 'FINISHED', 'PREPARED', 'LOADED', 'RUNNING', 'ABORT', 'NEVER')
 RECORDS = ('SENDING', 'COMMIT', 'DONE', 'ABORTING', 'ABORTED', 'SRC_CLOSED', 'PREPARING', 'LOADED', 'RUN', 'RUNNING',
            'NEVER', 'DST_CLOSED')
+ATTACH_MESSAGES = ('TRACK', 'HARVEST', 'CLEAR', 'PAUSE', 'SAVE', 'LOAD', 'RESUME', 'QUIT')
 FAULTS = [f'handover.send.{m}={f}' for m in MESSAGES for f in ('drop', 'duplicate', 'delay:300', 'crash')] + \
     [f'handover.{w}.{r}={f}' for r in RECORDS for w in ('before', 'after') for f in ('crash', 'delay:300')] + \
     [f'handover.before.{r}=error:ENOSPC' for r in RECORDS] + \
@@ -46,23 +48,22 @@ FAULTS = [f'handover.send.{m}={f}' for m in MESSAGES for f in ('drop', 'duplicat
     [f'journal.{p}' for p in ('write=error:ENOSPC', 'write=delay:200@*', 'sync=error', 'written=crash')] + \
     [f'qmp.{p}={f}' for p in ('stop', 'cont', 'migrate', 'cont.answer', 'stop.answer') for f in ('error', 'delay:300')] + \
     [f'channel.{p}={f}@3' for p in ('send', 'ack') for f in ('drop', 'corrupt', 'duplicate')] + \
-    ['conn.read=error:ECONNRESET@50', 'conn.write=error:ECONNRESET@50', 'peer.send=drop', 'peer.receive=error']
+    [f'attach.{w}.{m}={f}' for w in ('send', 'receive') for m in ATTACH_MESSAGES for f in ('error', 'drop', 'crash')] + \
+    [f'attach.send.{m}=delay:300' for m in ATTACH_MESSAGES] + \
+    ['conn.read=error:ECONNRESET@50', 'conn.write=error:ECONNRESET@50', 'peer.send=drop', 'peer.receive=error',
+     'clock.wall=jump:86400000@*', 'clock.wall=jump:-86400000@*']
 ENDS_AN_AGENT = ('crash', 'journal.sync=error')  # who cannot know what is on the disk starts anew
 
 
 class Guest:
     def __init__(self, soak, number):
-        self.vm = BareGuest(f'soak{number}', mem_mib=48, dirty_mib=2, rate_mbps=5, scan_mbps=50, heartbeat_ms=50,
-                            seed=number + 1)
-        self.name = self.vm.name
-        self.console = soak.cluster.console(self.name)
-        self.watch = QemuWatch({host.name: host.path(self.vm.judge_path) for host in soak.cluster.hosts})
         agent = soak.cluster.agents[number % 2]
-        process = agent.host.popen(self.vm.argv(), name=self.name)
+        self.driver = soak.drivers[number // 2 % 2]
+        self.vm, self.console, self.watch = self.driver.boot(agent, mem_mib=48, dirty_mib=2, rate_mbps=5, scan_mbps=50,
+                                                             heartbeat_ms=50, seed=number + 1)
+        self.name = self.vm.name
         with open(os.path.join(soak.cgroup, 'cgroup.procs'), 'w', encoding='ascii') as file:
-            file.write(str(process.pid))
-        self.console.wait_for('ready', timeout=60)
-        agent.vmmig('attach', self.name, '--qmp', self.vm.qmp_path)
+            file.write(str(agent.json('status', self.name)['pid']))
         eventually('its VMM to be watched', self.watch.running)
         del self.watch.late[:]  # nobody watched when it was booted
         self.mark = self.console.mark()
@@ -73,10 +74,14 @@ class Soak:
         self.cluster, self.options = cluster, options
         self.random = random.Random(options.seed)
         self.cgroup = self.limit_cpu()
+        self.drivers = [driver(cluster, 'soak') for driver in (QemuPair, VmmPair)]
         for agent in cluster.agents:
             agent.options = {'peer-timeout': '2000', 'connect-timeout': '2000', 'log-level': 'info',
-                             'vm-cgroup': self.cgroup}
+                             'attach-vmm': self.drivers[1].program, 'vm-cgroup': self.cgroup}
             self.start(agent)
+        known = {point['name'] for point in cluster.agents[0].json('debug', 'faults')['points']}
+        unknown = {fault.split('=')[0] for fault in FAULTS} - known
+        assert not unknown, f'there are no fault points {sorted(unknown)}'
         self.guests = [Guest(self, number) for number in range(options.vms)]
         self.sent = self.faults = self.crashes = self.moved = 0
         self.usage = {agent: [] for agent in cluster.agents}  # (pid, descriptors besides VMs', bytes) at each calm
@@ -189,7 +194,7 @@ class Soak:
             self.judge(guest, place)
         self.exchange(places)
         for agent in self.cluster.agents:
-            self.measure(agent, places.count(agent.host.name))
+            self.measure(agent, [guest for guest, place in zip(self.guests, places) if place == agent.host.name])
 
     def exchange(self, places):
         """One guest each way, undisturbed: what still waits for a last word that was lost asks over the next connection
@@ -205,22 +210,23 @@ class Soak:
             places[number] = eventually(f'{guest.name} on the other host', lambda g=guest: self.settled(g))
             self.sent += 1
 
-    def measure(self, agent, vms):
-        """Descriptors and memory of an agent whose VMs are settled. The last connections to the other end a moment
-        later."""
+    def measure(self, agent, guests):
+        """Descriptors and memory of an agent that has these guests, settled. The last connections to the other end a
+        moment later."""
         pid, seen = agent.process.pid, self.usage[agent]
+        of_vms = sum(FDS_PER_VM[type(guest.driver)] for guest in guests)
         least = min((fds for _, fds, _ in seen), default=None)
 
         def descriptors():
-            found = len(os.listdir(f'/proc/{pid}/fd')) - FDS_PER_VM * vms
+            found = len(os.listdir(f'/proc/{pid}/fd')) - of_vms
             return found if least is None or found <= least else 0
 
         try:
             found = eventually('', descriptors, 15)
         except TimeoutError:
             names = [os.readlink(f'/proc/{pid}/fd/{fd}') for fd in os.listdir(f'/proc/{pid}/fd')]
-            raise AssertionError(f'agent on {agent.host.name} with {vms} VMs holds {len(names)} descriptors, {least} '
-                                 f'besides its VMs\' before: {sorted(names)}') from None
+            raise AssertionError(f'agent on {agent.host.name} holds {len(names)} descriptors, {of_vms} for '
+                                 f'{len(guests)} VMs, {least} besides before: {sorted(names)}') from None
         seen.append((pid, found, judge.rss_anon(pid)))
 
     def judge(self, guest, place):
@@ -237,7 +243,7 @@ class Soak:
                 continue
             eventually(f'{guest.name}: left over on {agent.host.name}', lambda a=agent: not [
                 what for what in judge.leftovers(a.host, guest.name, [a.process.pid])
-                if not what.endswith(('.judge', f'vmlab/{guest.name}.qmp'))], 10)
+                if not what.endswith(('.judge', f'vmlab/{guest.name}.qmp', f'vmlab/{guest.name}.vmm'))], 10)
 
     def judge_usage(self):
         """Memory of the agents that lived on to the end: flat from the first third of their life on. Their descriptors
@@ -248,7 +254,7 @@ class Soak:
             early, late = (statistics.median(part) for part in (life[third:2 * third] or life, life[-third:]))
             _, fds, _ = self.usage[agent][-1]
             print(f'agent on {agent.host.name}, through {len(life)} rounds of its life: {fds} descriptors besides '
-                  f'{FDS_PER_VM} for each VM, at the end of every round; its own memory in KiB '
+                  f'those for its VMs, at the end of every round; its own memory in KiB '
                   + ' '.join(str(rss >> 10) for rss in life))
             assert late <= early + FLAT_BYTES, f'agent on {agent.host.name}: memory grew from {early} to {late}'
 
