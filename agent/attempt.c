@@ -13,8 +13,6 @@
 /* A destination that gave up journals that, and ends its VMM, before it says why. */
 enum { CAUSE_WAIT_MS = 1000 };
 
-#define NSEC(ms) fault_patience_ns(ms)
-
 /* ---- Events ---- */
 
 static bool is_message(enum handover_event event)
@@ -61,7 +59,7 @@ void attempt_fail(struct attempt *a, struct vm_error *reason)
 
 struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why)
 {
-    int64_t deadline = clock_mono_ns() + NSEC(CAUSE_WAIT_MS);
+    int64_t deadline = clock_mono_ns() + PATIENCE(CAUSE_WAIT_MS);
     SCOPE_LOCK(&a->lock);
     if (why->kind != VM_ERROR_CANCELLED || a->cancelled)
         return why;
@@ -350,15 +348,18 @@ int attempt_write_again(struct attempt *a, struct vm_error **err)
 static enum handover_event act_journal(struct attempt *a, enum handover_record record)
 {
     struct vm_error *err = NULL;
+    a->is_unfit = false;
     if (fault_before(record) == FAULT_ERROR) {
         error_errno(&err, fault_errno(), "the record %s", handover_record_name(record));
-    } else if (a->role->before_record(a, record, &err) == 0 && write_record(a, record, &err) == 0) {
+    } else if (a->role->before_record(a, record, &err) < 0) {
+        a->is_unfit = true;
+    } else if (write_record(a, record, &err) == 0) {
         fault_after(record);
         log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
                  handover_record_name(record));
         return HANDOVER_EV_JOURNALED;
     }
-    log_error("journal", "attempt=%s record=%s error=%s", uuid_text(&a->id),
+    log_error("not journalled", "attempt=%s record=%s error=%s", uuid_text(&a->id),
               handover_record_name(record), log_q(error_message(err)));
     end_if_in_doubt(err);
     pthread_mutex_lock(&a->lock);
@@ -372,7 +373,9 @@ static enum handover_event act_journal(struct attempt *a, enum handover_record r
 
 /* ---- The VM ---- */
 
-enum { RESUME_RETRY_MS = 200, QUIT_TIMEOUT_MS = 2000 };
+/* How long, and how often, a VMM is asked anew at once whether its guest runs. */
+enum { RESUME_RETRY_MS = 200, RESUME_TRIES = 5 };
+enum { QUIT_TIMEOUT_MS = 2000 };
 
 /* Its death is the cause of what follows, unless something else was before. */
 static void blame_death(struct attempt *a)
@@ -465,11 +468,13 @@ static enum handover_event try_resume(struct attempt *a)
     if (!err)
         error_set(&err, VM_ERROR_TIMEOUT, "attempt.resumed: %s", strerror(fault_errno()));
     log_error("cannot start the guest", "error=%s", log_q(error_message(err)));
-    /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
-    if (err->kind != VM_ERROR_REFUSED)
+    if (err->kind != VM_ERROR_REFUSED) {
         a->resume_unsure = true;
-    if (a->resume_unsure) /* for ever, where a failure would mean that surely none has */
-        return a->machine.state == HANDOVER_DST_STARTING ? HANDOVER_EV_TIMER : HANDOVER_EV_RESUME_FAILED;
+        return HANDOVER_EV_TIMER;
+    }
+    /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
+    if (a->resume_unsure)
+        return HANDOVER_EV_RESUME_UNSURE;
     a->stands = stood;
     SCOPE_LOCK(&a->lock);
     if (!a->reason)
@@ -479,33 +484,38 @@ static enum handover_event try_resume(struct attempt *a)
 
 static void feed(struct attempt *a, enum handover_event event);
 
-/* Until it is known whether the guest runs. */
+/* False: the agent stops. */
+static bool wait_for_next_try(struct attempt *a)
+{
+    int64_t due = clock_mono_ns() + PATIENCE(RESUME_RETRY_MS);
+    SCOPE_LOCK(&a->lock);
+    while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
+        ;
+    return !a->stop;
+}
+
+/*
+ * What cannot be told after a `cont` is left to the machine, which asks for another start, and hears what else happens.
+ * Before one, the VMM's death would still mean that no vCPU started: that is waited for.
+ */
 static void act_resume(struct attempt *a)
 {
-    for (;;) {
-        enum handover_event event = try_resume(a);
-        if (event != HANDOVER_EV_TIMER) {
-            if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
-                a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
-            /*
-             * That no vCPU started stays true of a VMM that dies before the event's turn would
-             * come.
-             */
-            if (event == HANDOVER_EV_RESUME_FAILED)
-                feed(a, event);
-            else
-                attempt_post(a, event);
+    enum handover_event event = try_resume(a);
+    for (unsigned tries = 1; event == HANDOVER_EV_TIMER && (!a->cont_sent || tries < RESUME_TRIES);
+         tries++) {
+        if (!wait_for_next_try(a))
             return;
-        }
-        pthread_mutex_lock(&a->lock);
-        int64_t due = clock_mono_ns() + NSEC(RESUME_RETRY_MS);
-        while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
-            ;
-        bool stop = a->stop;
-        pthread_mutex_unlock(&a->lock);
-        if (stop)
-            return;
+        event = try_resume(a);
     }
+    if (event == HANDOVER_EV_TIMER)
+        event = HANDOVER_EV_RESUME_UNSURE;
+    if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
+        a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
+    /* That no vCPU started stays true of a VMM that dies before the event's turn would come. */
+    if (event == HANDOVER_EV_RESUME_FAILED)
+        feed(a, event);
+    else
+        attempt_post(a, event);
 }
 
 /*
@@ -514,7 +524,7 @@ static void act_resume(struct attempt *a)
  */
 static void quit_vmm(struct attempt *a)
 {
-    int64_t deadline = clock_mono_ns() + NSEC(QUIT_TIMEOUT_MS);
+    int64_t deadline = clock_mono_ns() + PATIENCE(QUIT_TIMEOUT_MS);
     if (!a->guest)
         a->role->reconnect(a);
     if (!a->guest || guest_quit(a->guest, NULL) < 0)
@@ -543,6 +553,9 @@ static void act_kill(struct attempt *a)
 
 static void act_report(struct attempt *a, enum handover_notice notice)
 {
+    /* Nor was it tried: the reason says why. */
+    if (notice == HANDOVER_NOTE_JOURNAL_FAILED && a->is_unfit)
+        return;
     log_info("notice", "attempt=%s notice=%s text=%s", uuid_text(&a->id),
              handover_notice_name(notice), log_q(handover_notice_text(notice)));
     SCOPE_LOCK(&a->lock);
@@ -745,10 +758,10 @@ static void *attempt_main(void *arg)
     enum handover_event event;
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
-    int64_t timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
+    int64_t timer = clock_mono_ns() + PATIENCE(ATTEMPT_TIMER_MS);
     while (next_event(a, timer, &event)) {
         if (event == HANDOVER_EV_TIMER) {
-            timer = clock_mono_ns() + NSEC(ATTEMPT_TIMER_MS);
+            timer = clock_mono_ns() + PATIENCE(ATTEMPT_TIMER_MS);
             if (handover_is_settled(&a->machine) && !a->settled_done)
                 publish(a);
             a->role->tick(a);

@@ -21,6 +21,7 @@
 #include "agent/agent.h"
 #include "agent/places.h"
 #include "agent/supervisor.h"
+#include "base/fault.h"
 #include "migrate/conn.h"
 #include "migrate/handover.h"
 #include "migrate/journal.h"
@@ -38,6 +39,8 @@
 #define ATTEMPTS_OF_HOST_MAX 64
 #define ATTEMPTS_OF_HOSTS_MAX 256
 #define ATTEMPT_TIMER_MS 1000
+/* Nanoseconds of a limit that no user sets; tests divide it. */
+#define PATIENCE(ms) fault_patience_ns(ms)
 #define ATTEMPT_KILL_TIMEOUT_MS 10000
 
 struct attempt;
@@ -132,6 +135,7 @@ struct attempt {
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
     bool cont_sent;          /* since this agent started: a vCPU may have run */
     bool resume_unsure;      /* the answer to a `cont` was lost once */
+    bool is_unfit;           /* the last record was not written since the role had a reason against it */
     bool stands;             /* source: all is sent, and no vCPU can have run since */
     int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
     int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */

@@ -19,7 +19,6 @@ enum { ABANDONED_MS = 60000 };
 enum { IDLE_MARGIN_MS = 10000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
-#define PATIENCE(ms) fault_patience_ns(ms)
 
 /* ---- A VMM that waits for the guest ---- */
 

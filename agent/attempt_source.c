@@ -24,7 +24,6 @@ enum { STANDING_STUCK_MS = LOADED_TIMEOUT_MS };
 enum { SILENT_MS = 3000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
-#define PATIENCE(ms) fault_patience_ns(ms)
 
 /* ---- The control connection: dialled again and again until the hand-over is finished ---- */
 

@@ -24,9 +24,9 @@
  *     then feed JOURNALED or JOURNAL_FAILED before anything else. JOURNAL_FAILED means that the
  *     record is surely not in the journal. When nobody can tell (journal_put says IN_DOUBT) the
  *     agent must exit: its restart reads what is there.
- *   - RESUME_VM and KILL_VM run in the background. RESUME_VM is answered by RESUMED, RESUME_FAILED
- *     or VM_GONE; KILL_VM by VM_GONE. VM_GONE is fed whenever the VMM's process is known to be gone
- *     for good (its boot id, pid and start time do not run), and again after each KILL_VM.
+ *   - RESUME_VM is answered by RESUMED, RESUME_FAILED, RESUME_UNSURE or VM_GONE; KILL_VM by VM_GONE.
+ *     VM_GONE is fed whenever the VMM's process is known to be gone for good (its boot id, pid and
+ *     start time do not run), and again after each KILL_VM.
  *   - VM_GONE outranks every other event but RESUME_FAILED: before feeding one, look whether the
  *     VMM lives (process_alive), and feed VM_GONE first if it does not. A source whose VMM has died
  *     must not take the end of its stream for FAILED: the destination may hold the only copy.
@@ -34,9 +34,11 @@
  *     fed TRANSFERRED, or would have, since it started, and sent no `cont` since (but one that was
  *     surely refused), nor saw the VM run: the destination's copy is not older than the VM.
  *   - RESUME_FAILED is fed only when it is certain that no vCPU started (QMP answered, the run
- *     state is paused, no RESUME event was seen), and at once. When the answer was lost, ask the
- *     VMM again. In DST_STARTING it is also the answer for a VMM that is dead, if no `cont` was ever
- *     sent to it: it died between the look and the record RUN, and was not started.
+ *     state is paused, no RESUME event was seen), and at once. After an answer that was lost a later
+ *     refusal proves nothing, since a vCPU may have run in between: that, like a VMM that does not
+ *     answer any more after a `cont`, is RESUME_UNSURE. In DST_STARTING RESUME_FAILED is also the answer for a
+ *     VMM that is dead, if no `cont` was ever sent to it: it died between the look and the record
+ *     RUN, and was not started.
  *   - SEND waits a moment at most and may lose the message: whoever needs an answer repeats itself
  *     on TIMER.
  *     Feed TIMER to every unfinished attempt every second or so, and as soon as a connection to the
@@ -149,7 +151,8 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(JOURNALED, "the record is on disk")                                                          \
     X(JOURNAL_FAILED, "the record is surely not on disk")                                          \
     X(RESUMED, "the VM has the run state that it had before")                                      \
-    X(RESUME_FAILED, "no vCPU started")                                                            \
+    X(RESUME_FAILED, "surely no vCPU started")                                                     \
+    X(RESUME_UNSURE, "the VM does not run, or does not say; nobody can tell whether it has")       \
     X(VM_GONE, "the VMM's process is gone for good")                                               \
     X(DIED_STANDING, "source: as VM_GONE, and no vCPU can have run since all was sent")            \
     X(TIMER, "time to repeat")                                                                     \

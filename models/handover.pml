@@ -12,8 +12,8 @@
  *   agents    Crash between any two actions, any number of times; a record being written at the
  *             crash is on disk or not; a `cont` that was sent before may take effect after.
  *   journals  Any write may fail, with nothing written.
- *   VMMs      Die at any moment; `cont` fails at will, and (-DLOCKS=1) when the other holds the
- *             image locks. Without LOCKS they fence nothing, as on RBD: the journal alone must keep
+ *   VMMs      Die at any moment; `cont` fails at will, its answer is lost at will (it takes effect
+ *             later, or never), and with -DLOCKS=1 it fails when the other holds the image locks. Without LOCKS they fence nothing, as on RBD: the journal alone must keep
  *             the promise.
  *   hosts     A host that dies is a VMM that dies and an agent that crashes; it may never come
  *             back.
@@ -78,6 +78,10 @@
 #ifdef MISTAKE_NEVER_WITHOUT_REVOKED
 #define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_FAILED -> \
     d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
+#endif
+#ifdef MISTAKE_REFUSAL_AFTER_A_LOST_ANSWER
+#define d_MISTAKES :: d_state == DST_STARTING && event == EV_RESUME_UNSURE -> \
+    d_write(REC_REVOKED); d_state = DST_REVOKING; d_act[0] = ACT_KILL_VM;
 #endif
 #ifdef MISTAKE_RESUME_WITHOUT_RECORD
 #define s_MISTAKES :: s_state == SRC_COMMITTED && event == EV_MSG_NEVER -> \
@@ -493,6 +497,27 @@ inline d_cont_ends()
     fi
 }
 
+/* The answer to a `cont` is lost: it may take effect yet, or none will. */
+inline s_cont_is_unsure()
+{
+    s_answer = EV_RESUME_UNSURE;
+    s_stands = NOT_KNOWN;
+    if
+    :: true
+    :: s_cont = false
+    fi
+}
+
+inline d_cont_is_unsure()
+{
+    d_answer = EV_RESUME_UNSURE;
+    d_failed = true;
+    if
+    :: true
+    :: d_cont = false
+    fi
+}
+
 /* Faults end, all hosts that will ever come back are up. */
 active proctype calms_down()
 {
@@ -581,6 +606,8 @@ end:
         /* The VMMs. */
         :: s_cont -> s_cont_ends()
         :: d_cont -> d_cont_ends()
+        :: s_cont && s_up && !calm -> s_cont_is_unsure()
+        :: d_cont && d_up && !calm -> d_cont_is_unsure()
         :: !calm && s_vm != DEAD -> s_vmm_dies()
         :: !calm && d_alive -> d_vmm_dies()
 

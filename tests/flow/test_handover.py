@@ -58,11 +58,10 @@ class Pair:
         found = []
         for host in self.cluster.hosts:
             try:
-                qmp = self.vm.qmp(host, wait=0)
-            except OSError:  # a QEMU that was killed leaves its socket
+                if self.vm.qmp(host, wait=0)('query-status')['status'] == 'running':
+                    found.append(host.name)
+            except OSError:  # a QEMU that was killed leaves its socket, and one that ends takes its answer along
                 continue
-            if qmp('query-status')['status'] == 'running':
-                found.append(host.name)
         return found
 
     def settled(self):
@@ -494,6 +493,23 @@ def test_an_image_that_somebody_else_has_locked(cluster):
                    pair.a1.vmmig('status', 'foreign-lock').stdout)
         assert advice(pair.a1, 'foreign-lock')['owner'] == 'here' and pair.running() == []
     pair.expect('h1')
+    assert image.is_held()
+    pair.end()
+
+
+def test_an_answer_that_is_lost_and_a_guest_that_cannot_start(cluster):
+    """After that a refusal proves nothing: the guest stays the destination's, which says that it does not start, and
+    starts it as soon as it can."""
+    pair, image = with_disk(cluster, 'unsure', ('', 'handover.before.RUN=hold'))
+    pair.begin()
+    held(pair.a2, 'handover.before.RUN')
+    with image.taken():
+        pair.a2.vmmig('debug', 'faults', '--arm', 'qmp.cont.answer=corrupt')
+        eventually('it to be said', lambda: 'owned, but the VM does not start: trying again' in
+                   pair.a2.vmmig('status', 'unsure').stdout)
+        assert advice(pair.a2, 'unsure')['owner'] == 'here' and pair.running() == []
+        assert advice(pair.a1, 'unsure')['owner'] == 'undecided'
+    pair.expect('h2')
     assert image.is_held()
     pair.end()
 

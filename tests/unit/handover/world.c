@@ -382,6 +382,19 @@ static void copy_moves(const struct walk *walk)
     }
 }
 
+/* To a `cont`: it may take effect yet, or none will. */
+static void lose_answer(const struct walk *walk, int role)
+{
+    struct world next = *walk->from;
+    next.side[role].answer = HANDOVER_EV_RESUME_UNSURE;
+    next.d_failed |= role == DST;
+    if (role == SRC)
+        next.s_stands = NOT_KNOWN;
+    emit(walk, &next);
+    next.side[role].cont = 0;
+    emit(walk, &next);
+}
+
 static void fault_moves(const struct walk *walk, int role)
 {
     const struct world *w = walk->from;
@@ -400,6 +413,8 @@ static void fault_moves(const struct walk *walk, int role)
             failed.side[role].answer = s->up ? HANDOVER_EV_RESUME_FAILED : 0;
             emit(walk, &failed);
         }
+        if (s->up)
+            lose_answer(walk, role);
     }
     next = *w;
     if (alive(s)) {
