@@ -5,7 +5,8 @@
 
 struct queue {
     pthread_mutex_t lock;
-    pthread_cond_t changed;
+    pthread_cond_t filled;  /* an item came: each wakes one consumer */
+    pthread_cond_t emptied; /* an item was taken, or all are done with */
     void (*dispose)(void *item);
     bool closed, aborted;
     unsigned busy_consumers; /* hold an item that they got */
@@ -20,7 +21,8 @@ struct queue *queue_create(unsigned capacity, void (*dispose)(void *item), struc
         error_nomem(err);
         return NULL;
     }
-    cond_init(&q->changed);
+    cond_init(&q->filled);
+    cond_init(&q->emptied);
     pthread_mutex_init(&q->lock, NULL);
     q->dispose = dispose;
     q->capacity = capacity;
@@ -36,7 +38,8 @@ void queue_destroy(struct queue *q)
             q->dispose(q->items[q->first]);
         q->first = (q->first + 1) % q->capacity;
     }
-    pthread_cond_destroy(&q->changed);
+    pthread_cond_destroy(&q->filled);
+    pthread_cond_destroy(&q->emptied);
     pthread_mutex_destroy(&q->lock);
     free(q);
 }
@@ -45,12 +48,12 @@ bool queue_put(struct queue *q, void *item)
 {
     SCOPE_LOCK(&q->lock);
     while (q->n == q->capacity && !q->closed && !q->aborted)
-        pthread_cond_wait(&q->changed, &q->lock);
+        pthread_cond_wait(&q->emptied, &q->lock);
     if (q->closed || q->aborted)
         return false;
     q->items[(q->first + q->n) % q->capacity] = item;
     q->n++;
-    pthread_cond_broadcast(&q->changed);
+    pthread_cond_signal(&q->filled);
     return true;
 }
 
@@ -60,9 +63,10 @@ void *queue_get_until(struct queue *q, int64_t deadline_ns, bool *ret_ended)
     /* The consumer is back: what it got before is done with. */
     if (q->busy_consumers)
         q->busy_consumers--;
-    pthread_cond_broadcast(&q->changed);
+    if (!q->n)
+        pthread_cond_broadcast(&q->emptied);
     while (!q->n && !q->closed && !q->aborted &&
-           cond_wait_until(&q->changed, &q->lock, deadline_ns))
+           cond_wait_until(&q->filled, &q->lock, deadline_ns))
         ;
     *ret_ended = q->aborted || (q->closed && !q->n);
     if (!q->n || q->aborted)
@@ -71,7 +75,7 @@ void *queue_get_until(struct queue *q, int64_t deadline_ns, bool *ret_ended)
     q->first = (q->first + 1) % q->capacity;
     q->n--;
     q->busy_consumers++;
-    pthread_cond_broadcast(&q->changed);
+    pthread_cond_broadcast(&q->emptied);
     return item;
 }
 
@@ -81,25 +85,31 @@ void *queue_get(struct queue *q)
     return queue_get_until(q, INT64_MAX, &ended);
 }
 
+static void wake_all(struct queue *q)
+{
+    pthread_cond_broadcast(&q->filled);
+    pthread_cond_broadcast(&q->emptied);
+}
+
 void queue_close(struct queue *q)
 {
     SCOPE_LOCK(&q->lock);
     q->closed = true;
-    pthread_cond_broadcast(&q->changed);
+    wake_all(q);
 }
 
 void queue_abort(struct queue *q)
 {
     SCOPE_LOCK(&q->lock);
     q->aborted = true;
-    pthread_cond_broadcast(&q->changed);
+    wake_all(q);
 }
 
 bool queue_wait_idle(struct queue *q)
 {
     SCOPE_LOCK(&q->lock);
     while ((q->n || q->busy_consumers) && !q->aborted)
-        pthread_cond_wait(&q->changed, &q->lock);
+        pthread_cond_wait(&q->emptied, &q->lock);
     return !q->aborted;
 }
 

@@ -121,9 +121,18 @@ int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error 
 
 static void find_in_cache(struct dedup *d, struct segment *s)
 {
-    for (unsigned i = 0; i < SEGMENT_PAGES; i++)
-        if (s->state[i] == PAGE_UNKNOWN && footer_cache_find(d->cache, &s->ids[i], &s->hits[i], 1))
-            s->state[i] = PAGE_KNOWN;
+    struct footer_hit last = {NULL, 0};
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        if (s->state[i] != PAGE_UNKNOWN)
+            continue;
+        if (footer_hit_is_next(&last, &s->ids[i]))
+            s->hits[i] = last;
+        else if (footer_cache_find(d->cache, &s->ids[i], &s->hits[i], 1))
+            last = s->hits[i];
+        else
+            continue;
+        s->state[i] = PAGE_KNOWN;
+    }
 }
 
 static void vote(struct dedup *d, uint64_t pack)

@@ -88,6 +88,19 @@ struct footer_hit {
 unsigned footer_cache_find(struct footer_cache *c, const struct page_id *id,
                            struct footer_hit *hits, unsigned max);
 
+/*
+ * Is the page the one behind `hit` in its pack? Moves hit there if so. What was stored together is
+ * looked for in that order mostly, which spares a search.
+ */
+static inline bool footer_hit_is_next(struct footer_hit *hit, const struct page_id *id)
+{
+    const struct footer *f = hit->footer ? &hit->footer->footer : NULL;
+    if (!f || hit->page + 1 >= f->n_pages || !page_id_equal(&f->ids[hit->page + 1], id))
+        return false;
+    hit->page++;
+    return true;
+}
+
 /* The identity of page `page` of the record at `offset`; false if the footer has no such record. */
 bool cached_footer_identity(const struct cached_footer *f, uint32_t offset, unsigned page,
                             struct page_id *ret_id);

@@ -42,7 +42,8 @@ struct image_writer {
     bool sequencing;
 
     pthread_mutex_t lock; /* what follows */
-    pthread_cond_t changed;
+    pthread_cond_t freed;  /* a segment was given back, or all ends */
+    pthread_cond_t hashed; /* a segment was hashed */
     struct segment *free_segments[SEGMENTS_MAX];
     unsigned n_free, n_segments;
     struct image_writer_stat stat;
@@ -67,7 +68,7 @@ static void fail_with(struct image_writer *w, struct vm_error *error)
 {
     failure_set(&w->failure, error);
     SCOPE_LOCK(&w->lock);
-    pthread_cond_broadcast(&w->changed);
+    pthread_cond_broadcast(&w->freed);
 }
 
 /* ---- segments ---- */
@@ -92,7 +93,7 @@ struct segment *image_writer_segment(struct image_writer *w, struct image_file *
 {
     SCOPE_LOCK(&w->lock);
     while (!w->n_free && w->n_segments == SEGMENTS_MAX && !failure_is_set(&w->failure))
-        pthread_cond_wait(&w->changed, &w->lock);
+        pthread_cond_wait(&w->freed, &w->lock);
     if (failure_report(&w->failure, err) < 0)
         return NULL;
     struct segment *s = w->n_free ? w->free_segments[--w->n_free] : new_segment(w, err);
@@ -111,7 +112,7 @@ static void give_back(struct image_writer *w, struct segment *s)
 {
     SCOPE_LOCK(&w->lock);
     w->free_segments[w->n_free++] = s;
-    pthread_cond_broadcast(&w->changed);
+    pthread_cond_broadcast(&w->freed);
 }
 
 static void hash_job(struct worker *worker, struct job *job)
@@ -125,7 +126,7 @@ static void hash_job(struct worker *worker, struct job *job)
         failure_set(&w->failure, error);
     SCOPE_LOCK(&w->lock);
     slot_of(s)->hashed = true;
-    pthread_cond_broadcast(&w->changed);
+    pthread_cond_broadcast(&w->hashed);
 }
 
 void image_writer_put(struct image_writer *w, struct segment *s)
@@ -158,7 +159,7 @@ static int wait_hashed(struct image_writer *w, struct segment *s, struct vm_erro
 {
     SCOPE_LOCK(&w->lock);
     while (!slot_of(s)->hashed)
-        pthread_cond_wait(&w->changed, &w->lock);
+        pthread_cond_wait(&w->hashed, &w->lock);
     return failure_report(&w->failure, err);
 }
 
@@ -492,7 +493,8 @@ struct image_writer *image_writer_create(const struct image_writer_setup *setup,
     w->setup = *setup;
     failure_init(&w->failure);
     pthread_mutex_init(&w->lock, NULL);
-    cond_init(&w->changed);
+    cond_init(&w->freed);
+    cond_init(&w->hashed);
     if (create_parts(w, err) < 0) {
         image_writer_destroy(w);
         return NULL;
@@ -537,7 +539,8 @@ void image_writer_destroy(struct image_writer *w)
     object_set_finish(&w->shared);
     quarantine_finish(&w->quarantine);
     failure_finish(&w->failure);
-    pthread_cond_destroy(&w->changed);
+    pthread_cond_destroy(&w->freed);
+    pthread_cond_destroy(&w->hashed);
     pthread_mutex_destroy(&w->lock);
     free(w);
 }

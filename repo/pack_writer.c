@@ -14,6 +14,13 @@ enum {
     PACK_FULL = 6 << 20,
     PACK_GOOD = 4 << 20, /* closed at this size if going on would mean to wait for compression */
     UPLOADERS = 2,
+    INDEX_GOOD = 2048, /* entries that the index takes at once: each of its shards is one write */
+};
+
+/* What is to go into the index. */
+struct entry_list {
+    struct index_entry *entries;
+    size_t n, cap;
 };
 
 struct done_record {
@@ -31,8 +38,7 @@ struct open_pack {
     uint32_t n_emitted, n_laid; /* records */
     bool closed;
     bool durable;
-    struct index_entry *entries;
-    size_t n_entries, entries_cap;
+    struct entry_list entries;
 };
 
 struct record_job {
@@ -58,6 +64,8 @@ struct pack_writer {
     pthread_cond_t changed;
     uint8_t *free_memory[RECORDS_IN_FLIGHT];
     unsigned n_free, n_memory, in_flight;
+    struct entry_list stored; /* of packs that are durable */
+    unsigned n_indexing;      /* threads that put some of them into the index */
     struct pack_writer_stat stat;
 };
 
@@ -167,9 +175,52 @@ static void compress_record(struct worker *worker, struct job *job)
     pthread_cond_broadcast(&pw->changed);
 }
 
+/* ---- the index ---- */
+
+/* Room for n more. */
+static int entry_list_grow(struct entry_list *l, size_t n, struct vm_error **err)
+{
+    if (l->n + n <= l->cap)
+        return 0;
+    size_t cap = 2 * l->cap + n + 256;
+    struct index_entry *entries = realloc(l->entries, cap * sizeof(*entries));
+    if (!entries)
+        return error_nomem(err);
+    l->entries = entries;
+    l->cap = cap;
+    return 0;
+}
+
+/* Put what durable packs left into the index, if there are at least so many. */
+static int index_stored(struct pack_writer *pw, size_t at_least, struct vm_error **err)
+{
+    struct entry_list taken = {0};
+    {
+        SCOPE_LOCK(&pw->lock);
+        if (pw->stored.n < at_least)
+            return 0;
+        taken = pw->stored;
+        pw->stored = (struct entry_list){0};
+        pw->n_indexing++;
+    }
+    int result = index_insert(pw->s.index, taken.entries, taken.n, err);
+    free(taken.entries);
+    SCOPE_LOCK(&pw->lock);
+    pw->n_indexing--;
+    pthread_cond_broadcast(&pw->changed);
+    return result;
+}
+
+static void wait_indexing(struct pack_writer *pw)
+{
+    SCOPE_LOCK(&pw->lock);
+    while (pw->n_indexing)
+        pthread_cond_wait(&pw->changed, &pw->lock);
+}
+
 /* ---- storing ---- */
 
-static int store_pack(struct pack_writer *pw, struct open_pack *p, struct vm_error **err)
+static int create_pack(struct pack_writer *pw, struct open_pack *p, struct vm_error **err)
 {
     uint64_t number = p->footer->footer.pack;
     footer_write(&p->footer->footer, &p->body);
@@ -185,7 +236,24 @@ static int store_pack(struct pack_writer *pw, struct open_pack *p, struct vm_err
     if (r != STORE_DONE)
         return -1;
     (void)FAULT("repo.pack-stored");
-    return index_insert(pw->s.index, p->entries, p->n_entries, err);
+    return 0;
+}
+
+/* The pack is durable. From the end of this on it may be gone. */
+static int note_stored(struct pack_writer *pw, struct open_pack *p, struct vm_error **err)
+{
+    SCOPE_LOCK(&pw->lock);
+    if (entry_list_grow(&pw->stored, p->entries.n, err) < 0)
+        return -1;
+    for (size_t i = 0; i < p->entries.n; i++)
+        pw->stored.entries[pw->stored.n++] = p->entries.entries[i];
+    pw->stat.packs++;
+    pw->stat.records += p->n_emitted;
+    pw->stat.pages += p->footer->footer.n_pages;
+    pw->stat.bytes += p->size;
+    p->durable = true;
+    pthread_cond_broadcast(&pw->changed);
+    return 0;
 }
 
 static void *upload(void *arg)
@@ -196,17 +264,9 @@ static void *upload(void *arg)
         struct vm_error *error = NULL;
         if (failure_is_set(pw->s.failure))
             continue;
-        if (store_pack(pw, p, &error) < 0) {
+        if (create_pack(pw, p, &error) < 0 || note_stored(pw, p, &error) < 0 ||
+            index_stored(pw, INDEX_GOOD, &error) < 0)
             fail_with(pw, error);
-            continue;
-        }
-        SCOPE_LOCK(&pw->lock);
-        pw->stat.packs++;
-        pw->stat.records += p->n_emitted;
-        pw->stat.pages += p->footer->footer.n_pages;
-        pw->stat.bytes += p->size;
-        p->durable = true;
-        pthread_cond_broadcast(&pw->changed);
     }
     return NULL;
 }
@@ -225,7 +285,7 @@ static void release_pack(struct open_pack *p)
     buffer_reset(&p->body);
     p->footer = NULL;
     p->n_emitted = p->n_laid = 0;
-    p->n_entries = 0;
+    p->entries.n = 0;
     p->closed = p->durable = p->used = false;
 }
 
@@ -332,22 +392,16 @@ static bool has_room(struct pack_writer *pw, struct open_pack *p, unsigned n)
 static int note_entries(struct open_pack *p, const struct page_id *ids, unsigned n,
                         const struct page_id *extent, struct vm_error **err)
 {
+    struct entry_list *l = &p->entries;
     uint8_t value[8];
     put_le64(value, p->footer->footer.pack);
-    if (p->n_entries + n + 1 > p->entries_cap) {
-        size_t cap = 2 * p->entries_cap + 256;
-        struct index_entry *entries = realloc(p->entries, cap * sizeof(*entries));
-        if (!entries)
-            return error_nomem(err);
-        p->entries = entries;
-        p->entries_cap = cap;
-    }
+    if (entry_list_grow(l, n + 1, err) < 0)
+        return -1;
     if (extent)
-        p->entries[p->n_entries++] = index_entry_make(INDEX_EXTENT, extent, value, sizeof(value));
+        l->entries[l->n++] = index_entry_make(INDEX_EXTENT, extent, value, sizeof(value));
     for (unsigned i = 0; i < n; i++)
         if (index_samples(&ids[i]))
-            p->entries[p->n_entries++] =
-                index_entry_make(INDEX_PAGE, &ids[i], value, sizeof(value));
+            l->entries[l->n++] = index_entry_make(INDEX_PAGE, &ids[i], value, sizeof(value));
     return 0;
 }
 
@@ -400,7 +454,10 @@ int pack_writer_wait_laid(struct pack_writer *pw, const struct cached_footer *f,
 int pack_writer_finish(struct pack_writer *pw, struct vm_error **err)
 {
     close_current(pw);
-    return wait_packs(pw, 0, err);
+    if (wait_packs(pw, 0, err) < 0)
+        return -1;
+    wait_indexing(pw);
+    return failed(pw, err) < 0 ? -1 : index_stored(pw, 1, err);
 }
 
 void pack_writer_stat(struct pack_writer *pw, struct pack_writer_stat *ret_stat)
@@ -458,10 +515,11 @@ void pack_writer_destroy(struct pack_writer *pw)
         release_pack(&pw->packs[i]);
         buffer_finish(&pw->packs[i].body);
         free(pw->packs[i].done);
-        free(pw->packs[i].entries);
+        free(pw->packs[i].entries.entries);
     }
     for (unsigned i = 0; i < pw->n_free; i++)
         free(pw->free_memory[i]);
+    free(pw->stored.entries);
     pthread_cond_destroy(&pw->changed);
     pthread_mutex_destroy(&pw->lock);
     free(pw);

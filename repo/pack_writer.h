@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * pack_writer: new records become packs: compressed by the workers, laid out in order, stored by
- * threads of its own, and entered into the index once they are durable.
+ * threads of its own, and once they are durable entered into the index: those of several packs at
+ * once, the last ones in pack_writer_finish.
  *
  *     emit records (one thread, the one that owns the footer cache)
  *     pack_writer_wait_laid     where a record is: offset and length in its footer

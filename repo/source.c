@@ -48,12 +48,22 @@ struct source_raw {
     struct source source;
     int fd;
     char *path;
+    uint64_t data_start, data_end; /* data that was found last; holes may be written to meanwhile */
 };
 
+/*
+ * Where data that is not on the disk yet ends is told by a look at each of its pages, so not asked
+ * for again from every offset within it.
+ */
 static int raw_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool *ret_zero,
                       struct vm_error **err)
 {
     struct source_raw *r = (struct source_raw *)s;
+    if (offset >= r->data_start && offset < r->data_end) {
+        *ret_len = r->data_end - offset;
+        *ret_zero = false;
+        return 0;
+    }
     off_t data = lseek(r->fd, (off_t)offset, SEEK_DATA);
     if (data < 0 && errno != ENXIO) { /* a device, or a file system that cannot tell */
         *ret_len = s->size - offset;
@@ -70,7 +80,9 @@ static int raw_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool
     off_t hole = lseek(r->fd, (off_t)offset, SEEK_HOLE);
     if (hole <= (off_t)offset)
         return error_set(err, VM_ERROR_FAILED, "%s shrank while it was read", r->path);
-    *ret_len = ((uint64_t)hole < s->size ? (uint64_t)hole : s->size) - offset;
+    r->data_start = offset;
+    r->data_end = (uint64_t)hole < s->size ? (uint64_t)hole : s->size;
+    *ret_len = r->data_end - offset;
     return 0;
 }
 

@@ -8,6 +8,8 @@ DIR as for repo_peers.py. Each round measures what the daemons of a cluster (one
 copies) take in CPU to store as many bytes as the import does, written as objects of a pack's size by a client that does
 nothing else; what vmmig takes in CPU to hash, look up and compress the same files into a folder; and how long the import
 into the cluster takes. The bound is the sum of the first two over all cores. Caches of the operating system are warm.
+What keeps an import from its bound is told by what vmmig and the cluster took in CPU for it in truth, and by how much of
+the cores' time nobody took.
 
 --page writes it as a page for docs/bench.
 """
@@ -38,6 +40,12 @@ def daemons_cpu(ceph):
         fields = pathlib.Path(f'/proc/{daemon.pid}/stat').read_text(encoding='ascii').rsplit(')', 1)[1].split()
         total += int(fields[11]) + int(fields[12])
     return total / TICK
+
+
+def idle_seconds():
+    """Of all cores, waiting for a disk included."""
+    fields = pathlib.Path('/proc/stat').read_text(encoding='ascii').split()
+    return (int(fields[4]) + int(fields[5])) / TICK
 
 
 def write_plain(ceph, size):
@@ -74,16 +82,19 @@ def one_round(ceph, number, paths, work):
     with tempfile.TemporaryDirectory(dir=work) as folder:
         _, client_cpu, stored = import_all(f'dir:{folder}/repo', paths)
     cluster_cpu, sending_cpu = write_plain(ceph, stored)
-    seconds, _, _ = import_all(f'rados:images/round{number}?conf={ceph.conf}', paths)
+    before, idle = daemons_cpu(ceph), idle_seconds()
+    seconds, own_cpu, _ = import_all(f'rados:images/round{number}?conf={ceph.conf}', paths)
+    their_cpu, idle = daemons_cpu(ceph) - before, idle_seconds() - idle
     bound = (client_cpu + cluster_cpu + sending_cpu) / os.cpu_count()
     row = [f'{stored / 1e6:.1f}', f'{cluster_cpu:.2f}', f'{cluster_cpu / stored * 1e9:.2f}', f'{sending_cpu:.2f}',
-           f'{client_cpu:.2f}', f'{bound:.2f}', f'{seconds:.2f}', f'{bound / seconds:.2f}']
+           f'{client_cpu:.2f}', f'{bound:.2f}', f'{seconds:.2f}', f'{bound / seconds:.2f}', f'{own_cpu:.2f}',
+           f'{their_cpu:.2f}', f'{idle:.2f}']
     print(*row, sep='; ', flush=True)
     return bound / seconds, row
 
 
 HEAD = ['stored, MB', 'CPU of the cluster, s', 'ns per byte', 'of sending, s', 'of hash and compression, s', 'bound, s',
-        'import, s', 'of the bound']
+        'import, s', 'of the bound', 'its own CPU, s', 'CPU of the cluster for it, s', 'idle, s of CPU']
 
 
 def main():

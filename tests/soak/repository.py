@@ -343,7 +343,7 @@ def run_on(driver, args, folder):
         return 77
     with ceph_cluster.CephCluster(os.path.join(folder, 'ceph')) as ceph:
         ceph.create_pool('images')
-        hosts = [ceph.create_user(f'client.host{i}', 'allow rwx pool=images') for i in range(HOSTS)]
+        hosts = [ceph.create_user(f'client.host{i}', 'allow rw pool=images namespace=soak') for i in range(HOSTS)]
         urls = [f'rados:images/soak?conf={conf}&id=host{i}' for i, conf in enumerate(hosts)]
         return run(driver, urls, args, folder, disturb_cluster(ceph))
 

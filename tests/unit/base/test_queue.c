@@ -93,6 +93,45 @@ static void a_deadline_ends_the_wait(void **state)
     assert_true(ended);
 }
 
+enum { PRODUCERS = 3, CONSUMERS = 3 };
+
+static void *produce(void *arg)
+{
+    for (uintptr_t i = 1; i <= ITEMS; i++)
+        queue_put(arg, (void *)i);
+    return NULL;
+}
+
+static void *sum_up(void *arg)
+{
+    uintptr_t sum = 0;
+    for (void *item; (item = queue_get(arg));)
+        sum += (uintptr_t)item;
+    return (void *)sum;
+}
+
+/* With room for one item, everybody waits for somebody all the time. */
+static void nobody_waits_for_ever_among_many(void **state)
+{
+    (void)state;
+    CLEANUP(queue) struct queue *q = queue_create(1, NULL, NULL);
+    pthread_t producers[PRODUCERS], consumers[CONSUMERS];
+    uintptr_t sum = 0;
+    for (int i = 0; i < CONSUMERS; i++)
+        pthread_create(&consumers[i], NULL, sum_up, q);
+    for (int i = 0; i < PRODUCERS; i++)
+        pthread_create(&producers[i], NULL, produce, q);
+    for (int i = 0; i < PRODUCERS; i++)
+        pthread_join(producers[i], NULL);
+    queue_close(q);
+    for (int i = 0; i < CONSUMERS; i++) {
+        void *one;
+        pthread_join(consumers[i], &one);
+        sum += (uintptr_t)one;
+    }
+    assert_int_equal(sum, (uintptr_t)PRODUCERS * ITEMS * (ITEMS + 1) / 2);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -100,6 +139,7 @@ int main(void)
         cmocka_unit_test(idle_means_that_the_last_item_was_dealt_with),
         cmocka_unit_test(abort_frees_a_waiting_producer),
         cmocka_unit_test(a_deadline_ends_the_wait),
+        cmocka_unit_test(nobody_waits_for_ever_among_many),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

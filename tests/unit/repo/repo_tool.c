@@ -54,15 +54,29 @@ static int diff_one(const struct image_difference *d, void *arg, struct vm_error
     return 0;
 }
 
-static void print_usage(int64_t started_ns)
+/* What a verb takes from usage_begin on: not the start of this program, nor opening the repository. */
+struct usage {
+    int64_t at_ns;
+    double cpu;
+};
+
+static double cpu_seconds(void)
 {
     struct rusage u;
     getrusage(RUSAGE_SELF, &u);
+    return (double)u.ru_utime.tv_sec + (double)u.ru_stime.tv_sec +
+           (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6;
+}
+
+static struct usage usage_begin(void)
+{
+    return (struct usage){clock_mono_ns(), cpu_seconds()};
+}
+
+static void print_usage(const struct usage *began)
+{
     printf(", \"seconds\": %.3f, \"cpu\": %.3f, \"rss_kib\": %ld}\n",
-           (double)(clock_mono_ns() - started_ns) / 1e9,
-           (double)u.ru_utime.tv_sec + (double)u.ru_stime.tv_sec +
-               (double)(u.ru_utime.tv_usec + u.ru_stime.tv_usec) / 1e6,
-           peak_kib());
+           (double)(clock_mono_ns() - began->at_ns) / 1e9, cpu_seconds() - began->cpu, peak_kib());
 }
 
 static int run_import(struct repo *r, int argc, char **argv, struct vm_error **err)
@@ -70,7 +84,7 @@ static int run_import(struct repo *r, int argc, char **argv, struct vm_error **e
     struct import_options o = {.format = arg_of(argc, argv, 5), .parent = arg_of(argc, argv, 6),
                                .control.cancel_fd = -1};
     struct import_report report;
-    int64_t started = clock_mono_ns();
+    struct usage began = usage_begin();
     if (image_import(r, argv[3], argv[4], &o, &report, err) < 0)
         return -1;
     const struct image_writer_stat *w = &report.written;
@@ -81,18 +95,18 @@ static int run_import(struct repo *r, int argc, char **argv, struct vm_error **e
            report.size, w->pages_zero, w->pages_shared, w->pages_new, w->pages_again,
            w->bytes_stored, w->footers_loaded, w->index_lookups, w->index_hits, w->nodes,
            w->nodes_shared);
-    print_usage(started);
+    print_usage(&began);
     return 0;
 }
 
 static int run_export(struct repo *r, int argc, char **argv, struct vm_error **err)
 {
     struct repo_control control = {.cancel_fd = -1};
-    int64_t started = clock_mono_ns();
+    struct usage began = usage_begin();
     if (image_export(r, argv[3], argc > 5 ? argv[5] : NULL, argv[4], &control, err) < 0)
         return -1;
     printf("{\"exported\": true");
-    print_usage(started);
+    print_usage(&began);
     return 0;
 }
 
