@@ -49,7 +49,9 @@ struct byte_frame {
     size_t length;
     struct stream_barrier barrier;
     uint8_t meta[STREAM_BARRIER_META_MAX];
-    uint8_t payload[];
+    struct page_batch *holder; /* of the data, NULL: they are the frame's own */
+    const uint8_t *data;
+    uint8_t own[];
 };
 
 struct sender {
@@ -65,6 +67,7 @@ struct sender {
     bool byte_thread_started;
     atomic_uint_fast64_t pages_given, zero_pages_given; /* by the driver */
     atomic_uint_fast64_t pages_out;                     /* of those: with the channels, or needless */
+    atomic_uint_fast64_t bytes_given, bytes_out;        /* the loader's: by the driver; with channel 0 */
     atomic_uint_fast64_t pages_acked, page_bytes_acked, blocked_ns; /* for the policy */
 
     pthread_mutex_t policy_lock; /* taken alone */
@@ -200,13 +203,32 @@ static void *page_worker_main(void *arg)
 
 /* ---- Channel 0: the loader's bytes and the barrier ---- */
 
+static void free_byte_frame(void *arg)
+{
+    struct byte_frame *f = arg;
+    page_batch_unref(f->holder);
+    free(f);
+}
+
+/* With room for n bytes of its own. */
+static struct byte_frame *new_byte_frame(size_t n, struct vm_error **err)
+{
+    struct byte_frame *f = malloc(sizeof(*f) + n);
+    if (!f) {
+        error_nomem(err);
+        return NULL;
+    }
+    *f = (struct byte_frame){.length = n, .data = f->own};
+    return f;
+}
+
 /* Each takes the frame over. */
 static int send_barrier(struct sender *s, struct byte_frame *f, struct vm_error **err)
 {
     struct channel_frame frame = {.type = FRAME_BARRIER,
                                   .meta = f->meta,
                                   .meta_len = stream_barrier_pack(&f->barrier, f->meta),
-                                  .release = free,
+                                  .release = free_byte_frame,
                                   .release_arg = f};
     return channel_sender_send(s->channels[0], &frame, err);
 }
@@ -227,16 +249,13 @@ static bool may_compress(struct sender *s)
 static struct byte_frame *shrink(struct sender *s, const struct byte_frame *f, size_t *ret_len)
 {
     int room = (int)(f->length - f->length / 32);
-    struct byte_frame *out = malloc(sizeof(*out) + (size_t)room);
-    int n = out ? LZ4_compress_default((const char *)f->payload, (char *)out->payload,
-                                       (int)f->length, room)
-                : 0;
+    struct byte_frame *out = new_byte_frame((size_t)room, NULL);
+    int n = out ? LZ4_compress_default((const char *)f->data, (char *)out->own, (int)f->length, room) : 0;
     s->futile = n > 0 ? 0 : s->futile + 1;
     if (n <= 0) {
         free(out);
         return NULL;
     }
-    out->length = f->length;
     *ret_len = (size_t)n;
     return out;
 }
@@ -248,17 +267,17 @@ static int send_bytes(struct sender *s, struct byte_frame *f, struct vm_error **
     struct byte_frame *shorter = may_compress(s) ? shrink(s, f, &n) : NULL;
     if (shorter) {
         head.encoding = STREAM_LZ4;
-        free(f);
+        free_byte_frame(f);
         f = shorter;
     }
     stream_bytes_pack(&head, f->meta);
-    struct iovec iov = {f->payload, n};
+    struct iovec iov = {(void *)(uintptr_t)f->data, n};
     struct channel_frame frame = {.type = FRAME_BYTES,
                                   .meta = f->meta,
                                   .meta_len = STREAM_BYTES_META,
                                   .payload = &iov,
                                   .n_payload = 1,
-                                  .release = free,
+                                  .release = free_byte_frame,
                                   .release_arg = f};
     return channel_sender_send(s->channels[0], &frame, err);
 }
@@ -270,10 +289,12 @@ static void *byte_worker_main(void *arg)
     struct byte_frame *f;
     while ((f = queue_get(s->chunks))) {
         struct vm_error *err = NULL;
+        size_t length = f->length;
         if ((f->length ? send_bytes(s, f, &err) : send_barrier(s, f, &err)) < 0) {
             sender_fail(s, err);
             break;
         }
+        atomic_fetch_add(&s->bytes_out, length);
     }
     return NULL;
 }
@@ -303,20 +324,20 @@ static int put_chunk(struct sender *s, struct byte_frame *f, struct vm_error **e
 {
     if (queue_put(s->chunks, f))
         return 0;
-    free(f);
+    free_byte_frame(f);
     return stopped(err);
 }
 
 static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err)
 {
     struct sender *s = arg;
+    atomic_fetch_add(&s->bytes_given, n);
     for (const uint8_t *p = data; n;) {
         size_t length = n < STREAM_BYTES_MAX ? n : STREAM_BYTES_MAX;
-        struct byte_frame *f = malloc(sizeof(*f) + length);
+        struct byte_frame *f = new_byte_frame(length, err);
         if (!f)
-            return error_nomem(err);
-        f->length = length;
-        memcpy(f->payload, p, length);
+            return -1;
+        memcpy(f->own, p, length);
         if (put_chunk(s, f, err) < 0)
             return -1;
         p += length;
@@ -325,17 +346,33 @@ static int on_bytes(void *arg, const void *data, size_t n, struct vm_error **err
     return 0;
 }
 
+static int on_held_bytes(void *arg, const void *data, size_t n, struct page_batch *holder, struct vm_error **err)
+{
+    struct sender *s = arg;
+    struct byte_frame *f = n <= STREAM_BYTES_MAX ? new_byte_frame(0, err) : NULL;
+    if (!f) {
+        int r = n <= STREAM_BYTES_MAX ? -1 : on_bytes(arg, data, n, err);
+        page_batch_unref(holder);
+        return r;
+    }
+    atomic_fetch_add(&s->bytes_given, n);
+    f->length = n;
+    f->data = data;
+    f->holder = holder;
+    return put_chunk(s, f, err);
+}
+
 /* Every page was given to us; when the workers are idle, their channels' numbers are final. */
 static int on_memory_done(void *arg, struct vm_error **err)
 {
     struct sender *s = arg;
-    struct byte_frame *f = calloc(1, sizeof(*f));
+    struct byte_frame *f = new_byte_frame(0, err);
     if (!f)
-        return error_nomem(err);
+        return -1;
     f->barrier.n = s->params.channels;
     for (unsigned i = 0; i < s->params.channels; i++) {
         if (!queue_wait_idle(s->workers[i].batches)) {
-            free(f);
+            free_byte_frame(f);
             return stopped(err);
         }
         f->barrier.frames[i] = atomic_load(&s->workers[i].frames);
@@ -385,6 +422,7 @@ static int on_settle(void *arg, int64_t *ret_rtt_ns, struct vm_error **err)
 static const struct guest_source_events source_events = {.pages = on_pages,
                                                          .settle = on_settle,
                                                          .bytes = on_bytes,
+                                                         .held_bytes = on_held_bytes,
                                                          .memory_done = on_memory_done,
                                                          .done = on_done,
                                                          .round = on_round};
@@ -394,7 +432,7 @@ static const struct guest_source_events source_events = {.pages = on_pages,
 struct pilot {
     struct converge converge;
     int64_t last_ns;
-    uint64_t last_pages, last_zero;
+    uint64_t last_memory, last_zero;
     uint64_t last_acked_pages, last_acked_bytes;
     int64_t last_blocked_ns, last_carrying_ns;
     struct cores_watch cores;
@@ -417,11 +455,12 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
     *ret = (struct link_totals){0};
     p->wire_bytes = p->resent_bytes = p->acked_resent_bytes = 0;
     p->connected = p->reconnects = 0;
+    uint64_t bytes_rate = 0;
     SCOPE_LOCK(&s->lock);
     for (unsigned i = 0; i <= s->params.channels && s->channels[i]; i++) {
         struct channel_sender_stats st;
         channel_sender_get_stats(s->channels[i], &st);
-        ret->rate += i ? st.rate : 0;
+        *(i ? &ret->rate : &bytes_rate) += st.rate;
         ret->unacked += st.bytes_unacked;
         ret->acked += st.bytes_acked;
         ret->sent += st.bytes_sent;
@@ -437,7 +476,15 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
         if (!i)
             p->stream_bytes = st.bytes_sent;
     }
+    /* Of what little there is else nothing could be measured. */
+    ret->rate += p->stream_bytes > p->wire_bytes / 2 ? bytes_rate : 0;
     p->link_rate = ret->rate;
+}
+
+/* All memory that the driver gave, in pages: that which goes through the loader, too. */
+static uint64_t memory_given(struct sender *s)
+{
+    return atomic_load(&s->pages_given) + atomic_load(&s->bytes_given) / GUEST_PAGE_SIZE;
 }
 
 /*
@@ -446,8 +493,8 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
  */
 static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
 {
-    uint64_t pages = atomic_load(&s->pages_given), zero = atomic_load(&s->zero_pages_given);
-    uint64_t given = pages - pilot->last_pages, zeros = zero - pilot->last_zero;
+    uint64_t memory = memory_given(s), zero = atomic_load(&s->zero_pages_given);
+    uint64_t given = memory - pilot->last_memory, zeros = zero - pilot->last_zero;
     int64_t elapsed = now - pilot->last_ns;
     if (elapsed < 40 * NSEC_PER_MSEC && given < 16 * PAGE_BATCH_MAX)
         return;
@@ -455,7 +502,7 @@ static void measure_drain(struct sender *s, struct pilot *pilot, int64_t now)
         double rate = (double)(given - zeros) * GUEST_PAGE_SIZE * 1e9 / (double)elapsed;
         pilot->drain_rate = pilot->drain_rate ? pilot->drain_rate * 0.7 + rate * 0.3 : rate;
     }
-    pilot->last_pages = pages;
+    pilot->last_memory = memory;
     pilot->last_zero = zero;
     pilot->last_ns = now;
 }
@@ -515,16 +562,20 @@ static int64_t in_flight_ns(const struct link_totals *link)
 }
 
 /*
- * Pages that wait for an encoder. Where rounds are cheap one more empties the queues, which hold several milliseconds'
- * worth; a QEMU fills them again meanwhile.
+ * Pages that wait for an encoder, and bytes that wait for channel 0. Where rounds are cheap one more empties the queues
+ * of pages, which hold several milliseconds' worth; a QEMU fills them again meanwhile.
  */
 static int64_t queued_ns(struct sender *s, const struct pilot *pilot)
 {
-    if (!s->params.guest->ops->mapped_source || pilot->drain_rate < 1)
+    if (pilot->drain_rate < 1)
         return 0;
-    uint64_t out = atomic_load(&s->pages_out); /* before the other, which is never less */
-    uint64_t queued = atomic_load(&s->pages_given) - out;
-    return (int64_t)((double)(queued * GUEST_PAGE_SIZE) * 1e9 / pilot->drain_rate);
+    uint64_t out = atomic_load(&s->bytes_out); /* before the other, which is never less */
+    uint64_t queued = atomic_load(&s->bytes_given) - out;
+    if (s->params.guest->ops->mapped_source) {
+        out = atomic_load(&s->pages_out);
+        queued += (atomic_load(&s->pages_given) - out) * GUEST_PAGE_SIZE;
+    }
+    return (int64_t)((double)queued * 1e9 / pilot->drain_rate);
 }
 
 /* What a pause takes of itself, and the device state's way. QEMU, which does not say how much that is, has little. */
@@ -715,7 +766,7 @@ struct sender *sender_create(const struct sender_params *params, struct vm_error
                                                                      : 0});
     s->cancel = io_latch_new(err);
     s->halt = s->cancel < 0 ? -1 : io_latch_either(s->cancel, params->cancel_fd, err);
-    s->chunks = s->halt < 0 ? NULL : queue_create(QUEUE_CHUNKS, free, err);
+    s->chunks = s->halt < 0 ? NULL : queue_create(QUEUE_CHUNKS, free_byte_frame, err);
     if (!s->chunks)
         return NULL;
     for (unsigned i = 0; i < params->channels; i++) {

@@ -118,6 +118,11 @@ struct guest_source_events {
     /* The next bytes for the destination's loader. */
     int (*bytes)(void *arg, const void *data, size_t n, struct vm_error **err);
     /*
+     * May be NULL: then `bytes`. The same of bytes that stay as they are as long as somebody has a reference of holder,
+     * of which this takes one over, and which has no pages.
+     */
+    int (*held_bytes)(void *arg, const void *data, size_t n, struct page_batch *holder, struct vm_error **err);
+    /*
      * The guest is paused and its last page was given to `pages`: the bytes from here on may be
      * loaded only when all pages are in place.
      */

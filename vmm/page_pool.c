@@ -198,6 +198,11 @@ static void pin(struct pool_batch *batch, struct page_slab *slab)
     batch->slabs[batch->n_slabs++] = slab;
 }
 
+void page_pool_hold(struct pool_batch *batch, struct page_slab *slab)
+{
+    pin(batch, slab);
+}
+
 void page_pool_add(struct pool_batch *batch, uint64_t addr, struct page_slab *slab,
                    const uint8_t *data)
 {

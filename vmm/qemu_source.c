@@ -80,18 +80,17 @@ static int stopped(struct vm_error **err)
 
 /* ---- the parser's events ---- */
 
-static int open_batch(struct qemu_source *s, unsigned channel, struct vm_error **err)
+static struct pool_batch *take_batch(struct qemu_source *s, unsigned channel, struct vm_error **err)
 {
     struct pool_batch *batch = page_pool_take_batch(s->pool, channel, false);
     if (!batch) {
         if (flush_all(s, err) < 0)
-            return -1;
+            return NULL;
         batch = page_pool_take_batch(s->pool, channel, true);
     }
     if (!batch)
-        return stopped(err);
-    s->open[channel] = batch;
-    return 0;
+        stopped(err);
+    return batch;
 }
 
 /* Another stripe begins and the batch is large enough to be worth its way. */
@@ -113,11 +112,24 @@ static int on_page(void *arg, unsigned region, uint64_t offset, const uint8_t *d
         if (flush_batch(s, channel, err) < 0)
             return -1;
     }
-    if (!s->open[channel] && open_batch(s, channel, err) < 0)
+    if (!s->open[channel] && !(s->open[channel] = take_batch(s, channel, err)))
         return -1;
     batch = s->open[channel];
     page_pool_add(batch, addr, s->slab, data);
     return batch->base.n == PAGE_BATCH_MAX ? flush_batch(s, channel, err) : 0;
+}
+
+/* Many bytes of the slab that is being read into: it stays for them. */
+static int give_held(struct qemu_source *s, const void *data, size_t n, struct vm_error **err)
+{
+    if (!s->params.events->held_bytes)
+        return give_bytes(s, data, n, err);
+    struct pool_batch *holder = take_batch(s, 0, err);
+    if (!holder)
+        return -1;
+    page_pool_hold(holder, s->slab);
+    count(&s->rest_bytes, n);
+    return s->params.events->held_bytes(s->params.arg, data, n, &holder->base, err);
 }
 
 static int on_rest(void *arg, const void *data, size_t n, struct vm_error **err)
@@ -126,7 +138,7 @@ static int on_rest(void *arg, const void *data, size_t n, struct vm_error **err)
     if (n > sizeof(s->bytes) - s->n_bytes && flush_bytes(s, err) < 0)
         return -1;
     if (n >= sizeof(s->bytes))
-        return give_bytes(s, data, n, err);
+        return give_held(s, data, n, err);
     memcpy(s->bytes + s->n_bytes, data, n);
     s->n_bytes += n;
     return 0;

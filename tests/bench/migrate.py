@@ -140,12 +140,12 @@ def use_tls(qmp, endpoint, agent):
     qmp('migrate-set-parameters', **{'tls-creds': 'bench-tls'})
 
 
-def start_agents(cluster):
+def start_agents(cluster, wrapper=()):
     """Agents that can take guests of vmmig-vmm in, and log what until_prepared() reads."""
     for agent in cluster.agents:
         agent.options['attach-vmm'] = built('tools/vmmig-vmm/vmmig-vmm')
         agent.options['log-level'] = 'info'
-        agent.start()
+        agent.start(wrapper=wrapper)
 
 
 class Unfinished(Exception):

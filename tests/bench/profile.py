@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the CPU time of vmmig's three busiest paths goes, and what changes of them won.
+"""Where the CPU time of vmmig's busiest paths goes, and what changes of them won.
 
     /usr/bin/python3 tests/bench/profile.py [--path NAME]... [--before BUILD] [--rounds N] [--inputs DIR] [--out FILE]
 
 Paths:
     qemu      1 GiB of a QEMU guest that does not compress, between two hosts, over a link without a limit
+    loader    the same by agents that may not write into the QEMU that waits for it
     attach    2 GiB of a guest of vmmig-vmm, half of which does not compress, over the same
     import    a disk image into a repository `dir:`
 
@@ -31,10 +32,10 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'flow')]
 
-from agents import Cluster  # noqa: E402
+from agents import UNPRIVILEGED, Cluster  # noqa: E402
 from attach import AttachRace  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
-from migrate import Race, start_agents  # noqa: E402
+from migrate import Race, random_guest, start_agents  # noqa: E402
 
 TOP = 10
 METRICS = {'copy_ms': 'copy, ms', 'cpu_s': 'CPU, s', 'total_s': 'time, s'}
@@ -43,12 +44,12 @@ METRICS = {'copy_ms': 'copy, ms', 'cpu_s': 'CPU, s', 'total_s': 'time, s'}
 class Migrations:
     """A guest that agents of one build move to and fro."""
 
-    def __init__(self, build, make_vm, make_race):
+    def __init__(self, build, make_vm, make_race, wrapper=()):
         self.build = build
         with self.chosen():
             self.cluster = Cluster(plain=True, start=False)
             self.cluster.__enter__()
-            start_agents(self.cluster)
+            start_agents(self.cluster, wrapper)
             self.race = make_race(self.cluster, make_vm())
             self.race.let_run(False)
 
@@ -100,6 +101,8 @@ def paths(options):
     return {
         'qemu': lambda build: Migrations(build, lambda: BareGuest(
             'profiled', mem_mib=1024, dirty_mib=8, rate_mbps=5, scan_mbps=0, fill='random'), Race),
+        'loader': lambda build: Migrations(build, random_guest, lambda cluster, vm: Race(
+            cluster, vm, dest_qmp=True, wrapper=UNPRIVILEGED), wrapper=UNPRIVILEGED),
         'attach': lambda build: Migrations(build, lambda: VmmGuest(
             'profiled', mem_mib=2048, dirty_mib=64, rate_mbps=1, scan_mbps=0, fill='half'), AttachRace),
         'import': lambda build: Imports(build, str(options.inputs / 'disk.raw')),
@@ -180,7 +183,7 @@ def table_of_race(runs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--path', action='append', choices=['qemu', 'attach', 'import'])
+    parser.add_argument('--path', action='append', choices=['qemu', 'loader', 'attach', 'import'])
     parser.add_argument('--before', type=os.path.abspath)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--inputs', type=pathlib.Path, default='/var/tmp/vmmig-bench')
