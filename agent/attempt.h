@@ -112,6 +112,7 @@ struct destination_part {
     struct receiver *receiver; /* under lock */
     bool stopped;              /* no more receiving, also if it has not begun; under lock */
     unsigned serving;          /* connections inside it; under lock */
+    int64_t served_ns;         /* when the last of them went; under lock */
     struct vm *vm;             /* once it is in the registry */
     pthread_t work_thread;
     bool work_started;

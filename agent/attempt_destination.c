@@ -13,9 +13,7 @@
 
 #include <string.h>
 
-/* A source that is away for so long before everything is here has given up, or will ask again. */
-enum { ABANDONED_MS = 60000 };
-/* How much longer than the source this side waits for connections to come back. */
+/* How much longer than the source this side waits for connections to come back, or for anything to come over them. */
 enum { IDLE_MARGIN_MS = 10000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
@@ -149,6 +147,12 @@ static int make_prepared(struct attempt *a, struct vm_error **err)
     return 0;
 }
 
+/* A source that is away for so long before everything is here has given up, or will ask again. */
+static int64_t silence_limit_ns(const struct attempt *a)
+{
+    return NSEC(a->transfer->agent->config->peer_timeout_ms) + PATIENCE(IDLE_MARGIN_MS);
+}
+
 static int make_receiver(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
@@ -170,9 +174,7 @@ static int make_receiver(struct attempt *a, struct vm_error **err)
                                      .n_regions = kept,
                                      .sink_regions = numbers,
                                      .charge_vmm = *a->transfer->agent->config->vm_cgroup != 0,
-                                     .idle_limit_ns =
-                                         NSEC(a->transfer->agent->config->peer_timeout_ms) +
-                                         PATIENCE(IDLE_MARGIN_MS),
+                                     .idle_limit_ns = silence_limit_ns(a),
                                      .cancel_fd = a->cancel};
     memcpy(params.token.bytes, p->token.data, sizeof(params.token.bytes));
     struct receiver *r = receiver_create(&params, err);
@@ -494,17 +496,25 @@ static bool never_paused(struct attempt *a)
     return false;
 }
 
+static int64_t later(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+/* The receiver looks after its own connections; here nothing at all is left of the source. */
 static void tick(struct attempt *a)
 {
     if (a->machine.state != HANDOVER_DST_PREPARING && a->machine.state != HANDOVER_DST_PREPARED)
         return;
     pthread_mutex_lock(&a->lock);
     bool alone = !a->session && !a->destination.serving;
+    int64_t since = later(a->state_since_ns, later(a->heard_ns, a->destination.served_ns));
     pthread_mutex_unlock(&a->lock);
-    if (!alone || clock_mono_ns() - a->state_since_ns < PATIENCE(ABANDONED_MS))
+    if (!alone || clock_mono_ns() - since < silence_limit_ns(a))
         return;
     struct vm_error *err = NULL;
-    error_set(&err, VM_ERROR_TIMEOUT, "the source was not heard of for %d s", ABANDONED_MS / 1000);
+    error_set(&err, VM_ERROR_TIMEOUT, "the source was not heard of for %d s",
+              (int)(silence_limit_ns(a) / NSEC_PER_SEC));
     attempt_fail(a, err);
 }
 
@@ -743,5 +753,6 @@ void destination_serve_channel(struct transfer *t, struct conn *conn)
     receiver_serve(r, conn, &hello);
     SCOPE_LOCK(&a->lock);
     a->destination.serving--;
+    a->destination.served_ns = clock_mono_ns();
     pthread_cond_broadcast(&a->changed);
 }

@@ -237,7 +237,8 @@ static const struct option config_options[] = {
      .max = 600000, .def = "10000", .unit = "ms", .text = "How long dialling a peer may take"},
     {"peer-timeout", "MS", option_parse_u64, MEMBER(peer_timeout_ms), .min = 1000, .max = 86400000,
      .def = "60000", .unit = "ms",
-     .text = "How long a lost peer is waited for before a migration in mid-copy is undone"},
+     .text = "How long a lost peer is waited for before a migration in mid-copy is undone. The destination waits 10 s "
+             "longer for a source of which nothing comes, also if it is connected"},
     {"log-level", "LEVEL", parse_log_level, MEMBER(log_level), .def = "info",
      .text = "error, warn, info or debug"},
     {NULL}};

@@ -234,6 +234,11 @@ int channel_receiver_run(struct channel_receiver *r, struct conn *conn,
                          const struct channel_hello *hello, struct vm_error **err);
 void channel_receiver_get_stats(struct channel_receiver *r,
                                 struct channel_receiver_stats *ret_stats);
+/*
+ * When the sender was last heard of, monotonic: a connection of its, or a byte of a frame. 0: never; INT64_MAX: a frame
+ * is being applied, so that it is not the sender who is slow. Any thread.
+ */
+int64_t channel_receiver_heard_ns(struct channel_receiver *r);
 
 DEFINE_CLEANUP(channel_sender, struct channel_sender *, channel_sender_destroy)
 DEFINE_CLEANUP(channel_receiver, struct channel_receiver *, channel_receiver_destroy)

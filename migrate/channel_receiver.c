@@ -15,6 +15,7 @@
 
 #include <poll.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -39,6 +40,8 @@ struct channel_receiver {
     struct vm_error *error; /* the channel is at its end */
     bool ack_wanted, acker_stop;
     struct channel_receiver_stats stats;
+
+    atomic_int_fast64_t heard_ns; /* channel_receiver_heard_ns */
 
     /* ---- the serving thread's ---- */
     unsigned unacked_frames;
@@ -176,6 +179,8 @@ static ssize_t read_some(struct channel_receiver *r, const struct iovec *iov, in
     for (;;) {
         ssize_t got = conn_try_readv(r->conn, iov, n, err);
         if (got > 0)
+            atomic_store(&r->heard_ns, clock_mono_ns());
+        if (got > 0)
             return got;
         if (got == 0)
             return error_set(err, VM_ERROR_UNREACHABLE, "%s closed the connection",
@@ -297,6 +302,14 @@ static enum outcome fill_places(struct channel_receiver *r, const struct channel
     return LOST;
 }
 
+static enum outcome commit(struct channel_receiver *r, struct vm_error **err)
+{
+    atomic_store(&r->heard_ns, INT64_MAX);
+    int applied = r->params.ops.commit(r->params.arg, err);
+    atomic_store(&r->heard_ns, clock_mono_ns());
+    return applied < 0 ? FATAL : GO_ON;
+}
+
 static enum outcome apply_frame(struct channel_receiver *r, const struct channel_header *h,
                                 struct vm_error **err)
 {
@@ -312,7 +325,7 @@ static enum outcome apply_frame(struct channel_receiver *r, const struct channel
             ops->abort(r->params.arg);
         return outcome;
     }
-    return ops->commit(r->params.arg, err) < 0 ? FATAL : GO_ON;
+    return commit(r, err);
 }
 
 static void count_frame(struct channel_receiver *r, const struct channel_header *h, bool repeated)
@@ -480,6 +493,7 @@ int channel_receiver_run(struct channel_receiver *r, struct conn *conn,
     }
     if (!take_turn(r, conn))
         return CHANNEL_LOST;
+    atomic_store(&r->heard_ns, clock_mono_ns());
     enum outcome outcome = serve(r, hello, &why);
     if (outcome == FATAL) {
         refuse(r, conn, why);
@@ -531,4 +545,9 @@ void channel_receiver_get_stats(struct channel_receiver *r,
 {
     SCOPE_LOCK(&r->lock);
     *ret_stats = r->stats;
+}
+
+int64_t channel_receiver_heard_ns(struct channel_receiver *r)
+{
+    return atomic_load(&r->heard_ns);
 }

@@ -12,6 +12,7 @@
 #define IDLE_LIMIT_NS (60 * NSEC_PER_SEC)
 /* The VMM reads its stream at its own pace, but a VMM that takes nothing for so long is stuck. */
 #define LOADER_LIMIT_NS (60 * NSEC_PER_SEC)
+#define LOOK_NS (200 * NSEC_PER_MSEC)
 
 struct page_lane {
     struct receiver *r;
@@ -45,6 +46,7 @@ struct receiver {
     unsigned serving;         /* connections */
     int64_t last_served_ns;   /* when the last of them went */
     bool bytes_ended, failed, stopped;
+    bool holds_bytes;         /* channel 0 waits for pages of the others */
     struct vm_error *error;
     int64_t load_ns;
 };
@@ -119,7 +121,8 @@ static int pages_commit(void *arg, struct vm_error **err)
         return -1;
     SCOPE_LOCK(&lane->r->lock);
     lane->applied++;
-    pthread_cond_broadcast(&lane->r->changed);
+    if (lane->r->holds_bytes)
+        pthread_cond_broadcast(&lane->r->changed);
     return 0;
 }
 
@@ -150,9 +153,11 @@ static int bytes_begin(void *arg, uint16_t type, const void *meta, size_t meta_l
 static int wait_for_pages(struct receiver *r, struct vm_error **err)
 {
     SCOPE_LOCK(&r->lock);
+    r->holds_bytes = true;
     for (unsigned i = 0; i < r->n_lanes; i++)
         while (r->lanes[i].applied < r->bytes.barrier.frames[i] && !r->failed && !r->stopped)
             pthread_cond_wait(&r->changed, &r->lock);
+    r->holds_bytes = false;
     if (r->failed || r->stopped)
         return error_set(err, VM_ERROR_CANCELLED, "the copy was stopped");
     return 0;
@@ -210,18 +215,51 @@ void receiver_serve(struct receiver *r, struct conn *conn, const struct channel_
     pthread_cond_broadcast(&r->changed);
 }
 
+/* With the lock. INT64_MAX: what came is being applied. */
+static int64_t last_heard_ns(struct receiver *r)
+{
+    int64_t last = r->last_served_ns;
+    for (unsigned i = r->holds_bytes; i <= r->n_lanes; i++) {
+        int64_t heard = channel_receiver_heard_ns(i ? r->lanes[i - 1].channel : r->bytes.channel);
+        last = heard > last ? heard : last;
+    }
+    return last;
+}
+
+/* For how long nothing has come, by looks at it: what lies between two that are far apart was not watched. */
+struct silence {
+    int64_t looked_ns, heard_ns, length_ns;
+};
+
+static int64_t silence_look(struct silence *s, int64_t heard_ns)
+{
+    int64_t now = clock_mono_ns(), passed = now - s->looked_ns;
+    bool heard = heard_ns == INT64_MAX || heard_ns != s->heard_ns;
+    s->length_ns = heard ? 0 : s->length_ns + (passed < 2 * LOOK_NS ? passed : LOOK_NS);
+    s->looked_ns = now;
+    s->heard_ns = heard_ns;
+    return s->length_ns;
+}
+
+static int too_silent(const struct receiver *r, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_TIMEOUT, "%s for %d s",
+                     r->serving ? "nothing came from the source" : "no data connection",
+                     (int)(r->params.idle_limit_ns / NSEC_PER_SEC));
+}
+
 /* Channel 0 was ended by the sender: the barrier was passed, all bytes are with the VMM. */
 static int wait_for_bytes(struct receiver *r, struct vm_error **err)
 {
+    struct silence silence = {.looked_ns = clock_mono_ns()};
     SCOPE_LOCK(&r->lock);
     while (!r->bytes_ended && !r->failed && !r->stopped) {
-        cond_wait_until(&r->changed, &r->lock, clock_mono_ns() + 200 * NSEC_PER_MSEC);
+        cond_wait_until(&r->changed, &r->lock, clock_mono_ns() + LOOK_NS);
         bool cancelled = r->params.cancel_fd >= 0 && io_latch_is_set(r->params.cancel_fd);
         if (cancelled)
             return error_set(err, VM_ERROR_CANCELLED, "cancelled");
-        if (!r->serving && clock_mono_ns() - r->last_served_ns > r->params.idle_limit_ns)
-            return error_set(err, VM_ERROR_TIMEOUT, "no data connection for %d s",
-                             (int)(r->params.idle_limit_ns / NSEC_PER_SEC));
+        if (silence_look(&silence, last_heard_ns(r)) > r->params.idle_limit_ns)
+            return too_silent(r, err);
     }
     if (r->failed)
         return error_propagate(err, error_copy(r->error));

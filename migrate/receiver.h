@@ -10,8 +10,9 @@
  *     receiver_stop(r)                     ends everything; receiver_serve returns
  *     receiver_destroy(r)                  after all receiver_serve have returned
  *
- * A data connection that is lost is waited for: the sender comes back within its outage limit, or
- * receiver_wait ends with TIMEOUT when none was there for idle_limit_ns. What the peer sends is
+ * A data connection that is lost is waited for: the sender comes back within its outage limit. When for idle_limit_ns
+ * none was there, or nothing came over those that were, receiver_wait ends with TIMEOUT: also of a sender that stands
+ * still and keeps its connections. Time in which this process itself stood does not count. What the peer sends is
  * validated frame by frame; the first error ends the copy, and is told to the sender.
  *
  * Threads: as above; receiver_stats from any. A crash loses the copy: the source still has the guest.
@@ -39,7 +40,7 @@ struct receiver_params {
     const unsigned *sink_regions; /* which of the sink's each of these is; NULL: they are the
                                      sink's, in its order */
     bool charge_vmm; /* the VMM is in a cgroup of its own: guest pages are to be charged to that */
-    int64_t idle_limit_ns;              /* without any data connection; 0: 60 s */
+    int64_t idle_limit_ns;              /* without a sign of the sender; 0: 60 s */
     int cancel_fd;
 };
 

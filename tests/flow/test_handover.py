@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import struct
 import time
 
@@ -599,6 +600,64 @@ def test_a_guest_does_not_stand_for_a_destination_that_takes_nothing(cluster, mo
     pair.end()
 
 
+@pytest.mark.parametrize('how', ['frozen', 'cut'])
+def test_a_source_that_falls_silent_does_not_hold_the_destination(cluster, monkeypatch, how):
+    """Its connections stay. It is waited for as long as it waits for a link, here 2 s, and 10 s more, here a tenth."""
+    monkeypatch.setenv('VMMIG_PATIENCE', '10')
+    h1, _ = cluster.hosts
+    for agent in cluster.agents:
+        agent.options['peer-timeout'] = '2000'
+    pair = Pair(cluster, f'silent-{how}', fill='random', mem_mib=512)
+    try:
+        h1.set_rate('100mbit')
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
+        assert [vm['vm'] for vm in pair.a2.json('list')['vms']] == [pair.name]
+        if how == 'frozen':
+            pair.a1.process.send_signal(signal.SIGSTOP)
+        else:
+            h1.cut('out')
+        eventually('nothing left', lambda: not pair.left(pair.a2) and not pair.a2.json('list')['vms'])
+        assert 'nothing came from the source for 3 s' in pair.a2.log()
+        pair.console.wait_ticks(5)
+    finally:
+        pair.a1.process.send_signal(signal.SIGCONT)
+        h1.set_rate(None)
+        for agent in cluster.agents:
+            del agent.options['peer-timeout']
+    done = pair.a1.vmmig('watch', pair.name, check=False)
+    assert done.returncode == 10, done
+    if how == 'frozen':
+        assert 'the peer: nothing came from the source for 3 s' in done.stderr
+    pair.expect('h1')
+    pair.end()
+
+
+@pytest.mark.full
+def test_a_link_that_comes_back_when_tcp_has_given_it_up(cluster):
+    """After 30 s the destination has no connection left of a source that waits for 60."""
+    h1, _ = cluster.hosts
+    for agent in cluster.agents:
+        agent.options['peer-timeout'] = '60000'
+    pair = Pair(cluster, 'long-cut', fill='random', mem_mib=512)
+    try:
+        h1.set_rate('100mbit')
+        pair.begin()
+        eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
+        h1.cut()
+        time.sleep(40)  # the length of the outage is what is tested
+        assert pair.a2.log().count('connection of a channel lost') > 1
+        h1.set_rate(None)
+        job = pair.a1.json('watch', pair.name)
+        assert job['state'] == 'done' and job['resent_bytes'] == 0
+        pair.expect('h2')
+    finally:
+        h1.set_rate(None)
+        for agent in cluster.agents:
+            del agent.options['peer-timeout']
+    pair.end()
+
+
 def test_a_stream_that_cannot_be_taken_apart_is_relayed(cluster):
     """As one of a QEMU with a live section before its memory: nothing of it goes as pages, and all of it arrives."""
     pair = Pair(cluster, 'opaque', faults=('stream.opaque=error', ''), fill='random')
@@ -615,9 +674,11 @@ def test_a_guest_that_dies_at_the_source_ends_the_job(cluster):
     try:
         pair.begin()
         eventually('some memory', lambda: pair.a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
-        os.kill(pair.a1.json('status', 'dies')['pid'], 9)
+        pid = pair.a1.json('status', 'dies')['pid']
+        os.kill(pid, 9)
         done = pair.a1.vmmig('watch', 'dies', check=False)
         assert done.returncode == 13, done.stderr
+        assert done.stderr.splitlines()[-1] == f"vmmig: the VM's process {pid} ended"
         eventually('nothing left', lambda: not pair.left(pair.a2), timeout=40)
     finally:
         cluster.hosts[0].set_rate(None)

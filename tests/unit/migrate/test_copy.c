@@ -7,6 +7,7 @@
 #include "base/io.h"
 #include "migrate/receiver.h"
 #include "migrate/sender.h"
+#include "migrate/stream_frames.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -34,6 +35,7 @@ struct toy {
     unsigned channels;
     pthread_t thread;
     bool started, stopping, paused;
+    bool streams; /* its pages come as the loader's bytes */
     const uint8_t *settles_at; /* the other end's memory: rounds begin when it is the same; NULL: at once */
     unsigned settled, unsettled;
     uint64_t state_bytes; /* as it says of itself */
@@ -93,7 +95,10 @@ static void free_batch(struct page_batch *b)
 /* Pages first..first+n as batches that hold copies, as a driver's buffers do. */
 static int give(struct toy *t, const unsigned *pages, unsigned n, struct vm_error **err)
 {
-    for (unsigned i = 0; i < n;) {
+    for (unsigned i = 0; t->streams && i < n; i++)
+        if (t->events->bytes(t->arg, t->region.base + (size_t)pages[i] * GUEST_PAGE_SIZE, GUEST_PAGE_SIZE, err) < 0)
+            return -1;
+    for (unsigned i = 0; !t->streams && i < n;) {
         unsigned stripe = pages[i] / PAGE_STRIPE_PAGES;
         struct page_batch *b = calloc(1, sizeof(*b) + PAGE_BATCH_MAX * GUEST_PAGE_SIZE);
         uint8_t *copy = (uint8_t *)(b + 1);
@@ -224,6 +229,8 @@ static int toy_sink_bytes(struct guest *g, const void *data, size_t n, int64_t d
                           int cancel_fd, struct vm_error **err)
 {
     struct toy *t = toy_of(g);
+    if (t->streams)
+        return t->n_loaded += n, 0;
     if (t->n_loaded == t->expected_prefix)
         t->memory_was_complete = !memcmp(t->region.base, t->expected_memory, MEMORY);
     if (t->n_loaded + n > STATE_BYTES + 4)
@@ -284,6 +291,7 @@ static void toy_finish(struct toy *t)
 
 struct world {
     struct toy source, sink;
+    struct channel_id id; /* of channel 0 */
     struct conn_context *context;
     struct receiver *receiver;
     char address[64];
@@ -353,6 +361,8 @@ static int dial(void *arg, int64_t deadline_ns, int cancel_fd, struct conn **ret
     return *ret_conn ? 0 : -1;
 }
 
+static int64_t idle_limit_ns; /* of the receiver; 0: its own */
+
 static struct sender *make_world_at(struct world *w, enum policy_compress compress, bool was_running,
                                     uint64_t max_bandwidth)
 {
@@ -360,6 +370,7 @@ static struct sender *make_world_at(struct world *w, enum policy_compress compre
     struct uuid attempt = uuid_new();
     struct channel_token token = channel_token_new();
     memset(w, 0, sizeof(*w));
+    w->id = (struct channel_id){attempt, token, 0};
     toy_init(&w->source);
     toy_init(&w->sink);
     for (unsigned i = 0; i < PAGES; i += 2)
@@ -379,7 +390,7 @@ static struct sender *make_world_at(struct world *w, enum policy_compress compre
     struct receiver_params r = {.guest = &w->sink.guest, .attempt = attempt, .token = token,
                                 .channels = CHANNELS, .regions = &w->sink.region, .n_regions = 1,
                                 .sink_regions = (const unsigned[]){SINK_REGION}, .charge_vmm = true,
-                                .cancel_fd = -1};
+                                .idle_limit_ns = idle_limit_ns, .cancel_fd = -1};
     w->receiver = receiver_create(&r, &err);
     struct sender_params s = {.guest = &w->source.guest, .attempt = attempt, .token = token,
                               .channels = CHANNELS, .regions = &w->source.region, .n_regions = 1,
@@ -494,6 +505,62 @@ static void device_state_is_part_of_the_predicted_pause(void **state)
         end_world(&w);
     }
     assert_true(predicted[1] >= predicted[0] + 10 * NSEC_PER_MSEC);
+}
+
+/* Of memory that goes through the loader the pause is predicted as of any other: within the limit it begins. */
+static void memory_that_is_streamed_is_measured(void **state)
+{
+    struct world w;
+    struct vm_error *err = NULL;
+    struct sender_progress p;
+    struct sender *s = make_world_at(&w, POLICY_NONE, true, 100 << 20);
+    w.source.streams = w.sink.streams = true;
+    assert_int_equal(sender_run(s, &err), 0);
+    assert_int_equal(receiver_wait(w.receiver, &err), 0);
+    sender_progress(s, &p);
+    assert_true(w.sink.n_loaded > MEMORY);
+    assert_false(p.limit_missed);
+    assert_in_range(p.predicted_pause_ns, 1, 300 * NSEC_PER_MSEC);
+    assert_true(p.link_rate > 0);
+    sender_destroy(s);
+    end_world(&w);
+}
+
+/* A channel of the copy that is connected, and of which the sender says no more than that frame. */
+static struct channel_sender *silent_channel(struct world *w, unsigned number, const struct channel_frame *frame)
+{
+    struct channel_sender_params params = {.id = w->id, .connect = dial, .connect_arg = w, .cancel_fd = -1};
+    struct vm_error *err = NULL;
+    params.id.number = (uint16_t)number;
+    struct channel_sender *channel = channel_sender_create(&params, &err);
+    assert_int_equal(channel_sender_wait_open(channel, clock_mono_ns() + 10 * NSEC_PER_SEC, &err), 0);
+    if (frame)
+        assert_int_equal(channel_sender_send(channel, frame, &err), 0);
+    return channel;
+}
+
+/* Its connections stay: one that said nothing, and one that announced pages which do not come. */
+static void a_sender_that_stands_still_is_not_waited_for(void **state)
+{
+    struct world w;
+    struct vm_error *err = NULL;
+    struct stream_barrier barrier = {.n = CHANNELS, .frames = {1, UINT64_MAX}};
+    uint8_t meta[STREAM_BARRIER_META_MAX];
+    idle_limit_ns = 500 * NSEC_PER_MSEC;
+    struct sender *s = make_world(&w, POLICY_LZ4);
+    idle_limit_ns = 0;
+    struct channel_frame frame = {.type = FRAME_BARRIER, .meta = meta, .meta_len = stream_barrier_pack(&barrier, meta)};
+    struct channel_sender *silent = silent_channel(&w, 1, NULL), *waits = silent_channel(&w, 0, &frame);
+    int64_t before = clock_mono_ns();
+    assert_int_equal(receiver_wait(w.receiver, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    assert_non_null(strstr(error_message(err), "nothing came from the source"));
+    assert_true(clock_mono_ns() - before >= 400 * NSEC_PER_MSEC);
+    error_free(err);
+    channel_sender_destroy(silent);
+    channel_sender_destroy(waits);
+    sender_destroy(s);
+    end_world(&w);
 }
 
 /* Writes down what the guest's user wishes now, some looks of the pilot's later. */
@@ -660,6 +727,8 @@ int main(void)
         cmocka_unit_test(memory_and_state_arrive_whole),
         cmocka_unit_test(a_round_begins_when_the_former_one_has_arrived),
         cmocka_unit_test(device_state_is_part_of_the_predicted_pause),
+        cmocka_unit_test(memory_that_is_streamed_is_measured),
+        cmocka_unit_test(a_sender_that_stands_still_is_not_waited_for),
         cmocka_unit_test(the_users_own_stop_counts),
         cmocka_unit_test(every_compression_brings_the_same_memory),
         cmocka_unit_test(lost_connections_do_not_matter),
