@@ -57,6 +57,26 @@ except ConnectionError:
     pass
 print('dropped')
 '''
+# A host that connects to an agent and falls silent: at once, after TLS, and after it was let in. Prints what becomes of
+# its three connections.
+SILENT = r'''
+import socket, ssl, sys
+folder, name = sys.argv[1:]
+context = ssl.create_default_context(cafile=folder + '/ca.crt')
+context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+connections = [socket.create_connection((name, 16550)) for _ in range(3)]
+for number in (1, 2):
+    connections[number] = context.wrap_socket(connections[number], server_hostname=name)
+connections[2].sendall(b'VMMG\x01\x01\0\0')
+for connection in connections:
+    connection.settimeout(30)
+    try:
+        while connection.recv(4096):
+            pass
+    except ConnectionError:
+        pass
+    print('dropped')
+'''
 # A host of the cluster that asks for many migrations and follows none up. Prints how often it got which message.
 ASKER = r'''
 import collections, os, socket, ssl, struct, sys
@@ -87,6 +107,7 @@ while None in answers.values():
 print(*(f'{number}:{times}' for number, times in sorted(collections.Counter(answers.values()).items())))
 '''
 MAP_HUGETLB = 0x40000
+SOCKETS = ('web1.qmp', 'web1.judge')
 WELCOME, FRAME = '564d4d4701000000', '564d4d47'
 
 
@@ -115,8 +136,17 @@ def guest(cluster):
     return console
 
 
-def refused(cluster, console, to, status, pattern, *options, vm='web1'):
-    a1, a2 = cluster.agents
+def nothing_left(cluster, vm='web1', but=()):
+    """But the tests' own disk; `but` are sockets of the user's own that his QEMU leaves where it ends badly."""
+    _, a2 = cluster.agents
+    eventually('nothing left', lambda: not [what for what in judge.leftovers(a2.host, vm, [a2.process.pid])
+                                            if not what.endswith(('web1.raw', *but))])
+    for path in but:
+        os.unlink(a2.host.path(f'/run/vmlab/{path}'))
+
+
+def refused(cluster, console, to, status, pattern, *options, vm='web1', but=()):
+    a1, _ = cluster.agents
     mark = console.mark()
     done = a1.vmmig('send', vm, '--to', to, *options, check=False)
     complaints = [line for line in done.stderr.splitlines() if line.startswith('vmmig: ')]
@@ -126,8 +156,7 @@ def refused(cluster, console, to, status, pattern, *options, vm='web1'):
     console.wait_ticks(2)
     assert console.check(after=mark) == ['h1']
     assert a1.json('status', vm)['state'] == 'running'
-    eventually('nothing left', lambda: not [what for what in judge.leftovers(a2.host, vm, [a2.process.pid])
-                                            if not what.endswith('web1.raw')])
+    nothing_left(cluster, vm, but)
 
 
 def listen(cluster, port, certificate='', answer=''):
@@ -247,6 +276,14 @@ def test_an_agent_drops_a_host_that_talks_nonsense(cluster, guest, said, why):
     assert judge.rss_anon(cluster.agents[1].process.pid) < 100 << 20
 
 
+def test_an_agent_drops_a_host_that_says_nothing(cluster, guest):
+    h1, _ = cluster.hosts
+    log = len(cluster.agents[1].log())
+    assert h1.run([sys.executable, '-c', SILENT, PKI, 'h2']) == 'dropped\n' * 3
+    assert cluster.agents[1].log()[log:].count('no answer within the time limit') == 3
+    assert cluster.agents[1].vmmig('list').returncode == 0
+
+
 def test_a_host_that_asks_for_too_much(cluster, guest):
     """64 of its attempts are begun, which fail; the others are refused (6), and have no record."""
     h1, _ = cluster.hosts
@@ -288,6 +325,72 @@ def test_a_destination_without_the_binary(cluster, guest):
         refused(cluster, guest, 'h2', 3, 'the peer: cannot run /usr/lib/nowhere/qemu-system-x86_64', '--assume-shared')
     finally:
         restart(a2)
+
+
+def test_a_destination_that_does_not_run_such_a_binary(cluster, guest):
+    _, a2 = cluster.agents
+    restart(a2, vmm='/usr/bin/qemu-system-aarch64')
+    try:
+        refused(cluster, guest, 'h2', 5, r'the peer: qemu-system-x86_64 is not among the binaries that may be run as a '
+                r'VM \(`vmm` in the agent.s configuration\)$', '--assume-shared')
+    finally:
+        restart(a2)
+
+
+def test_a_destination_without_kvm(cluster, guest, disk):
+    """Of a guest that has it, where this machine does."""
+    h2 = cluster.hosts[1]
+    h2.run(['mount', '--bind', '/dev/null', '/dev/kvm'])
+    try:
+        refused(cluster, guest, 'h2', 13, 'the peer: cannot start .*-accel kvm: failed to initialize kvm', '--assume-shared',
+                but=SOCKETS)
+    finally:
+        h2.run(['umount', '/dev/kvm'])
+
+
+@pytest.mark.parametrize('what, status, pattern', [
+    ('nothing', 3, 'the peer: .*/prepared.qmp: No such file or directory'),
+    ('file', 6, 'the peer: .*/prepared.qmp: Connection refused'),
+    ('running', 5, "the peer: .*/prepared.qmp: the QEMU prepared for the guest is 'running': it must wait with"),
+])
+def test_a_prepared_destination_that_is_none(cluster, guest, disk, what, status, pattern):
+    h2 = cluster.hosts[1]
+    path, qemu = '/run/vmlab/prepared.qmp', None
+    if what == 'file':
+        h2.run(['touch', path])
+    if what == 'running':
+        qemu = h2.popen([QEMU, '-machine', 'none', '-display', 'none', '-qmp', f'unix:{path},server=on,wait=off'])
+        eventually('its QEMU', lambda: os.path.exists(h2.path(path)))
+    try:
+        refused(cluster, guest, 'h2', status, pattern, '--assume-shared', '--dest-qmp', path)
+        assert not qemu or qemu.poll() is None
+    finally:
+        if qemu:
+            qemu.kill()
+            qemu.wait()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(h2.path(path))
+
+
+def test_a_destination_whose_vmm_dies_in_mid_copy(cluster, guest, disk):
+    a1, _ = cluster.agents
+    h1, h2 = cluster.hosts
+    mark = guest.mark()
+    h1.set_rate('10mbit')
+    try:
+        a1.vmmig('send', 'web1', '--to', 'h2', '--assume-shared', '--background')
+        eventually('some memory', lambda: a1.json('status', 'web1')['job']['wire_bytes'] > 100000)
+        pid, = [pid for pid, argv in h2.processes().items() if 'qemu-system' in argv[0]]
+        os.kill(pid, 9)
+        done = a1.vmmig('watch', 'web1', check=False)
+    finally:
+        h1.set_rate(None)
+    assert done.returncode == 13, done
+    assert re.fullmatch(rf"vmmig: the (peer|receiver ended channel \d): the VM's process {pid} ended",
+                        done.stderr.splitlines()[-1])
+    guest.wait_ticks(2)
+    assert guest.check(after=mark) == ['h1']
+    nothing_left(cluster, but=SOCKETS)
 
 
 def test_a_destination_that_is_root_and_was_not_told_whom_vms_run_as(cluster, guest, disk):
