@@ -3,6 +3,7 @@
 #include "agent/attempt_jobs.h"
 #include "agent/clones.h"
 #include "agent/driver.h"
+#include "agent/snapshots.h"
 
 #include "base/cond.h"
 #include "base/fault.h"
@@ -202,6 +203,17 @@ static struct vm_definition future_vm(const struct attempt *a,
     return def;
 }
 
+/* Here they will have to be thawed. */
+static int expect_frozen(struct attempt *a, struct vm_error **err)
+{
+    struct destination_part *d = &a->destination;
+    if (!d->prepare->prepare->frozen ||
+        snapshots_expect_frozen(a->transfer->agent->config, &d->process, d->argv, err) == 0)
+        return 0;
+    error_wrap(err, "its file systems are frozen for a snapshot, and could not be thawed here");
+    return error_set_kind(err, VM_ERROR_REFUSED);
+}
+
 static int prepare(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
@@ -213,7 +225,8 @@ static int prepare(struct attempt *a, struct vm_error **err)
     if (clones_show_templates(a->transfer->agent, &d->definition, err) < 0 || make_vmm(a, err) < 0)
         return -1;
     if (process_argv(a->guest->process.pid, &d->argv, err) < 0 ||
-        attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0)
+        attempt_remember(a, d->driver, d->socket_path, d->argv, NULL, err) < 0 ||
+        expect_frozen(a, err) < 0)
         return -1;
     struct vm_definition def = future_vm(a, &d->process);
     if (vms_reserve(a->transfer->agent->vms, &def, err) < 0)
@@ -445,6 +458,7 @@ static void let_go(struct attempt *a)
 {
     drop_guest(a);
     remove_leftovers(a);
+    snapshots_forget_frozen(a->transfer->agent->config, &a->record.vmm);
     vm_put(steal_ptr(&a->destination.vm));
 }
 
@@ -460,6 +474,7 @@ static int settled(struct attempt *a, struct vm_error **err)
         stop_transfer(a);
         if (a->guest)
             driver_sink_release(a->guest);
+        snapshots_thaw_frozen(a->transfer->agent->config, &a->record.vmm);
         return 0;
     default:
         return 0;

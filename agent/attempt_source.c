@@ -535,6 +535,7 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     m->channels = s->params.channels;
     m->token = (ProtobufCBinaryData){sizeof(s->params.token.bytes), s->params.token.bytes};
     m->assume_shared = p->assume_shared;
+    m->frozen = snapshots_is_frozen(a->transfer->agent->config, &a->guest->process);
     m->dest_socket = s->dest_socket;
     return 0;
 }

@@ -462,7 +462,7 @@ static void undo(struct cloning *c)
     for (unsigned i = 0; i < c->n; i++) {
         CLEANUP(vm) struct vm *vm = vms_get(c->agent->vms, c->names[i], NULL);
         CLEANUP(guest) struct guest *guest = vm ? vm_guest(vm) : NULL;
-        if (!guest)
+        if (!guest || guest->process.pid != c->infos[i].pid) /* it ended, and another has its name */
             continue;
         guest_kill(guest, KILL_TIMEOUT_MS, NULL);
         unlink(vm_definition(vm)->socket_path);

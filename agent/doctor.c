@@ -296,6 +296,7 @@ static void judge_vm(struct finding *f, const struct walk *w, struct vm *vm)
         set_owner(f, agent, HERE);
         strcpy(f->why, d->origin == VM_ORIGIN_RUN        ? "it was started here"
                        : d->origin == VM_ORIGIN_ATTACHED ? "it was attached here"
+                       : d->origin == VM_ORIGIN_RESTORED ? "it was restored here"
                                                          : "it was received and started here");
     } else {
         set_owner(f, agent, NOBODY);
@@ -308,10 +309,7 @@ static void judge_vm(struct finding *f, const struct walk *w, struct vm *vm)
 /* A guest that hangs since a snapshot, or is being snapshotted at this instant. */
 static void mention_frozen(struct finding *f, const struct agent *agent, const struct vm_definition *d)
 {
-    struct thawer thawer = snapshots_thawer(agent->config);
-    char path[FROZEN_PATH_MAX];
-    frozen_path(&thawer, &d->process, path);
-    if (!f->message.vmm_runs || !frozen_is_noted(path))
+    if (!f->message.vmm_runs || !snapshots_is_frozen(agent->config, &d->process))
         return;
     size_t n = strlen(f->why);
     snprintf(f->why + n, sizeof(f->why) - n,

@@ -81,6 +81,41 @@ struct thawer snapshots_thawer(const struct config *config)
     return (struct thawer){config->libexec_dir, config->log_dir, config->runtime_dir};
 }
 
+bool snapshots_is_frozen(const struct config *config, const struct process_identity *process)
+{
+    char path[FROZEN_PATH_MAX];
+    struct thawer thawer = snapshots_thawer(config);
+    frozen_path(&thawer, process, path);
+    return frozen_is_noted(path);
+}
+
+int snapshots_expect_frozen(const struct config *config, const struct process_identity *process, char *const *argv,
+                            struct vm_error **err)
+{
+    char link[32], cwd[PATH_BYTES];
+    struct thawer thawer = snapshots_thawer(config);
+    snprintf(link, sizeof(link), "/proc/%d/cwd", process->pid);
+    ssize_t n = readlink(link, cwd, sizeof(cwd) - 1);
+    cwd[n < 0 ? 0 : n] = 0;
+    return frozen_expect(&thawer, process, argv, cwd, err);
+}
+
+void snapshots_thaw_frozen(const struct config *config, const struct process_identity *process)
+{
+    struct thawer thawer = snapshots_thawer(config);
+    cleanup_error struct vm_error *err = NULL;
+    if (snapshots_is_frozen(config, process) && frozen_thaw_later(&thawer, process, &err) < 0)
+        log_error("the guest's file systems stay frozen", "pid=%d error=%s", process->pid, log_q(error_message(err)));
+}
+
+void snapshots_forget_frozen(const struct config *config, const struct process_identity *process)
+{
+    char path[FROZEN_PATH_MAX];
+    struct thawer thawer = snapshots_thawer(config);
+    frozen_path(&thawer, process, path);
+    frozen_forget(path);
+}
+
 /* Of a snapshot that is being taken (snapshot/guard.h). */
 static void make_note_path(const struct config *config, const char *vm, char out[PATH_BYTES])
 {
@@ -423,17 +458,14 @@ static int keep_restored(struct restore_job *t, struct guest **guest, struct vm_
     return vms_add(t->agent->vms, &d, guest, err);
 }
 
-static int go_on(struct restore_job *t, const struct restore *r, struct guest *guest, struct vm_error **err)
+static void thaw(struct restore_job *t, const struct restore *r, const struct guest *guest)
 {
     cleanup_error struct vm_error *frozen = NULL;
     struct thawer thawer = snapshots_thawer(t->agent->config);
-    if (guest_resume(guest, err) < 0)
-        return -1;
-    if (restore_thaw(r, guest, &thawer, &frozen) < 0) {
-        log_warn("a restored guest is not thawed", "vm=%s error=%s", t->vm, log_q(error_message(frozen)));
-        snprintf(t->progress.note, sizeof(t->progress.note), "%s", error_message(frozen));
-    }
-    return 0;
+    if (restore_thaw(r, guest, &thawer, !t->paused, &frozen) == 0)
+        return;
+    log_warn("a restored guest is not thawed", "vm=%s error=%s", t->vm, log_q(error_message(frozen)));
+    snprintf(t->progress.note, sizeof(t->progress.note), "%s", error_message(frozen));
 }
 
 /* It is no VM of this agent's yet. */
@@ -484,9 +516,10 @@ static int let_run(struct restore_job *t, const struct restore *r, struct guest 
     if (job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
         return -1;
     driver_sink_release(guest);
-    if (t->paused && restore_is_frozen(r))
-        snprintf(t->progress.note, sizeof(t->progress.note), "%s", FROZEN_WHILE_PAUSED);
-    return t->paused ? guest_release(guest, err) : go_on(t, r, guest, err);
+    if ((t->paused ? guest_release(guest, err) : guest_resume(guest, err)) < 0)
+        return -1;
+    thaw(t, r, guest);
+    return 0;
 }
 
 /* When it fails nothing of the VM is left. */
@@ -551,7 +584,11 @@ static int restore_run(struct job *job, void *arg, struct vm_error **err)
     t->progress.predicted_pause_ns = t->progress.pause_ns = -1;
     strcpy(t->progress.snapshot.image, t->image);
     show_restore(t, JOB_PHASE_PREPARING);
-    int r = making_begin(&t->making, t->agent->config, t->vm, err) < 0 ? -1 : restore_noted(t, err);
+    /* Again, now that nobody else can make a VM of that name. */
+    int r = vms_check_free(t->agent->vms, t->vm, err) < 0 ||
+                    making_begin(&t->making, t->agent->config, t->vm, err) < 0
+                ? -1
+                : restore_noted(t, err);
     making_end(&t->making);
     if (r < 0)
         return error_wrap(err, "restore %s", t->image);

@@ -14,6 +14,16 @@
 
 /* Who thaws file systems that a snapshot froze (snapshot/frozen.h). */
 struct thawer snapshots_thawer(const struct config *config);
+/* Is it noted that the file systems of the guest in that VMM are frozen, or may be? */
+bool snapshots_is_frozen(const struct config *config, const struct process_identity *process);
+/*
+ * A guest whose file systems are frozen comes into that VMM: noted now, so that no crash forgets it, they are thawed when it
+ * is there. Or it never comes, and the note goes. NOT_FOUND: the VMM's command line names no socket of the guest's agent.
+ */
+int snapshots_expect_frozen(const struct config *config, const struct process_identity *process, char *const *argv,
+                            struct vm_error **err);
+void snapshots_thaw_frozen(const struct config *config, const struct process_identity *process);
+void snapshots_forget_frozen(const struct config *config, const struct process_identity *process);
 /* driver_connect, and what a snapshot that an agent died of has left is settled first. For vms_params. */
 struct guest *snapshots_connect(const struct vm_definition *d, void *arg, struct vm_error **err);
 /*

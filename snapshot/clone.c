@@ -363,11 +363,9 @@ static int take_macs_over(const struct making *m, struct clone *c, struct vm_err
 static int tell_guest(const struct making *m, struct clone *c)
 {
     cleanup_error struct vm_error *frozen = NULL, *kept = NULL;
-    if (c->running && m->vm.frozen &&
-        frozen_thaw_restored(&m->p->thawer, &c->guest->process, c->argv, m->vm.definition.cwd, &frozen) < 0)
+    if (m->vm.frozen && frozen_thaw_restored(&m->p->thawer, &c->guest->process, c->argv, m->vm.definition.cwd,
+                                             c->running, &frozen) < 0)
         note(c, "%s", error_message(frozen));
-    if (!c->running && m->vm.frozen)
-        note(c, "%s", FROZEN_WHILE_PAUSED);
     if (!c->notes.n_macs)
         return 0;
     if (!c->running)
@@ -472,6 +470,7 @@ static int make(struct making *m, struct clone *c, struct vm_error **err)
     if (template_find(repo_store(m->p->repo), m->p->template, &m->template, NULL, err) < 0 ||
         mount_ensure(m->p->mount, err) < 0)
         return -1;
+    (void)FAULT("clone.found");
     m->state_fd = open_file(m, "device.state", err);
     if (m->state_fd < 0)
         return -1;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/disk_file.h"
 
+#include "base/fault.h"
 #include "snapshot/rbd_image.h"
 #include "snapshot/run_tool.h"
 
@@ -30,22 +31,21 @@ static int make_formatted(const char *path, const char *format, uint64_t size,
     return said ? 0 : -1;
 }
 
-int disk_file_make(const char *path, const char *format, uint64_t size, struct vm_error **err)
+int disk_file_make(const char *path, const char *format, uint64_t size, disk_file_made *made, void *arg,
+                   struct vm_error **err)
 {
     if (rbd_image_is(path)) /* exclusive by itself */
-        return make_formatted(path, format, size, err);
+        return make_formatted(path, format, size, err) < 0 ? -1 : made(arg, err);
     /* Exclusive in either case: qemu-img would write over what is there. */
     cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
         return error_errno(err, errno, "cannot make %s", path);
-    int r;
+    if (made(arg, err) < 0)
+        return -1;
+    FAULT("restore.format");
     if (!strcmp(format, "raw"))
-        r = ftruncate(fd, (off_t)size) < 0 ? error_errno(err, errno, "cannot size %s", path) : 0;
-    else
-        r = make_formatted(path, format, size, err);
-    if (r < 0)
-        unlink(path);
-    return r;
+        return ftruncate(fd, (off_t)size) < 0 ? error_errno(err, errno, "cannot size %s", path) : 0;
+    return make_formatted(path, format, size, err);
 }
 
 static int nbd_fail(const struct disk_file *f, const char *what, struct vm_error **err)

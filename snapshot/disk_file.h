@@ -2,7 +2,7 @@
 /*
  * disk_file: a disk image that is made and then written once.
  *
- *     disk_file_make(path, "qcow2", size, &err)        fails if there is a file already
+ *     disk_file_make(path, "qcow2", size, made, arg, &err)   fails if there is a file already
  *     f = disk_file_open(path, "qcow2", &err)
  *     disk_file_write(f, offset, data, len, &err)      zeros where nothing was written
  *     disk_file_finish(f, &err)                        all of it is on its way to the disk; frees f
@@ -21,7 +21,10 @@
 
 struct disk_file;
 
-int disk_file_make(const char *path, const char *format, uint64_t size, struct vm_error **err);
+/* `made` is called when there is something at the path; from then on that is the caller's, also when this fails. */
+typedef int disk_file_made(void *arg, struct vm_error **err);
+int disk_file_make(const char *path, const char *format, uint64_t size, disk_file_made *made, void *arg,
+                   struct vm_error **err);
 struct disk_file *disk_file_open(const char *path, const char *format, struct vm_error **err);
 int disk_file_write(struct disk_file *f, uint64_t offset, const void *data, size_t len,
                     struct vm_error **err);

@@ -65,30 +65,42 @@ int frozen_thaw_later(const struct thawer *t, const struct process_identity *pro
 
 /* ---- a guest that goes on ---- */
 
-static int thaw_through(const char *socket, struct vm_error **err)
-{
-    int64_t deadline = clock_mono_ns() + RESTORED_NS;
-    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(socket, deadline, err);
-    return ga ? guest_agent_thaw(ga, deadline, err) : -1;
-}
+#define STOOD "the guest's file systems are frozen, as they were when it was snapshotted"
 
-int frozen_thaw_restored(const struct thawer *t, const struct process_identity *process, char *const *argv,
-                         const char *cwd, struct vm_error **err)
+int frozen_expect(const struct thawer *t, const struct process_identity *process, char *const *argv,
+                  const char *cwd, struct vm_error **err)
 {
     char path[FROZEN_PATH_MAX];
     cleanup_free char *socket = guest_agent_find(argv, cwd);
     if (!socket)
-        return error_set(err, VM_ERROR_NOT_FOUND,
-                         "the guest's file systems are frozen, as they were when it was snapshotted, and "
-                         "its command line names no socket of its agent: thaw them by hand");
+        return error_set(err, VM_ERROR_NOT_FOUND, "the VM's command line names no socket of the guest's agent");
     frozen_path(t, process, path);
-    if (thaw_through(socket, err) == 0)
+    return frozen_note(path, socket, err);
+}
+
+static int thaw_through(char *const *argv, const char *cwd, struct vm_error **err)
+{
+    int64_t deadline = clock_mono_ns() + RESTORED_NS;
+    cleanup_free char *socket = guest_agent_find(argv, cwd);
+    CLEANUP(guest_agent) struct guest_agent *ga = socket ? guest_agent_open(socket, deadline, err) : NULL;
+    return ga ? guest_agent_thaw(ga, deadline, err) : -1;
+}
+
+int frozen_thaw_restored(const struct thawer *t, const struct process_identity *process, char *const *argv,
+                         const char *cwd, bool runs, struct vm_error **err)
+{
+    char path[FROZEN_PATH_MAX];
+    frozen_path(t, process, path);
+    if (frozen_expect(t, process, argv, cwd, err) < 0)
+        return error_wrap(err, STOOD "; thaw them by hand (guest-fsfreeze-thaw)");
+    if (runs && thaw_through(argv, cwd, err) == 0) {
+        frozen_forget(path);
         return 0;
-    if (frozen_note(path, socket, NULL) < 0 || frozen_thaw_later(t, process, NULL) < 0)
-        return error_wrap(err, "the guest's file systems are frozen, as they were when it was snapshotted, and "
-                               "could not be thawed: do so by hand");
-    return error_wrap(err, "the guest's file systems are frozen, as they were when it was snapshotted; "
-                           "trying again to thaw them until they are");
+    }
+    if (frozen_thaw_later(t, process, NULL) < 0)
+        return error_wrap(err, STOOD ", and could not be thawed: do so by hand (guest-fsfreeze-thaw)");
+    return runs ? error_wrap(err, STOOD "; trying again to thaw them until they are")
+                : error_set(err, VM_ERROR_CONFLICT, STOOD "; they are thawed soon after it goes on");
 }
 
 /* ---- the process that tries ---- */

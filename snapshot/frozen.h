@@ -9,13 +9,16 @@
  *     frozen_forget(path)                           thawed
  *     frozen_thaw_later(&thawer, &process, &err)    who noted it could not: another process goes on trying
  *     frozen_thaw(path, &process)                   what that process does
- *     frozen_thaw_restored(&thawer, &process, argv, cwd, &err)
- *                                                   of a guest that goes on from a state in which they stood frozen
+ *     frozen_expect(&thawer, &process, argv, cwd, &err)
+ *                                                   a guest will go on in that VMM, in which they stand frozen
+ *     frozen_thaw_restored(&thawer, &process, argv, cwd, runs, &err)
+ *                                                   it has come there; if it runs it is thawed at once, if that is possible
  *
  * frozen_thaw returns when the guest is thawed, when somebody else has done so (the note is gone, or is another one), when
  * somebody else is trying (the note is locked), or when the VMM has ended. Between two attempts lie one second, then two,
- * up to FROZEN_PAUSE_MAX_S, since one who holds the socket keeps others from it. A guest that is sent away
- * while it is noted is not followed. Threads: any.
+ * up to FROZEN_PAUSE_MAX_S, since one who holds the socket keeps others from it. Of a guest that stands it is tried until
+ * it runs. One that is sent away takes the note along: the other host's agent notes it of its own VMM before the guest is
+ * there (frozen_expect). Threads: any.
  */
 #ifndef VMMIG_SNAPSHOT_FROZEN_H
 #define VMMIG_SNAPSHOT_FROZEN_H
@@ -24,11 +27,6 @@
 #include "base/process.h"
 
 enum { FROZEN_PATH_MAX = 4096, FROZEN_PAUSE_MAX_S = 16 };
-/* Of a guest that was restored or cloned paused: nobody can ask its agent now. */
-#define FROZEN_WHILE_PAUSED                                                                        \
-    "the guest's file systems are frozen, as they were when it was snapshotted: thaw them when "   \
-    "it runs (guest-fsfreeze-thaw)"
-
 struct thawer {
     const char *libexec_dir; /* where vmmig-guard is */
     const char *log_dir;     /* its output is appended to guard.log */
@@ -44,8 +42,11 @@ void frozen_forget(const char *path);
 int frozen_thaw_later(const struct thawer *t, const struct process_identity *process,
                       struct vm_error **err);
 void frozen_thaw(const char *path, const struct process_identity *process);
-/* Its VMM's command line names the agent's socket. -1: it is not thawed yet, and is tried again; or what to do by hand. */
+/* NOT_FOUND: the VMM's command line names no socket of the guest's agent. */
+int frozen_expect(const struct thawer *t, const struct process_identity *process, char *const *argv,
+                  const char *cwd, struct vm_error **err);
+/* -1: it is not thawed yet, and is tried again; or what to do by hand. */
 int frozen_thaw_restored(const struct thawer *t, const struct process_identity *process, char *const *argv,
-                         const char *cwd, struct vm_error **err);
+                         const char *cwd, bool runs, struct vm_error **err);
 
 #endif

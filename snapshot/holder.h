@@ -61,7 +61,7 @@ enum {
 struct holder_options {
     const char *mount, *repository, *cache, *control, *fetcher, *owner, *group;
     uint64_t cache_size, read_timeout_ms, record_ms;
-    bool foreground, help;
+    bool help;
 };
 
 /* ---- images and files: holder_image.c ---- */

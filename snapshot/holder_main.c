@@ -39,8 +39,6 @@ static const struct option rows[] = {
      .def = "30000", .unit = "ms", .text = "When the read of a disk fails"},
     {"record", "MS", option_parse_u64, MEMBER(record_ms), .min = 10, .max = 600000, .def = "5000",
      .unit = "ms", .text = "How long the first use of a template is recorded"},
-    {"foreground", NULL, option_parse_flag, MEMBER(foreground),
-     .text = "End, and unmount, at the end of the file that is the standard input"},
     {"help", NULL, option_parse_flag, MEMBER(help), .text = "This text"},
     {NULL}};
 #undef MEMBER
@@ -66,14 +64,6 @@ static void on_stop(void *arg)
                  h->options.mount);
     else
         loop_stop(h->loop);
-}
-
-static void on_input(int fd, int ready, void *arg)
-{
-    char c;
-    (void)ready;
-    if (read(fd, &c, 1) <= 0)
-        on_stop(arg);
 }
 
 /* The cache's files have no names, so that whatever has one is not ours. */
@@ -140,8 +130,6 @@ static int serve(struct holder *h, struct vm_error **err)
     if (!h->loop || !loop_watch_signal(h->loop, SIGTERM, on_stop, h, err) ||
         !loop_watch_signal(h->loop, SIGINT, on_stop, h, err) ||
         !loop_watch_timer(h->loop, TICK_NS, on_tick, h, err))
-        return -1;
-    if (h->options.foreground && !loop_watch_fd(h->loop, 0, LOOP_READ, on_input, h, err))
         return -1;
     if (control_open(h, err) < 0 || tree_mount(h, err) < 0 || fetchers_start(h, err) < 0)
         return -1;

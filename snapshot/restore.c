@@ -163,16 +163,13 @@ const struct qemu_definition *restore_definition(const struct restore *r)
     return &r->vm.definition;
 }
 
-bool restore_is_frozen(const struct restore *r)
-{
-    return r->vm.frozen && !r->boots;
-}
-
-int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer,
+int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer, bool runs,
                  struct vm_error **err)
 {
     const struct qemu_definition *d = &r->vm.definition;
-    return restore_is_frozen(r) ? frozen_thaw_restored(thawer, &guest->process, d->argv, d->cwd, err) : 0;
+    return r->vm.frozen && !r->boots
+               ? frozen_thaw_restored(thawer, &guest->process, d->argv, d->cwd, runs, err)
+               : 0;
 }
 
 void restore_keep(struct restore *r)
@@ -289,23 +286,37 @@ static int give_to(const char *path, const char *user, struct vm_error **err)
                : 0;
 }
 
+struct disk_making {
+    struct restore *restore;
+    unsigned i;
+    restore_note *note;
+    void *arg;
+};
+
+/* From here on it is removed if the VM does not come. */
+static int disk_is_there(void *arg, struct vm_error **err)
+{
+    struct disk_making *m = arg;
+    struct restore *r = m->restore;
+    const char *file = r->vm.definition.disks[m->i].file;
+    bool ceph = rbd_image_is(file);
+    if (ceph && rbd_image_id(file, r->ids[m->i], err) < 0)
+        return -1;
+    r->made[m->i] = true;
+    return m->note(m->arg, file, ceph ? r->ids[m->i] : NULL, err);
+}
+
 int restore_make_disks(struct restore *r, const char *user, restore_note *note, void *arg,
                        struct vm_error **err)
 {
     for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
         const struct qemu_disk *k = &r->vm.definition.disks[i];
         const struct image_entry *e = entry(r, r->vm.disk_files[i], NULL);
+        struct disk_making making = {r, i, note, arg};
         if (!e)
             continue;
-        if (disk_file_make(k->file, *k->format ? k->format : "raw", e->size, err) < 0)
-            return -1;
-        bool ceph = rbd_image_is(k->file);
-        if (ceph && rbd_image_id(k->file, r->ids[i], err) < 0)
-            return -1;
-        r->made[i] = true;
-        if (note(arg, k->file, ceph ? r->ids[i] : NULL, err) < 0)
-            return -1;
-        if (!ceph && give_to(k->file, user, err) < 0)
+        if (disk_file_make(k->file, *k->format ? k->format : "raw", e->size, disk_is_there, &making, err) < 0 ||
+            (!rbd_image_is(k->file) && give_to(k->file, user, err) < 0))
             return -1;
     }
     return 0;

@@ -8,7 +8,7 @@
  *     guest = a VMM that waits for the guest of restore_definition(r)
  *     restore_fill_disks(r, &control, &err)
  *     restore_load(r, guest, &control, &err)                           memory and device state; the guest stands
- *     guest_resume(guest, &err), restore_thaw(r, guest, &thawer, &err)
+ *     guest_resume(guest, &err), restore_thaw(r, guest, &thawer, true, &err)
  *     restore_keep(r)                                                  the disks stay
  *     restore_close(r)                                                 always; without keep they are removed
  *
@@ -45,12 +45,11 @@ DEFINE_CLEANUP(restore, struct restore *, restore_close)
 bool restore_boots(const struct restore *r);
 const struct qemu_definition *restore_definition(const struct restore *r);
 /*
- * The guest goes on: thaw its file systems, if they stood frozen at the instant. 0 if there is nothing to be done. It
- * runs in any case; an error is what its user should know, or do by hand.
+ * The guest is there, and `runs` or stands: see that its file systems are thawed, if they stood frozen at the instant. 0 if
+ * there is nothing to be done. An error is what its user should know, or do by hand.
  */
-int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer,
+int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer, bool runs,
                  struct vm_error **err);
-bool restore_is_frozen(const struct restore *r);
 int restore_place_disks(struct restore *r, const char *vm, const char *folder,
                         struct vm_error **err);
 /* What was just made: its path, or its name and its id in Ceph (snapshot/rbd_image.h). */

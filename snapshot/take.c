@@ -509,6 +509,11 @@ static int run(struct take *t, struct vm_error **err)
 static void clean_up(struct take *t, bool committed, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
+    /* The rest of a large memory takes long: before it comes what the guest waits for. */
+    if (!committed && qemu_snapshot_relieve(t->disks))
+        thaw(t);
+    if (!committed)
+        FAULT("snapshot.failed");
     if (taking_stop_memory(&t->s, &failed) < 0)
         log_warn("memory's migration does not end", "error=%s", log_q(error_message(failed)));
     error_clear(&failed);

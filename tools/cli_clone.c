@@ -139,6 +139,15 @@ static json_t *json_clone(const Vmmig__Control__CloneInfo *i)
                      (double)i->total_ns / NSEC_PER_MSEC, "notes", notes);
 }
 
+static bool has_note(const Vmmig__Control__CloneInfo *i, const char *note)
+{
+    for (size_t k = 0; k < i->n_notes; k++)
+        if (!strcmp(i->notes[k], note))
+            return true;
+    return false;
+}
+
+/* What is said of the first one is not repeated. */
 static int say_clones(const struct cli *c, const Vmmig__Control__Clones *m, struct vm_error **err)
 {
     json_t *json = json_array();
@@ -149,8 +158,9 @@ static int say_clones(const struct cli *c, const Vmmig__Control__Clones *m, stru
         else
             printf("%s: runs (process %d), %.0f ms\n", one->vm, one->pid,
                    (double)one->total_ns / NSEC_PER_MSEC);
-        for (size_t k = 0; !c->json && i == 0 && k < one->n_notes; k++)
-            printf("    %s\n", one->notes[k]);
+        for (size_t k = 0; !c->json && k < one->n_notes; k++)
+            if (i == 0 || !has_note(m->clones[0], one->notes[k]))
+                printf("    %s\n", one->notes[k]);
     }
     if (c->json)
         return cli_print_json(json_pack("{s:o}", "clones", json), err);

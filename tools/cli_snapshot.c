@@ -228,7 +228,10 @@ static const struct cli_command commands[] = {
      "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when it is "
      "resumed, and has to be before its memory can be taken again.\n\n"
      "Memory of a VMM that links libvmmig-attach is copied into scratch-dir while the guest runs, "
-     "and it is paused for what it wrote meanwhile.",
+     "and it is paused for what it wrote meanwhile.\n\n"
+     "File systems that are not thawed at once, since the guest's agent does not answer, are tried "
+     "again until they are, wherever the guest is sent meanwhile. So are those of a guest that is "
+     "restored or cloned from an instant at which they stood frozen.",
      run_take},
     {"restore", "VM@NAME", 1, 1, false, restore_options, "a VM from a snapshot",
      "Make the VM of a snapshot run again, from the instant at which it was taken: its disks are "

@@ -307,7 +307,8 @@ static int insert_filters(struct qemu_snapshot *s, struct vm_error **err)
     for (unsigned i = 0; i < s->n; i++)
         if (snapshot_set_drive(s->q, s->places[i].device, NAME(FILTER, i), err) < 0)
             return error_wrap(err, "disk %s cannot be snapshotted", s->places[i].name);
-    FAULT("snapshot.switched");
+    if (FAULT("snapshot.switched") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "snapshot.switched");
     return 0;
 }
 
@@ -490,6 +491,11 @@ static int settle_bitmaps(struct qemu_snapshot *s, bool committed, struct vm_err
                 return -1;
         }
     return 0;
+}
+
+bool qemu_snapshot_relieve(struct qemu_snapshot *s)
+{
+    return s && s->prepared && snapshot_relieve(s->q);
 }
 
 int qemu_snapshot_finish(struct qemu_snapshot *s, bool committed, struct vm_error **err)

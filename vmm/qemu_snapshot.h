@@ -11,6 +11,7 @@
  *     qemu_snapshot_push(s, &err)                           QEMU begins to write into the targets
  *     qemu_snapshot_wait(s, deadline, cancel_fd, &p, &err)  1: all is written, 0: the deadline passed
  *     qemu_snapshot_finish(s, committed, &err)              always: everything is taken out again, s is freed
+ *     ... when it has failed: qemu_snapshot_relieve(s), then guest_source_stop, which may take long, then finish ...
  *
  * Where memory cannot be write-protected it is copied first, by an ordinary migration that ends with the guest paused:
  *
@@ -85,6 +86,11 @@ int qemu_snapshot_switch_migrated(struct qemu_snapshot *s,
 int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err);
 int qemu_snapshot_wait(struct qemu_snapshot *s, int64_t deadline_ns, int cancel_fd,
                        struct qemu_snapshot_progress *ret_progress, struct vm_error **err);
+/*
+ * What cannot wait until memory was given away: a guest that was paused goes on, and QEMU lets go of targets (whose
+ * server may have died: qemu_snapshot_sweep.c says what QEMU does then). True if the guest runs. NULL is fine.
+ */
+bool qemu_snapshot_relieve(struct qemu_snapshot *s);
 /* NULL is fine. */
 int qemu_snapshot_finish(struct qemu_snapshot *s, bool committed, struct vm_error **err);
 

@@ -305,6 +305,20 @@ int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err)
     return 0;
 }
 
+bool snapshot_relieve(struct qemu *q)
+{
+    CLEANUP(json) json_t *nodes = NULL;
+    struct guest_status status;
+    bool marker;
+    if (has_marker(q, &marker, NULL) < 0 || list_nodes(q, &nodes, NULL) < 0)
+        return false;
+    if (marker)
+        let_go_on(q, NULL);
+    if (any_node(nodes))
+        end_targets(q, nodes);
+    return guest_status(&q->guest, &status, NULL) == 0 && status.state == GUEST_RUNNING;
+}
+
 int qemu_snapshot_clear(struct qemu *q, struct vm_error **err)
 {
     CLEANUP(json) json_t *nodes = NULL;

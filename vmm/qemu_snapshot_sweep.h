@@ -22,6 +22,9 @@
 
 int snapshot_drop_marker(struct qemu *q, struct vm_error **err);
 
+/* As qemu_snapshot_relieve. */
+bool snapshot_relieve(struct qemu *q);
+
 /* Put the device above that node. */
 int snapshot_set_drive(struct qemu *q, const char *device, const char *node,
                        struct vm_error **err);

@@ -167,10 +167,10 @@ def count_changed(pid, ranges, numbers, template):
     return changed
 
 
-def measure_sharing(agent, n):
+def measure_sharing(agent, n, template_name='bench:v1'):
     for i in range(n):
         agent.cluster.console(f'many-{i + 1}')
-    made = agent.json('clone', 'bench:v1', '--as', 'many', '--count', str(n))['clones']
+    made = agent.json('clone', template_name, '--as', 'many', '--count', str(n))['clones']
     time.sleep(1)  # of work
     frames, touched, written = set(), set(), 0
     image = made[0]['template']

@@ -3,6 +3,7 @@
 import contextlib
 import grp
 import hashlib
+import importlib.util
 import json
 import os
 import pwd
@@ -14,7 +15,7 @@ import threading
 import pytest
 from agents import Cluster, eventually
 from lab import BareGuest
-from lab.guests import built
+from lab.guests import ROOT, built
 from lab.hosts import inside
 
 MIB = 1 << 20
@@ -137,6 +138,14 @@ def test_several_at_once_share_what_they_do_not_write(agent, template):
     disks = agent.host.path('/var/lib/vmmig/clones')
     assert sorted(os.listdir(disks)) == ['many-1', 'many-2', 'many-3']
     kill(agent, *made)
+
+
+def test_clones_take_what_they_write_and_the_template_once(agent, template, request):
+    spec = importlib.util.spec_from_file_location('bench_clone', os.path.join(ROOT, 'tests/bench/clone.py'))
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    seen = bench.measure_sharing(agent, 50 if request.config.getoption('--full', False) else 8, 'debian12:v1')
+    assert seen['template_touched_mib'] > 0 and seen['resident_over_need'] <= 1.5, seen
 
 
 def mount(agent):

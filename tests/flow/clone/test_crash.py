@@ -21,7 +21,7 @@ def restart(agent):
 
 
 def arm(agent, point):
-    agent.vmmig('debug', 'faults', '--arm', f'{point}=crash')
+    agent.vmmig('debug', 'faults', '--arm', point.replace('@', '=crash@') if '@' in point else f'{point}=crash')
 
 
 def crash(agent, point, *words):
@@ -41,8 +41,12 @@ def agent():
         subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '16M'], check=True)
         subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
         vm = BareGuest('web1', mem_mib=64, dirty_mib=4, rate_mbps=1)
+        qcow2 = os.path.join(cluster.shared, 'web1.qcow2')
+        subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', qcow2, '16M'], check=True)
         vm.options = ['-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={disk}',
-                      '-device', 'virtio-blk-pci,drive=d0']
+                      '-device', 'virtio-blk-pci,drive=d0',
+                      '-blockdev', f'driver=qcow2,node-name=d1,file.driver=file,file.filename={qcow2}',
+                      '-device', 'virtio-blk-pci,drive=d1']
         console = cluster.console('web1')
         agent.host.popen(vm.argv(), name='web1')
         console.wait_for('ready', timeout=60)
@@ -153,6 +157,19 @@ def test_its_template_is_deleted_while_a_clone_is_made(agent):
     kill(agent, *json.loads(out)['clones'])
 
 
+def test_its_template_is_deleted_before_a_clone_has_it(agent):
+    agent.vmmig('template', 'publish', 'web1@first', 'gone:v1')
+    agent.cluster.console('c1')
+    agent.vmmig('debug', 'faults', '--arm', 'clone.found=hold')
+    cloning = agent.popen('clone', 'gone:v1', '--as', 'c1')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    agent.vmmig('template', 'delete', 'gone:v1')
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = cloning.communicate(timeout=60)
+    assert cloning.returncode == 3 and len(out.splitlines()) == 1 and 'gone:v1' in out, out
+    nothing_is_left(agent, 'c1')
+
+
 def test_a_clone_that_was_there(agent):
     console = agent.cluster.console('c1')
     crash(agent, 'clone.kept', 'clone', 'debian12:v1', '--as', 'c1')
@@ -176,7 +193,7 @@ def test_several_clones_are_all_or_those_that_are_whole(agent):
     kill(agent, {'vm': 'many-1', 'pid': agent.json('status', 'many-1')['pid']})
 
 
-@pytest.mark.parametrize('point', ['restore.disk', 'restore.made', 'restore.filled', 'restore.memory'])
+@pytest.mark.parametrize('point', ['restore.disk', 'restore.format', 'restore.format@2', 'restore.made', 'restore.filled', 'restore.memory'])
 def test_a_vm_that_was_being_restored(agent, point):
     folder = os.path.join(agent.cluster.shared, 'restored')
     os.makedirs(folder, exist_ok=True)
@@ -193,7 +210,24 @@ def test_a_vm_that_was_being_restored(agent, point):
     os.kill(agent.json('status', 'back')['pid'], signal.SIGKILL)
     eventually('its end', lambda: agent.json('status', 'back')['state'] == 'ended')
     agent.vmmig('detach', 'back')
-    os.unlink(os.path.join(folder, 'back-disk0.raw'))
+    shutil.rmtree(folder)
+
+
+def test_a_restored_vm_that_was_there(agent):
+    """It runs on, on its disks."""
+    folder = os.path.join(agent.cluster.shared, 'kept')
+    os.makedirs(folder)
+    console = agent.cluster.console('web1')
+    mark = console.mark()
+    crash(agent, 'restore.kept', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    restart(agent)
+    eventually('the VM', lambda: agent.json('status', 'back')['presence'] == 'present')
+    console.wait_for('^hb ', after=mark)
+    eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    assert sorted(os.listdir(folder)) == ['back-disk0.qcow2', 'back-disk1.raw']
+    agent.end('back')
+    shutil.rmtree(folder)
 
 
 def test_what_somebody_else_put_there_is_not_removed(agent):
@@ -201,7 +235,7 @@ def test_what_somebody_else_put_there_is_not_removed(agent):
     folder = os.path.join(agent.cluster.shared, 'precious')
     os.makedirs(folder)
     crash(agent, 'restore.made', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
-    path = os.path.join(folder, 'back-disk0.raw')
+    path = os.path.join(folder, 'back-disk1.raw')
     with open(f'{path}.new', 'w', encoding='ascii') as file:
         file.write('precious')
     os.rename(f'{path}.new', path)
@@ -211,14 +245,17 @@ def test_what_somebody_else_put_there_is_not_removed(agent):
         assert file.read() == 'precious'
 
 
-@pytest.mark.parametrize('point, there', [('repo.commit', False), ('repo.committed', None)])
+@pytest.mark.parametrize('point, there', [
+    ('repo.commit=crash@1', False), ('repo.committed=crash@1', False),  # of the version
+    ('repo.commit=crash@2', False), ('repo.committed=crash@2', True),  # of its tag
+    ('template.tagged=crash', True)])
 def test_a_template_that_was_being_published(agent, point, there):
-    arm(agent, point)
+    agent.vmmig('debug', 'faults', '--arm', point)
     assert agent.vmmig('template', 'publish', 'web1@first', 'other:v1', check=False).returncode == 6
     agent.process.wait(20)
     restart(agent)
     tags = [t['template'] for t in agent.json('template', 'list')['templates']]
-    assert there is None or ('other:v1' in tags) == there
+    assert ('other:v1' in tags) == there
     agent.vmmig('template', 'publish', 'web1@first', 'other:v1')
     console = agent.cluster.console('c1')
     made, = agent.json('clone', 'other:v1', '--as', 'c1')['clones']

@@ -8,9 +8,11 @@ import subprocess
 import threading
 
 from agents import UNPRIVILEGED, fault_build
+from lab import BareGuest
 from lab.guests import built
 
 REPO = '/var/lib/vmmig/repo'
+THAW = 'guest-fsfreeze-thaw'
 
 
 def make_agent(cluster, faults=None):
@@ -138,3 +140,29 @@ class GuestAgent(threading.Thread):
                 'guest-network-get-interfaces': [{'name': key, 'hardware-address': mac}
                                                  for key, mac in self.interfaces.items()]}
         return json.dumps({'return': said.get(name, 2)}).encode() + b'\n'
+
+
+class FrozenGuest:
+    """A VM, and the agent within it. port: its command line names that one's socket."""
+
+    def __init__(self, agent, name, port=True):
+        self.agent, self.path = agent, os.path.join(agent.cluster.shared, f'{name}.qga')
+        self.inside = GuestAgent(self.path)
+        self.vm = BareGuest(name, mem_mib=64, dirty_mib=4, rate_mbps=1)
+        if port:
+            self.vm.options = ['-chardev', f'socket,id=qga,path={self.path}', '-device', 'virtio-serial',
+                               '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0']
+        self.console = start(agent, self.vm)
+
+    def thaws(self):
+        return self.inside.said.count(THAW)
+
+
+def thawing(agent):
+    """Pids of those on the agent's host that try to thaw a guest, or stand beside a snapshot."""
+    return [pid for pid, argv in agent.host.processes().items() if 'vmmig-guard' in argv[0]]
+
+
+def notes(agent):
+    """Of guests whose file systems are frozen."""
+    return [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.frozen')]

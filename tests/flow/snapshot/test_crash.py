@@ -231,10 +231,19 @@ def test_a_cancelled_one(agent, guest):
 
 def test_nbdkit_dies(agent, guest):
     vm, console = guest
-    restart(agent, 'snapshot.memory=delay:50@*')
+    restart(agent, 'snapshot.arrived=hold,snapshot.failed=hold')
+    monitor = vm.qmp(agent.host)
+    monitor.hmp('qemu-io d1 "write -P 0x56 4M 1M"')
     agent.vmmig('snapshot', 'web1', 'nbdkit', '--background')
-    for pid in eventually('nbdkit', lambda: nbdkits(agent)):
+    eventually('data of a disk', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    for pid in nbdkits(agent):
         os.kill(pid, signal.SIGKILL)
+    # QEMU would connect to it again, at the number of a descriptor that is something else by then.
+    eventually('no node that goes there', lambda: not [
+        node for node in monitor('query-named-block-nodes', flat=True) if 'target' in node['node-name']])
+    monitor.close()
+    assert agent.json('status', 'web1')['job']['state'] == 'running'  # what is left of memory comes later
+    arm(agent, 'none')
     failed = agent.vmmig('watch', 'web1', check=False)
     assert failed.returncode in (1, 5, 6) and 'web1@nbdkit' in failed.stderr.strip().splitlines()[-1], failed
     runs_on(agent, vm, console)

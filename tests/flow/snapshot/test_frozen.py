@@ -5,10 +5,8 @@ import signal
 
 import pytest
 from agents import Cluster, eventually
-from lab import BareGuest
-from snapshots import GuestAgent, make_agent, start, untouched
+from snapshots import THAW, FrozenGuest, make_agent, notes, thawing, untouched
 
-THAW = 'guest-fsfreeze-thaw'
 NONE = 'snapshot.arrived=delay:0'
 
 
@@ -18,34 +16,13 @@ def agent():
         yield make_agent(cluster, faults=NONE)
 
 
-class Guest:
-    """A VM, and the agent within it."""
-
-    def __init__(self, agent, name):
-        self.agent, self.path = agent, os.path.join(agent.cluster.shared, f'{name}.qga')
-        self.inside = GuestAgent(self.path)
-        self.vm = BareGuest(name, mem_mib=64, dirty_mib=4, rate_mbps=1)
-        self.vm.options = ['-chardev', f'socket,id=qga,path={self.path}', '-device', 'virtio-serial',
-                           '-device', 'virtserialport,chardev=qga,name=org.qemu.guest_agent.0']
-        start(agent, self.vm)
-
-    def thaws(self):
-        return self.inside.said.count(THAW)
-
+class Guest(FrozenGuest):
     def is_thawed_at_last(self):
         """When its agent obeys again. Then nothing is left that was about it."""
         assert self.inside.frozen
         self.inside.refuses.clear()
         eventually('file systems that are thawed', lambda: not self.inside.frozen)
         eventually('the end of who tried', lambda: not thawing(self.agent) and not notes(self.agent))
-
-
-def thawing(agent):
-    return [pid for pid, argv in agent.host.processes().items() if 'vmmig-guard' in argv[0]]
-
-
-def notes(agent):
-    return [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith('.frozen')]
 
 
 @pytest.fixture(scope='module')
@@ -109,6 +86,18 @@ def test_a_failed_snapshot_says_so(agent, guest):
     guest.is_thawed_at_last()
 
 
+def test_the_guest_does_not_wait_until_a_failed_one_has_ended(agent, guest):
+    """The rest of its memory is read before that."""
+    said = guest.thaws()
+    agent.vmmig('debug', 'faults', '--arm', 'snapshot.switched=error:EIO,snapshot.failed=hold')
+    agent.vmmig('snapshot', 'web1', 'slow', '--background')
+    eventually('file systems that are thawed', lambda: guest.thaws() > said and not guest.inside.frozen)
+    assert agent.json('status', 'web1')['job']['state'] == 'running'
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    assert agent.vmmig('watch', 'web1', check=False).returncode == 16
+    untouched(guest.vm, agent)
+
+
 def test_a_guest_that_refuses_to_freeze_is_not_thawed(agent, guest):
     """Somebody else may have frozen it, and wants it so."""
     guest.inside.refuses.add('guest-fsfreeze-freeze')
@@ -131,8 +120,23 @@ def test_a_restored_guest_is_thawed_at_last(agent, guest):
     done = agent.json('restore', 'web1@still', '--as', 'back')
     assert 'trying again' in done['note'], done
     guest.is_thawed_at_last()
+    finding, = agent.json('doctor', 'back')['findings']
+    assert 'restored' in finding['why'], finding
     guest.inside.refuses.add(THAW)
     agent.vmmig('snapshot', 'back', 'again')
     assert guest.inside.frozen and len(thawing(agent)) == 1
     os.kill(agent.json('status', 'back')['pid'], signal.SIGKILL)
     eventually('the end of who tried', lambda: agent.host.reap() or not thawing(agent) and not notes(agent), 60)
+
+
+def test_one_that_is_restored_paused_is_thawed_when_it_runs(agent, guest):
+    """After the test before: there is a snapshot, and its VM has ended."""
+    guest.inside.frozen = True
+    guest.inside.refuses.add(THAW)  # as one that stands does not answer
+    done = agent.json('restore', 'web1@still', '--as', 'stands', '--paused')
+    assert 'when' in done['note'] or 'after it goes on' in done['note'], done
+    said = guest.thaws()
+    eventually('another attempt', lambda: guest.thaws() > said)
+    guest.vm.qmp(agent.host)('cont')
+    guest.is_thawed_at_last()
+    os.kill(agent.json('status', 'stands')['pid'], signal.SIGKILL)

@@ -66,6 +66,16 @@ def test_an_idle_disk_is_not_read_again_and_little_is_stored(agent, web1):
     assert again['stored_bytes'] < first['snapshot']['stored_bytes']
 
 
+def test_of_an_idle_guest_less_than_a_hundredth_is_stored(agent):
+    vm = BareGuest('idle', mem_mib=64, dirty_mib=32, rate_mbps=0, scan_mbps=0, fill='random')
+    disks(agent.cluster, vm)
+    start(agent, vm)
+    first, again = (agent.json('snapshot', 'idle', name)['snapshot'] for name in ('first', 'again'))
+    assert again['parent'] == 'idle@first' and again['disk_read_bytes'] == 0
+    assert 100 * again['stored_bytes'] < first['stored_bytes'], (first, again)
+    vm.qmp(agent.host)('quit')
+
+
 def test_what_was_written_is_read_and_nothing_else(agent, web1):
     vm, _, _, qcow2, _ = web1
     monitor = vm.qmp(agent.host)
@@ -124,6 +134,10 @@ def test_deletion_of_any_and_retention(agent, web1):
     (['snapshot', 'show', 'nope'], 2, 'VM@NAME'),
     (['snapshot', 'delete', 'web1@nope'], 3, 'web1@nope'),
     (['snapshot', 'prune', 'web1'], 2, '--keep-last'),
+    (['restore', 'web1@after'], 4, 'web1'),
+    (['restore', 'web1@nope', '--as', 'x'], 3, 'web1@nope'),
+    (['restore', 'web1', '--as', 'x'], 2, 'VM@NAME'),
+    (['restore', 'web1@after', '--as', 'a/b'], 2, 'a/b'),
 ])
 def test_bad_input_is_one_clear_line(agent, web1, words, status, says):
     said = agent.vmmig(*words, check=False)
@@ -205,10 +219,15 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
     made, = agent.json('clone', 'still:v1', '--as', 'still-e')['clones']
     assert [note for note in made['notes'] if 'keeps its MAC' in note and 'not allowed' in note], made
     os.kill(made['pid'], 9)
-    inside.frozen = True
-    done = agent.json('restore', 'still@one', '--as', 'still-p', '--paused')  # who lets it go on is told
-    assert inside.frozen and 'thaw' in done['note'], done
-    os.kill(agent.json('status', 'still-p')['pid'], 9)
+    inside.refuses.clear()
+    for name in ('still-m-1', 'still-m-2'):
+        agent.cluster.console(name)
+    said = agent.vmmig('clone', 'still:v1', '--as', 'still-m', '--count', '2').stdout.splitlines()
+    assert len([line for line in said if 'vmgenid' in line]) == 1, said  # of both, and said once
+    # The agent is that of the first, whose MAC is another one by now.
+    assert 'keeps its MAC' in said[-1] and len([line for line in said if 'MAC' in line]) == 1, said
+    for name in ('still-m-1', 'still-m-2'):
+        os.kill(agent.json('status', name)['pid'], 9)
 
 
 @pytest.mark.parametrize('tcg', [False, True])
