@@ -18,6 +18,8 @@
 
 static const char fd_name[] = "vmmig-incoming";
 enum { KILL_TIMEOUT_MS = 5000 };
+/* Between us and QEMU's loader, a millisecond's worth. */
+enum { LOADER_BUFFER = 1 << 20 };
 
 struct sink {
     struct qemu_memory *memory;
@@ -168,6 +170,17 @@ int qemu_sink_regions(struct guest *g, const struct guest_region **ret_regions, 
 
 /* Loading. */
 
+/*
+ * QEMU loads with one thread: where all of the memory goes through that, it must not wait for us to be scheduled each
+ * time that it has taken the kernel's 208 KiB. An agent that is not root gets what the system allows.
+ */
+static void keep_fed(int fd)
+{
+    int size = LOADER_BUFFER;
+    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &size, sizeof(size)) < 0)
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof(size));
+}
+
 static int begin(struct qemu *q, struct sink *s, struct vm_error **err)
 {
     char uri[32];
@@ -175,6 +188,7 @@ static int begin(struct qemu *q, struct sink *s, struct vm_error **err)
     snprintf(uri, sizeof(uri), "fd:%s", fd_name);
     if (qemu_source_socketpair(&qemus, &s->fd, err) < 0)
         return -1;
+    keep_fed(s->fd);
     s->begun = true;
     cleanup_close int owned = qemus;
     if (qemu_give_fd(q, fd_name, owned, err) < 0)
