@@ -33,6 +33,7 @@ struct candidate {
 struct dedup {
     struct index *index;
     struct footer_cache *cache;
+    struct page_hasher hasher;
     unsigned records_max;
     struct dedup_stat stat;
     struct index_entry keys[KEYS_MAX];
@@ -53,11 +54,18 @@ struct dedup *dedup_create(struct index *index, struct footer_cache *cache, unsi
     d->index = index;
     d->cache = cache;
     d->records_max = records_max;
+    if (page_hasher_init(&d->hasher, err) < 0) {
+        dedup_destroy(d);
+        return NULL;
+    }
     return d;
 }
 
 void dedup_destroy(struct dedup *d)
 {
+    if (!d)
+        return;
+    page_hasher_finish(&d->hasher);
     free(d);
 }
 
@@ -81,32 +89,24 @@ static int hash_page(struct segment *s, unsigned i, struct page_hasher *hasher,
     return page_hasher_hash(hasher, page, PAGE_BYTES, &s->ids[i], err);
 }
 
-static int hash_extent(struct segment *s, unsigned extent, struct page_hasher *hasher,
-                       struct vm_error **err)
+static uint16_t mask_of(const struct segment *s, unsigned extent)
 {
-    struct page_id ids[EXTENT_PAGES];
-    unsigned n = 0, first = extent * EXTENT_PAGES;
-    s->mask[extent] = 0;
-    for (unsigned i = 0; i < EXTENT_PAGES; i++)
-        if (s->state[first + i] == PAGE_ABSENT)
-            return 0;
+    uint16_t mask = 0;
     for (unsigned i = 0; i < EXTENT_PAGES; i++) {
-        if (s->state[first + i] == PAGE_ZEROS)
-            continue;
-        s->mask[extent] |= (uint16_t)(1u << i);
-        ids[n++] = s->ids[first + i];
+        enum page_state state = s->state[extent * EXTENT_PAGES + i];
+        if (state == PAGE_ABSENT)
+            return 0;
+        mask |= (uint16_t)((state != PAGE_ZEROS) << i);
     }
-    if (!n)
-        return 0;
-    return page_hasher_extent(hasher, ids, s->mask[extent], &s->extents[extent], err);
+    return mask;
 }
 
-int segment_hash_extents(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
+void segment_find_extents(struct segment *s)
 {
-    for (unsigned i = 0; i < SEGMENT_EXTENTS; i++)
-        if (hash_extent(s, i, hasher, err) < 0)
-            return -1;
-    return 0;
+    for (unsigned i = 0; i < SEGMENT_EXTENTS; i++) {
+        s->mask[i] = mask_of(s, i);
+        s->has_extent[i] = false;
+    }
 }
 
 int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
@@ -114,7 +114,24 @@ int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error 
     for (unsigned i = 0; i < SEGMENT_PAGES; i++)
         if (hash_page(s, i, hasher, err) < 0)
             return -1;
-    return segment_hash_extents(s, hasher, err);
+    segment_find_extents(s);
+    return 0;
+}
+
+const struct page_id *dedup_extent_id(struct dedup *d, struct segment *s, unsigned extent,
+                                      struct vm_error **err)
+{
+    struct page_id ids[EXTENT_PAGES];
+    unsigned n = 0;
+    if (s->has_extent[extent])
+        return &s->extents[extent];
+    for (unsigned i = 0; i < EXTENT_PAGES; i++)
+        if (s->mask[extent] & 1u << i)
+            ids[n++] = s->ids[extent * EXTENT_PAGES + i];
+    if (page_hasher_extent(&d->hasher, ids, s->mask[extent], &s->extents[extent], err) < 0)
+        return NULL;
+    s->has_extent[extent] = true;
+    return &s->extents[extent];
 }
 
 /* ---- finding ---- */
@@ -158,8 +175,8 @@ static void vote_before(struct dedup *d, const struct segment *s)
             vote(d, s->before[i].pack);
 }
 
-/* Keys of what is unknown in the segment; the new number of keys. */
-static size_t add_keys(struct dedup *d, const struct segment *s, size_t n)
+/* Keys of what is unknown in the segment, behind *n. */
+static int add_keys(struct dedup *d, struct segment *s, size_t *n, struct vm_error **err)
 {
     for (unsigned e = 0; e < SEGMENT_EXTENTS; e++) {
         unsigned unknown = 0;
@@ -168,12 +185,16 @@ static size_t add_keys(struct dedup *d, const struct segment *s, size_t n)
                 continue;
             unknown++;
             if (index_samples(&s->ids[i]))
-                d->keys[n++] = index_entry_make(INDEX_PAGE, &s->ids[i], NULL, 0);
+                d->keys[(*n)++] = index_entry_make(INDEX_PAGE, &s->ids[i], NULL, 0);
         }
-        if (unknown && s->mask[e])
-            d->keys[n++] = index_entry_make(INDEX_EXTENT, &s->extents[e], NULL, 0);
+        if (!unknown || !s->mask[e])
+            continue;
+        const struct page_id *extent = dedup_extent_id(d, s, e, err);
+        if (!extent)
+            return -1;
+        d->keys[(*n)++] = index_entry_make(INDEX_EXTENT, extent, NULL, 0);
     }
-    return n;
+    return 0;
 }
 
 static int by_votes(const void *a, const void *b)
@@ -207,10 +228,15 @@ static void vote_next(struct dedup *d, struct segment *s)
         known += s->state[i] == PAGE_KNOWN;
         unknown += s->state[i] == PAGE_UNKNOWN;
     }
-    if (unknown && unknown <= known / NEXT_WORTH)
-        for (unsigned i = 0; i < SEGMENT_PAGES; i++)
-            if (s->state[i] == PAGE_KNOWN && !s->hits[i].footer->own)
-                vote(d, s->hits[i].footer->footer.pack + 1);
+    if (!unknown || unknown > known / NEXT_WORTH)
+        return;
+    /* Footers were loaded since some of them were found: those that made room are not there any more. */
+    for (unsigned i = 0; i < SEGMENT_PAGES; i++) {
+        struct footer_hit hit;
+        if (s->state[i] == PAGE_KNOWN && footer_cache_find(d->cache, &s->ids[i], &hit, 1) &&
+            !hit.footer->own)
+            vote(d, hit.footer->footer.pack + 1);
+    }
 }
 
 int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struct vm_error **err)
@@ -229,7 +255,8 @@ int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struc
     }
     size_t n_keys = 0;
     for (size_t i = 0; i < n; i++)
-        n_keys = add_keys(d, segments[i], n_keys);
+        if (add_keys(d, segments[i], &n_keys, err) < 0)
+            return -1;
     if (index_lookup(d->index, d->keys, n_keys, err) < 0)
         return -1;
     d->stat.lookups += n_keys;

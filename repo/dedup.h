@@ -49,17 +49,18 @@ struct segment {
     struct page_id ids[SEGMENT_PAGES];
     uint16_t
         mask[SEGMENT_EXTENTS]; /* pages that are not zero; 0 if not all of the extent is given */
-    struct page_id extents[SEGMENT_EXTENTS]; /* if the mask is not 0 */
+    struct page_id extents[SEGMENT_EXTENTS]; /* dedup_extent_id */
+    bool has_extent[SEGMENT_EXTENTS];
     struct footer_hit hits[SEGMENT_PAGES];
 
     /* What the pages were before, for an incremental writer; NULL if nothing is known. */
     const struct recipe_page *before;
 };
 
-/* Zeros, identities of pages and extents; any worker. */
+/* Zeros, identities of pages, masks of extents; any worker. */
 int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err);
-/* Of the extents alone; state and ids of the pages are known. */
-int segment_hash_extents(struct segment *s, struct page_hasher *hasher, struct vm_error **err);
+/* The masks alone; state and ids of the pages are known. */
+void segment_find_extents(struct segment *s);
 
 struct dedup;
 
@@ -71,6 +72,12 @@ DEFINE_CLEANUP(dedup, struct dedup *, dedup_destroy)
 
 /* Look the pages of n <= DEDUP_BATCH hashed segments up, loading footers. */
 int dedup_find(struct dedup *d, struct segment *const *segments, size_t n, struct vm_error **err);
+/*
+ * The identity of an extent whose mask is not 0. Where all pages are found nobody asks for it, so it
+ * is made only then. NULL with *err.
+ */
+const struct page_id *dedup_extent_id(struct dedup *d, struct segment *s, unsigned extent,
+                                      struct vm_error **err);
 /*
  * Settle one segment: pages that became known meanwhile, which of several places, and the bound.
  * Afterwards every given page is ZERO, UNKNOWN (new), KNOWN or AGAIN (new).

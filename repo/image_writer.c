@@ -120,9 +120,9 @@ static void hash_job(struct worker *worker, struct job *job)
     struct segment *s = (struct segment *)job;
     struct image_writer *w = slot_of(s)->writer;
     struct vm_error *error = NULL;
-    int done = slot_of(s)->read ? segment_hash_extents(s, &worker->hasher, &error)
-                                : segment_hash(s, &worker->hasher, &error);
-    if (done < 0)
+    if (slot_of(s)->read)
+        segment_find_extents(s);
+    else if (segment_hash(s, &worker->hasher, &error) < 0)
         failure_set(&w->failure, error);
     SCOPE_LOCK(&w->lock);
     slot_of(s)->hashed = true;
@@ -239,7 +239,8 @@ static int place_whole(struct image_writer *w, struct segment *s, unsigned exten
     /* What was gathered so far belongs into the pack of its neighbours: whoever finds them finds it. */
     if (w->filling.record && pack_writer_is_last(w->packs) && emit_filling(w, err) < 0)
         return -1;
-    uint8_t *pages = pack_writer_page_memory(w->packs, err);
+    const struct page_id *id = dedup_extent_id(w->dedup, s, extent, err);
+    uint8_t *pages = id ? pack_writer_page_memory(w->packs, err) : NULL;
     if (!pages)
         return -1;
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {
@@ -248,8 +249,7 @@ static int place_whole(struct image_writer *w, struct segment *s, unsigned exten
         memcpy(pages + (size_t)n * PAGE_BYTES, s->data + (size_t)i * PAGE_BYTES, PAGE_BYTES);
         ids[n++] = s->ids[i];
     }
-    if (pack_writer_emit(w->packs, pages, ids, n, s->mask[extent], &s->extents[extent], &place,
-                         err) < 0)
+    if (pack_writer_emit(w->packs, pages, ids, n, s->mask[extent], id, &place, err) < 0)
         return -1;
     n = 0;
     for (unsigned i = first; i < first + EXTENT_PAGES; i++) {

@@ -862,6 +862,33 @@ static void a_next_number_that_makes_no_sense_is_damage(void **state)
     assert_int_equal(err->kind, VM_ERROR_CORRUPT);
 }
 
+/*
+ * What a writer finds in one pack is still there when the cache, which holds no more, has let its
+ * footer go for that of another: with pages of the other, and a new one, in its midst.
+ */
+static void a_footer_that_made_room_is_not_asked_any_more(void **state)
+{
+    enum { PACK_MIB = 4, ROUNDS = 5, SIZE = (ROUNDS + 1) * PACK_MIB * MIB };
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_free uint8_t *mixed = malloc(SIZE), *other = malloc(PACK_MIB * MIB), *out = malloc(SIZE);
+    test_fill_random(mixed, PACK_MIB * MIB, 1);
+    test_fill_random(other, PACK_MIB * MIB, 2);
+    for (size_t i = 1; i <= ROUNDS; i++)
+        memcpy(mixed + i * PACK_MIB * MIB, mixed, PACK_MIB * MIB);
+    store_image("one", NULL, mixed, PACK_MIB * MIB);
+    store_image("other", NULL, other, PACK_MIB * MIB);
+    for (size_t at = (size_t)ROUNDS * PACK_MIB * MIB; at < SIZE; at += MIB) {
+        memcpy(mixed + at, other + at % (PACK_MIB * MIB), EXTENT_BYTES);
+        test_fill_random(mixed + at + MIB / 2, PAGE_BYTES, at);
+    }
+    repo_tune(repo, &(struct repo_tuning){.cache_bytes = 75000}); /* for 1638 pages, of 1024 each */
+    struct import_report report = store_image("mixed", NULL, mixed, SIZE);
+    assert_true(report.written.footers_loaded >= 2);
+    get_all(repo, "mixed", out, SIZE, &err);
+    assert_ok(err);
+    assert_memory_equal(out, mixed, SIZE);
+}
+
 #define TEST(f) cmocka_unit_test_setup_teardown(f, setup, teardown)
 
 int main(void)
@@ -875,6 +902,7 @@ int main(void)
         TEST(the_same_again_stores_next_to_nothing),
         TEST(pages_are_shared_wherever_they_lie),
         TEST(reading_back_is_bounded),
+        TEST(a_footer_that_made_room_is_not_asked_any_more),
         TEST(a_version_writes_what_changed),
         TEST(segments_come_in_any_order_and_the_last_counts),
         TEST(a_version_may_be_larger),
