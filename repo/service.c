@@ -179,6 +179,8 @@ static int serve_copy(struct repo *r, const Vmmig__Control__Repo *m, const struc
     struct copy_report report;
     struct counts c = {.n = 0};
     CLEANUP(repo) struct repo *to = repo_open(m->to, err);
+    if (!to && err && (*err)->kind == VM_ERROR_NOT_FOUND)
+        return error_wrap(err, "cannot copy before \"vmmig repo init --repo %s\"", m->to);
     if (!to || repo_copy(r, to, *m->image ? m->image : NULL, &s->control, &report, err) < 0)
         return -1;
     count(&c, "images", report.images);

@@ -20,8 +20,9 @@ struct source;
 /*
  * In two steps, so that a process can open what another one then reads. prepare opens the file with
  * the rights of the caller and gives a descriptor: of the file itself if it is raw, else of a
- * socket at which a qemu-nbd serves it read-only until the socket is closed. open_fd takes such a
- * descriptor, which may come from somebody less privileged: it opens no path, and runs nothing.
+ * socket at which a qemu-nbd serves it read-only until the socket is closed by all who have it,
+ * whether or not anybody spoke over it. open_fd takes such a descriptor, which may come from
+ * somebody less privileged: it opens no path, and runs nothing.
  * `format` NULL: looked for. `name`: of the file, in messages.
  *
  * USAGE or REFUSED for what repo.h says, CORRUPT for an image that QEMU cannot make sense of.

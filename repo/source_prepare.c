@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with the
- * connection serves them, read-only. Reading them is repo/source_nbd.c's: so a command that only
+ * connection serves them, read-only: also one that nobody spoke over. Reading them is repo/source_nbd.c's: so a command that only
  * hands the descriptor on needs no libnbd.
  */
 #include "repo/source.h"
@@ -165,7 +165,8 @@ static int find_format(const char *path, const char *format, char **ret_format, 
  * A session of its own, so that Ctrl-C on the terminal does not reach it: who reads may outlive
  * who opened. The shell is there because LISTEN_PID has to name the process that becomes qemu-nbd.
  */
-static int spawn_server(const char *path, const char *format, int listener, struct vm_error **err)
+static int spawn_server(const char *path, const char *format, int listener, int farewell,
+                        struct vm_error **err)
 {
     cleanup_free char *option = NULL;
     if (asprintf(&option, "--format=%s", format) < 0)
@@ -184,10 +185,32 @@ static int spawn_server(const char *path, const char *format, int listener, stru
     posix_spawn_file_actions_adddup2(&actions, 0, 1);
     posix_spawn_file_actions_adddup2(&actions, 0, 2);
     posix_spawn_file_actions_adddup2(&actions, listener, 3);
+    posix_spawn_file_actions_adddup2(&actions, farewell, 4);
     int rc = posix_spawnp(&pid, argv[0], &actions, &attributes, argv, environ);
     posix_spawn_file_actions_destroy(&actions);
     posix_spawnattr_destroy(&attributes);
     return rc ? error_errno(err, rc, "cannot run qemu-nbd, which reads formats other than raw") : 0;
+}
+
+/* Not one of the numbers that dup2 makes in the child, which would leave it close-on-exec. */
+static int make_socket(void)
+{
+    cleanup_close int made = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    return made < 0 ? -1 : fcntl(made, F_DUPFD_CLOEXEC, 5);
+}
+
+/*
+ * qemu-nbd ends with a connection only if that one got through the handshake: else, as when its
+ * holder dies or is refused before, it waits for the next one, for ever. So the next one waits in the
+ * queue already: the whole of a handshake, and then the end. qemu-nbd takes it up only if it needs
+ * it. Its near end is the server's own, which keeps it open and has the answers.
+ */
+static int say_farewell(int fd)
+{
+    static const char handshake[] = "\0\0\0\3"                     /* fixed newstyle, no zeroes */
+                                    "IHAVEOPT\0\0\0\1\0\0\0\0"; /* the export without a name */
+    ssize_t len = sizeof(handshake) - 1;
+    return send(fd, handshake, (size_t)len, MSG_NOSIGNAL) == len ? shutdown(fd, SHUT_WR) : -1;
 }
 
 /* A socket at which a qemu-nbd of its own serves the file. */
@@ -196,18 +219,18 @@ static int serve(const char *path, const char *format, int *ret_fd, struct vm_er
     /* An abstract name that the kernel chooses: no file is left behind. */
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     socklen_t size = sizeof(sa_family_t);
-    cleanup_close int bound = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    /* Not 3, which dup2 would leave close-on-exec. */
-    cleanup_close int listener = bound < 0 ? -1 : fcntl(bound, F_DUPFD_CLOEXEC, 4);
-    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (listener < 0 || fd < 0 || bind(listener, (struct sockaddr *)&address, size) < 0 ||
-        listen(listener, 1) < 0)
+    cleanup_close int listener = make_socket();
+    cleanup_close int fd = make_socket();
+    cleanup_close int farewell = make_socket();
+    if (listener < 0 || fd < 0 || farewell < 0 ||
+        bind(listener, (struct sockaddr *)&address, size) < 0 || listen(listener, 2) < 0)
         return error_errno(err, errno, "cannot make a socket for qemu-nbd");
     size = sizeof(address);
     if (getsockname(listener, (struct sockaddr *)&address, &size) < 0 ||
-        connect(fd, (struct sockaddr *)&address, size) < 0)
+        connect(fd, (struct sockaddr *)&address, size) < 0 ||
+        connect(farewell, (struct sockaddr *)&address, size) < 0 || say_farewell(farewell) < 0)
         return error_errno(err, errno, "cannot connect to qemu-nbd");
-    if (spawn_server(path, format, listener, err) < 0)
+    if (spawn_server(path, format, listener, farewell, err) < 0)
         return -1;
     *ret_fd = steal_fd(&fd);
     return 0;

@@ -26,7 +26,7 @@ struct cli_repo_view {
     const struct cli *cli;
     const Vmmig__Control__Repo *request;
     int fd;
-    json_t *object;        /* with --json */
+    json_t *object;        /* with --json all that is printed, else the counts, which come last */
     uint64_t differing, n; /* bytes and stretches of a diff, images of a list, so far */
     bool damaged;
 };

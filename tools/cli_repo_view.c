@@ -95,6 +95,14 @@ static void merge(json_t *object, json_t *fields)
     json_decref(fields);
 }
 
+static int keep_counts(struct cli_repo_view *v, const Vmmig__Control__RepoResult *p,
+                       struct vm_error **err)
+{
+    for (size_t i = 0; i < p->n_counts; i++)
+        json_object_set_new(v->object, p->counts[i]->name, number(p->counts[i]->value));
+    return json_is_object(v->object) ? 0 : error_nomem(err);
+}
+
 static int part_as_json(struct cli_repo_view *v, const Vmmig__Control__RepoResult *p,
                         struct vm_error **err)
 {
@@ -112,14 +120,12 @@ static int part_as_json(struct cli_repo_view *v, const Vmmig__Control__RepoResul
                               json_pack("{s:s, s:o, s:o}", "file", p->stretches[i]->file, "offset",
                                         number(p->stretches[i]->offset), "len",
                                         number(p->stretches[i]->len)));
-    for (size_t i = 0; i < p->n_counts; i++)
-        json_object_set_new(o, p->counts[i]->name, number(p->counts[i]->value));
     for (size_t i = 0; i < p->n_findings; i++)
         json_array_append_new(array_of(o, "findings"),
                               json_pack("{s:s, s:s}", "kind",
                                         finding_kind(p->findings[i], false), "what",
                                         p->findings[i]->what));
-    return json_is_object(o) ? 0 : error_nomem(err);
+    return keep_counts(v, p, err);
 }
 
 /* ---- as text ---- */
@@ -183,19 +189,19 @@ static bool is_bytes(const char *name)
            (n > 6 && !strcmp(name + n - 6, "_bytes")) || !strncmp(name, "bytes_", 6);
 }
 
-static void print_count(const Vmmig__Control__RepoCount *m)
+static void print_count(const char *field, uint64_t value)
 {
     char name[32];
-    snprintf(name, sizeof(name), "%s", m->name);
+    snprintf(name, sizeof(name), "%s", field);
     for (char *c = name; *c; c++)
         *c = *c == '_' ? ' ' : *c;
     size_t n = strlen(name);
     if (n > 6 && !strcmp(name + n - 6, " bytes"))
         name[n - 6] = 0;
-    if (is_bytes(m->name))
-        printf("  %-18s  %s\n", name, text_size(m->value));
+    if (is_bytes(field))
+        printf("  %-18s  %s\n", name, text_size(value));
     else
-        printf("  %-18s  %" PRIu64 "\n", name, m->value);
+        printf("  %-18s  %" PRIu64 "\n", name, value);
 }
 
 static void part_as_text(struct cli_repo_view *v, const Vmmig__Control__RepoResult *p)
@@ -212,8 +218,6 @@ static void part_as_text(struct cli_repo_view *v, const Vmmig__Control__RepoResu
     }
     for (size_t i = 0; i < p->n_findings; i++)
         printf("%s: %s\n", finding_kind(p->findings[i], true), p->findings[i]->what);
-    for (size_t i = 0; i < p->n_counts; i++)
-        print_count(p->counts[i]);
 }
 
 int cli_repo_part(struct cli_repo_view *v, const Vmmig__Control__RepoResult *part,
@@ -224,13 +228,12 @@ int cli_repo_part(struct cli_repo_view *v, const Vmmig__Control__RepoResult *par
                                                  !strcmp(part->counts[i]->name, "images_touched"));
     for (size_t i = 0; i < part->n_stretches; i++)
         v->differing += part->stretches[i]->len;
-    if (!v->cli->json) {
-        part_as_text(v, part);
-        return 0;
-    }
     if (!v->object)
         v->object = json_object();
-    return part_as_json(v, part, err);
+    if (v->cli->json)
+        return part_as_json(v, part, err);
+    part_as_text(v, part);
+    return keep_counts(v, part, err);
 }
 
 /* What was done, where the parts say nothing of it. */
@@ -262,6 +265,16 @@ static void print_done(const struct cli_repo_view *v, int64_t elapsed_ns)
         if (elapsed_ns >= 0)
             printf("%s: done in %.1f s\n", repo_service_verb_name(m->verb), seconds);
     }
+}
+
+/* What was done, then in which amounts. */
+static void complete_text(const struct cli_repo_view *v, int64_t elapsed_ns)
+{
+    const char *name;
+    json_t *value;
+    print_done(v, elapsed_ns);
+    json_object_foreach(v->object, name, value)
+        print_count(name, (uint64_t)json_integer_value(value));
 }
 
 static void complete_json(struct cli_repo_view *v, int64_t elapsed_ns)
@@ -304,7 +317,7 @@ int cli_repo_end(struct cli_repo_view *v, int64_t elapsed_ns, struct vm_error **
 {
     int status = v->damaged ? error_kind_status(VM_ERROR_CORRUPT) : 0;
     if (!v->cli->json) {
-        print_done(v, elapsed_ns);
+        complete_text(v, elapsed_ns);
         return status;
     }
     complete_json(v, elapsed_ns);

@@ -180,7 +180,8 @@ def test_every_command_and_its_fields(way, raw, tmp_path):
 
 def test_text_is_for_people(way, raw, tmp_path):
     assert way.text('image', 'list') == 'no images\n'
-    assert 'a: imported in ' in way.text('image', 'import', raw, 'a')
+    done, *amounts = way.text('image', 'import', raw, 'a').splitlines()
+    assert done.startswith('a: imported in ') and re.match('  size  +16.0 MiB$', amounts[0])
     assert way.text('image', 'list').splitlines()[1].endswith('  a')
     assert 'virtual    16.0 MiB' in way.text('image', 'show', 'a')
     assert way.text('image', 'diff', 'a', 'a') == '0 bytes differ\n'
@@ -552,6 +553,36 @@ def test_a_socket_that_serves_no_disk(tmp_path, serve, kind):
         assert way.names() == []
 
 
+def servers_of(path):
+    """The processes that were given that file, as far as they live."""
+    found = []
+    for process in pathlib.Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):
+            if os.fsencode(path) in (process / 'cmdline').read_bytes().split(b'\0'):
+                found.append(process.name)
+    return found
+
+
+@pytest.mark.parametrize('how', ['no agent', 'no repository', 'a name that is taken', 'a job that is refused'])
+def test_a_failed_import_leaves_no_process(how, dir_way, raw, tmp_path):
+    """Nobody spoke with the qemu-nbd that was to serve the image: it ends all the same."""
+    image = tmp_path / 'disk.qcow2'
+    subprocess.run(['qemu-img', 'convert', '-O', 'qcow2', raw, image], check=True)
+    if how == 'no agent':
+        Way(['--socket', f'{tmp_path}/nobody'], '').refuses(6, 'nobody', 'image', 'import', image, 'a')
+    elif how == 'no repository':
+        Way(['--repo', f'dir:{tmp_path}/nowhere'], '').refuses(3, 'nowhere', 'image', 'import', image, 'a')
+    elif how == 'a name that is taken':
+        dir_way.run('image', 'import', image, 'taken')
+        dir_way.refuses(4, 'taken', 'image', 'import', image, 'taken')
+    else:
+        folder = tmp_path / 'agent'
+        folder.mkdir()
+        with Agent(folder, f'dir:{tmp_path}/nowhere') as agent:
+            Way(['--socket', agent.socket], '').refuses(3, 'repository', 'image', 'import', image, 'a')
+    eventually('the qemu-nbd of the import ends', lambda: not servers_of(str(image)))
+
+
 @pytest.mark.parametrize('pair', ['dir-dir', 'dir-rados', 'rados-dir'])
 def test_copy_to_another_store(pair, tmp_path, request, raw):
     urls = {'dir': f'dir:{tmp_path}/a', 'rados': None}
@@ -562,6 +593,7 @@ def test_copy_to_another_store(pair, tmp_path, request, raw):
     url = f'dir:{tmp_path}/b' if target == source else urls[target]
     b = Way(['--repo', url], url)
     a.run('repo', 'init')
+    a.refuses(3, re.escape(f'cannot copy before "vmmig repo init --repo {url}": '), 'repo', 'copy', url)
     b.run('repo', 'init')
     other = disk(tmp_path / 'other.raw', 8, seed=9)
     a.run('image', 'import', raw, 'first')
