@@ -12,12 +12,13 @@ from lab import LinuxGuest, linux_guest, make_disk  # noqa: E402
 
 
 def shell(agent, *words):
-    """Runs a vmmig command on a host and shows it as it was typed."""
+    """Runs a vmmig command on a host and shows it as it was typed, and what it says in the order of a terminal."""
     print(f'{agent.host.name}# vmmig {" ".join(words)}', flush=True)
-    done = agent.vmmig(*words, check=False)
-    print((done.stdout + done.stderr).rstrip(), flush=True)
-    if done.returncode:
-        sys.exit(done.returncode)
+    with agent.popen(*words) as process:
+        for line in process.stdout:
+            print(line, end='', flush=True)
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 def main():

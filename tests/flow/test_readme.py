@@ -73,6 +73,9 @@ def test_what_is_installed(tmp_path):
         typed = re.search(r'## Install\n[\s\S]*?\n\n((?:    .*\n)+)', file.read())[1].split('\n    ')
     packages, setup, installs, accounts = (line.split() for line in typed)
     assert installs == ['meson', 'install', '-C', 'build'] and accounts == ['systemd-sysusers']
+    # A folder that was set up before keeps its options: so it is not the one of tools/quickstart.
+    with open(os.path.join(ROOT, 'tools/quickstart'), encoding='utf-8') as file:
+        assert re.search(r'^build=\$PWD/(\S+)$', file.read(), re.M)[1] == 'build-quickstart'
     subprocess.run([os.path.join(ROOT, packages[0]), *packages[1:]], check=True, capture_output=True)
     folder = str(tmp_path / 'build')
     subprocess.run([folder if word == 'build' else word for word in setup], cwd=ROOT, check=True, capture_output=True)
@@ -101,5 +104,10 @@ def test_quickstart_moves_a_linux_guest():
     done = subprocess.run([os.path.join(ROOT, 'tools/quickstart'), '--keep-build', build], capture_output=True,
                           text=True, timeout=240, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'web1 runs at h2 now' in done.stdout
     assert 'it ran on h1 then h2' in done.stdout
+    lines = done.stdout.splitlines()
+    # What it says of its progress comes before what came of it.
+    result = lines[lines.index('web1 runs at h2 now') + 1:lines.index('h2# vmmig list')]
+    assert result and all(line.startswith('  ') for line in result), done.stdout
+    assert lines.index('h1# vmmig send web1 --to h2') < lines.index('web1 runs at h2 now')
+    assert os.path.exists(os.path.join(build, 'quickstart.log'))
