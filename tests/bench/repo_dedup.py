@@ -142,7 +142,8 @@ def main():
             said.append(text)
             print(text, flush=True)
     if args.page:
-        bench_page.write(args.page, __file__, 'What deduplication wins and costs', __doc__.split('\n\n')[2], said[0],
+        bench_page.write(args.page, __file__, 'What deduplication wins and costs', __doc__.split('\n\n')[2].replace(
+            'DIR as for repo_peers.py.', 'The files are a Debian disk, and the memory of two guests booted from it.'), said[0],
                          bench_page.table(HEAD, rows), *said[1:])
     return 0
 

@@ -114,7 +114,8 @@ def main():
     median = f'Median {statistics.median(ratio for ratio, _ in rounds):.2f} of the bound.'
     print(median)
     if args.page:
-        bench_page.write(args.page, __file__, 'An import into Ceph, and its bound', __doc__.split('\n\n')[2],
+        bench_page.write(args.page, __file__, 'An import into Ceph, and its bound', __doc__.split('\n\n')[2].replace(
+            'DIR as for repo_peers.py.', 'The files are a Debian disk, and the memory of two guests booted from it.'),
                          bench_page.table(HEAD, [row for _, row in rounds]), median)
     return 0
 
