@@ -131,7 +131,7 @@ def test_a_guest_of_any_make_moves(boot, variant):
 # ---- what the guest sees when a rule is broken
 
 BROKEN = {
-    'a run lost at the end': ({'mover_faults': 'attach.paused.run=drop'}, {}),
+    'what is written last lost': ({'mover_faults': 'attach.paused.run=drop@*'}, {}),
     'a run lost in the first round': ({'mover_faults': 'attach.live.run=drop'}, {'dirty_mib': 1}),
     'a first harvest that is not everything': ({'vmm_faults': 'attach.first.harvest=drop'}, {}),
     'copied, then cleared': ({'mover_faults': 'attach.clear=drop@*'}, {'dirty_mib': 32, 'rate_mbps': 200}),
