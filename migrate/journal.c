@@ -19,7 +19,7 @@
 #define RECORD_SIZE_MAX 512
 #define FORMAT_VERSION 1
 #define FORMAT_KEY "format"
-#define SMALL_CHANGE 4096 /* bytes by which a blob may grow without asking */
+#define SMALL_CHANGE 64 /* bytes by which a blob may grow without asking: flags */
 #define RESERVE_PAGES 256 /* what changes of existing records may need at once, and plenty more */
 
 struct journal {

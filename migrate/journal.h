@@ -17,9 +17,9 @@
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
  * disk that fills up later does not take the journal with it; its first JOURNAL_WRITTEN_SIZE have been
  * written, so that a commit there waits for its own bytes alone. New attempts are refused with
- * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free, and so is a change that makes
- * a blob longer. Any other change of an attempt that exists fits into the reserve, also one that writes the largest
- * blob again: calls exclude each other, and what one replaces is free for the next but one.
+ * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free, and so is a blob that grows.
+ * journal_advance fits into the reserve: it does not write the blob again. journal_put of an attempt that exists does, for
+ * which the free pages must lie together: it may find no room in a journal that is nearly full.
  *
  * Forgetting. A record whose hand-over is finished on both sides (DONE, and the two CLOSED) is
  * history: the oldest beyond JOURNAL_HISTORY_MAX are pruned when a new attempt is put. NEVER,
@@ -76,7 +76,7 @@ DEFINE_CLEANUP(journal, struct journal *, journal_close)
 
 /*
  * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns, too, once. NO_SPACE for a
- * new attempt, or a blob that grew by more than 4096 bytes. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
+ * new attempt, or for a blob that is longer than before. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
  * the other role; CORRUPT if it exists and is damaged.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
