@@ -166,11 +166,23 @@ exec -a "$0" {program} "$@"
         return vm, console, watch
 
 
+def expect_end(agent, spec):
+    """These faults may end it: by a crash, or since it cannot know what is on the disk."""
+    if 'crash' in spec:
+        agent.may_end.add(-signal.SIGKILL)
+    if 'journal.sync=error' in spec:
+        agent.may_end.add(IN_DOUBT)
+
+
+def crash_host(agent):
+    agent.may_end.add(-signal.SIGKILL)
+    agent.host.crash()
+
+
 def check_end(agent):
-    """An agent that has ended was killed, by a fault or by the test, or asked to stop, or left because it could not know
-    what is on the disk. None ever ends otherwise."""
+    """An agent that has ended did so because of what the test did to it. None ever ends otherwise."""
     code = agent.process and agent.process.poll()
-    assert code in (None, 0, -signal.SIGKILL, IN_DOUBT), f'the agent on {agent.host.name} ended with {code}: ' \
+    assert code is None or code in agent.may_end, f'the agent on {agent.host.name} ended with {code}: ' \
         f'{agent.log()[-2000:]}'
 
 
@@ -199,6 +211,7 @@ class Harness:
 
     def arm(self, agent, spec):
         words = [word for word in (spec, self.mistakes) if word]
+        expect_end(agent, spec)
         done = agent.vmmig('debug', 'faults', '--arm', ','.join(words) or 'none', check=False)
         # What held goes on at once, perhaps to a crash that was armed with it, before the answer.
         assert done.returncode == 0 or 'crash' in spec, done.stderr
@@ -306,7 +319,7 @@ class Harness:
         """After a case that failed: everything from the beginning."""
         for agent in self.cluster.agents:
             agent.host.heal()
-            agent.host.crash()
+            crash_host(agent)
             self.start(agent)
             if self.vm:
                 agent.vmmig('detach', self.vm.name, check=False)
@@ -330,7 +343,7 @@ class Harness:
         elif kind == 'freeze':
             agent.process.send_signal(signal.SIGSTOP)
         elif kind == 'host':
-            agent.host.crash()
+            crash_host(agent)
             agent.process.wait(10)  # nobody is to be armed there any more
             self.lose_unsynced(agent)
             eventually('the end of the host', lambda: self.dead(agent))
@@ -431,7 +444,7 @@ class Harness:
         agent = agents[ROLES.index(role)]
         other = agents[1 - ROLES.index(role)]
         if other.process.poll() is None:
-            other.host.crash()
+            crash_host(other)
         eventually('doubt', lambda: (vm := self.vm_at(agent)) and vm['handover'] and vm['handover']['in_doubt'])
         eventually('nobody runs it while it is in doubt', lambda: self.watch.running() == [], 2)
         until = time.monotonic() + DOUBT

@@ -71,6 +71,7 @@ class Agent:
     def __init__(self, cluster, host):
         self.cluster, self.host = cluster, host
         self.process = None
+        self.may_end = set()  # exit statuses of what the test did to it
         self.options = {}
         os.makedirs(host.path('/etc/vmmig/pki'), exist_ok=True)
 
@@ -89,6 +90,7 @@ class Agent:
         binary = os.path.join(build or (fault_build() if faults else os.path.dirname(
             os.path.dirname(built('agent/vmmigd')))), 'agent/vmmigd')
         environment = {**os.environ, **({'VMMIG_FAULTS': faults} if faults else {})}
+        self.may_end = set()
         self.process = self.host.popen([*wrapper, binary], name='vmmigd', env=environment)
         eventually(f'vmmigd on {self.host.name}', self.answers)
         return self
@@ -100,6 +102,7 @@ class Agent:
         return self.vmmig('list', check=False).returncode == 0
 
     def stop(self, number=signal.SIGTERM):
+        self.may_end.add(0 if number == signal.SIGTERM else -number)
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
         if self.process:

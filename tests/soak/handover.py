@@ -24,7 +24,7 @@ for folder in ('fault', 'flow', ''):
     sys.path.insert(0, os.path.join(TESTS, folder))
 
 from agents import Cluster, eventually, fault_build  # noqa: E402
-from harness import PATIENCE, QemuPair, VmmPair, check_end  # noqa: E402
+from harness import PATIENCE, QemuPair, VmmPair, check_end, expect_end  # noqa: E402
 from lab import judge  # noqa: E402
 
 CPU_PERCENT = 90   # of one core, for all guests together
@@ -138,6 +138,7 @@ class Soak:
             pass
         elif what < 0.55:
             self.faults += 1
+            expect_end(agent, fault)
             agent.vmmig('debug', 'faults', '--arm', fault, check=False)
         elif what < 0.65:
             self.faults += 1
