@@ -260,9 +260,13 @@ int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socke
     peer_pack(&memory.base, &out);
     if (out.failed)
         return error_set(err, VM_ERROR_REFUSED, "the VM's command line is too long to remember");
+    if (a->record.blob && a->record.blob_len == out.len &&
+        !memcmp(a->record.blob, out.data, out.len))
+        return 0;
     free(a->record.blob);
     a->record.blob = steal_ptr(&out.data);
     a->record.blob_len = out.len;
+    a->blob_changed = true;
     return 0;
 }
 
@@ -287,7 +291,7 @@ static int write_record(struct attempt *a, enum handover_record record, struct v
     cleanup_error struct vm_error *damage = NULL;
     /* A record that may still be needed to recover carries the blob; a settled one need not. */
     bool settled = handover_record_is_settled(record);
-    if (a->recorded && (settled || !a->record.blob)) {
+    if (a->recorded && (settled || !a->blob_changed)) {
         if (journal_advance(journal, &a->id, record, &a->record.vmm, &damage) == 0)
             return 0;
         if (damage->kind != VM_ERROR_CORRUPT || !(settled || a->record.blob))
@@ -298,8 +302,12 @@ static int write_record(struct attempt *a, enum handover_record record, struct v
     a->record.record = record;
     if ((a->recorded ? journal_mend : journal_put)(journal, &a->record, err) < 0)
         return -1;
-    if (!a->recorded)
-        a->record.started_ns = started_ns_of(journal, &a->id);
+    a->blob_changed = false;
+    if (!a->recorded) {
+        int64_t started_ns = started_ns_of(journal, &a->id);
+        SCOPE_LOCK(&a->lock);
+        a->record.started_ns = started_ns;
+    }
     a->recorded = true;
     return 0;
 }
@@ -484,10 +492,22 @@ static enum handover_event try_resume(struct attempt *a)
 
 static void feed(struct attempt *a, enum handover_event event);
 
-/* False: the agent stops. */
-static bool wait_for_next_try(struct attempt *a)
+/*
+ * The next try, within the action: while an answer may only be late, and for as long as the VMM's death would mean that no
+ * vCPU started.
+ */
+static bool is_worth_a_wait(const struct attempt *a, unsigned tries)
 {
-    int64_t due = clock_mono_ns() + PATIENCE(RESUME_RETRY_MS);
+    if (!a->cont_sent)
+        return a->machine.state == HANDOVER_DST_STARTING;
+    return tries < RESUME_TRIES;
+}
+
+/* False: the agent stops. */
+static bool wait_for_next_try(struct attempt *a, unsigned tries)
+{
+    int64_t due = clock_mono_ns() +
+                  PATIENCE(tries < RESUME_TRIES ? RESUME_RETRY_MS : ATTEMPT_TIMER_MS);
     SCOPE_LOCK(&a->lock);
     while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
         ;
@@ -495,15 +515,25 @@ static bool wait_for_next_try(struct attempt *a)
 }
 
 /*
- * What cannot be told after a `cont` is left to the machine, which asks for another start, and hears what else happens.
- * Before one, the VMM's death would still mean that no vCPU started: that is waited for.
+ * That no vCPU started stays true of a VMM that dies before the event's turn would come. A source that has said meanwhile
+ * that this is the only copy is heard before it is given up.
  */
+static void feed_start_failed(struct attempt *a)
+{
+    pthread_mutex_lock(&a->lock);
+    bool sole = is_queued(a, HANDOVER_EV_MSG_COMMIT_SOLE);
+    pthread_mutex_unlock(&a->lock);
+    if (sole)
+        feed(a, HANDOVER_EV_MSG_COMMIT_SOLE);
+    feed(a, HANDOVER_EV_RESUME_FAILED);
+}
+
+/* What cannot be told is left to the machine, which asks for another start, and hears what else happens. */
 static void act_resume(struct attempt *a)
 {
     enum handover_event event = try_resume(a);
-    for (unsigned tries = 1; event == HANDOVER_EV_TIMER && (!a->cont_sent || tries < RESUME_TRIES);
-         tries++) {
-        if (!wait_for_next_try(a))
+    for (unsigned tries = 1; event == HANDOVER_EV_TIMER && is_worth_a_wait(a, tries); tries++) {
+        if (!wait_for_next_try(a, tries))
             return;
         event = try_resume(a);
     }
@@ -511,9 +541,8 @@ static void act_resume(struct attempt *a)
         event = HANDOVER_EV_RESUME_UNSURE;
     if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
         a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
-    /* That no vCPU started stays true of a VMM that dies before the event's turn would come. */
     if (event == HANDOVER_EV_RESUME_FAILED)
-        feed(a, event);
+        feed_start_failed(a);
     else
         attempt_post(a, event);
 }
@@ -638,11 +667,20 @@ static enum handover_event arbitrate(struct attempt *a, enum handover_event even
     return event;
 }
 
+void attempt_refuse_cancel(struct attempt *a)
+{
+    enum handover_notice why;
+    const struct handover now = {.state = a->state};
+    if (a->job && handover_refuses_cancel(&now, &why))
+        job_close_cancel(a->job, handover_notice_text(why), NULL);
+}
+
 /* What others see while the actions of the new state are executed. */
 static void show_state(struct attempt *a)
 {
     SCOPE_LOCK(&a->lock);
     a->state = a->machine.state;
+    attempt_refuse_cancel(a);
 }
 
 /*

@@ -131,7 +131,8 @@ struct attempt {
     struct handover machine; /* the attempt's thread; state is copied below for others */
     struct journal_record record;
     bool recorded;           /* the journal has it */
-    bool was_running;        /* by its user's wish: whoever has it last lets it run */
+    bool blob_changed;       /* since it was written there */
+    atomic_bool was_running; /* by its user's wish: whoever has it last lets it run */
     struct guest *guest;     /* reference; NULL while the VMM is not reached */
     bool loaded_early;       /* source: LOADED came before this side knew that all is sent */
     bool cont_sent;          /* since this agent started: a vCPU may have run */
@@ -229,6 +230,8 @@ struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *r
 int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
                      char *const *argv, const char *peer_address, struct vm_error **err);
 /* Write the record of the present state again, with what is remembered now. The attempt's thread. */
+/* With the lock held: from where nobody can undo it any more, a user's cancel is refused, and told why. */
+void attempt_refuse_cancel(struct attempt *a);
 int attempt_write_again(struct attempt *a, struct vm_error **err);
 Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 

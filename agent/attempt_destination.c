@@ -283,6 +283,7 @@ static void start_transfer(struct attempt *a)
 /* The work thread is done with the VMM's start: from here on the attempt's own thread knows it. */
 static void adopt_process(struct attempt *a)
 {
+    SCOPE_LOCK(&a->lock);
     if (a->destination.process.pid)
         a->record.vmm = a->destination.process;
 }
@@ -492,14 +493,9 @@ static void reconnect(struct attempt *a)
         return;
     struct destination_part *d = &a->destination;
     struct guest *guest =
-        d->socket_path ? driver_reconnect(d->driver, d->socket_path, &err) : NULL;
+        d->socket_path ? driver_reconnect(d->driver, d->socket_path, &a->record.vmm, &err) : NULL;
     if (!guest) {
         log_warn("cannot reach the VMM yet", "error=%s", log_q(error_message(err)));
-        return;
-    }
-    if (!process_identity_equal(&guest->process, &a->record.vmm)) {
-        log_error("another process answers for the VMM", "pid=%d", guest->process.pid);
-        guest_unref(guest);
         return;
     }
     a->guest = guest;

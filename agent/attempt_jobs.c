@@ -143,6 +143,7 @@ int attempt_job_run(struct job *job, struct attempt *a, struct vm_error **err)
     bool cancel_passed = false;
     pthread_mutex_lock(&a->lock);
     a->job = job;
+    attempt_refuse_cancel(a);
     pthread_mutex_unlock(&a->lock);
     while (attempt_wait_settled(a, clock_mono_ns() + SHOW_INTERVAL_MS * NSEC_PER_MSEC, NULL) < 0) {
         show(job, a);

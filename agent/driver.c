@@ -124,7 +124,7 @@ int driver_adopt(enum vm_driver driver, const char *name, const char *path,
                  struct vm_error **err)
 {
     cleanup_free char **argv = NULL;
-    CLEANUP(guest) struct guest *guest = drivers[driver]->adopt(path, err);
+    CLEANUP(guest) struct guest *guest = drivers[driver]->adopt(path, NULL, err);
     if (!guest || process_argv(guest->process.pid, &argv, err) < 0 ||
         describe(name, VM_ORIGIN_ATTACHED, guest, path, argv, ret_definition, err) < 0)
         return -1;
@@ -132,9 +132,19 @@ int driver_adopt(enum vm_driver driver, const char *name, const char *path,
     return 0;
 }
 
-struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err)
+int driver_check_process(const struct guest *g, const struct process_identity *expected,
+                         const char *path, struct vm_error **err)
 {
-    return drivers[driver]->adopt(path, err);
+    if (!expected || process_identity_equal(&g->process, expected))
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED, "another process, %d, answers at %s", g->process.pid,
+                     path);
+}
+
+struct guest *driver_reconnect(enum vm_driver driver, const char *path,
+                               const struct process_identity *expected, struct vm_error **err)
+{
+    return drivers[driver]->adopt(path, expected, err);
 }
 
 void driver_sink_release(struct guest *g)
@@ -260,7 +270,7 @@ int driver_sink_disks(struct guest *g, const struct qemu_definition *d,
 struct guest *driver_connect(const struct vm_definition *d, void *arg, struct vm_error **err)
 {
     (void)arg;
-    return driver_reconnect(d->driver, d->socket_path, err);
+    return driver_reconnect(d->driver, d->socket_path, &d->process, err);
 }
 
 void driver_describe_end(const struct vm_definition *d, char out[VM_DETAIL_MAX], void *arg)

@@ -67,7 +67,9 @@ struct driver {
     /* The listed binary that argv0 means, or NULL. */
     const char *(*find_binary)(const struct config *config, const char *argv0);
     struct guest *(*start)(const struct driver_launch *launch, struct vm_error **err);
-    struct guest *(*adopt)(const char *path, struct vm_error **err);
+    /* expected: the process that must answer, or NULL for any; another's is left alone. */
+    struct guest *(*adopt)(const char *path, const struct process_identity *expected,
+                           struct vm_error **err);
     int (*define)(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err);
     bool (*defines)(const struct qemu_definition *d);
     /* May a destination of this definition be started by an agent? */
@@ -144,8 +146,12 @@ struct guest *driver_sink_adopt(const struct qemu_definition *d, const char *pat
  */
 int driver_sink_disks(struct guest *g, const struct qemu_definition *d, struct qemu_definition *ret_here,
                       struct vm_error **err);
-/* The VMM at that socket. */
-struct guest *driver_reconnect(enum vm_driver driver, const char *path, struct vm_error **err);
+/* The VMM at that socket, if it is that process; another's is left alone (REFUSED). */
+struct guest *driver_reconnect(enum vm_driver driver, const char *path,
+                               const struct process_identity *expected, struct vm_error **err);
+/* For the drivers: is the guest that of `expected`, which may be NULL for any? */
+int driver_check_process(const struct guest *g, const struct process_identity *expected,
+                         const char *path, struct vm_error **err);
 
 /*
  * The guest of a sink runs, and nothing will be written into it from here any more: unmap its memory, so

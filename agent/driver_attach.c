@@ -31,9 +31,14 @@ static struct guest *start(const struct driver_launch *l, struct vm_error **err)
     return guest_of(attach_spawn(&launch, err));
 }
 
-static struct guest *adopt(const char *path, struct vm_error **err)
+static struct guest *adopt(const char *path, const struct process_identity *expected,
+                           struct vm_error **err)
 {
-    return guest_of(attach_connect(path, DRIVER_ATTACH_TIMEOUT_MS, err));
+    CLEANUP(guest) struct guest *guest =
+        guest_of(attach_connect(path, DRIVER_ATTACH_TIMEOUT_MS, err));
+    if (!guest || driver_check_process(guest, expected, path, err) < 0)
+        return NULL;
+    return steal_ptr(&guest);
 }
 
 static int define(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err)

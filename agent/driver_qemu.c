@@ -32,12 +32,14 @@ static struct guest *start(const struct driver_launch *l, struct vm_error **err)
     return guest_of(qemu_spawn(&launch, err));
 }
 
-static struct guest *adopt(const char *path, struct vm_error **err)
+static struct guest *adopt(const char *path, const struct process_identity *expected,
+                           struct vm_error **err)
 {
     bool found = false;
     cleanup_error struct vm_error *failed = NULL;
     struct qemu *q = qemu_attach(path, DRIVER_ATTACH_TIMEOUT_MS, err);
-    if (!q)
+    CLEANUP(guest) struct guest *guest = guest_of(q);
+    if (!guest || driver_check_process(guest, expected, path, err) < 0)
         return NULL;
     /* A former agent may have ended while it took a snapshot. */
     if (qemu_snapshot_sweep(q, &found, &failed) < 0)
@@ -46,7 +48,7 @@ static struct guest *adopt(const char *path, struct vm_error **err)
     else if (found)
         log_warn("a snapshot was cut short; it is taken out of QEMU", "qmp=%s", log_q(path));
     qemu_settings_recover(q);
-    return qemu_guest(q);
+    return steal_ptr(&guest);
 }
 
 static int clear(struct guest *g, struct vm_error **err)

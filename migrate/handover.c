@@ -211,11 +211,14 @@ static const struct handover_row table[] = {
     ON(DST_RESTARTING, RESUME_UNSURE, GO(DST_STALLED, REPORT(START_FAILED))),
     WRITE(DST_RESTARTING, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
+    ON(DST_RESTARTING, CANCEL, GO(DST_RESTARTING, REPORT(TOO_LATE))),
     ON(DST_STALLED, TIMER, GO(DST_RESTARTING, DO(RESUME_VM))),
+    ON(DST_STALLED, CANCEL, GO(DST_STALLED, REPORT(TOO_LATE))),
     WRITE(DST_STALLED, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
     WRITE(DST_STARTED, TIMER, RUNNING, GO(DST_RUNNING, SEND(RUNNING)),
           GO(DST_STARTED, SEND(RUNNING))),
+    ON(DST_STARTED, CANCEL, GO(DST_STARTED, REPORT(TOO_LATE))),
     WRITE(DST_STARTED, VM_GONE, ENDED, GO(DST_ENDED, SEND(ENDED), REPORT(ENDED)),
           GO(DST_ENDED, SEND(ENDED), REPORT(ENDED))),
 
@@ -343,6 +346,15 @@ bool handover_step(struct handover *h, enum handover_event event,
 bool handover_takes(const struct handover *h, enum handover_event event)
 {
     return !h->pending && find_row(h->state, event);
+}
+
+bool handover_refuses_cancel(const struct handover *h, enum handover_notice *ret_why)
+{
+    const struct handover_row *row = find_row(h->state, HANDOVER_EV_CANCEL);
+    if (!row || row->then.state != h->state)
+        return false;
+    *ret_why = row->then.actions[0].arg;
+    return true;
 }
 
 bool handover_is_settled(const struct handover *h)

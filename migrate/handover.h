@@ -93,7 +93,7 @@ enum handover_role { HANDOVER_SOURCE, HANDOVER_DESTINATION };
     X(DST_PREPARED, PREPARING, false, false, "receiving")                                          \
     X(DST_LOADED, LOADED, false, true, "loaded: the source is to commit or abort")                 \
     X(DST_STARTING, RUN, false, false, "starting the VM")                                          \
-    X(DST_RESTARTING, RUN, false, false, "starting the VM, of which there is no other copy")       \
+    X(DST_RESTARTING, RUN, false, false, "owned, but the VM does not run yet: starting it")        \
     X(DST_STALLED, RUN, false, false, "owned, but the VM does not start: trying again")            \
     X(DST_STARTED, RUN, false, false, "runs: recording it")                                        \
     X(DST_RUNNING, RUNNING, true, false, "runs here")                                              \
@@ -265,6 +265,8 @@ bool handover_step(struct handover *h, enum handover_event event,
 
 /* Does the event mean something now? */
 bool handover_takes(const struct handover *h, enum handover_event event);
+/* A user's cancel would change nothing any more; what to tell him. */
+bool handover_refuses_cancel(const struct handover *h, enum handover_notice *ret_why);
 /* No row from here on touches the VM: it may take part in another operation. */
 bool handover_is_settled(const struct handover *h);
 /* Waits for the peer; `resolve` has an effect. */

@@ -511,7 +511,6 @@ inline s_cont_is_unsure()
 inline d_cont_is_unsure()
 {
     d_answer = EV_RESUME_UNSURE;
-    d_failed = true;
     if
     :: true
     :: d_cont = false

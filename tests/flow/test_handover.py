@@ -515,6 +515,39 @@ def test_an_answer_that_is_lost_and_a_guest_that_cannot_start(cluster):
     pair.end()
 
 
+def test_a_vmm_that_hangs_is_not_waited_for_in_silence(cluster):
+    """After RUN, and the agent starts anew: status says that the guest does not start, and a cancel that it is too late."""
+    pair = Pair(cluster, 'hangs', ('', 'handover.after.RUN=hold'), mem_mib=64)
+    pair.begin()
+    held(pair.a2, 'handover.after.RUN')
+    vmm = next(pid for pid, argv in pair.a2.host.processes().items() if 'qemu' in argv[0])
+    os.kill(vmm, signal.SIGSTOP)
+    try:
+        pair.a2.kill()
+        pair.a2.start(build=fault_build())
+        eventually('it to be said', lambda: 'owned, but the VM does not ' in pair.a2.vmmig('status', 'hangs').stdout)
+        for agent in (pair.a1, pair.a2):
+            done = agent.vmmig('cancel', 'hangs', check=False)
+            assert done.returncode == 5 and 'too late' in done.stderr, done
+    finally:
+        os.kill(vmm, signal.SIGCONT)
+    pair.expect('h2')
+    pair.end()
+
+
+def test_a_cancel_after_commit_is_too_late_for_the_next_agent_too(cluster):
+    pair = Pair(cluster, 'decided', ('handover.after.COMMIT=crash', 'handover.before.RUN=hold'), mem_mib=64)
+    pair.begin()
+    pair.wait_death(pair.a1)
+    pair.a1.start(build=fault_build())
+    eventually('its hand-over', lambda: 'committed' in pair.a1.vmmig('status', 'decided').stdout)
+    done = pair.a1.vmmig('cancel', 'decided', check=False)
+    assert done.returncode == 5 and 'too late' in done.stderr, done
+    go_on(pair.a2)
+    pair.expect('h2')
+    pair.end()
+
+
 def test_a_source_that_cannot_run_on_and_dies(cluster):
     """Cancelled when the destination had loaded all, and could not say so: while the source's VMM stands as it was sent,
     its death costs nothing."""

@@ -387,7 +387,6 @@ static void lose_answer(const struct walk *walk, int role)
 {
     struct world next = *walk->from;
     next.side[role].answer = HANDOVER_EV_RESUME_UNSURE;
-    next.d_failed |= role == DST;
     if (role == SRC)
         next.s_stands = NOT_KNOWN;
     emit(walk, &next);
