@@ -61,7 +61,7 @@ struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why)
 {
     int64_t deadline = clock_mono_ns() + PATIENCE(CAUSE_WAIT_MS);
     SCOPE_LOCK(&a->lock);
-    if ((why->kind != VM_ERROR_CANCELLED && why->kind != VM_ERROR_NOT_FOUND) || a->cancelled)
+    if (why->kind != VM_ERROR_CANCELLED || a->cancelled)
         return why;
     while (!a->stop && !a->cancelled && !a->peer_reason &&
            cond_wait_until(&a->changed, &a->lock, deadline))

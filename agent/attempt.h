@@ -207,7 +207,7 @@ void attempt_post(struct attempt *a, enum handover_event event);
 void attempt_fail(struct attempt *a, struct vm_error *reason);
 void attempt_set_session(struct attempt *a, struct peer_session *session);
 /*
- * The other end closed what this one was using, or knows the attempt no more: that is not the cause. Wait a moment for the peer
+ * The other end closed what this one was using: that is not the cause. Wait a moment for the peer
  * to say what was; takes `why` over and returns it.
  */
 struct vm_error *attempt_await_cause(struct attempt *a, struct vm_error *why);
