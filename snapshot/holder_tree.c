@@ -425,9 +425,11 @@ static void leased(struct holder *h, struct task *t, const struct mount_packet *
 {
     struct image_dir *d = t->image;
     d->leasing = false;
-    if (answer->m.type == MOUNT_OK)
+    int error = answer->m.type == MOUNT_OK ? 0 : errno_of(answer);
+    if (!error)
         d->lease = answer->m.number;
-    tree_opened(h, d, answer->m.type == MOUNT_OK ? 0 : errno_of(answer));
+    /* The name may be another image's by now, which the kernel does not know yet: it asks again on ESTALE. */
+    tree_opened(h, d, error == ENOENT ? ESTALE : error);
 }
 
 static void tree_open(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
