@@ -178,7 +178,7 @@ def test_fetchers_die_as_often_as_they_like(url, raw, mounts):
     assert m.status()['fetcher_starts'] > 1 and m.status()['failed_reads'] == 0
 
 
-@pytest.mark.parametrize('fault', ['mount.fetch=crash@2', 'mount.fetched=crash@3', 'mount.leased=crash@2'])
+@pytest.mark.parametrize('fault', ['mount.fetch=crash@20', 'mount.fetched=crash@20', 'mount.leased=crash@2'])
 def test_a_fetcher_that_dies_at_any_step(url, raw, mounts, fault):
     store(url, 'a', disk0_raw=raw)
     m = mounts(url, faults=fault)
