@@ -18,6 +18,8 @@ EXPLANATIONS = [
     (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-[!m]*'), PLAIN),
     (('migrate', '*', 'vmmig-attach', '*cpu_s', 'qemu-multifd'), PLAIN),
     (('migrate', '*', '*', 'pause_ms', 'qemu-postcopy'), 'It runs the guest before its memory is there.'),
+    (('migrate', '*', '*', 'pause_ms', '*'),
+     'Once the predicted pause is within the limit, no more than a tenth of the time goes into rounds that would shorten it.'),
     (('migrate', '*', '*', 'total_ms', '*'), CORES),
     (('repo', 'collect', 'vmmig-rados', '*', '*'),
      'It goes through all shards of the catalogue, objects of Ceph each.'),
