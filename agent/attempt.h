@@ -229,9 +229,9 @@ struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *r
 /* Write what recovery needs into the record. */
 int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
                      char *const *argv, const char *peer_address, struct vm_error **err);
-/* Write the record of the present state again, with what is remembered now. The attempt's thread. */
 /* With the lock held: from where nobody can undo it any more, a user's cancel is refused, and told why. */
 void attempt_refuse_cancel(struct attempt *a);
+/* Write the record of the present state again, with what is remembered now. The attempt's thread. */
 int attempt_write_again(struct attempt *a, struct vm_error **err);
 Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
 

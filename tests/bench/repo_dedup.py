@@ -3,8 +3,10 @@
 """What sampling and the bound on scatter cost and win, on a disk and the memory of two guests booted from it.
 
 usage: repo_dedup.py [--inputs DIR] [--work DIR] [--page FILE]
+(DIR as for repo_peers.py)
 
-DIR as for repo_peers.py. Three repositories of the same files: as always; with a footer cache of a sixth of the packs;
+The files are a Debian disk, and the memory of two guests booted from it.
+Three repositories of the same files: as always; with a footer cache of a sixth of the packs;
 and without the bound on scatter. For each: what is stored, all metadata included, against all unique pages in LZ4
 blocks of 64 KiB without any; pages that the index's sampling missed; pages that were stored again for the bound; and
 for the second memory how many records a MiB of it refers to, and how many bytes are read per byte restored. Then, as
@@ -142,8 +144,7 @@ def main():
             said.append(text)
             print(text, flush=True)
     if args.page:
-        bench_page.write(args.page, __file__, 'What deduplication wins and costs', __doc__.split('\n\n')[2].replace(
-            'DIR as for repo_peers.py.', 'The files are a Debian disk, and the memory of two guests booted from it.'), said[0],
+        bench_page.write(args.page, __file__, 'What deduplication wins and costs', __doc__.split('\n\n')[2], said[0],
                          bench_page.table(HEAD, rows), *said[1:])
     return 0
 

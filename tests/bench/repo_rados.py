@@ -3,8 +3,10 @@
 """An import into Ceph, with client and cluster on this machine, against the bound that the costs of CPU set.
 
 usage: repo_rados.py [--inputs DIR] [--work DIR] [--rounds N] [--page FILE]
+(DIR as for repo_peers.py)
 
-DIR as for repo_peers.py. Each round measures what the daemons of a cluster (one monitor, one manager, three OSDs, two
+The files are a Debian disk, and the memory of two guests booted from it.
+Each round measures what the daemons of a cluster (one monitor, one manager, three OSDs, two
 copies) take in CPU to store as many bytes as the import does, written as objects of a pack's size by a client that does
 nothing else; what vmmig takes in CPU to hash, look up and compress the same files into a folder; and how long the import
 into the cluster takes. The bound is the sum of the first two over all cores. Caches of the operating system are warm.
@@ -114,8 +116,7 @@ def main():
     median = f'Median {statistics.median(ratio for ratio, _ in rounds):.2f} of the bound.'
     print(median)
     if args.page:
-        bench_page.write(args.page, __file__, 'An import into Ceph, and its bound', __doc__.split('\n\n')[2].replace(
-            'DIR as for repo_peers.py.', 'The files are a Debian disk, and the memory of two guests booted from it.'),
+        bench_page.write(args.page, __file__, 'An import into Ceph, and its bound', __doc__.split('\n\n')[2],
                          bench_page.table(HEAD, [row for _, row in rounds]), median)
     return 0
 

@@ -39,12 +39,16 @@ def serve(connection):
 while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 '''
-# A host of the cluster that talks nonsense to an agent.
-CLIENT = r'''
-import socket, ssl, sys
-folder, name, said = sys.argv[1], sys.argv[2], bytes.fromhex(sys.argv[3])
+# What the following begin with: hosts of the cluster, which are told the folder of their certificate, and a name.
+HOST = r'''
+import collections, os, socket, ssl, struct, sys
+folder, name = sys.argv[1:3]
 context = ssl.create_default_context(cafile=folder + '/ca.crt')
 context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+'''
+# A host of the cluster that talks nonsense to an agent.
+CLIENT = HOST + r'''
+said = bytes.fromhex(sys.argv[3])
 connection = context.wrap_socket(socket.create_connection((name, 16550)), server_hostname=name)
 connection.sendall(b'VMMG\x01\x01\0\0' + said)
 connection.settimeout(20)
@@ -59,11 +63,7 @@ print('dropped')
 '''
 # A host that connects to an agent and falls silent: at once, after TLS, and after it was let in. Prints what becomes of
 # its three connections.
-SILENT = r'''
-import socket, ssl, sys
-folder, name = sys.argv[1:]
-context = ssl.create_default_context(cafile=folder + '/ca.crt')
-context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+SILENT = HOST + r'''
 connections = [socket.create_connection((name, 16550)) for _ in range(3)]
 for number in (1, 2):
     connections[number] = context.wrap_socket(connections[number], server_hostname=name)
@@ -78,11 +78,8 @@ for connection in connections:
     print('dropped')
 '''
 # A host of the cluster that asks for many migrations and follows none up. Prints how often it got which message.
-ASKER = r'''
-import collections, os, socket, ssl, struct, sys
-folder, name, hello, prepare, count = sys.argv[1], sys.argv[2], *map(bytes.fromhex, sys.argv[3:5]), int(sys.argv[5])
-context = ssl.create_default_context(cafile=folder + '/ca.crt')
-context.load_cert_chain(folder + '/host.crt', folder + '/host.key')
+ASKER = HOST + r'''
+hello, prepare, count = *map(bytes.fromhex, sys.argv[3:5]), int(sys.argv[5])
 connection = context.wrap_socket(socket.create_connection((name, 16550)), server_hostname=name)
 connection.settimeout(60)
 stream = connection.makefile('rb')
