@@ -108,13 +108,15 @@ def run(results, quick, inputs):
     plan = QUICK if quick else FULL
     Race.limit_s = plan['limit_s']
     for load, links in plan['loads'].items():
+        cases = {link: case for link in links if not results.has(case := f'{link or "unshaped"}/{load}')}
+        if not cases:
+            continue
         with results.cell(load), Cluster(plain=True, start=False) as cluster:
             start_agents(cluster)
             races = contestants(cluster, load, plan['mib'], inputs)
-            for link in links:
+            for link, case in cases.items():
                 for host in cluster.hosts:
                     host.set_rate(link)
-                case = f'{link or "unshaped"}/{load}'
                 for tool, runs in take_turns(case, races, plan['rounds']).items():
                     results.add_all(case, tool, runs)
                 results.save()

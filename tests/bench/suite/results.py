@@ -3,12 +3,17 @@
 
     results = Results('migrate', quick=True, path=path)
     results.add('1gbit/idle', 'vmmig-qemu', 'total_ms', [812.1, 790.4])
-    results.save()          # now and then, and at the end: parts that were not run keep what the file said of them
+    results.save()          # now and then: parts that were not run keep what the file said of them
+    results.end()           # the same, once all of the part was run
+
+A run that was interrupted is gone on with by Results(..., go_on=True): what the file has of this part, of the same
+commit and the same kind of run, is kept, results.complete says that nothing is left to do, and results.has(case) which
+cases are there already.
 
 The file is {"machine": {...}, "results": [{"part", "case", "tool", "metric", "unit", "runs", "median"}]}. A run that
 did not come to an end is null in "runs"; a row of nothing else has the median null. Under "machine", "parts" says for
-each part when, of which commit and how it was measured, since parts may be run one by one; "errors" are its cells that
-have no figures, with what went wrong.
+each part when, of which commit and how it was measured, since parts may be run one by one, and if it is complete;
+"errors" are its cells that have no figures, with what went wrong.
 """
 import contextlib
 import functools
@@ -58,18 +63,36 @@ def commit():
                           capture_output=True, text=True, check=True).stdout.strip()
 
 
+def row_key(row):
+    return row['case'], row['tool'], row['metric']
+
+
 class Results:
     """What one part has measured."""
 
-    def __init__(self, part, quick, path):
-        self.part, self.path, self.rows, self.errors = part, path, [], []
+    def __init__(self, part, quick, path, go_on=False):
+        self.part, self.path, self.rows, self.errors = part, path, {}, []
         self.about = {'quick': quick, 'date': time.strftime('%Y-%m-%d', time.gmtime()), 'commit': commit()}
-        self.began = time.monotonic()
+        self.began, self.complete = time.monotonic(), False
+        if go_on:
+            self.keep()
+
+    def keep(self):
+        said = load(self.path)
+        about = said['machine'].get('parts', {}).get(self.part, {})
+        if all(about.get(key) == self.about[key] for key in ('quick', 'commit')):
+            self.rows = {row_key(row): row for row in said['results'] if row['part'] == self.part}
+            self.began -= about['took_s']
+            self.complete = about.get('complete', False)
+
+    def has(self, case):
+        return any(known == case for known, _, _ in self.rows)
 
     def add(self, case, tool, metric, runs):
         known = [run for run in runs if run is not None]
-        self.rows.append({'part': self.part, 'case': case, 'tool': tool, 'metric': metric, 'unit': unit(metric),
-                          'runs': runs, 'median': statistics.median(known) if known else None})
+        row = {'part': self.part, 'case': case, 'tool': tool, 'metric': metric, 'unit': unit(metric), 'runs': runs,
+               'median': statistics.median(known) if known else None}
+        self.rows[row_key(row)] = row
 
     def add_all(self, case, tool, runs):
         """Of a list of {metric: value}, one for each run."""
@@ -88,12 +111,17 @@ class Results:
     def save(self):
         said = load(self.path)
         parts = said['machine'].get('parts', {})
-        parts[self.part] = {**self.about, 'took_s': round(time.monotonic() - self.began), 'errors': self.errors}
-        rows = [row for row in said['results'] if row['part'] != self.part] + self.rows
+        parts[self.part] = {**self.about, 'took_s': round(time.monotonic() - self.began), 'errors': self.errors,
+                            'complete': self.complete}
+        rows = [row for row in said['results'] if row['part'] != self.part] + list(self.rows.values())
         with open(self.path + '.new', 'w', encoding='ascii') as file:
             json.dump({'machine': {**machine(), 'parts': parts}, 'results': rows}, file, indent=1)
             file.write('\n')
         os.rename(self.path + '.new', self.path)
+
+    def end(self):
+        self.complete = not self.errors
+        self.save()
 
 
 def load(path):

@@ -46,6 +46,33 @@ class Case(unittest.TestCase):
         self.save('migrate', ('c', 'qemu-plain', 'total_ms', [2]))
         self.assertEqual([row['case'] for row in load(self.path)['results']], ['b', 'c'])
 
+    def test_an_interrupted_run_is_gone_on_with(self):
+        first = Results('migrate', quick=False, path=self.path)
+        first.add('a', 'qemu-plain', 'total_ms', [1])
+        first.save()
+        again = Results('migrate', quick=False, path=self.path, go_on=True)
+        self.assertTrue(again.has('a') and not again.has('b') and not again.complete)
+        again.add('b', 'qemu-plain', 'total_ms', [2])
+        again.end()
+        self.assertEqual([row['case'] for row in load(self.path)['results']], ['a', 'b'])
+        self.assertTrue(Results('migrate', quick=False, path=self.path, go_on=True).complete)
+
+    def test_a_run_of_another_kind_or_commit_is_begun_anew(self):
+        self.save('migrate', ('a', 'qemu-plain', 'total_ms', [1]))
+        self.assertFalse(Results('migrate', quick=False, path=self.path, go_on=True).has('a'))
+        said = load(self.path)
+        said['machine']['parts']['migrate'] |= {'commit': 'another', 'complete': True}
+        pathlib.Path(self.path).write_text(json.dumps(said), encoding='ascii')
+        other = Results('migrate', quick=True, path=self.path, go_on=True)
+        self.assertFalse(other.has('a') or other.complete)
+
+    def test_a_part_with_errors_is_not_complete(self):
+        results = Results('migrate', quick=True, path=self.path)
+        with contextlib.redirect_stderr(io.StringIO()), results.cell('x'):
+            raise OSError('no such thing')
+        results.end()
+        self.assertFalse(Results('migrate', quick=True, path=self.path, go_on=True).complete)
+
     def test_a_loss_is_bold_and_listed_and_a_tie_is_neither(self):
         self.save('migrate', ('x', 'vmmig-qemu', 'total_ms', [300]), ('x', 'qemu-plain', 'total_ms', [150]),
                   ('x', 'qemu-multifd', 'total_ms', [200]), ('x', 'vmmig-qemu', 'wire_bytes', [1010000]),
