@@ -29,6 +29,9 @@ EXPLANATIONS = [
     (('repo', '*', '*', 'stored_bytes', '*'),
      'New pages are stored with LZ4; `vmmig repo gc --repack` compresses with zstd, as casync and restic do at once.'),
     (('clone', '*', '*', 'request_ms', '*'), 'Of vmmig it counts from typing the command.'),
+    (('growth', 'memory-sparse/*', '*', 'total_ms', '*'),
+     'What a hand-over takes whatever the memory: the preflight, journals on both hosts, and the end of the VMM at the '
+     'source before its user is told.'),
     (('growth', 'memory-*', '*', 'total_ms', '*'), CORES),
 ]
 
