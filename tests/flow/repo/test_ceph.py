@@ -9,7 +9,7 @@ from .conftest import Failed, Repository, UNIT, build
 from .test_repository import MIB, disk, same
 
 
-@pytest.mark.parametrize('suite', ['store', 'index', 'repo'])
+@pytest.mark.parametrize('suite', ['store', 'index', 'repo', 'damage'])
 def test_the_unit_suite_over_rados(ceph, suite):
     """The same tests that run over a folder."""
     done = subprocess.run([os.path.join(build(), UNIT, f'test_repo_{suite}')], text=True, timeout=300,
