@@ -76,17 +76,11 @@ struct dedup_stat dedup_stat(const struct dedup *d)
 
 /* ---- hashing ---- */
 
-static int hash_page(struct segment *s, unsigned i, struct page_hasher *hasher,
-                     struct vm_error **err)
+static enum page_state state_of(const struct segment *s, unsigned i)
 {
-    const uint8_t *page = s->data + (size_t)i * PAGE_BYTES;
-    s->state[i] = PAGE_ABSENT;
     if (!s->given[i])
-        return 0;
-    s->state[i] = page_all_zero(page) ? PAGE_ZEROS : PAGE_UNKNOWN;
-    if (s->state[i] == PAGE_ZEROS)
-        return 0;
-    return page_hasher_hash(hasher, page, PAGE_BYTES, &s->ids[i], err);
+        return PAGE_ABSENT;
+    return page_all_zero(s->data + (size_t)i * PAGE_BYTES) ? PAGE_ZEROS : PAGE_UNKNOWN;
 }
 
 static uint16_t mask_of(const struct segment *s, unsigned extent)
@@ -112,8 +106,13 @@ void segment_find_extents(struct segment *s)
 int segment_hash(struct segment *s, struct page_hasher *hasher, struct vm_error **err)
 {
     for (unsigned i = 0; i < SEGMENT_PAGES; i++)
-        if (hash_page(s, i, hasher, err) < 0)
+        s->state[i] = state_of(s, i);
+    for (unsigned i = 0, n; i < SEGMENT_PAGES; i += n + 1) {
+        for (n = 0; i + n < SEGMENT_PAGES && s->state[i + n] == PAGE_UNKNOWN; n++)
+            ;
+        if (page_hasher_pages(hasher, s->data + (size_t)i * PAGE_BYTES, n, &s->ids[i], err) < 0)
             return -1;
+    }
     segment_find_extents(s);
     return 0;
 }

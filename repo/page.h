@@ -40,6 +40,7 @@ static inline bool page_all_zero(const void *page)
 
 struct page_hasher {
     void *context, *digest;
+    bool in_pairs; /* this processor hashes two pages at once */
 };
 
 int page_hasher_init(struct page_hasher *h, struct vm_error **err);
@@ -47,6 +48,9 @@ void page_hasher_finish(struct page_hasher *h);
 /* SHA-256 of n bytes. */
 int page_hasher_hash(struct page_hasher *h, const void *data, size_t n, struct page_id *ret_id,
                      struct vm_error **err);
+/* The identities of n pages, one after the other in memory. */
+int page_hasher_pages(struct page_hasher *h, const void *pages, unsigned n, struct page_id *ret_ids,
+                      struct vm_error **err);
 /*
  * The identity of an extent: SHA-256 over its 16 page identities, 32 bytes of zero for each page of
  * zeros. `ids` are those of the pages that the mask names, in order.

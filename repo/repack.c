@@ -259,10 +259,8 @@ static int read_record(struct repacker *rp, const struct alive_record *r, const 
     if (op->result != STORE_DONE || quarantine_has_record(&rp->quarantine, r->pack, r->offset) ||
         record_decode(&rp->codec, op->out, op->ret_len, r->pack, r->offset, pages, &n, &problem) < 0)
         return 0;
-    for (unsigned i = 0; i < n; i++)
-        if (page_hasher_hash(&rp->hasher, pages + (size_t)i * PAGE_BYTES, PAGE_BYTES, &ids[i],
-                             err) < 0)
-            return -1;
+    if (page_hasher_pages(&rp->hasher, pages, n, ids, err) < 0)
+        return -1;
     *ret_n = agrees(footer, r->offset, ids, n) ? n : 0;
     return 0;
 }

@@ -191,13 +191,11 @@ static int check_record(struct pack_check *c, const struct footer *f, uint32_t n
         return noted;
     }
     bool same = n == r->n_pages;
-    for (unsigned i = 0; same && i < n; i++) {
-        struct page_id id;
-        if (page_hasher_hash(&c->hasher, c->pages + (size_t)i * PAGE_BYTES, PAGE_BYTES, &id, err) <
-            0)
-            return -1;
-        same = page_id_equal(&id, &f->ids[r->first_page + i]);
-    }
+    struct page_id ids[RECORD_PAGES_MAX];
+    if (same && page_hasher_pages(&c->hasher, c->pages, n, ids, err) < 0)
+        return -1;
+    for (unsigned i = 0; same && i < n; i++)
+        same = page_id_equal(&ids[i], &f->ids[r->first_page + i]);
     char what[128];
     snprintf(what, sizeof(what),
              "pack %016" PRIx64 ", record at %u: its pages are not those that the footer names",

@@ -32,6 +32,32 @@ static void a_page_is_identified_by_sha256(void **state)
     page_hasher_finish(&h);
 }
 
+/* With and without what the processor can do for two of them at once. */
+static void pages_in_a_row_are_identified_alike(void **state)
+{
+    enum { MOST = 33 };
+    static uint8_t pages[MOST * PAGE_BYTES + 1];
+    struct page_hasher h;
+    assert_int_equal(page_hasher_init(&h, NULL), 0);
+    for (unsigned round = 0; round < 2 * (MOST + 1); round++) {
+        unsigned n = round % (MOST + 1);
+        uint8_t *first = pages + n % 2; /* at any address */
+        struct page_id ids[MOST + 1], unset;
+        memset(&unset, 0xee, sizeof(unset));
+        memset(ids, 0xee, sizeof(ids));
+        test_fill_random(pages, sizeof(pages), round);
+        h.in_pairs = h.in_pairs && round <= MOST;
+        assert_int_equal(page_hasher_pages(&h, first, n, ids, NULL), 0);
+        for (unsigned i = 0; i < n; i++) {
+            uint8_t want[32];
+            SHA256(first + (size_t)i * PAGE_BYTES, PAGE_BYTES, want);
+            assert_memory_equal(ids[i].bytes, want, 32);
+        }
+        assert_memory_equal(&ids[n], &unset, sizeof(unset));
+    }
+    page_hasher_finish(&h);
+}
+
 static void zeros_are_told_from_almost_zeros(void **state)
 {
     uint8_t page[PAGE_BYTES] = {0};
@@ -230,6 +256,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_page_is_identified_by_sha256),
+        cmocka_unit_test(pages_in_a_row_are_identified_alike),
         cmocka_unit_test(zeros_are_told_from_almost_zeros),
         cmocka_unit_test(an_extent_knows_where_its_zeros_are),
         cmocka_unit_test(records_come_back_in_every_compression),
