@@ -161,6 +161,20 @@ static const struct image_entry *choose_file(const struct image *image, const ch
     return e;
 }
 
+/* Of damage the message says what to do. */
+static int export_failed(const char *name, struct vm_error *cause, struct vm_error **err)
+{
+    if (cause->kind != VM_ERROR_CORRUPT) {
+        error_propagate(err, cause);
+        return error_wrap(err, "cannot export image %s", name);
+    }
+    error_set(err, VM_ERROR_CORRUPT,
+              "cannot export image %s: %s; \"vmmig repo scrub\" names all that is damaged", name,
+              error_message(cause));
+    error_free(cause);
+    return -1;
+}
+
 int image_export_fd(struct repo *r, const char *name, const char *file, int fd, const char *path,
                     const struct repo_control *control, struct vm_error **err)
 {
@@ -177,10 +191,11 @@ int image_export_fd(struct repo *r, const char *name, const char *file, int fd, 
     struct export x = {.reader = reader, .path = path, .fd = fd};
     failure_init(&x.failure);
     progress_init(&x.progress, control, entry->size);
-    int result = export_to(&x, err);
+    struct vm_error *cause = NULL;
+    int result = export_to(&x, &cause);
     progress_finish(&x.progress);
     failure_finish(&x.failure);
-    return result < 0 ? error_wrap(err, "cannot export image %s", name) : 0;
+    return result < 0 ? export_failed(name, cause, err) : 0;
 }
 
 int image_export(struct repo *r, const char *name, const char *file, const char *path,

@@ -261,6 +261,11 @@ static void print_done(const struct cli_repo_view *v, int64_t elapsed_ns)
     case VMMIG__CONTROL__REPO_VERB__IMAGE_EXPORT:
         printf("%s: exported to %s in %.1f s\n", m->image, m->path, seconds);
         break;
+    case VMMIG__CONTROL__REPO_VERB__REPO_SCRUB:
+        if (v->damaged)
+            puts("to mend it, import the same content again, or, where it is stored twice, use --heal; "
+                 "what cannot be had again goes with the images that it touches");
+        __attribute__((fallthrough));
     default:
         if (elapsed_ns >= 0)
             printf("%s: done in %.1f s\n", repo_service_verb_name(m->verb), seconds);

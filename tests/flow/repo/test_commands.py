@@ -22,6 +22,7 @@ import pytest
 from agents import eventually
 
 from .conftest import ROOT, build, fault_build
+from .objects import objects
 from .test_repository import MIB, broken_qcow2, disk
 
 MANUAL = pathlib.Path(ROOT, 'docs/vmmig.1.md').read_text(encoding='utf-8')
@@ -618,6 +619,26 @@ def test_copy_to_another_store(pair, tmp_path, request, raw):
     a.refuses(4, 'clash', 'repo', 'copy', url)
     assert 'aaa' not in b.names()
     a.refuses(4, 'repository that is to be copied', 'repo', 'copy', a.url)
+
+
+def test_damage_and_how_it_is_mended(way, raw, tmp_path):
+    """Each says what is damaged, what that touches, and what to do; it is done, and mended."""
+    way.run('image', 'import', raw, 'a')
+    store = objects(way.url)
+    pack = store.names('pack.')[0]
+    data = bytearray(store.read(pack))
+    data[5000] ^= 1
+    store.write(pack, bytes(data))
+    what = rf'pack {pack[5:]}, record at \d+: its checksum is wrong'
+    way.refuses(12, what + '; "vmmig repo scrub" names all that is damaged$', 'image', 'export', 'a', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+    done = way.try_run('repo', 'scrub')
+    assert done.returncode == 12 and done.stderr == ''
+    assert re.match(f'damaged: {what}\nimage touched: a\nto mend it, import the same content again', done.stdout), done.stdout
+    way.run('image', 'import', raw, 'again')
+    way.run('image', 'export', 'a', tmp_path / 'out')
+    assert filecmp.cmp(raw, tmp_path / 'out', shallow=False)
+    assert way.run('repo', 'scrub')['findings'] == []
 
 
 def test_a_copy_never_spreads_damage(dir_way, raw, tmp_path):

@@ -42,6 +42,7 @@ def fails_and_leaves_nothing(repository, image, out):
     with pytest.raises(Failed) as failed:
         repository.run('export', image, out)
     assert failed.value.kind == 'corrupt' and '\n' not in failed.value.text, failed.value.text
+    assert '; "vmmig repo scrub" names all that is damaged' in failed.value.text
     assert not out.exists()
 
 
