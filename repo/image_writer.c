@@ -332,6 +332,7 @@ static int checkpoint(struct image_writer *w, struct vm_error **err)
     return 0;
 }
 
+/* Segments are given back, and leave the batch, as soon as they are placed: others are read meanwhile. */
 static int sequence_batch(struct image_writer *w, struct segment **batch, size_t n,
                           struct vm_error **err)
 {
@@ -347,6 +348,8 @@ static int sequence_batch(struct image_writer *w, struct segment **batch, size_t
             if (place_extent(w, batch[i], e, err) < 0)
                 return -1;
         count_segment(w, batch[i]);
+        give_back(w, batch[i]);
+        batch[i] = NULL;
     }
     return leaf_builder_advance(w->leaves, err);
 }
@@ -377,6 +380,8 @@ static void *sequence(void *arg)
         if (!failure_is_set(&w->failure) && sequence_batch(w, batch, n, &error) < 0)
             fail_with(w, error);
         for (size_t i = 0; i < n; i++) {
+            if (!batch[i])
+                continue;
             wait_hashed(w, batch[i], NULL);
             give_back(w, batch[i]);
         }

@@ -475,21 +475,24 @@ static int estimate(struct store *s, uint32_t shard, uint64_t *ret_keys, struct 
     char name[OBJECT_NAME_SIZE];
     uint64_t total = 0;
     static const char kinds[][2] = {"e", "p", "t"};
-    for (size_t k = 0; k < sizeof(kinds) / sizeof(*kinds); k++) {
-        struct store_op op = {.kind = STORE_SCAN, .area = STORE_MAP,
-                              .name = shard_name(shard, name), .prefix = kinds[k],
-                              .max = STORE_KEYS_MAX / 4};
-        if (store_run(s, &op, 1, err) < 0)
-            return -1;
+    enum { KINDS = sizeof(kinds) / sizeof(*kinds) };
+    struct store_op ops[KINDS];
+    for (size_t k = 0; k < KINDS; k++)
+        ops[k] = (struct store_op){.kind = STORE_SCAN, .area = STORE_MAP,
+                                   .name = shard_name(shard, name), .prefix = kinds[k],
+                                   .max = STORE_KEYS_MAX / 4};
+    int result = store_run(s, ops, KINDS, err);
+    for (size_t k = 0; k < KINDS && !result; k++) {
         uint8_t bytes[HASH_BYTES];
-        uint64_t n = op.n_ret_pairs, span = 1ull << 32;
-        if (op.ret_more && n && key_hash(op.ret_pairs[n - 1].key, bytes))
+        uint64_t n = ops[k].n_ret_pairs, span = 1ull << 32;
+        if (ops[k].ret_more && n && key_hash(ops[k].ret_pairs[n - 1].key, bytes))
             span = (uint64_t)get_be32(bytes) + 1;
         total += n * (1ull << 32) / span;
-        store_ops_finish(&op, 1);
     }
-    *ret_keys = total;
-    return 0;
+    store_ops_finish(ops, KINDS);
+    if (!result)
+        *ret_keys = total;
+    return result;
 }
 
 struct moved {
