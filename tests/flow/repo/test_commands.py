@@ -635,7 +635,7 @@ def test_damage_and_how_it_is_mended(way, raw, tmp_path):
     done = way.try_run('repo', 'scrub')
     assert done.returncode == 12 and done.stderr == ''
     assert re.match(f'damaged: {what}\nimage touched: a\nto mend it, import the same content again', done.stdout), done.stdout
-    way.run('image', 'import', raw, 'again')
+    way.text('image', 'import', raw, 'again')
     way.run('image', 'export', 'a', tmp_path / 'out')
     assert filecmp.cmp(raw, tmp_path / 'out', shallow=False)
     assert way.run('repo', 'scrub')['findings'] == []
