@@ -2,6 +2,7 @@
 #include "agent/vms.h"
 
 #include "agent/vm_record.h"
+#include "base/argv.h"
 #include "base/cond.h"
 #include "base/io.h"
 #include "base/log.h"
@@ -79,29 +80,11 @@ void vm_definition_finish(struct vm_definition *d)
     *d = (struct vm_definition){0};
 }
 
-/* A copy of argv in one allocation. */
-static char **copy_argv(char *const *argv)
-{
-    size_t n = 0, bytes = 0;
-    for (; argv[n]; n++)
-        bytes += strlen(argv[n]) + 1;
-    char **copy = malloc((n + 1) * sizeof(*copy) + bytes);
-    if (!copy)
-        return NULL;
-    char *at = (char *)(copy + n + 1);
-    for (size_t i = 0; i < n; i++) {
-        copy[i] = at;
-        at = stpcpy(at, argv[i]) + 1;
-    }
-    copy[n] = NULL;
-    return copy;
-}
-
 int vm_definition_copy(const struct vm_definition *d, struct vm_definition *ret_copy,
                        struct vm_error **err)
 {
     struct vm_definition copy = *d;
-    copy.argv = copy_argv(d->argv);
+    copy.argv = argv_copy(d->argv, argv_count(d->argv));
     copy.socket_path = strdup(d->socket_path);
     if (!copy.argv || !copy.socket_path) {
         vm_definition_finish(&copy);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "dirtylog/attach_internal.h"
 
+#include "base/argv.h"
 #include "base/fault.h"
 #include "base/io.h"
 
@@ -135,22 +136,6 @@ static int check_welcome(const struct vmmig_config *c, struct vm_error **err)
     return attach_pack(VMMIG__ATTACH__TYPE__WELCOME, &w.base, &scratch, err);
 }
 
-static char **copy_argv(const char *const *argv)
-{
-    size_t n = 0, bytes = sizeof(char *);
-    for (; argv[n]; n++)
-        bytes += sizeof(char *) + strlen(argv[n]) + 1;
-    char **copy = malloc(bytes);
-    char *text = copy ? (char *)(copy + n + 1) : NULL;
-    for (size_t i = 0; copy && i < n; i++) {
-        copy[i] = text;
-        text = stpcpy(text, argv[i]) + 1;
-    }
-    if (copy)
-        copy[n] = NULL;
-    return copy;
-}
-
 /* A copy in *to; NULL stays NULL. */
 static bool copy_text(const char **to, const char *from)
 {
@@ -170,8 +155,9 @@ static int copy_config(struct vmmig_attach *a, const struct vmmig_config *from,
     copied &= copy_text(&c->machine, from->machine);
     copied &= copy_text(&c->record_path, from->record_path);
     c->trace_path = NULL;
-    if (from->incoming_argv)
-        c->incoming_argv = (const char *const *)copy_argv(from->incoming_argv);
+    char **argv = (char **)(uintptr_t)from->incoming_argv;
+    if (argv)
+        c->incoming_argv = (const char *const *)argv_copy(argv, argv_count(argv));
     if (!c->callback_timeout_ms)
         c->callback_timeout_ms = VMMIG_CALLBACK_SECONDS * 1000;
     return copied && (!from->incoming_argv || c->incoming_argv) ? 0 : error_nomem(err);

@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/argv.h"
 #include "base/clock.h"
 #include "vmm/attach_private.h"
 
@@ -234,13 +235,11 @@ int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_
 static int define_argv(struct attach *a, struct qemu_definition *d, struct vm_error **err)
 {
     const struct attach_info *info = attach_info(a);
-    size_t n = 0;
-    while (info->incoming_argv[n])
-        n++;
+    size_t n = argv_count(info->incoming_argv);
     const char *name = n ? info->incoming_argv[0] : info->vmm;
     char *only[] = {(char *)(uintptr_t)name};
     const char *slash = strrchr(name, '/');
-    d->argv = n ? attach_copy_argv(n, info->incoming_argv) : attach_copy_argv(1, only);
+    d->argv = n ? argv_copy(info->incoming_argv, n) : argv_copy(only, 1);
     d->binary = strdup(n && slash ? slash + 1 : ATTACH_NO_BINARY);
     if (n && !slash) {
         free(d->binary);

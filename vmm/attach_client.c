@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include "base/argv.h"
 #include "base/fault.h"
 #include "base/io.h"
 #include "vmm/attach_private.h"
@@ -156,22 +157,6 @@ static int dial(const char *path, struct vm_error **err)
     return error_set_kind(err, VM_ERROR_REFUSED);
 }
 
-char **attach_copy_argv(size_t n, char *const *argv)
-{
-    size_t bytes = (n + 1) * sizeof(char *);
-    for (size_t i = 0; i < n; i++)
-        bytes += strlen(argv[i]) + 1;
-    char **copy = malloc(bytes);
-    char *text = copy ? (char *)(copy + n + 1) : NULL;
-    for (size_t i = 0; copy && i < n; i++) {
-        copy[i] = text;
-        text = stpcpy(text, argv[i]) + 1;
-    }
-    if (copy)
-        copy[n] = NULL;
-    return copy;
-}
-
 static void info_finish(struct attach_info *i)
 {
     free(i->vmm);
@@ -190,7 +175,7 @@ static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, st
                             .takes_files = w->takes_files,
                             .state_bytes = w->state_bytes,
                             .populates = w->populates,
-                            .incoming_argv = attach_copy_argv(w->n_incoming_argv, w->incoming_argv)};
+                            .incoming_argv = argv_copy(w->incoming_argv, w->n_incoming_argv)};
     if (!i.vmm || !i.machine || !i.tracking || !i.incoming_argv) {
         info_finish(&i);
         return error_nomem(err);

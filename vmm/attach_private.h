@@ -46,9 +46,6 @@ static inline void attach_answer_cleanup(struct attach_answer *a)
 }
 #define cleanup_attach_answer __attribute__((cleanup(attach_answer_cleanup)))
 
-/* A copy of an argument vector in one allocation, ended by NULL. NULL without memory. */
-char **attach_copy_argv(size_t n, char *const *argv);
-
 int attach_client_open(struct attach_client *c, const char *path, int timeout_ms,
                        struct vm_error **err);
 void attach_client_finish(struct attach_client *c);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "vmm/qemu_wire.h"
 
+#include "base/argv.h"
 #include "base/cleanup.h"
 
 #include <string.h>
@@ -136,19 +137,8 @@ static bool keep(char **to, const char *from)
 
 static bool unpack_argv(const Vmmig__Peer__Definition *m, struct qemu_definition *d)
 {
-    size_t bytes = (m->n_argv + 1) * sizeof(char *);
-    for (size_t i = 0; i < m->n_argv; i++)
-        bytes += strlen(m->argv[i]) + 1;
-    d->argv = malloc(bytes);
-    if (!d->argv)
-        return false;
-    char *text = (char *)(d->argv + m->n_argv + 1);
-    for (size_t i = 0; i < m->n_argv; i++) {
-        d->argv[i] = text;
-        text = stpcpy(text, m->argv[i]) + 1;
-    }
-    d->argv[m->n_argv] = NULL;
-    return true;
+    d->argv = argv_copy(m->argv, m->n_argv);
+    return d->argv != NULL;
 }
 
 static bool unpack_ram(const Vmmig__Peer__Definition *m, struct qemu_definition *d)
