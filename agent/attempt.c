@@ -243,276 +243,9 @@ void attempt_answer_stray(struct transfer *t, enum handover_role role, struct pe
     }
 }
 
-/* ---- The journal ---- */
-
-int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
-                     char *const *argv, const char *peer_address, struct vm_error **err)
-{
-    Vmmig__Peer__Memory memory = VMMIG__PEER__MEMORY__INIT;
-    memory.was_running = a->was_running;
-    memory.driver = driver;
-    memory.socket_path = (char *)(uintptr_t)(socket_path ? socket_path : "");
-    memory.peer_address = (char *)(uintptr_t)(peer_address ? peer_address : "");
-    memory.argv = (char **)(uintptr_t)argv;
-    while (argv && argv[memory.n_argv])
-        memory.n_argv++;
-    cleanup_buffer struct buffer out = {.limit = JOURNAL_BLOB_MAX};
-    peer_pack(&memory.base, &out);
-    if (out.failed)
-        return error_set(err, VM_ERROR_REFUSED, "the VM's command line is too long to remember");
-    if (a->record.blob && a->record.blob_len == out.len &&
-        !memcmp(a->record.blob, out.data, out.len))
-        return 0;
-    free(a->record.blob);
-    a->record.blob = steal_ptr(&out.data);
-    a->record.blob_len = out.len;
-    a->blob_changed = true;
-    return 0;
-}
-
-Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record)
-{
-    return vmmig__peer__memory__unpack(NULL, record->blob_len, record->blob);
-}
-
-/* As the journal has stamped it; 0: it does not say. */
-static int64_t started_ns_of(struct journal *journal, const struct uuid *attempt)
-{
-    struct journal_record r;
-    if (journal_get(journal, attempt, &r, NULL) < 0)
-        return 0;
-    journal_record_finish(&r);
-    return r.started_ns;
-}
-
-static int write_record(struct attempt *a, enum handover_record record, struct vm_error **err)
-{
-    struct journal *journal = a->transfer->journal;
-    cleanup_error struct vm_error *damage = NULL;
-    /* A record that may still be needed to recover carries the blob; a settled one need not. */
-    bool settled = handover_record_is_settled(record);
-    if (a->recorded && (settled || !a->blob_changed)) {
-        if (journal_advance(journal, &a->id, record, &a->record.vmm, &damage) == 0)
-            return 0;
-        if (damage->kind != VM_ERROR_CORRUPT || !(settled || a->record.blob))
-            return error_propagate(err, steal_ptr(&damage));
-        log_error("what the disk made of a record is written anew", "attempt=%s error=%s",
-                  uuid_text(&a->id), log_q(error_message(damage)));
-    }
-    a->record.record = record;
-    if ((a->recorded ? journal_mend : journal_put)(journal, &a->record, err) < 0)
-        return -1;
-    a->blob_changed = false;
-    if (!a->recorded) {
-        int64_t started_ns = started_ns_of(journal, &a->id);
-        SCOPE_LOCK(&a->lock);
-        a->record.started_ns = started_ns;
-    }
-    a->recorded = true;
-    return 0;
-}
-
-/* Fault points around every record: "handover.before.COMMIT", "handover.after.COMMIT" ... */
-static enum fault_result fault_before(enum handover_record record)
-{
-    switch ((int)record) {
-#define X(id, ...)                                                                                 \
-    case HANDOVER_REC_##id:                                                                        \
-        return FAULT("handover.before." #id);
-        HANDOVER_RECORDS(X)
-#undef X
-    }
-    return FAULT_NONE;
-}
-
-static void fault_after(enum handover_record record)
-{
-    switch ((int)record) {
-#define X(id, ...)                                                                                 \
-    case HANDOVER_REC_##id:                                                                        \
-        (void)FAULT("handover.after." #id);                                                        \
-        break;
-        HANDOVER_RECORDS(X)
-#undef X
-    }
-}
-
-/* Nobody can tell whether it is on the disk: the next start of the agent reads what is. */
-static void end_if_in_doubt(const struct vm_error *err)
-{
-    if (err->kind == VM_ERROR_IN_DOUBT)
-        _exit(error_kind_status(VM_ERROR_IN_DOUBT));
-}
-
-int attempt_write_again(struct attempt *a, struct vm_error **err)
-{
-    struct vm_error *failed = NULL;
-    if (write_record(a, a->record.record, &failed) == 0)
-        return 0;
-    end_if_in_doubt(failed);
-    return error_propagate(err, failed);
-}
-
-static enum handover_event act_journal(struct attempt *a, enum handover_record record)
-{
-    struct vm_error *err = NULL;
-    a->is_unfit = false;
-    if (fault_before(record) == FAULT_ERROR) {
-        error_errno(&err, fault_errno(), "the record %s", handover_record_name(record));
-    } else if (a->role->before_record(a, record, &err) < 0) {
-        a->is_unfit = true;
-    } else if (write_record(a, record, &err) == 0) {
-        fault_after(record);
-        log_info("journalled", "attempt=%s record=%s", uuid_text(&a->id),
-                 handover_record_name(record));
-        return HANDOVER_EV_JOURNALED;
-    }
-    log_error("not journalled", "attempt=%s record=%s error=%s", uuid_text(&a->id),
-              handover_record_name(record), log_q(error_message(err)));
-    end_if_in_doubt(err);
-    pthread_mutex_lock(&a->lock);
-    if (a->reason)
-        error_free(err);
-    else
-        a->reason = err;
-    pthread_mutex_unlock(&a->lock);
-    return HANDOVER_EV_JOURNAL_FAILED;
-}
-
-/* ---- The VM ---- */
-
-/* How long, and how often, a VMM is asked anew at once whether its guest runs. */
-enum { RESUME_RETRY_MS = 200, RESUME_TRIES = 5 };
-enum { QUIT_TIMEOUT_MS = 2000 };
-
-/* Its death is the cause of what follows, unless something else was before. */
-static void blame_death(struct attempt *a)
-{
-    SCOPE_LOCK(&a->lock);
-    if (!a->reason)
-        error_set(&a->reason, VM_ERROR_VMM_DIED, "the VM's process %d ended", a->record.vmm.pid);
-}
-
-/*
- * The VMM is dead. If it died between the agent's look and the record RUN, or while that was
- * written, it was not started: the source has a copy that is as good. So has the destination of one
- * that died before its source, which undoes, let it run on.
- */
-static enum handover_event judge_death(struct attempt *a)
-{
-    if (handover_takes(&a->machine, HANDOVER_EV_DIED_STANDING) && a->stands)
-        return HANDOVER_EV_DIED_STANDING;
-    if (a->cont_sent || a->machine.state != HANDOVER_DST_STARTING)
-        return HANDOVER_EV_VM_GONE;
-    blame_death(a);
-    return HANDOVER_EV_RESUME_FAILED;
-}
-
-/*
- * What the VMM does now; -1 while it does not say. A connection that ended is made anew for the
- * next try.
- */
-static int ask_status(struct attempt *a, struct guest_status *ret_status)
-{
-    cleanup_error struct vm_error *err = NULL;
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (!a->guest)
-        return -1;
-    if (guest_status(a->guest, ret_status, &err) == 0)
-        return 0;
-    log_warn("the VMM does not say what it does", "error=%s", log_q(error_message(err)));
-    if (err->kind != VM_ERROR_TIMEOUT && err->kind != VM_ERROR_REFUSED &&
-        process_alive(&a->record.vmm))
-        a->role->reconnect(a);
-    return -1;
-}
-
-static int send_cont(struct attempt *a, struct vm_error **err)
-{
-    a->cont_sent = true;
-    a->stands = false;
-    return guest_resume(a->guest, err);
-}
-
-/* A guest that is to stand is its VMM's again. If that cannot be told, it stands all the same. */
-static void give_back(struct attempt *a)
-{
-    cleanup_error struct vm_error *err = NULL;
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (a->guest && guest_release(a->guest, &err) < 0)
-        log_warn("the VMM does not take its guest back", "error=%s", log_q(error_message(err)));
-}
-
-/* One try: an event, or TIMER while nobody can tell. */
-static enum handover_event try_resume(struct attempt *a)
-{
-    cleanup_error struct vm_error *err = NULL;
-    struct guest_status status;
-    bool stood = a->stands;
-    if (!process_alive(&a->record.vmm))
-        return judge_death(a);
-    /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
-    if (!a->was_running)
-        give_back(a);
-    if (!a->was_running || a->role->never_paused(a))
-        return HANDOVER_EV_RESUMED;
-    if (ask_status(a, &status) < 0)
-        return HANDOVER_EV_TIMER;
-    if (status.state == GUEST_RUNNING) {
-        a->cont_sent = true; /* by whomever */
-        a->stands = false;
-        return HANDOVER_EV_RESUMED;
-    }
-    if (FAULT("attempt.resume") == FAULT_ERROR) {
-        error_set(&err, VM_ERROR_REFUSED, "attempt.resume: %s", strerror(fault_errno()));
-    } else if (send_cont(a, &err) == 0 && FAULT("attempt.resumed") != FAULT_ERROR) {
-        cleanup_error struct vm_error *quiet = NULL;
-        if (guest_announce(a->guest, &quiet) < 0)
-            log_warn("cannot announce the guest", "error=%s", log_q(error_message(quiet)));
-        return HANDOVER_EV_RESUMED;
-    }
-    if (!err)
-        error_set(&err, VM_ERROR_TIMEOUT, "attempt.resumed: %s", strerror(fault_errno()));
-    log_error("cannot start the guest", "error=%s", log_q(error_message(err)));
-    if (err->kind != VM_ERROR_REFUSED) {
-        a->resume_unsure = true;
-        return HANDOVER_EV_TIMER;
-    }
-    /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
-    if (a->resume_unsure)
-        return HANDOVER_EV_RESUME_UNSURE;
-    a->stands = stood;
-    SCOPE_LOCK(&a->lock);
-    if (!a->reason)
-        a->reason = steal_ptr(&err);
-    return HANDOVER_EV_RESUME_FAILED;
-}
+/* ---- Actions ---- */
 
 static void feed(struct attempt *a, enum handover_event event);
-
-/*
- * The next try, within the action: while an answer may only be late, and for as long as the VMM's death would mean that no
- * vCPU started.
- */
-static bool is_worth_a_wait(const struct attempt *a, unsigned tries)
-{
-    if (!a->cont_sent)
-        return a->machine.state == HANDOVER_DST_STARTING;
-    return tries < RESUME_TRIES;
-}
-
-/* False: the agent stops. */
-static bool wait_for_next_try(struct attempt *a, unsigned tries)
-{
-    int64_t due = clock_mono_ns() +
-                  PATIENCE(tries < RESUME_TRIES ? RESUME_RETRY_MS : ATTEMPT_TIMER_MS);
-    SCOPE_LOCK(&a->lock);
-    while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
-        ;
-    return !a->stop;
-}
 
 /*
  * That no vCPU started stays true of a VMM that dies before the event's turn would come. A source that has said meanwhile
@@ -528,56 +261,22 @@ static void feed_start_failed(struct attempt *a)
     feed(a, HANDOVER_EV_RESUME_FAILED);
 }
 
-/* What cannot be told is left to the machine, which asks for another start, and hears what else happens. */
 static void act_resume(struct attempt *a)
 {
-    enum handover_event event = try_resume(a);
-    for (unsigned tries = 1; event == HANDOVER_EV_TIMER && is_worth_a_wait(a, tries); tries++) {
-        if (!wait_for_next_try(a, tries))
-            return;
-        event = try_resume(a);
-    }
-    if (event == HANDOVER_EV_TIMER)
-        event = HANDOVER_EV_RESUME_UNSURE;
-    if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
-        a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
+    enum handover_event event;
+    if (!attempt_resume_vm(a, &event))
+        return;
     if (event == HANDOVER_EV_RESUME_FAILED)
         feed_start_failed(a);
     else
         attempt_post(a, event);
 }
 
-/*
- * The guest stands and will not run here (again): let the VMM clear up after itself, if it does so
- * at once.
- */
-static void quit_vmm(struct attempt *a)
-{
-    int64_t deadline = clock_mono_ns() + PATIENCE(QUIT_TIMEOUT_MS);
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (!a->guest || guest_quit(a->guest, NULL) < 0)
-        return;
-    while (process_alive(&a->record.vmm) && clock_mono_ns() < deadline)
-        usleep(1000);
-}
-
 /* If it is still there after the time, the machine's TIMER asks for it again. */
 static void act_kill(struct attempt *a)
 {
-    cleanup_error struct vm_error *err = NULL;
-    a->role->stop_transfer(a);
-    if (FAULT("attempt.kill") == FAULT_ERROR)
-        return;
-    if (process_alive(&a->record.vmm))
-        quit_vmm(a);
-    if (a->record.vmm.pid && process_kill(&a->record.vmm, ATTEMPT_KILL_TIMEOUT_MS, &err) < 0) {
-        log_error("cannot end the VMM", "pid=%d error=%s", a->record.vmm.pid,
-                  log_q(error_message(err)));
-        return;
-    }
-    (void)FAULT("attempt.killed");
-    attempt_post(a, HANDOVER_EV_VM_GONE);
+    if (attempt_kill_vm(a))
+        attempt_post(a, HANDOVER_EV_VM_GONE);
 }
 
 static void act_report(struct attempt *a, enum handover_notice notice)
@@ -602,7 +301,7 @@ static void execute(struct attempt *a, struct handover_action action)
 {
     switch ((enum handover_action_kind)action.kind) {
     case HANDOVER_ACT_JOURNAL:
-        feed(a, act_journal(a, action.arg));
+        feed(a, attempt_journal(a, action.arg));
         break;
     case HANDOVER_ACT_SEND:
         if (action.arg == HANDOVER_MSG_COMMIT && !a->commit_at_ns)
@@ -698,7 +397,7 @@ static bool make_mistake(struct attempt *a, enum handover_event event)
     }
     if (state == HANDOVER_DST_LOADED && event != HANDOVER_EV_MSG_COMMIT &&
         FAULT("mistake.run-on-loaded") == FAULT_MISTAKE) {
-        act_journal(a, HANDOVER_REC_RUN);
+        attempt_journal(a, HANDOVER_REC_RUN);
         a->machine.state = HANDOVER_DST_STARTING;
         act_resume(a);
         return true;
@@ -774,7 +473,7 @@ static void note_death(struct attempt *a)
                       state == HANDOVER_SRC_SENT || state == HANDOVER_DST_PREPARED ||
                       state == HANDOVER_DST_LOADED;
     if (on_its_own)
-        blame_death(a);
+        attempt_blame_death(a);
 }
 
 /*
@@ -785,7 +484,7 @@ static void feed_with_death_first(struct attempt *a, enum handover_event event)
 {
     if (a->record.vmm.pid && event != HANDOVER_EV_VM_GONE && !process_alive(&a->record.vmm)) {
         note_death(a);
-        feed(a, judge_death(a));
+        feed(a, attempt_judge_death(a));
     }
     feed(a, event);
 }

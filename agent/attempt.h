@@ -6,7 +6,9 @@
  *
  *     attempt_source.c        the source: preflight, the control connection, the copy
  *     attempt_destination.c   the destination: start a VMM, receive, load
- *     attempt.c               what both share: events, journal, resume, kill, table
+ *     attempt.c               what both share: events, messages, the machine's actions, the table
+ *     attempt_journal.c       its record
+ *     attempt_vm.c            its VM: resume, kill
  *
  * Life. attempt_create puts it into the table; attempt_start begins its thread, which runs until
  * the hand-over is finished on both sides (long after it is settled, if the peer is away).
@@ -226,16 +228,30 @@ int attempt_result(struct attempt *a, struct vm_error **err);
 /* An attempt of the journal, at start. */
 struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *role,
                                 const struct journal_record *record, struct vm_error **err);
-/* Write what recovery needs into the record. */
-int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
-                     char *const *argv, const char *peer_address, struct vm_error **err);
 /* With the lock held: from where nobody can undo it any more, a user's cancel is refused, and told why. */
 void attempt_refuse_cancel(struct attempt *a);
-/* Write the record of the present state again, with what is remembered now. The attempt's thread. */
-int attempt_write_again(struct attempt *a, struct vm_error **err);
-Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
-
 extern const struct attempt_role attempt_source_role, attempt_destination_role;
+
+/* attempt_journal.c: the attempt's thread. When nobody can tell what was written, the process ends. */
+/* What recovery needs goes with the next record. */
+int attempt_remember(struct attempt *a, enum vm_driver driver, const char *socket_path,
+                     char *const *argv, const char *peer_address, struct vm_error **err);
+/* Of a record that was read; NULL: it has none. */
+Vmmig__Peer__Memory *attempt_memory(const struct journal_record *record);
+/* Write that record: JOURNALED or JOURNAL_FAILED, with the reason in the attempt. */
+enum handover_event attempt_journal(struct attempt *a, enum handover_record record);
+/* Write the record of the present state again, with what is remembered now. */
+int attempt_write_again(struct attempt *a, struct vm_error **err);
+
+/* attempt_vm.c: the attempt's thread. */
+/* The VMM's death is the cause of what follows, unless something else was before. */
+void attempt_blame_death(struct attempt *a);
+/* The VMM is dead: the event that this is to the machine. */
+enum handover_event attempt_judge_death(struct attempt *a);
+/* Let the guest run, if it is to: what came of it. False: the agent stops. */
+bool attempt_resume_vm(struct attempt *a, enum handover_event *ret_event);
+/* End the VMM. True: it is gone. */
+bool attempt_kill_vm(struct attempt *a);
 
 /* attempt_source.c */
 /*
