@@ -5,6 +5,7 @@
 #include "agent/driver.h"
 #include "agent/snapshots.h"
 
+#include "base/argv.h"
 #include "base/cond.h"
 #include "base/fault.h"
 #include "base/io.h"
@@ -558,22 +559,6 @@ const struct attempt_role attempt_destination_role = {.start_vm = start_vm,
                                                       .tick = tick,
                                                       .finish = finish};
 
-static char **copy_argv(size_t n, char *const *argv)
-{
-    size_t bytes = (n + 1) * sizeof(char *);
-    for (size_t i = 0; i < n; i++)
-        bytes += strlen(argv[i]) + 1;
-    char **copy = malloc(bytes);
-    char *text = copy ? (char *)(copy + n + 1) : NULL;
-    for (size_t i = 0; copy && i < n; i++) {
-        copy[i] = text;
-        text = stpcpy(text, argv[i]) + 1;
-    }
-    if (copy)
-        copy[n] = NULL;
-    return copy;
-}
-
 int attempt_destination_recover(struct attempt *a, const struct journal_record *record,
                                 struct vm_error **err)
 {
@@ -585,8 +570,10 @@ int attempt_destination_recover(struct attempt *a, const struct journal_record *
     a->was_running = memory->was_running;
     d->socket_path = strdup(memory->socket_path);
     d->driver = memory->driver == VM_DRIVER_ATTACH ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU;
-    d->argv = copy_argv(memory->n_argv, memory->argv);
+    d->argv = argv_copy(memory->argv, memory->n_argv);
     vmmig__peer__memory__free_unpacked(memory, NULL);
+    if (record->record == HANDOVER_REC_PREPARING)
+        error_set(&a->reason, VM_ERROR_FAILED, "the agent was restarted before everything had arrived");
     return d->socket_path && d->argv ? 0 : error_nomem(err);
 }
 
@@ -738,6 +725,18 @@ void destination_serve_control(struct transfer *t, struct peer_session *session)
     }
 }
 
+/* Nothing is received any more, or yet: what is known of the reason. */
+static void explain_absence(struct attempt *a, struct vm_error **err)
+{
+    SCOPE_LOCK(&a->lock);
+    if (a->reason)
+        error_propagate(err, error_copy(a->reason));
+    else if (a->cancelled)
+        error_set(err, VM_ERROR_CANCELLED, "cancelled there");
+    else if (a->state == HANDOVER_DST_LOADED)
+        error_set(err, VM_ERROR_FAILED, "the agent was restarted when everything had arrived");
+}
+
 void destination_serve_channel(struct transfer *t, struct conn *conn)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -755,9 +754,12 @@ void destination_serve_channel(struct transfer *t, struct conn *conn)
         r = a->destination.receiver;
         a->destination.serving += r != NULL;
         pthread_mutex_unlock(&a->lock);
+        if (!r)
+            explain_absence(a, &err);
     }
     if (!r) {
-        error_set(&err, VM_ERROR_NOT_FOUND, "the destination does not expect this migration");
+        if (!err)
+            error_set(&err, VM_ERROR_NOT_FOUND, "the destination does not expect this migration");
         channel_hello_refuse(conn, err, deadline, t->stop, NULL);
         return;
     }

@@ -74,6 +74,7 @@ struct channel_sender {
 
     /* The channel's thread only: */
     struct conn *conn;
+    bool refused; /* by the receiver, for good: whatever the kind, no connection mends it */
     int64_t outage_since; /* 0: none; ends with an acknowledgement */
     int64_t attempt_ns;   /* how long the next attempt to connect may take */
     int64_t carrying_ns;  /* of former connections */

@@ -92,10 +92,10 @@ static void fail(struct channel_sender *s, struct vm_error *why)
 /* ---- Messages of the receiver ---- */
 
 /* What a new connection may mend. */
-static bool mendable(const struct vm_error *err)
+static bool mendable(const struct channel_sender *s, const struct vm_error *err)
 {
-    return err->kind == VM_ERROR_UNREACHABLE || err->kind == VM_ERROR_TIMEOUT ||
-           err->kind == VM_ERROR_SYSTEM;
+    return !s->refused && (err->kind == VM_ERROR_UNREACHABLE || err->kind == VM_ERROR_TIMEOUT ||
+                           err->kind == VM_ERROR_SYSTEM);
 }
 
 /* The next message, if it has come: 1, else 0, or -1. */
@@ -122,17 +122,13 @@ static int next_message(struct channel_sender *s, struct channel_message *ret_me
     }
 }
 
-/*
- * The receiver has ended the channel. Its words become the error; a kind that a new connection
- * would mend must not keep the channel alive.
- */
+/* The receiver has ended the channel. Its words become the error. */
 static int set_refused(struct channel_sender *s, const struct channel_message *m,
                        struct vm_error **err)
 {
-    enum vm_error_kind kind = m->error_kind;
-    if (kind == VM_ERROR_UNREACHABLE || kind == VM_ERROR_TIMEOUT || kind == VM_ERROR_SYSTEM)
-        kind = VM_ERROR_FAILED;
-    return error_set(err, kind, "the receiver ended channel %u: %s", s->params.id.number, m->text);
+    s->refused = true;
+    return error_set(err, m->error_kind, "the receiver ended channel %u: %s", s->params.id.number,
+                     m->text);
 }
 
 static int handle_applied(struct channel_sender *s, uint64_t seq, struct vm_error **err)
@@ -439,7 +435,7 @@ static int connect_again(struct channel_sender *s, struct vm_error **err)
         }
         if (halted(s))
             return 0;
-        if (!mendable(why))
+        if (!mendable(s, why))
             return error_propagate(err, steal_ptr(&why));
         if (why->kind == VM_ERROR_TIMEOUT && s->attempt_ns < CHANNEL_ATTEMPT_MAX_MS * NSEC_PER_MSEC)
             s->attempt_ns += s->attempt_ns / 2;
@@ -517,7 +513,7 @@ static int write_some(struct channel_sender *s, bool to_write, struct vm_error *
     struct vm_error *why = NULL, *said = NULL;
     if (conn_try_flush(s->conn, &why) != -1 && (!to_write || write_slice(s, &why) == 0))
         return 0;
-    if (mendable(why) && read_messages(s, &said) < 0 && !mendable(said)) {
+    if (mendable(s, why) && read_messages(s, &said) < 0 && !mendable(s, said)) {
         error_free(why);
         return error_propagate(err, said);
     }
@@ -580,7 +576,7 @@ void *channel_sender_thread(void *arg)
             continue; /* halted or finished */
         drop_conn(s);
         bool over = finished(s); /* the last acknowledgement may come with the connection's end */
-        if (!over && !mendable(err))
+        if (!over && !mendable(s, err))
             break;
         if (!over)
             note_loss(s, err);

@@ -667,6 +667,33 @@ def test_a_source_that_falls_silent_does_not_hold_the_destination(cluster, monke
     pair.end()
 
 
+def test_a_link_that_comes_back_when_the_destination_has_given_up(cluster, monkeypatch):
+    """The source is patient, the destination waits for 3 s: its reason is what the user is told, whatever connection
+    comes first."""
+    monkeypatch.setenv('VMMIG_PATIENCE', '10')
+    h1, _ = cluster.hosts
+    a1, a2 = cluster.agents
+    a1.options['peer-timeout'], a2.options['peer-timeout'] = '60000', '2000'
+    pair = Pair(cluster, 'too-late', fill='random', mem_mib=512)
+    try:
+        h1.set_rate('100mbit')
+        pair.begin('--connections', '8')
+        eventually('some memory', lambda: a1.json('status', pair.name)['job']['wire_bytes'] > 5 * MIB)
+        h1.cut()
+        eventually('nothing left', lambda: not pair.left(a2) and not a2.json('list')['vms'])
+        h1.set_rate(None)
+        done = a1.vmmig('watch', pair.name, check=False)
+    finally:
+        h1.set_rate(None)
+        for agent in cluster.agents:
+            del agent.options['peer-timeout']
+    assert done.returncode == 10 and re.search(
+        r'(the peer|the receiver ended channel \d): (nothing came from the source|no data connection) for 3 s',
+        done.stderr), done
+    pair.expect('h1')
+    pair.end()
+
+
 @pytest.mark.full
 def test_a_link_that_comes_back_when_tcp_has_given_it_up(cluster):
     """After 30 s the destination has no connection left of a source that waits for 60."""

@@ -483,7 +483,7 @@ static void test_receivers_that_lie(void **state)
                                                .error_kind = VM_ERROR_UNREACHABLE,
                                                .text = "try again"}},
                                       .n_say = 1},
-                        VM_ERROR_FAILED, "try again");
+                        VM_ERROR_UNREACHABLE, "try again");
     /* Damage is not the receiver's lie: connect again, until the limit. */
     assert_sender_fails((struct dupe){.say = {answer}, .n_say = 1, .damaged = true},
                         VM_ERROR_TIMEOUT, "was damaged on the way");
