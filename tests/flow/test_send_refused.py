@@ -103,6 +103,52 @@ while None in answers.values():
         answers[body[2:18]] = body[19]
 print(*(f'{number}:{times}' for number, times in sorted(collections.Counter(answers.values()).items())))
 '''
+# Between an agent, whose certificate it has, and the one at `name`: passes everything on. What that one says of data
+# channels, an answer (1) to each and then acknowledgements (2), it has as the lie wants it.
+LIAR = HOST + r'''
+import asyncio, xxhash
+own, port, lie = sys.argv[3], int(sys.argv[4]), sys.argv[5]
+server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.load_cert_chain(own + '.crt', own + '.key')
+def message(kind, applied):
+    head = struct.pack('<4sHHQII', b'VMGA', kind, 0, applied, 0, 0)
+    return head + struct.pack('<Q', xxhash.xxh3_64_intdigest(b'', seed=xxhash.xxh3_64_intdigest(head)))
+LIES = {
+    'ahead': lambda kind, applied, said: message(1, 1000) if kind == 1 else said,
+    'beyond': lambda kind, applied, said: message(2, applied + 1000) if kind == 2 else said,
+    'back': lambda kind, applied, said: said + message(2, 0) if kind == 2 and applied else said,
+    'answers-twice': lambda kind, applied, said: said * 2 if kind == 1 else said,
+    'unknown-kind': lambda kind, applied, said: said + message(77, 0),
+    'garbage': lambda kind, applied, said: said + bytes(range(64)),
+}
+async def read_message(reader):
+    said = await reader.readexactly(32)
+    _, kind, _, applied, length, _, _ = struct.unpack('<4sHHQIIQ', said)
+    return LIES[lie](kind, applied, said + await reader.readexactly(length))
+async def pass_on(read, reader, writer):
+    try:
+        while data := await read(reader):
+            writer.write(data)
+            await writer.drain()
+    except (OSError, asyncio.IncompleteReadError):
+        pass
+    writer.close()
+async def some(reader):
+    return await reader.read(65536)
+async def serve(reader, writer):
+    preamble = await reader.readexactly(8)
+    from_there, there = await asyncio.open_connection(name, 16550, ssl=context, server_hostname=name)
+    there.write(preamble)
+    writer.write(await from_there.readexactly(8))
+    is_channel = preamble[5] == 2
+    await asyncio.gather(pass_on(some, reader, there),
+                         pass_on(read_message if is_channel else some, from_there, writer))
+async def main():
+    listener = await asyncio.start_server(serve, '', port, ssl=server)
+    print('listening', flush=True)
+    await listener.serve_forever()
+asyncio.run(main())
+'''
 MAP_HUGETLB = 0x40000
 SOCKETS = ('web1.qmp', 'web1.judge')
 WELCOME, FRAME = '564d4d4701000000', '564d4d47'
@@ -185,7 +231,7 @@ def test_a_host_that_does_not_answer(cluster, guest):
 
 @pytest.fixture(scope='module')
 def certificates(cluster):
-    """Where h2 finds files of another cluster's certificate, of one that has expired, and of its own."""
+    """Where h2 finds the files of certificates: another cluster's, one that has expired, another host's, its own."""
     folder = os.path.join(cluster.folder, 'others')
     os.mkdir(folder)
 
@@ -203,12 +249,15 @@ def certificates(cluster):
         file.write('subjectAltName=DNS:h2\nextendedKeyUsage=serverAuth,clientAuth\n')
     openssl('x509', '-req', '-in', 'request', '-CA', f'{ca}/ca.crt', '-CAkey', f'{ca}/ca.key', '-days', '-1',
             '-extfile', 'ext', '-out', 'expired.crt')
-    return {'stranger': f'{folder}/stranger/h2', 'expired': f'{folder}/expired', 'own': f'{PKI}/host'}
+    pki('issue', ca, 'h7', '--ip', '192.0.2.7')
+    return {'stranger': f'{folder}/stranger/h2', 'expired': f'{folder}/expired', 'other-name': f'{ca}/h7',
+            'own': f'{PKI}/host'}
 
 
 @pytest.mark.parametrize('which, status, pattern, answer', [
     ('stranger', 7, 'the certificate of h2 is of another CA', ''),
     ('expired', 7, 'the certificate of h2 has expired', ''),
+    ('other-name', 7, 'the certificate of h2 is for h7, 192.0.2.7, not for h2; dial a name that it has', ''),
     ('own', 8, 'speaks version 2 of the protocol and this side version 1', '564d4d4702010000'),
     ('own', 9, 'is no vmmig agent', '00' * 64),
     ('own', 9, ':7000: the other side does not speak .* a frame is too long', WELCOME + FRAME + 'ffffffff' + '01000000'),
@@ -216,8 +265,8 @@ def certificates(cluster):
     ('own', 10, ':7000: no answer within the time limit', WELCOME),
     ('', 7, 'h2 does not speak TLS', '485454502f312e3120343030' * 40),
     ('', 10, ':7000: no answer within the time limit', ''),
-], ids=['another-cluster', 'expired', 'other-version', 'zeros', 'huge-length', 'wrong-order', 'nothing-more', 'no-tls',
-        'nothing'])
+], ids=['another-cluster', 'expired', 'other-name', 'other-version', 'zeros', 'huge-length', 'wrong-order',
+        'nothing-more', 'no-tls', 'nothing'])
 def test_peers_that_are_none(cluster, guest, certificates, which, status, pattern, answer):
     peer = listen(cluster, 7000, certificates[which] if which else '', answer)
     try:
@@ -244,6 +293,27 @@ def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certific
             with open(a1.host.path(f'{PKI}/host.{name}'), 'wb') as file:
                 file.write(content)
         a1.start()
+
+
+@pytest.mark.parametrize('lie, pattern', [
+    ('ahead', r'the receiver of channel \d is at frame 1000, but 0 is sent'),
+    ('beyond', r'the receiver acknowledges frame 1\d\d\d of channel \d, but \d+ is sent'),
+    ('back', r'the receiver acknowledges frame 0 of channel \d, but \d+ is sent and \d+ was acknowledged'),
+    ('answers-twice', 'the receiver answers what was not asked'),
+    ('unknown-kind', 'an acknowledgement has the unknown kind 77'),
+    ('garbage', 'no acknowledgement where one should begin'),
+], ids=['ahead', 'beyond', 'back', 'answers-twice', 'unknown-kind', 'garbage'])
+def test_a_receiver_that_lies(cluster, guest, certificates, disk, lie, pattern):
+    """On the data channels; all else that it says is right."""
+    h1, h2 = cluster.hosts
+    liar = h2.popen([sys.executable, '-c', LIAR, h1.path(PKI), 'h2', certificates['own'], 7000, lie],
+                    stdout=subprocess.PIPE)
+    assert liar.stdout.readline() == b'listening\n'
+    try:
+        refused(cluster, guest, 'h2:7000', 9, pattern, '--assume-shared')
+    finally:
+        liar.kill()
+        liar.wait()
 
 
 def message(name):
@@ -433,6 +503,23 @@ def test_a_destination_without_the_machine_type(cluster, guest, disk):
     assert machine.encode() in code
     with other_vmm(cluster, code.replace(machine.encode(), machine[:-1].encode() + b'x')):
         refused(cluster, guest, 'h2', 5, f'the peer: .*does not have the machine type {machine} ', '--assume-shared')
+
+
+@pytest.mark.parametrize('what', ['model', 'feature'])
+def test_a_destination_with_another_cpu(cluster, guest, disk, what):
+    """Whatever its QEMU is told, it has that one."""
+    argv = BareGuest('web1').argv()
+    same = argv[argv.index('-cpu') + 1] if '-cpu' in argv else 'qemu64'
+    other = 'max' if same == 'qemu64' else 'qemu64'
+    cpu, pattern = {
+        'model': (other, f"the destination's QEMU is not the same machine: the CPU model is '{other}-x86_64-cpu', not "),
+        'feature': (f'{same},-cx16', "the CPU that this host offers is not the guest's: CPUID word .* is missing"),
+    }[what]
+    real = os.path.join(cluster.folder, 'real-qemu')
+    shutil.copy(shutil.which(QEMU), real)
+    firmware = '-L /usr/share/qemu -L /usr/share/seabios'  # which it looks for beside itself
+    with other_vmm(cluster, f'#!/bin/sh\nexec {real} {firmware} "$@" -cpu {cpu}\n'.encode()):
+        refused(cluster, guest, 'h2', 5, f'the peer: {pattern}', '--assume-shared', but=SOCKETS)
 
 
 def test_a_destination_whose_vmm_ends_at_once(cluster, guest, disk):
