@@ -81,7 +81,7 @@ struct source_part {
     char *socket_path;
     struct qemu_definition definition;
     char note[SUPERVISOR_NOTE_MAX];    /* for the user, from the beginning */
-    char root[DISK_IDENTITY_ROOT_MAX]; /* within which the VMM finds its disks */
+    struct disk_view view; /* as the VMM sees its disks */
     struct disk_offer *offers;
     uint32_t *offer_disks; /* index in definition.disks of each */
     unsigned n_offers;

@@ -54,9 +54,9 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
                              p->assume_shared, &birth, err);
 }
 
-/* `here`: the disks that this host has as those of the definition, looked up within `root`. */
-static int answer_disks(struct attempt *a, const struct qemu_definition *here, const char *root,
-                        struct vm_error **err)
+/* `here`: the disks that this host has as those of the definition. */
+static int answer_disks(struct attempt *a, const struct qemu_definition *here,
+                        const struct disk_view *view, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
@@ -69,8 +69,8 @@ static int answer_disks(struct attempt *a, const struct qemu_definition *here, c
         if (!here->disks[p->offers[i]->disk].file)
             return error_set(err, VM_ERROR_PROTOCOL,
                              "a proof was asked for of a disk that is not written");
-        if (disk_identity_answer(&here->disks[p->offers[i]->disk], here->cwd, root, &offer,
-                                 &d->answers[i], err) < 0)
+        if (disk_identity_answer(&here->disks[p->offers[i]->disk], view, &offer, &d->answers[i],
+                                 err) < 0)
             return -1;
         d->n_answers++;
     }
@@ -82,7 +82,7 @@ static int answer_prepared_disks(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
     cleanup_qemu_definition struct qemu_definition here = {0};
-    char root[DISK_IDENTITY_ROOT_MAX];
+    struct disk_view view;
     if (d->prepare->prepare->assume_shared)
         return 0;
     if (driver_sink_disks(a->guest, &d->definition, &here, err) < 0)
@@ -90,17 +90,18 @@ static int answer_prepared_disks(struct attempt *a, struct vm_error **err)
     /* Nor has this agent to be allowed to see what that process sees. */
     if (!d->prepare->prepare->n_offers)
         return 0;
-    return disk_identity_root(a->guest->process.pid, root, err) < 0
+    return disk_identity_view(a->guest->process.pid, here.cwd, &view, err) < 0
                ? -1
-               : answer_disks(a, &here, root, err);
+               : answer_disks(a, &here, &view, err);
 }
 
 /* The VMM that the guest will be in, and the disks that it will have. */
 static int make_vmm(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
+    const struct disk_view own = {.cwd = d->definition.cwd};
     bool prepared = *d->prepare->prepare->dest_socket;
-    if (!prepared && answer_disks(a, &d->definition, "", err) < 0)
+    if (!prepared && answer_disks(a, &d->definition, &own, err) < 0)
         return -1;
     a->guest = make_sink(a, err);
     if (!a->guest)

@@ -139,8 +139,8 @@ static int check_disks(struct attempt *a, const Vmmig__Peer__Prepared *answer,
     for (unsigned i = 0; i < s->n_offers; i++) {
         struct disk_answer proof;
         if (qemu_wire_unpack_answer(answer->answers[i], &proof, err) < 0 ||
-            disk_identity_check(&s->definition.disks[s->offer_disks[i]], s->definition.cwd, s->root,
-                                &s->offers[i], &proof, err) < 0)
+            disk_identity_check(&s->definition.disks[s->offer_disks[i]], &s->view, &s->offers[i],
+                                &proof, err) < 0)
             return -1;
     }
     return 0;
@@ -489,6 +489,8 @@ static int make_offers(struct attempt *a, struct vm_error **err)
     struct source_part *s = &a->source;
     const struct qemu_definition *d = &s->definition;
     Vmmig__Peer__Prepare *m = &s->prepare_message;
+    if (disk_identity_check_devices(d->devices, d->n_devices, err) < 0)
+        return -1;
     s->offers = calloc(d->n_disks + 1, sizeof(*s->offers));
     s->offer_disks = calloc(d->n_disks + 1, sizeof(*s->offer_disks));
     m->offers = calloc(d->n_disks + 1, sizeof(*m->offers));
@@ -498,9 +500,9 @@ static int make_offers(struct attempt *a, struct vm_error **err)
         if (!d->disks[i].writable)
             continue;
         struct disk_offer *offer = &s->offers[s->n_offers];
-        if (!s->n_offers && disk_identity_root(a->guest->process.pid, s->root, err) < 0)
+        if (!s->n_offers && disk_identity_view(a->guest->process.pid, d->cwd, &s->view, err) < 0)
             return -1;
-        if (disk_identity_offer(&d->disks[i], d->cwd, s->root, offer, err) < 0)
+        if (disk_identity_offer(&d->disks[i], &s->view, offer, err) < 0)
             return -1;
         s->offer_disks[s->n_offers++] = i;
         Vmmig__Peer__DiskOffer *question = malloc(sizeof(*question));

@@ -199,6 +199,13 @@ int process_argv(pid_t pid, char ***ret_argv, struct vm_error **err)
     return 0;
 }
 
+static bool is_same_file(const struct stat *a, const struct stat *b)
+{
+    if (S_ISBLK(a->st_mode) && S_ISBLK(b->st_mode)) /* a device has many names */
+        return a->st_rdev == b->st_rdev;
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
 bool process_has_open(pid_t pid, const struct stat *file)
 {
     char folder[32];
@@ -210,8 +217,7 @@ bool process_has_open(pid_t pid, const struct stat *file)
     struct dirent *entry;
     while (!found && (entry = readdir(dir))) {
         struct stat st;
-        found = fstatat(dirfd(dir), entry->d_name, &st, 0) == 0 && st.st_dev == file->st_dev &&
-                st.st_ino == file->st_ino;
+        found = fstatat(dirfd(dir), entry->d_name, &st, 0) == 0 && is_same_file(&st, file);
     }
     closedir(dir);
     return found;

@@ -52,6 +52,24 @@ static int proof_of(const struct qemu_disk *disk, enum disk_proof *ret, struct v
         disk->name, disk->driver);
 }
 
+int disk_identity_check_devices(const struct qemu_device *devices, unsigned n, struct vm_error **err)
+{
+    static const char child[] = "child<";
+    static const char *const disks[] = {"vhost-user-blk", "vhost-user-scsi", "vhost-scsi",
+                                        "vhost-user-fs"};
+    for (unsigned i = 0; i < n; i++) {
+        const char *type = devices[i].type;
+        type += strncmp(type, child, strlen(child)) ? 0 : strlen(child);
+        for (size_t k = 0; k < sizeof(disks) / sizeof(*disks); k++)
+            if (!strncmp(type, disks[k], strlen(disks[k])))
+                return error_set(err, VM_ERROR_REFUSED,
+                                 "device %.200s (%.*s): there is no way to prove that both hosts "
+                                 "have the same disk behind it; say --assume-shared if they do",
+                                 devices[i].path, (int)strcspn(type, ">"), type);
+    }
+    return 0;
+}
+
 /* "CWD/FILE", or FILE if that is absolute. */
 static int full_path(const char *cwd, const char *file, char out[QEMU_STRING_MAX],
                      struct vm_error **err)
@@ -102,18 +120,20 @@ static int open_folder(const char *root, const char *image, struct vm_error **er
     return fd < 0 ? error_errno(err, errno, "cannot open the folder of %s", image) : fd;
 }
 
-int disk_identity_root(pid_t pid, char out[DISK_IDENTITY_ROOT_MAX], struct vm_error **err)
+int disk_identity_view(pid_t pid, const char *cwd, struct disk_view *ret, struct vm_error **err)
 {
     char mounts[32];
     struct stat own_mounts, its_mounts, own_top, its_top;
-    snprintf(out, DISK_IDENTITY_ROOT_MAX, "/proc/%d/root", pid);
+    struct disk_view view = {.cwd = cwd, .user = pid};
+    snprintf(view.root, sizeof(view.root), "/proc/%d/root", pid);
     snprintf(mounts, sizeof(mounts), "/proc/%d/ns/mnt", pid);
     if (stat("/proc/self/ns/mnt", &own_mounts) < 0 || stat(mounts, &its_mounts) < 0 ||
-        stat("/", &own_top) < 0 || stat(out, &its_top) < 0)
+        stat("/", &own_top) < 0 || stat(view.root, &its_top) < 0)
         return error_errno(err, errno, "cannot find out which files process %d sees", pid);
     if (own_mounts.st_ino == its_mounts.st_ino && own_top.st_dev == its_top.st_dev &&
         own_top.st_ino == its_top.st_ino)
-        *out = 0;
+        view.root[0] = 0;
+    *ret = view;
     return 0;
 }
 
@@ -162,13 +182,13 @@ static int write_nonce(int folder, const struct disk_offer *offer, struct vm_err
     return error_errno(err, saved, "cannot write a proof");
 }
 
-static int offer_nonce(const struct qemu_disk *disk, const char *cwd, const char *root,
+static int offer_nonce(const struct qemu_disk *disk, const struct disk_view *view,
                        struct disk_offer *offer, struct vm_error **err)
 {
     char path[QEMU_STRING_MAX];
-    if (full_path(cwd, disk->file, path, err) < 0)
+    if (full_path(view->cwd, disk->file, path, err) < 0)
         return -1;
-    cleanup_close int folder = open_folder(root, path, err);
+    cleanup_close int folder = open_folder(view->root, path, err);
     if (folder < 0)
         return -1;
     remove_stale(folder);
@@ -178,13 +198,13 @@ static int offer_nonce(const struct qemu_disk *disk, const char *cwd, const char
     return 0;
 }
 
-int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
+int disk_identity_offer(const struct qemu_disk *disk, const struct disk_view *view,
                         struct disk_offer *ret_offer, struct vm_error **err)
 {
     struct disk_offer offer = {.nonce = uuid_new(), .secret = uuid_new(), .folder = -1};
     if (proof_of(disk, &offer.proof, err) < 0)
         return -1;
-    if (offer.proof == DISK_PROOF_NONCE && offer_nonce(disk, cwd, root, &offer, err) < 0)
+    if (offer.proof == DISK_PROOF_NONCE && offer_nonce(disk, view, &offer, err) < 0)
         return -1;
     *ret_offer = offer;
     return 0;
@@ -201,18 +221,30 @@ void disk_identity_withdraw(struct disk_offer *offer)
 
 /* What a host sees of a disk. Both sides describe, the source compares. */
 
-static int describe_file(const char *root, const char *path, struct disk_answer *a,
+/* A name may mean another file than when QEMU opened it. */
+static int check_open(const struct disk_view *view, const char *path, const struct stat *st,
+                      struct vm_error **err)
+{
+    if (!view->user || process_has_open(view->user, st))
+        return 0;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "%s is not what QEMU has open under that name: it was replaced since",
+                     path);
+}
+
+static int describe_file(const struct disk_view *view, const char *path, struct disk_answer *a,
                          struct vm_error **err)
 {
     struct stat st;
-    cleanup_close int fd = io_look_at(root, path, S_IFREG, err);
+    cleanup_close int fd = io_look_at(view->root, path, S_IFREG, err);
     if (fd < 0)
         return -1;
     if (fstat(fd, &st) < 0)
         return error_errno(err, errno, "cannot look at %s", path);
+    if (check_open(view, path, &st, err) < 0)
+        return -1;
     snprintf(a->text, sizeof(a->text), "%s", path);
     a->inode = st.st_ino;
-    a->size = (uint64_t)st.st_size;
     return 0;
 }
 
@@ -241,15 +273,17 @@ static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
     snprintf(out, DISK_IDENTITY_TEXT_MAX, "%s", text);
 }
 
-static int describe_device(const char *root, const char *path, struct disk_answer *a,
+static int describe_device(const struct disk_view *view, const char *path, struct disk_answer *a,
                            struct vm_error **err)
 {
     struct stat st;
-    cleanup_close int fd = io_open_type(root, path, S_IFBLK, err);
+    cleanup_close int fd = io_open_type(view->root, path, S_IFBLK, err);
     if (fd < 0)
         return -1;
     if (fstat(fd, &st) < 0 || ioctl(fd, BLKGETSIZE64, &a->size) < 0)
         return error_errno(err, errno, "cannot ask the size of %s", path);
+    if (check_open(view, path, &st, err) < 0)
+        return -1;
     a->device = st.st_rdev;
     device_identifier(st.st_rdev, a->text);
     return 0;
@@ -275,7 +309,7 @@ static bool find_fsid(const char *conf, struct uuid *ret)
     return false;
 }
 
-static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const char *root,
+static int describe_rbd(const struct qemu_disk *disk, const struct disk_view *view,
                         struct disk_answer *a, struct vm_error **err)
 {
     struct rbd_name name;
@@ -287,8 +321,8 @@ static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const cha
         return error_set(err, VM_ERROR_REFUSED, "disk %s: cannot tell which RBD image %s is",
                          disk->name, disk->file);
     cleanup_close int fd = -1;
-    if (full_path(cwd, *name.conf ? name.conf : DEFAULT_CEPH_CONF, path, err) < 0 ||
-        (fd = io_open_type(root, path, S_IFREG, err)) < 0 ||
+    if (full_path(view->cwd, *name.conf ? name.conf : DEFAULT_CEPH_CONF, path, err) < 0 ||
+        (fd = io_open_type(view->root, path, S_IFREG, err)) < 0 ||
         io_read_all(fd, path, CONF_MAX, &conf, &n, err) < 0)
         return error_wrap(err, "disk %s", disk->name);
     if (!find_fsid(conf, &fsid))
@@ -302,8 +336,8 @@ static int describe_rbd(const struct qemu_disk *disk, const char *cwd, const cha
     return 0;
 }
 
-static int describe(const struct qemu_disk *disk, enum disk_proof proof, const char *cwd,
-                    const char *root, struct disk_answer *a, struct vm_error **err)
+static int describe(const struct qemu_disk *disk, enum disk_proof proof,
+                    const struct disk_view *view, struct disk_answer *a, struct vm_error **err)
 {
     char path[QEMU_STRING_MAX];
     struct process_identity self;
@@ -311,19 +345,21 @@ static int describe(const struct qemu_disk *disk, enum disk_proof proof, const c
         return -1;
     a->boot = self.boot;
     if (proof == DISK_PROOF_RBD)
-        return describe_rbd(disk, cwd, root, a, err);
-    if (full_path(cwd, disk->file, path, err) < 0)
+        return describe_rbd(disk, view, a, err);
+    if (full_path(view->cwd, disk->file, path, err) < 0)
         return -1;
-    return (proof == DISK_PROOF_NONCE ? describe_file : describe_device)(root, path, a, err);
+    if ((proof == DISK_PROOF_NONCE ? describe_file : describe_device)(view, path, a, err) < 0)
+        return error_wrap(err, "disk %s", disk->name);
+    return 0;
 }
 
-static int read_nonce(const struct qemu_disk *disk, const char *cwd, const char *root,
+static int read_nonce(const struct qemu_disk *disk, const struct disk_view *view,
                       const struct disk_offer *offer, struct disk_answer *a, struct vm_error **err)
 {
     char path[QEMU_STRING_MAX], name[64], text[UUID_TEXT_SIZE] = "";
-    if (full_path(cwd, disk->file, path, err) < 0)
+    if (full_path(view->cwd, disk->file, path, err) < 0)
         return -1;
-    cleanup_close int folder = open_folder(root, path, err);
+    cleanup_close int folder = open_folder(view->root, path, err);
     if (folder < 0)
         return -1;
     nonce_name(&offer->nonce, name);
@@ -340,7 +376,7 @@ static int read_nonce(const struct qemu_disk *disk, const char *cwd, const char 
     return 0;
 }
 
-int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const char *root,
+int disk_identity_answer(const struct qemu_disk *disk, const struct disk_view *view,
                          const struct disk_offer *offer, struct disk_answer *ret_answer,
                          struct vm_error **err)
 {
@@ -352,8 +388,8 @@ int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const ch
         return error_set(err, VM_ERROR_REFUSED,
                          "disk %s: %s is not the one of the other host, which is opened as a %s",
                          disk->name, disk->file, disk_proof_name(offer->proof));
-    if (describe(disk, proof, cwd, root, &answer, err) < 0 ||
-        (proof == DISK_PROOF_NONCE && read_nonce(disk, cwd, root, offer, &answer, err) < 0))
+    if (describe(disk, proof, view, &answer, err) < 0 ||
+        (proof == DISK_PROOF_NONCE && read_nonce(disk, view, offer, &answer, err) < 0))
         return -1;
     *ret_answer = answer;
     return 0;
@@ -370,19 +406,19 @@ static int not_the_same(const struct qemu_disk *disk, const struct disk_answer *
                      named ? there->text : "", what);
 }
 
-int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,
+int disk_identity_check(const struct qemu_disk *disk, const struct disk_view *view,
                         const struct disk_offer *offer, const struct disk_answer *answer,
                         struct vm_error **err)
 {
     struct disk_answer own = {0};
-    if (describe(disk, offer->proof, cwd, root, &own, err) < 0)
+    if (describe(disk, offer->proof, view, &own, err) < 0)
         return -1;
     switch (offer->proof) {
     case DISK_PROOF_NONCE:
         if (!uuid_equal(&answer->secret, &offer->secret))
             return not_the_same(disk, answer, "the destination did not find the proof", err);
-        if (answer->inode != own.inode || answer->size != own.size)
-            return not_the_same(disk, answer, "the inode or the size differs", err);
+        if (answer->inode != own.inode)
+            return not_the_same(disk, answer, "the inode differs", err);
         return 0;
     case DISK_PROOF_DEVICE:
         if (uuid_equal(&answer->boot, &own.boot) && answer->device == own.device)

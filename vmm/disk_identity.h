@@ -4,19 +4,26 @@
  * Without it a destination that has another file under the same name would run on the wrong disk,
  * without an error.
  *
- *     source        disk_identity_offer(disk, cwd, root, &offer)   a question; for a file, also a
- * fresh file beside it destination   disk_identity_answer(disk, cwd, root, &offer, &answer) source
- * disk_identity_check(disk, cwd, root, &offer, &answer)   REFUSED unless it is proved source
- * disk_identity_withdraw(&offer)                 always; removes that file
+ *   both          disk_identity_view(pid, cwd, &view)            whose names they are
+ *   source        disk_identity_offer(disk, view, &offer)        a question; for a file, also a
+ *                                                                fresh file beside it
+ *   destination   disk_identity_answer(disk, view, &offer, &answer)
+ *   source        disk_identity_check(disk, view, &offer, &answer)   REFUSED unless it is proved
+ *   source        disk_identity_withdraw(&offer)                 always; removes that file
  *
  * How, by the driver that has the disk open:
- *     file          the destination reads a random secret back that the source put into a file
- * beside the image, and both see the same inode number and size. Works on NFS. host_device   the
- * same boot of the same kernel and the same device number; or else the same world-wide or LVM
- * identifier, and size rbd           cluster id (fsid of the configuration that QEMU was given),
- * pool, namespace and image by their names: within a cluster they mean one image at a time, and ids
- * asked for by name would say no more others        cannot be proved: REFUSED without
- * --assume-shared, which the caller handles by not asking
+ *   file          the destination reads a random secret back that the source put into a file beside
+ *                 the image, and both see the same inode number. Works on NFS. Not the same size: an
+ *                 image grows while its guest runs.
+ *   host_device   the same boot of the same kernel and the same device number; or else the same
+ *                 world-wide or LVM identifier, and size
+ *   rbd           cluster id (fsid of the configuration that QEMU was given), pool, namespace and
+ *                 image by their names: within a cluster they mean one image at a time, and ids
+ *                 asked for by name would say no more
+ *   others        cannot be proved: REFUSED without --assume-shared, which the caller handles by
+ *                 not asking
+ * A file or device that is looked at is also the one that the view's process has open: its name may
+ * mean another one since (REFUSED).
  *
  * A crash of the source's agent can leave the file `.vmmig-proof-UUID` behind (32 bytes); the next
  * offer beside the same image removes those that are older than a day. What is for the wire is
@@ -53,29 +60,37 @@ struct disk_offer {
 
 struct disk_answer {
     struct uuid secret;
-    uint64_t inode, size;
+    uint64_t inode;      /* of a file */
+    uint64_t size;       /* of a block device */
     struct uuid boot;
-    uint64_t device;    /* major and minor, as stat(2) has them */
+    uint64_t device;     /* major and minor, as stat(2) has them */
     char text[DISK_IDENTITY_TEXT_MAX]; /* path of a file; identifier of a block device;
                                           fsid/pool/namespace/image */
 };
 
 #define DISK_IDENTITY_ROOT_MAX 32
 
-/* "" for this process's own view, or "/proc/PID/root" if that process has other mounts or another
- * root directory. */
-int disk_identity_root(pid_t pid, char out_root[DISK_IDENTITY_ROOT_MAX], struct vm_error **err);
+/* What names mean. */
+struct disk_view {
+    const char *cwd;                   /* what a relative name refers to; borrowed */
+    pid_t user;                        /* has the disks open; 0: nobody has yet */
+    char root[DISK_IDENTITY_ROOT_MAX]; /* names, and links, are looked up within it: "" for this
+                                          process's own view, or "/proc/PID/root" */
+};
 
-/* `cwd` is what a relative name refers to; `root` says within which root directory names, and
- * links, are looked up. */
-int disk_identity_offer(const struct qemu_disk *disk, const char *cwd, const char *root,
+/* As `pid` sees them, which has the disks open: other mounts or another root directory, maybe. */
+int disk_identity_view(pid_t pid, const char *cwd, struct disk_view *ret, struct vm_error **err);
+
+int disk_identity_offer(const struct qemu_disk *disk, const struct disk_view *view,
                         struct disk_offer *ret_offer, struct vm_error **err);
-int disk_identity_answer(const struct qemu_disk *disk, const char *cwd, const char *root,
+int disk_identity_answer(const struct qemu_disk *disk, const struct disk_view *view,
                          const struct disk_offer *offer, struct disk_answer *ret_answer,
                          struct vm_error **err);
-int disk_identity_check(const struct qemu_disk *disk, const char *cwd, const char *root,
+int disk_identity_check(const struct qemu_disk *disk, const struct disk_view *view,
                         const struct disk_offer *offer, const struct disk_answer *answer,
                         struct vm_error **err);
+/* Disks that no block node of QEMU is (vhost-user-blk and its like): REFUSED, for none can be proved. */
+int disk_identity_check_devices(const struct qemu_device *devices, unsigned n, struct vm_error **err);
 void disk_identity_withdraw(struct disk_offer *offer);
 
 const char *disk_proof_name(enum disk_proof proof);

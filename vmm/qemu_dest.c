@@ -5,6 +5,7 @@
 #include "vmm/qemu_inspect.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_preflight.h"
+#include "vmm/qemu_sockets.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -191,8 +192,10 @@ int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *hos
 {
     if (access(host->binary, X_OK) < 0)
         return error_errno(err, errno, "cannot run %s", host->binary);
-    return check_accel(d, err) < 0 || check_memory(d, err) < 0 || check_disks(d, host, err) < 0 ? -1
-                                                                                                : 0;
+    return check_accel(d, err) < 0 || check_memory(d, err) < 0 || check_disks(d, host, err) < 0 ||
+                   qemu_sockets_check_free(d->argv, d->cwd, err) < 0
+               ? -1
+               : 0;
 }
 
 int qemu_dest_explain(const struct qemu_definition *d, const struct qemu_host *host,

@@ -6,6 +6,7 @@ import mmap
 import os
 import re
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -378,7 +379,7 @@ def restart(agent, **options):
 
 
 def test_a_destination_without_the_disk(cluster, guest):
-    refused(cluster, guest, 'h2', 3, 'the peer: cannot look at /run/vmlab/web1.raw')
+    refused(cluster, guest, 'h2', 3, 'the peer: disk disk0: cannot look at /run/vmlab/web1.raw')
 
 
 def test_a_destination_with_another_disk_of_that_name(cluster, guest, disk):
@@ -525,6 +526,16 @@ def test_a_destination_with_another_cpu(cluster, guest, disk, what):
 def test_a_destination_whose_vmm_ends_at_once(cluster, guest, disk):
     with other_vmm(cluster, b'#!/bin/sh\nexit 1\n'):
         refused(cluster, guest, 'h2', 13, 'the peer: cannot start .*: QEMU ended and said nothing', '--assume-shared')
+
+
+def test_a_destination_where_somebody_has_the_vms_socket(cluster, guest, disk):
+    """QEMU would take it away from him: another VM of that host, likely, set up alike."""
+    path = '/run/vmlab/web1.judge'
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(cluster.hosts[1].path(path))
+        listener.listen()
+        refused(cluster, guest, 'h2', 5, f"the peer: the VM's -qmp would take the socket {path} away",
+                '--assume-shared', but=('web1.judge',))  # which is his, and there
 
 
 def test_a_destination_with_too_little_memory(cluster, guest, disk):

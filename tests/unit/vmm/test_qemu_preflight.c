@@ -8,6 +8,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 
 enum { MIB = 1 << 20, RUNTIME_DIR_MAX = 107 - 13 /* "/control.sock" */ };
 
@@ -283,23 +284,24 @@ static void test_destination_host(void **state)
 
 /* Disks. */
 
-static int prove_within(const char *root, const struct qemu_disk *there, const struct qemu_disk *here,
-                        struct vm_error **err)
+static int prove_as_seen(const struct disk_view *view, const struct qemu_disk *there,
+                         const struct qemu_disk *here, struct vm_error **err)
 {
+    const struct disk_view other = {.cwd = live_dir};
     struct disk_offer offer;
     struct disk_answer answer;
-    if (disk_identity_offer(there, live_dir, root, &offer, err) < 0)
+    if (disk_identity_offer(there, view, &offer, err) < 0)
         return -1;
-    int rc = disk_identity_answer(here, live_dir, root, &offer, &answer, err);
+    int rc = disk_identity_answer(here, &other, &offer, &answer, err);
     if (rc == 0)
-        rc = disk_identity_check(there, live_dir, root, &offer, &answer, err);
+        rc = disk_identity_check(there, view, &offer, &answer, err);
     disk_identity_withdraw(&offer);
     return rc;
 }
 
 static int prove(const struct qemu_disk *there, const struct qemu_disk *here, struct vm_error **err)
 {
-    return prove_within("", there, here, err);
+    return prove_as_seen(&(struct disk_view){.cwd = live_dir}, there, here, err);
 }
 
 static struct qemu_disk disk_named(const char *driver, const char *file)
@@ -348,7 +350,7 @@ static void test_file_identity(void **state)
     assert_int_equal(ftruncate(fd, 4 * MIB), 0);
     struct qemu_disk elsewhere = disk_named("file", copy);
     expect_other(&disk, &elsewhere, "the proof beside that one is not here");
-    expect_other(&disk, &sibling, "the inode or the size differs");
+    expect_other(&disk, &sibling, "the inode differs");
     /* A link is followed to where the image is. */
     assert_int_equal(symlink(disk.file, live_path("copy", "/link")), 0);
     assert_int_equal(symlink("link", live_path("copy", "/relative")), 0);
@@ -358,10 +360,12 @@ static void test_file_identity(void **state)
         struct qemu_disk link = disk_named("file", live_path("copy", "/link"));
         struct qemu_disk second = disk_named("file", live_path("copy", "/relative"));
         struct qemu_disk loop = disk_named("file", live_path("copy", "/loop"));
+        struct disk_view view = {.cwd = live_dir};
         struct vm_error *err = NULL;
-        assert_ok(prove_within(roots[i], &link, &disk, why));
-        assert_ok(prove_within(roots[i], &disk, &second, why));
-        assert_int_equal(prove_within(roots[i], &loop, &disk, &err), -1);
+        snprintf(view.root, sizeof(view.root), "%s", roots[i]);
+        assert_ok(prove_as_seen(&view, &link, &disk, why));
+        assert_ok(prove_as_seen(&view, &disk, &second, why));
+        assert_int_equal(prove_as_seen(&view, &loop, &disk, &err), -1);
         assert_error(&err, VM_ERROR_SYSTEM, "Too many levels of symbolic links");
     }
     assert_int_equal(count_proofs(), 0);
@@ -369,14 +373,63 @@ static void test_file_identity(void **state)
     struct disk_offer offer;
     struct disk_answer answer;
     struct vm_error *err = NULL;
-    assert_ok(disk_identity_offer(&disk, live_dir, "", &offer, why));
+    const struct disk_view view = {.cwd = live_dir};
+    assert_ok(disk_identity_offer(&disk, &view, &offer, why));
     assert_int_equal(count_proofs(), 1);
-    assert_ok(disk_identity_answer(&disk, live_dir, "", &offer, &answer, why));
+    assert_ok(disk_identity_answer(&disk, &view, &offer, &answer, why));
     answer.secret.bytes[3] ^= 1;
-    assert_int_equal(disk_identity_check(&disk, live_dir, "", &offer, &answer, &err), -1);
+    assert_int_equal(disk_identity_check(&disk, &view, &offer, &answer, &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, "did not find the proof");
     disk_identity_withdraw(&offer);
     assert_int_equal(count_proofs(), 0);
+}
+
+/* An image grows while its guest writes, between the two looks, too. */
+static void test_an_image_that_grows(void **state)
+{
+    struct qemu_disk disk = disk_named("file", make_disk("d0"));
+    const struct disk_view view = {.cwd = live_dir};
+    struct disk_offer offer;
+    struct disk_answer answer;
+    assert_ok(disk_identity_offer(&disk, &view, &offer, why));
+    assert_ok(disk_identity_answer(&disk, &view, &offer, &answer, why));
+    assert_int_equal(truncate(disk.file, 8 * MIB), 0);
+    assert_ok(disk_identity_check(&disk, &view, &offer, &answer, why));
+    disk_identity_withdraw(&offer);
+}
+
+/* Both hosts would find the new file under the name, and agree. */
+static void test_an_image_that_was_replaced(void **state)
+{
+    struct qemu_disk disk = disk_named("file", make_disk("d0"));
+    struct disk_view view;
+    struct vm_error *err = NULL;
+    int fd = open(disk.file, O_RDWR | O_CLOEXEC);
+    pid_t user = fork();
+    if (!user) {
+        pause();
+        _exit(0);
+    }
+    close(fd);
+    assert_ok(disk_identity_view(user, live_dir, &view, why));
+    assert_ok(prove_as_seen(&view, &disk, &disk, why));
+    assert_int_equal(rename(make_disk("d1"), disk.file), 0);
+    assert_int_equal(prove_as_seen(&view, &disk, &disk, &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED, "is not what QEMU has open under that name");
+    kill(user, SIGKILL);
+    waitpid(user, NULL, 0);
+}
+
+static void test_a_disk_that_qemu_does_not_see(void **state)
+{
+    char path[] = "/machine/peripheral/fast", type[] = "child<vhost-user-blk-pci>", nic[] = "child<virtio-net-pci>";
+    struct qemu_device devices[] = {{path, nic}, {path, type}};
+    struct vm_error *err = NULL;
+    assert_ok(disk_identity_check_devices(devices, 1, why));
+    assert_int_equal(disk_identity_check_devices(devices, 2, &err), -1);
+    assert_error(&err, VM_ERROR_REFUSED,
+                 "device /machine/peripheral/fast (vhost-user-blk-pci): there is no way to prove that both hosts have "
+                 "the same disk behind it; say --assume-shared if they do");
 }
 
 /* A QEMU in a mount namespace of its own, where this process sees another file under that name, or
@@ -424,25 +477,25 @@ static void test_mount_namespace(void **state)
     assert_string_equal(d.binary, "qemu-system-x86_64");
     assert_int_equal(d.n_disks, 1);
 
-    char root[DISK_IDENTITY_ROOT_MAX], own[DISK_IDENTITY_ROOT_MAX];
-    assert_ok(disk_identity_root(qemu_guest(q)->process.pid, root, why));
-    assert_string_equal(root, text("/proc/%d/root", qemu_guest(q)->process.pid));
-    assert_ok(disk_identity_root(getpid(), own, why));
-    assert_string_equal(own, "");
+    struct disk_view its, own;
+    assert_ok(disk_identity_view(qemu_guest(q)->process.pid, d.cwd, &its, why));
+    assert_string_equal(its.root, text("/proc/%d/root", qemu_guest(q)->process.pid));
+    assert_ok(disk_identity_view(getpid(), d.cwd, &own, why));
+    assert_string_equal(own.root, "");
     struct disk_offer offer;
     struct disk_answer answer;
-    assert_ok(disk_identity_offer(&d.disks[0], d.cwd, root, &offer, why));
+    assert_ok(disk_identity_offer(&d.disks[0], &its, &offer, why));
     /* The proof is beside the image to which the link leads there. */
-    const char *proof = text("%s%s/.vmmig-proof-%s", root, folder, uuid_text(&offer.nonce));
+    const char *proof = text("%s%s/.vmmig-proof-%s", its.root, folder, uuid_text(&offer.nonce));
     struct stat st;
     assert_int_equal(stat(proof, &st), 0);
-    assert_ok(disk_identity_answer(&d.disks[0], d.cwd, root, &offer, &answer, why));
-    assert_ok(disk_identity_check(&d.disks[0], d.cwd, root, &offer, &answer, why));
+    assert_ok(disk_identity_answer(&d.disks[0], &its, &offer, &answer, why));
+    assert_ok(disk_identity_check(&d.disks[0], &its, &offer, &answer, why));
     assert_int_equal(mkdir(text("%s/links", folder), 0700), 0);
     assert_int_equal(symlink(disk, text("%s/links/l.raw", folder)), 0);
     cleanup_close int other = open(disk, O_CREAT | O_RDWR, 0600);
     assert_int_equal(ftruncate(other, 4 * MIB), 0);
-    assert_int_equal(disk_identity_answer(&d.disks[0], d.cwd, "", &offer, &answer, &err), -1);
+    assert_int_equal(disk_identity_answer(&d.disks[0], &own, &offer, &answer, &err), -1);
     assert_error(&err, VM_ERROR_REFUSED, "the proof beside that one is not here");
     disk_identity_withdraw(&offer);
     assert_int_equal(stat(proof, &st), -1);
@@ -498,7 +551,9 @@ int main(void)
         live_test(test_plugged_devices), live_test(test_anonymous_device),
         live_test(test_plugged_cpu),     live_test(test_refused_by_command_line),
         live_test(test_block_job),       live_test(test_destination_host),
-        live_test(test_file_identity),   live_test(test_mount_namespace),
+        live_test(test_file_identity),   live_test(test_an_image_that_grows),
+        live_test(test_an_image_that_was_replaced),
+        live_test(test_a_disk_that_qemu_does_not_see), live_test(test_mount_namespace),
         live_test(test_rbd_identity),    live_test(test_other_identities),
     };
     return cmocka_run_group_tests(tests, live_setup, live_teardown);
