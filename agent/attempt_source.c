@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
+#include "agent/clones.h"
 #include "agent/driver.h"
 #include "agent/snapshots.h"
 
@@ -483,7 +484,23 @@ static int start_link(struct attempt *a, struct vm_error **err)
     return failed ? error_errno(err, failed, "cannot start a thread") : 0;
 }
 
-/* A question for every writable disk, to be answered by the destination. */
+/* Firmware is in the guest's memory, which goes along. */
+static bool is_firmware(const struct qemu_disk *disk)
+{
+    const char *device = disk->device ? disk->device : "";
+    return !strncmp(device, "pflash", strlen("pflash")) ||
+           !strncmp(device, "/machine/system.flash", strlen("/machine/system.flash"));
+}
+
+/* Of what is only read the user answers for a destination that he prepared, and for what lies in no file. */
+static bool is_to_be_proved(struct attempt *a, const struct qemu_disk *disk)
+{
+    return disk->writable ||
+           (!*a->source.dest_socket && disk_identity_is_provable(disk) && !is_firmware(disk) &&
+            !clones_is_mounted(a->transfer->agent, disk));
+}
+
+/* A question for every disk that is to be proved, to be answered by the destination. */
 static int make_offers(struct attempt *a, struct vm_error **err)
 {
     struct source_part *s = &a->source;
@@ -497,7 +514,7 @@ static int make_offers(struct attempt *a, struct vm_error **err)
     if (!s->offers || !s->offer_disks || !m->offers)
         return error_nomem(err);
     for (uint32_t i = 0; i < d->n_disks; i++) {
-        if (!d->disks[i].writable)
+        if (!is_to_be_proved(a, &d->disks[i]))
             continue;
         struct disk_offer *offer = &s->offers[s->n_offers];
         if (!s->n_offers && disk_identity_view(a->guest->process.pid, d->cwd, &s->view, err) < 0)
@@ -528,12 +545,12 @@ static int describe(struct attempt *a, const struct transfer_params *p, struct v
     a->was_running = s->definition.state == GUEST_RUNNING;
     Vmmig__Peer__Prepare *m = &s->prepare_message;
     vmmig__peer__prepare__init(m);
-    m->definition = qemu_wire_pack(&s->definition, err);
-    if (!m->definition || (!p->assume_shared && make_offers(a, err) < 0))
-        return -1;
     s->dest_socket = strdup(p->dest_socket ? p->dest_socket : "");
     if (!s->dest_socket)
         return error_nomem(err);
+    m->definition = qemu_wire_pack(&s->definition, err);
+    if (!m->definition || (!p->assume_shared && make_offers(a, err) < 0))
+        return -1;
     m->channels = s->params.channels;
     m->token = (ProtobufCBinaryData){sizeof(s->params.token.bytes), s->params.token.bytes};
     m->assume_shared = p->assume_shared;

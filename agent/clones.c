@@ -87,6 +87,12 @@ struct mount *clones_create_mount(const struct config *config, struct vm_error *
     return mount_create(&setup, err);
 }
 
+bool clones_is_mounted(struct agent *agent, const struct qemu_disk *disk)
+{
+    char image[MOUNT_NAME_MAX + 1], file[MOUNT_FILE_NAME_MAX + 1];
+    return mount_parse(agent->mount, disk->file, image, file);
+}
+
 static int show_file(struct agent *agent, const struct qemu_disk *disk, struct vm_error **err)
 {
     char image[MOUNT_NAME_MAX + 1], file[MOUNT_FILE_NAME_MAX + 1];

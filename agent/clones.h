@@ -15,6 +15,8 @@
 
 /* The mount as the configuration says; its leases are known by an id in the state folder. */
 struct mount *clones_create_mount(const struct config *config, struct vm_error **err);
+/* Is it a file of the mount? Such a one is known by its name. */
+bool clones_is_mounted(struct agent *agent, const struct qemu_disk *disk);
 /*
  * A VM is to arrive here. If its disks are overlays on files of the mount, that is mounted now, and has them: NOT_FOUND
  * by the template's name if not. From the VMM's start on the template is leased. REFUSED if such a file is of an image

@@ -16,9 +16,11 @@
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <xxhash.h>
 
 #define PREFIX ".vmmig-proof-"
 #define DEFAULT_CEPH_CONF "/etc/ceph/ceph.conf"
+enum { CONTENT_WHOLE_MAX = 4 << 20, CONTENT_END = 1 << 20, CONTENT_SAMPLES = 32, CONTENT_STEP = 4096 };
 enum { STALE_AFTER_S = 24 * 3600, CONF_MAX = 1 << 20, SYSFS_TEXT_MAX = 256, LINKS_MAX = 40 };
 
 const char *disk_proof_name(enum disk_proof proof)
@@ -37,12 +39,13 @@ static int proof_of(const struct qemu_disk *disk, enum disk_proof *ret, struct v
 {
     static const struct {
         const char *driver;
-        enum disk_proof proof;
-    } proofs[] = {
-        {"file", DISK_PROOF_NONCE}, {"host_device", DISK_PROOF_DEVICE}, {"rbd", DISK_PROOF_RBD}};
+        enum disk_proof written, read;
+    } proofs[] = {{"file", DISK_PROOF_NONCE, DISK_PROOF_CONTENT},
+                  {"host_device", DISK_PROOF_DEVICE, DISK_PROOF_DEVICE},
+                  {"rbd", DISK_PROOF_RBD, DISK_PROOF_RBD}};
     for (size_t i = 0; i < sizeof(proofs) / sizeof(*proofs); i++)
         if (!strcmp(disk->driver, proofs[i].driver)) {
-            *ret = proofs[i].proof;
+            *ret = disk->writable ? proofs[i].written : proofs[i].read;
             return 0;
         }
     return error_set(
@@ -68,6 +71,12 @@ int disk_identity_check_devices(const struct qemu_device *devices, unsigned n, s
                                  devices[i].path, (int)strcspn(type, ">"), type);
     }
     return 0;
+}
+
+bool disk_identity_is_provable(const struct qemu_disk *disk)
+{
+    enum disk_proof proof;
+    return proof_of(disk, &proof, NULL) == 0;
 }
 
 /* "CWD/FILE", or FILE if that is absolute. */
@@ -243,8 +252,65 @@ static int describe_file(const struct disk_view *view, const char *path, struct 
         return error_errno(err, errno, "cannot look at %s", path);
     if (check_open(view, path, &st, err) < 0)
         return -1;
-    snprintf(a->text, sizeof(a->text), "%s", path);
+    snprintf(a->text, sizeof(a->text), "%.511s", path);
     a->inode = st.st_ino;
+    return 0;
+}
+
+static int add_to_sum(int fd, off_t at, size_t n, XXH3_state_t *sum)
+{
+    char page[CONTENT_STEP];
+    while (n > 0) {
+        ssize_t got = pread(fd, page, n < sizeof(page) ? n : sizeof(page), at);
+        if (got <= 0)
+            return got < 0 ? -1 : (errno = EIO, -1); /* it became shorter */
+        XXH3_128bits_update(sum, page, (size_t)got);
+        at += got;
+        n -= (size_t)got;
+    }
+    return 0;
+}
+
+/* Pages that nobody could choose beforehand. */
+static int add_samples(int fd, off_t size, const struct uuid *nonce, XXH3_state_t *sum)
+{
+    for (unsigned i = 0; i < CONTENT_SAMPLES; i++) {
+        uint64_t at = XXH3_64bits_withSeed(nonce->bytes, sizeof(nonce->bytes), i) %
+                      ((uint64_t)size / CONTENT_STEP);
+        if (add_to_sum(fd, (off_t)at * CONTENT_STEP, CONTENT_STEP, sum) < 0)
+            return -1;
+    }
+    return add_to_sum(fd, 0, CONTENT_END, sum) < 0
+               ? -1
+               : add_to_sum(fd, size - CONTENT_END, CONTENT_END, sum);
+}
+
+static int describe_content(const struct disk_view *view, const char *path,
+                            const struct uuid *nonce, struct disk_answer *a, struct vm_error **err)
+{
+    struct stat st;
+    cleanup_close int fd = io_open_type(view->root, path, S_IFREG, err);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, &st) < 0)
+        return error_errno(err, errno, "cannot look at %s", path);
+    if (check_open(view, path, &st, err) < 0)
+        return -1;
+    XXH3_state_t *sum = XXH3_createState();
+    if (!sum)
+        return error_nomem(err);
+    XXH3_128bits_reset(sum);
+    int rc = st.st_size <= CONTENT_WHOLE_MAX ? add_to_sum(fd, 0, (size_t)st.st_size, sum)
+                                             : add_samples(fd, st.st_size, nonce, sum);
+    int saved = errno;
+    XXH128_canonical_t canonical;
+    XXH128_canonicalFromHash(&canonical, XXH3_128bits_digest(sum));
+    XXH3_freeState(sum);
+    if (rc < 0)
+        return error_errno(err, saved, "cannot read %s", path);
+    memcpy(a->secret.bytes, canonical.digest, sizeof(a->secret.bytes));
+    snprintf(a->text, sizeof(a->text), "%.511s", path);
+    a->size = (uint64_t)st.st_size;
     return 0;
 }
 
@@ -336,7 +402,7 @@ static int describe_rbd(const struct qemu_disk *disk, const struct disk_view *vi
     return 0;
 }
 
-static int describe(const struct qemu_disk *disk, enum disk_proof proof,
+static int describe(const struct qemu_disk *disk, const struct disk_offer *offer,
                     const struct disk_view *view, struct disk_answer *a, struct vm_error **err)
 {
     char path[QEMU_STRING_MAX];
@@ -344,13 +410,15 @@ static int describe(const struct qemu_disk *disk, enum disk_proof proof,
     if (process_identify(getpid(), &self, err) < 0)
         return -1;
     a->boot = self.boot;
-    if (proof == DISK_PROOF_RBD)
+    if (offer->proof == DISK_PROOF_RBD)
         return describe_rbd(disk, view, a, err);
     if (full_path(view->cwd, disk->file, path, err) < 0)
         return -1;
-    if ((proof == DISK_PROOF_NONCE ? describe_file : describe_device)(view, path, a, err) < 0)
-        return error_wrap(err, "disk %s", disk->name);
-    return 0;
+    int rc = offer->proof == DISK_PROOF_NONCE    ? describe_file(view, path, a, err)
+             : offer->proof == DISK_PROOF_DEVICE ? describe_device(view, path, a, err)
+                                                 : describe_content(view, path, &offer->nonce, a,
+                                                                    err);
+    return rc < 0 ? error_wrap(err, "disk %s", disk->name) : 0;
 }
 
 static int read_nonce(const struct qemu_disk *disk, const struct disk_view *view,
@@ -388,7 +456,7 @@ int disk_identity_answer(const struct qemu_disk *disk, const struct disk_view *v
         return error_set(err, VM_ERROR_REFUSED,
                          "disk %s: %s is not the one of the other host, which is opened as a %s",
                          disk->name, disk->file, disk_proof_name(offer->proof));
-    if (describe(disk, proof, view, &answer, err) < 0 ||
+    if (describe(disk, offer, view, &answer, err) < 0 ||
         (proof == DISK_PROOF_NONCE && read_nonce(disk, view, offer, &answer, err) < 0))
         return -1;
     *ret_answer = answer;
@@ -411,7 +479,7 @@ int disk_identity_check(const struct qemu_disk *disk, const struct disk_view *vi
                         struct vm_error **err)
 {
     struct disk_answer own = {0};
-    if (describe(disk, offer->proof, view, &own, err) < 0)
+    if (describe(disk, offer, view, &own, err) < 0)
         return -1;
     switch (offer->proof) {
     case DISK_PROOF_NONCE:
@@ -427,6 +495,10 @@ int disk_identity_check(const struct qemu_disk *disk, const struct disk_view *vi
             return not_the_same(disk, answer, "no world-wide or LVM identifier shows that it is",
                                 err);
         return answer->size == own.size ? 0 : not_the_same(disk, answer, "the size differs", err);
+    case DISK_PROOF_CONTENT:
+        if (answer->size != own.size || !uuid_equal(&answer->secret, &own.secret))
+            return not_the_same(disk, answer, "the contents differ", err);
+        return 0;
     case DISK_PROOF_RBD:
         if (strncmp(answer->text, own.text, sizeof(own.text)))
             return not_the_same(disk, answer, "cluster, pool or image differ", err);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * disk_identity: proof that a writable disk of the definition is the same one on both hosts.
+ * disk_identity: proof that a disk of the definition is the same one on both hosts.
  * Without it a destination that has another file under the same name would run on the wrong disk,
  * without an error.
  *
@@ -22,6 +22,9 @@
  *                 asked for by name would say no more
  *   others        cannot be proved: REFUSED without --assume-shared, which the caller handles by
  *                 not asking
+ * A file that is only read (what is behind an overlay, a medium) may lie on both hosts: it is the same one if its
+ * size is, and what both read of it: all of up to 4 MiB; of a larger one the first and last MiB, and 32 pages in
+ * between at places that the question's nonce chooses.
  * A file or device that is looked at is also the one that the view's process has open: its name may
  * mean another one since (REFUSED).
  *
@@ -45,23 +48,24 @@
 #define DISK_PROOFS(X)                                                                             \
     X(NONCE, 1, "nonce file")                                                                      \
     X(DEVICE, 2, "block device")                                                                   \
-    X(RBD, 3, "rbd image")
+    X(RBD, 3, "rbd image")                                                                         \
+    X(CONTENT, 4, "file that is only read")
 #define X(id, number, name) DISK_PROOF_##id = number,
 enum disk_proof { DISK_PROOFS(X) };
 #undef X
 
 struct disk_offer {
     enum disk_proof proof;
-    struct uuid nonce;  /* names the file beside the image: ".vmmig-proof-UUID" */
+    struct uuid nonce;  /* names the file beside the image: ".vmmig-proof-UUID"; chooses pages */
     /* The source's alone, not for the wire: */
     struct uuid secret; /* what is in the file */
     int folder;         /* that the file is in; -1 if there is none */
 };
 
 struct disk_answer {
-    struct uuid secret;
+    struct uuid secret;  /* what was read: of the file beside the image, or a sum of the content */
     uint64_t inode;      /* of a file */
-    uint64_t size;       /* of a block device */
+    uint64_t size;       /* of a block device, or a file that is only read */
     struct uuid boot;
     uint64_t device;     /* major and minor, as stat(2) has them */
     char text[DISK_IDENTITY_TEXT_MAX]; /* path of a file; identifier of a block device;
@@ -81,6 +85,8 @@ struct disk_view {
 /* As `pid` sees them, which has the disks open: other mounts or another root directory, maybe. */
 int disk_identity_view(pid_t pid, const char *cwd, struct disk_view *ret, struct vm_error **err);
 
+/* Is there a proof for it? Of those that are written there must be. */
+bool disk_identity_is_provable(const struct qemu_disk *disk);
 int disk_identity_offer(const struct qemu_disk *disk, const struct disk_view *view,
                         struct disk_offer *ret_offer, struct vm_error **err);
 int disk_identity_answer(const struct qemu_disk *disk, const struct disk_view *view,

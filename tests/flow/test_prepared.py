@@ -28,10 +28,14 @@ def vm(cluster, request):
     for host in cluster.hosts:
         os.symlink(disk, host.path(link_of(name)))
     yield made
+    forget(cluster, made)
+
+
+def forget(cluster, vm):
     for agent in cluster.agents:
-        if any(known['vm'] == name for known in agent.json('list')['vms']):
-            agent.end(name)
-        end_all(agent.host, made)
+        if any(known['vm'] == vm.name for known in agent.json('list')['vms']):
+            agent.end(vm.name)
+        end_all(agent.host, vm)
 
 
 def link_of(name):
@@ -230,3 +234,41 @@ def test_an_image_may_be_a_link(cluster, vm):
     """As in the fixture: to storage that both hosts see. The agent that starts the destination proves it, too."""
     console = cluster.boot(vm)
     moves(cluster, vm, console)
+
+
+@pytest.fixture
+def overlay(cluster, request):
+    """A guest on an overlay that both hosts see, with an image behind it that either host has for itself."""
+    name = re.sub(r'\W|test|_', '', request.node.name)
+    base, path = f'/run/vmlab/{name}.raw', f'{cluster.shared}/{name}.qcow2'
+    for host in cluster.hosts:
+        with open(host.path(base), 'wb') as file:
+            file.truncate(64 * MIB)
+    cluster.hosts[0].run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', base, '-F', 'raw', path])
+    made = BareGuest(name, mem_mib=64, dirty_mib=4, options=drive(path, 'qcow2'))
+    yield made, base
+    forget(cluster, made)
+
+
+def test_an_image_behind_another_one_is_the_same(cluster, overlay):
+    vm, base = overlay
+    console = cluster.boot(vm)
+    moves(cluster, vm, console)
+
+
+def test_an_image_behind_another_one_that_differs_is_refused(cluster, overlay):
+    """By a single byte of its last page: another release of that image differs in more."""
+    vm, base = overlay
+    console = cluster.boot(vm)
+    with open(cluster.hosts[1].path(base), 'r+b') as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b'x')
+    refused(cluster, vm, console, f'{base} is not the same one on both hosts: the contents differ')
+
+
+def test_a_disk_whose_name_is_another_files_by_now_is_refused(cluster, vm):
+    """Both hosts see the new one, which no QEMU has open."""
+    console = cluster.boot(vm)
+    path = os.readlink(cluster.hosts[0].path(link_of(vm.name)))
+    os.rename(make_file(cluster, 'restored.raw'), path)
+    refused(cluster, vm, console, 'is not what QEMU has open under that name: it was replaced since')

@@ -2,6 +2,7 @@
 """What this host cannot run is not restored: one clear line, and nothing is left."""
 import json
 import os
+import re
 import subprocess
 
 import pytest
@@ -42,7 +43,11 @@ def store(agent, files, name, definition):
 
 
 def definition_of(files):
-    return json.loads((files / 'vm.json').read_text())
+    """With sockets of its own, since the VM runs on."""
+    definition = json.loads((files / 'vm.json').read_text())
+    definition['argv'] = [re.sub(r'^unix:/run/vmlab/web1\.', 'unix:/run/vmlab/never.', word)
+                          for word in definition['argv']]
+    return definition
 
 
 def refused(agent, name, status, says):
@@ -122,3 +127,10 @@ def test_a_device_that_the_definition_has_not(agent, files):
     del definition['devices'][0]
     store(agent, files, 'device', definition)
     refused(agent, 'device', 5, 'is not the same machine')
+
+
+def test_a_vm_whose_sockets_the_running_one_has(agent, files):
+    """Its QEMU would take them away, and nobody could reach that one any more."""
+    store(agent, files, 'twice', json.loads((files / 'vm.json').read_text()))
+    refused(agent, 'twice', 5, 'away from a program that listens there on this host')
+    assert agent.json('status', 'web1')['state'] == 'running'

@@ -398,6 +398,37 @@ static void test_an_image_that_grows(void **state)
     disk_identity_withdraw(&offer);
 }
 
+/* What is only read may be a copy. */
+static void test_a_copy_that_is_only_read(void **state)
+{
+    static const off_t sizes[] = {0, 3 * MIB, 64 * MIB + 512};
+    for (size_t i = 0; i < sizeof(sizes) / sizeof(*sizes); i++) {
+        struct qemu_disk base = disk_named("file", make_disk("d0"));
+        struct qemu_disk copy = disk_named("file", make_disk("d1"));
+        base.writable = copy.writable = false;
+        assert_int_equal(truncate(base.file, sizes[i]) | truncate(copy.file, sizes[i]), 0);
+        assert_ok(prove(&base, &copy, why));
+        struct qemu_disk written = copy;
+        written.writable = true;
+        expect_other(&base, &written, "which is opened as a file that is only read");
+        cleanup_close int fd = open(copy.file, O_RDWR | O_CLOEXEC);
+        off_t last = sizes[i] ? sizes[i] - 1 : 0;
+        assert_int_equal(pwrite(fd, "x", 1, last), 1); /* of an empty one the size */
+        expect_other(&base, &copy, "the contents differ");
+        assert_int_equal(pwrite(fd, "\0", 1, last), 1);
+        if (!sizes[i])
+            continue;
+        assert_ok(prove(&base, &copy, why));
+        /* Another image of the same size, but for its ends. */
+        char other[4096];
+        memset(other, 'x', sizeof(other));
+        for (off_t at = 2 * MIB; at + MIB + 4096 < sizes[i]; at += sizeof(other))
+            assert_int_equal(pwrite(fd, other, sizeof(other), at), sizeof(other));
+        if (sizes[i] > 4 * MIB)
+            expect_other(&base, &copy, "the contents differ");
+    }
+}
+
 /* Both hosts would find the new file under the name, and agree. */
 static void test_an_image_that_was_replaced(void **state)
 {
@@ -552,7 +583,7 @@ int main(void)
         live_test(test_plugged_cpu),     live_test(test_refused_by_command_line),
         live_test(test_block_job),       live_test(test_destination_host),
         live_test(test_file_identity),   live_test(test_an_image_that_grows),
-        live_test(test_an_image_that_was_replaced),
+        live_test(test_an_image_that_was_replaced), live_test(test_a_copy_that_is_only_read),
         live_test(test_a_disk_that_qemu_does_not_see), live_test(test_mount_namespace),
         live_test(test_rbd_identity),    live_test(test_other_identities),
     };
