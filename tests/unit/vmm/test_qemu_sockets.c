@@ -62,7 +62,7 @@ static void expect_free(const char *option, const char *value)
 static void test_somebody_listens(void **state)
 {
     char text[200];
-    cleanup_close int fd = listen_at(path_of("a"));
+    int fd = listen_at(path_of("a"));
     snprintf(text, sizeof(text), "unix:%s,server=on,wait=off", path_of("a"));
     expect_taken("-qmp", text);
     expect_taken("-serial", text);
@@ -76,6 +76,7 @@ static void test_somebody_listens(void **state)
     expect_free("-chardev", text);
     snprintf(text, sizeof(text), "unix:%s,server=off", path_of("a"));
     expect_free("-serial", text);
+    close(fd);
     unlink(path_of("a"));
 }
 
