@@ -398,15 +398,21 @@ static void end_sequencer(struct image_writer *w)
     w->sequencing = false;
 }
 
+/*
+ * The last packs are stored while the trees are: nobody sees either before the commit, and who finds
+ * a node of these trees in the index has found its pages first, in packs that are there.
+ */
 static int finish_files(struct image_writer *w, struct vm_error **err)
 {
-    if (failure_report(&w->failure, err) < 0 || emit_filling(w, err) < 0 ||
-        pack_writer_finish(w->packs, err) < 0 || leaf_builder_finish(w->leaves, err) < 0)
+    if (failure_report(&w->failure, err) < 0 || emit_filling(w, err) < 0)
+        return -1;
+    pack_writer_close(w->packs);
+    if (leaf_builder_finish(w->leaves, err) < 0)
         return -1;
     for (struct image_file *f = w->files; f; f = f->next)
         if (file_tree_finish(f->tree, w->trees, &f->root, err) < 0)
             return -1;
-    return tree_writer_finish(w->trees, err);
+    return tree_writer_finish(w->trees, err) < 0 ? -1 : pack_writer_finish(w->packs, err);
 }
 
 int image_writer_finish(struct image_writer *w, struct vm_error **err)

@@ -451,10 +451,16 @@ int pack_writer_wait_laid(struct pack_writer *pw, const struct cached_footer *f,
     return failed(pw, err);
 }
 
+void pack_writer_close(struct pack_writer *pw)
+{
+    close_current(pw);
+}
+
 int pack_writer_finish(struct pack_writer *pw, struct vm_error **err)
 {
     close_current(pw);
-    if (wait_packs(pw, 0, err) < 0)
+    /* What is durable so far is indexed while the last packs are stored. */
+    if (index_stored(pw, 1, err) < 0 || wait_packs(pw, 0, err) < 0)
         return -1;
     wait_indexing(pw);
     return failed(pw, err) < 0 ? -1 : index_stored(pw, 1, err);

@@ -68,7 +68,9 @@ static inline bool record_is_laid(const struct cached_footer *f, uint32_t record
 /* Until the record has its offset and length, which is soon: it waits for compression alone. */
 int pack_writer_wait_laid(struct pack_writer *pw, const struct cached_footer *f, uint32_t record,
                           struct vm_error **err);
-/* Close the last pack and wait until all are durable and indexed. */
+/* No more records: the last pack is stored as soon as all of its are laid out. */
+void pack_writer_close(struct pack_writer *pw);
+/* pack_writer_close, and wait until all packs are durable and indexed. */
 int pack_writer_finish(struct pack_writer *pw, struct vm_error **err);
 
 struct pack_writer_stat {
