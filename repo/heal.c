@@ -57,7 +57,8 @@ static int lose_record(struct heal *h, const struct footer *f, const struct foot
     bool all = true;
     for (uint8_t i = 0; i < r->n_pages; i++) {
         struct recipe_page p = {.offset = r->offset, .page = i};
-        bool known = forwarding_find(forwarding, &p);
+        bool known = forwarding_find(forwarding, &p) &&
+                     !quarantine_has(&h->quarantine, p.pack, p.offset);
         const struct page_id *id = &f->ids[r->first_page + i];
         all &= known;
         if (index_samples(id))

@@ -305,9 +305,11 @@ static int queue_pack(const char *name, void *arg, struct vm_error **err)
     if (number_set_add(&s->listed, number, err) < 0)
         return -1;
     uint64_t at = verified_at(&s->verified, number);
-    if (s->options->older_than_s && at && at + s->options->older_than_s > s->now_s) {
+    /* A time that is still to come is that of a clock that was wrong. */
+    if (s->options->older_than_s && at && at <= s->now_s &&
+        at + s->options->older_than_s > s->now_s) {
         s->report.packs_skipped++;
-        uint64_t ago = at < s->now_s ? s->now_s - at : 0;
+        uint64_t ago = s->now_s - at;
         s->report.oldest_s = ago > s->report.oldest_s ? ago : s->report.oldest_s;
         return known_bad(s, number, err);
     }
@@ -361,14 +363,15 @@ static int forget_gone(struct scrub *s, struct vm_error **err)
     return unless_read_only(result, problem, err);
 }
 
-/* Are all pages of the damaged record elsewhere, by the pack's forwarding? */
-static bool is_healed(const struct bad *bad, const struct forwarding *f)
+/* Are all pages of the damaged record elsewhere, by the pack's forwarding, and not damaged there? */
+static bool is_healed(const struct scrub *s, const struct bad *bad, const struct forwarding *f)
 {
     if (bad->offset == WHOLE_PACK || !bad->n_pages)
         return false;
     for (uint8_t i = 0; i < bad->n_pages; i++) {
         struct recipe_page p = {.offset = (uint32_t)bad->offset, .page = i};
-        if (!forwarding_find(f, &p))
+        if (!forwarding_find(f, &p) || is_bad(&s->bad, p.pack, p.offset) ||
+            is_bad(&s->bad, p.pack, WHOLE_PACK))
             return false;
     }
     return true;
@@ -388,7 +391,7 @@ static int tell_damage(struct scrub *s, struct vm_error **err)
                 forwarding_drop_gone(&f, &presence, err) < 0)
                 return -1;
         }
-        if (is_healed(bad, &f))
+        if (is_healed(s, bad, &f))
             s->report.healed++;
         else
             report_damage(s, bad->what ? bad->what : "one more record is damaged");
