@@ -100,7 +100,9 @@ static int mark_image(const struct image *image, void *arg, struct vm_error **er
     if (catalogue_root_is_current(m->store, image, &current, err) < 0)
         return -1;
     return current ? error_set(err, VM_ERROR_CORRUPT,
-                               "%s; nothing is removed before that is settled", error_message(kept))
+                               "%s; nothing is removed before that image is deleted, and its leases "
+                               "are dropped, which \"vmmig repo scrub\" names",
+                               error_message(kept))
                    : 0;
 }
 
@@ -483,11 +485,14 @@ static int settle_and_collect(struct collection *c, struct vm_error **err)
     return c->report.repacked ? settle(c, err) : 0;
 }
 
-/* What writers left that turned out to be dead is garbage only now. */
+/*
+ * What writers left that turned out to be dead is garbage only now; and a list that was open already
+ * does not know of what became garbage since.
+ */
 static int collect_twice(struct collection *c, struct vm_error **err)
 {
     int result = settle_and_collect(c, err);
-    if (result < 0 || !c->report.writers_fenced)
+    if (result < 0 || !(c->report.writers_fenced || c->report.adopted))
         return result;
     bool adopted = c->report.adopted;
     uint64_t condemned = c->report.condemned;

@@ -242,6 +242,7 @@ COLLECT_POINTS = ['repo.collect-listed', 'repo.collect-made', 'repo.collect-publ
 def test_a_collection_killed_at_any_point(repository, raw, tmp_path, point):
     repository.run('import', raw, 'kept')
     repository.run('import', disk(tmp_path / 'old.raw', 24, seed=2), 'old')
+    repository.run('import', disk(tmp_path / 'later.raw', 8, seed=3), 'later')
     repository.run('delete', 'old')
     before, = repository.run('stat')
     with pytest.raises(Failed) as failed:
@@ -249,10 +250,13 @@ def test_a_collection_killed_at_any_point(repository, raw, tmp_path, point):
     assert failed.value.status == -9
     repository.second_reader('check')
     repository.run('import', raw, 'new')  # beside a list that may be open
+    repository.run('delete', 'later')  # which does not know of it
     done, = repository.run('collect', 1000)
     assert done['adopted'] == (point not in COLLECT_POINTS[:2])
     after, = repository.run('stat')
     assert after['packs'] < before['packs']
+    again, = repository.run('collect', 1000)
+    assert again['condemned'] == 0, again
     repository.run('delete', 'kept')
     repository.run('export', 'new', tmp_path / 'out.raw')
     assert same(raw, tmp_path / 'out.raw')
