@@ -104,7 +104,8 @@ struct findings {
 static void take_finding(enum scrub_kind kind, const char *what, void *arg)
 {
     struct findings *f = arg;
-    Vmmig__Control__RepoFinding *m = f->n < SERVICE_FINDINGS_MAX ? malloc(sizeof(*m)) : NULL;
+    size_t max = kind == SCRUB_IMAGE ? SERVICE_FINDINGS_MAX : SERVICE_DAMAGE_MAX;
+    Vmmig__Control__RepoFinding *m = f->n < max ? malloc(sizeof(*m)) : NULL;
     if (!m)
         return;
     vmmig__control__repo_finding__init(m);

@@ -25,7 +25,8 @@
 
 #include <stdbool.h>
 
-enum { SERVICE_FINDINGS_MAX = 1000 }; /* of a scrub, that are named */
+/* Of what a scrub finds so much is named; the images that are touched have room beside the damage. */
+enum { SERVICE_FINDINGS_MAX = 1000, SERVICE_DAMAGE_MAX = 500 };
 
 typedef int repo_service_emit_fn(const Vmmig__Control__RepoResult *part, void *arg,
                                  struct vm_error **err);

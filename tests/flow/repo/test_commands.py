@@ -23,6 +23,7 @@ from agents import eventually
 
 from .conftest import ROOT, build, fault_build
 from .objects import objects
+from .test_damage import records
 from .test_repository import MIB, broken_qcow2, disk
 
 MANUAL = pathlib.Path(ROOT, 'docs/vmmig.1.md').read_text(encoding='utf-8')
@@ -639,6 +640,26 @@ def test_damage_and_how_it_is_mended(way, raw, tmp_path):
     way.run('image', 'export', 'a', tmp_path / 'out')
     assert filecmp.cmp(raw, tmp_path / 'out', shallow=False)
     assert way.run('repo', 'scrub')['findings'] == []
+
+
+def test_images_are_named_whatever_is_damaged(dir_way, tmp_path):
+    """More records than a scrub names."""
+    rng, source = random.Random(7), tmp_path / 'many.raw'
+    source.write_bytes(b''.join(rng.randbytes(32 << 10) + bytes(32 << 10) for _ in range(1040)))
+    dir_way.run('image', 'import', source, 'a', '--format', 'raw')
+    store, flipped = objects(dir_way.url), 0
+    for pack in store.names('pack.'):
+        data = bytearray(store.read(pack))
+        places, _ = records(data)
+        for offset, length, _ in places:
+            data[offset + length - 1] ^= 1
+        flipped += len(places)
+        store.write(pack, bytes(data))
+    assert flipped > 1000
+    done = dir_way.try_run('repo', 'scrub', '--json')
+    assert done.returncode == 12, done.stderr
+    found = json.loads(done.stdout)
+    assert found['damaged'] == flipped and [f['what'] for f in found['findings'] if f['kind'] == 'image'] == ['a']
 
 
 def test_a_copy_never_spreads_damage(dir_way, raw, tmp_path):
