@@ -324,7 +324,8 @@ int file_reader_pages(struct file_reader *r, uint64_t leaf, const unsigned *page
 static int find_data(struct file_reader *r, uint64_t offset, uint64_t *ret_start, uint64_t *ret_len,
                      struct vm_error **err)
 {
-    uint64_t leaf = offset / RECIPE_LEAF_BYTES, end = file_tree_leaves(r->tree), n = 0;
+    uint64_t leaf = offset / RECIPE_LEAF_BYTES, n = 0;
+    uint64_t end = (r->size + RECIPE_LEAF_BYTES - 1) / RECIPE_LEAF_BYTES;
     struct recipe_ref ref = {0};
     for (; leaf < end && recipe_ref_is_zero(&ref); leaf += recipe_ref_is_zero(&ref))
         if (leaf_ref(r, leaf, &ref, err) < 0)

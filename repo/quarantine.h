@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * quarantine: what scrubs found to be damaged, as far as packs go. It is not shared any more, and
- * never returned as data; a forwarding (repo/forwarding.h) says where its pages are once they were
+ * not returned as data (a reader that is at work hears of it within a minute; until then the record's
+ * checksum alone tells it); a forwarding (repo/forwarding.h) says where its pages are once they were
  * stored again.
  *
  * Map "quarantine" has a key per pack, the name of the pack: u64 when it was found (seconds since

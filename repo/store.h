@@ -159,7 +159,7 @@ int store_list(struct store *s, enum store_area area, const char *prefix, store_
                void *arg, struct vm_error **err);
 
 struct store_space {
-    uint64_t total, available; /* bytes of the file system, or of the pool after replication */
+    uint64_t total, available; /* bytes of the file system, or of the cluster, raw: before it makes copies */
 };
 int store_space(struct store *s, struct store_space *ret_space, struct vm_error **err);
 

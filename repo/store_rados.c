@@ -342,15 +342,21 @@ static int rados_ballast_take(struct store *s, struct vm_error **err)
 
 static int rados_ballast_refill(struct store *s, struct vm_error **err)
 {
+    char names[BALLAST_OBJECTS][32];
+    struct store_op sizes[BALLAST_OBJECTS];
+    for (int i = 0; i < BALLAST_OBJECTS; i++) {
+        ballast_name(i, names[i]);
+        sizes[i] = (struct store_op){.kind = STORE_SIZE, .area = STORE_BLOB, .name = names[i]};
+    }
+    if (store_run(s, sizes, BALLAST_OBJECTS, err) < 0)
+        return -1;
     cleanup_free void *zeros = calloc(1, BALLAST_SIZE);
     if (!zeros)
         return error_nomem(err);
-    for (int i = 0; i < BALLAST_OBJECTS; i++) {
-        char name[32];
-        ballast_name(i, name);
-        if (store_create(s, STORE_BLOB, name, zeros, BALLAST_SIZE, err) == STORE_FAILED)
+    for (int i = 0; i < BALLAST_OBJECTS; i++)
+        if (sizes[i].result == STORE_MISSING &&
+            store_create(s, STORE_BLOB, names[i], zeros, BALLAST_SIZE, err) == STORE_FAILED)
             return -1;
-    }
     return 0;
 }
 
