@@ -310,8 +310,7 @@ static int add_image(const struct image *image, void *arg, struct vm_error **err
 static int by_age(const void *a, const void *b)
 {
     const struct image *x = a, *y = b;
-    return x->created_s != y->created_s ? (x->created_s > y->created_s ? 1 : -1)
-                                        : strcmp(x->name, y->name);
+    return (x->writer > y->writer) - (x->writer < y->writer);
 }
 
 static int choose_images(struct copy *c, const char *name, struct image_list *l,

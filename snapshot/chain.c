@@ -72,15 +72,16 @@ static int add(const struct image *image, void *arg, struct vm_error **err)
     return 0;
 }
 
-/* By VM; then by time, and within a second by the order in which they began. */
+/*
+ * By VM; then by the order in which they began, which the repository counts. Clocks do not tell it: those of two hosts
+ * differ, and one may be set back.
+ */
 static int compare(const void *x, const void *y)
 {
     const struct snapshot_entry *a = x, *b = y;
     int vm = strcmp(a->vm, b->vm);
     if (vm)
         return vm;
-    if (a->created_s != b->created_s)
-        return a->created_s < b->created_s ? -1 : 1;
     return (a->writer > b->writer) - (a->writer < b->writer);
 }
 
@@ -164,23 +165,4 @@ void snapshot_choose(const struct snapshot_entry *list, size_t n, const struct s
         drop[i] = n - i > rule->last;
     keep_periods(list, n, rule->daily, day_of, drop);
     keep_periods(list, n, rule->weekly, week_of, drop);
-}
-
-/* ---- phases ---- */
-
-#define X(id, name, text) name,
-static const char *const phase_names[] = {SNAPSHOT_PHASES(X)};
-#undef X
-#define X(id, name, text) text,
-static const char *const phase_texts[] = {SNAPSHOT_PHASES(X)};
-#undef X
-
-const char *snapshot_phase_name(enum snapshot_phase phase)
-{
-    return phase_names[phase];
-}
-
-const char *snapshot_phase_text(enum snapshot_phase phase)
-{
-    return phase_texts[phase];
 }

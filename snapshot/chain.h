@@ -17,7 +17,10 @@ struct snapshot_entry {
     bool memory; /* not --disk-only */
 };
 
-/* Of that VM (NULL: of all), oldest first: an allocated array (free it). */
+/*
+ * Of that VM (NULL: of all), oldest first: an allocated array (free it). Older is what began earlier in this
+ * repository, whatever clocks said.
+ */
 int snapshot_list(struct repo *r, const char *vm, struct snapshot_entry **ret_list, size_t *ret_n,
                   struct vm_error **err);
 /* The newest of a VM; its name is "" if there is none. */

@@ -52,16 +52,12 @@
 #define SNAPSHOT_NAME_MAX 48 /* of NAME, without the NUL */
 #define SNAPSHOT_NOTE_MAX 256
 
-/* X(id, stable name, text) */
-#define SNAPSHOT_PHASES(X)                                                                         \
-    X(PREPARING, "preparing", "looking at the VM and its last snapshot")                           \
-    X(SWITCHING, "switching", "the guest is paused for an instant")                                \
-    X(COPYING, "copying", "storing disks and memory while the guest runs")                         \
-    X(COMMITTING, "committing", "making the snapshot visible")
-
-#define X(id, ...) SNAPSHOT_##id,
-enum snapshot_phase { SNAPSHOT_PHASES(X) };
-#undef X
+enum snapshot_phase {
+    SNAPSHOT_PREPARING,  /* looking at the VM and its last snapshot */
+    SNAPSHOT_SWITCHING,  /* the guest is paused for an instant */
+    SNAPSHOT_COPYING,    /* storing disks and memory while the guest runs */
+    SNAPSHOT_COMMITTING, /* making the snapshot visible */
+};
 
 struct snapshot_progress {
     enum snapshot_phase phase;
@@ -108,8 +104,5 @@ int snapshot_split_name(const char *image, char ret_vm[VM_NAME_MAX + 1],
 
 int snapshot_take(const struct snapshot_params *params, struct snapshot_report *ret_report,
                   struct vm_error **err);
-
-const char *snapshot_phase_name(enum snapshot_phase phase);
-const char *snapshot_phase_text(enum snapshot_phase phase);
 
 #endif
