@@ -26,11 +26,10 @@ struct fetch_images {
     uint64_t clock;
 };
 
-struct fetch_images *fetch_images_create(struct repo *r, const char *owner, struct vm_error **err)
+struct fetch_images *fetch_images_create(struct repo *r, struct vm_error **err)
 {
     struct fetch_images *t = calloc(1, sizeof(*t));
     struct entry *entries = calloc(FETCHER_IMAGES_MAX, sizeof(*entries));
-    (void)owner;
     if (!t || !entries) {
         free(t);
         free(entries);

@@ -492,7 +492,7 @@ static int serve(struct fetcher *f, struct vm_error **err)
     pthread_mutex_init(&f->lock, NULL);
     f->demand = queue_create(QUEUE_MAX, request_free, err);
     f->ahead = f->demand ? queue_create(QUEUE_MAX, NULL, err) : NULL;
-    f->images = f->ahead ? fetch_images_create(f->repo, f->owner, err) : NULL;
+    f->images = f->ahead ? fetch_images_create(f->repo, err) : NULL;
     if (!f->images)
         return -1;
     for (int i = 0; i < FETCHER_DEMAND + FETCHER_AHEAD; i++) {

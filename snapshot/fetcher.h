@@ -22,7 +22,7 @@ enum { FETCHER_DEMAND = 8, FETCHER_AHEAD = 4, FETCHER_IMAGES_MAX = 32 };
 /* ---- open images: any thread ---- */
 
 struct fetch_images;
-struct fetch_images *fetch_images_create(struct repo *r, const char *owner, struct vm_error **err);
+struct fetch_images *fetch_images_create(struct repo *r, struct vm_error **err);
 void fetch_images_destroy(struct fetch_images *t);
 /*
  * Which image that is: of that name and number, be it in the catalogue or only leased. NOT_FOUND.

@@ -15,22 +15,29 @@
  * drops it. Names of templates by digest ("t:NAME@DIGEST") never stand for anything else.
  *
  * Reads. A chunk of 64 KiB is present or not. Present: it comes from the cache. Not: it is fetched,
- * with what follows when reads come in sequence. Files named disk* fail with EIO after read-timeout
- * without an answer; of all others (memory, device state) a read waits as long as it takes. What
- * the repository reports as damaged is EIO at once. Writing is EROFS; O_RDWR opens are accepted.
+ * with what follows when reads come in sequence. Of files named memory* and of device.state, which
+ * guests need, a read waits as long as it takes; of all others it fails with EIO after read-timeout
+ * without an answer. What the repository reports as damaged is EIO at once. Writing is EROFS; O_RDWR
+ * opens are accepted.
+ *
+ * Reads that wait hold up no others: the kernel stops asking at HOLDER_BACKGROUND_MAX (of a page
+ * cache's miss, whatever the file) and the holder at HOLDER_WAITERS_MAX, both of which are more than
+ * the virtual CPUs of a host's guests have under way.
  *
  * Cache: an unlinked file per file of an image, sparse, below the cache's folder; nothing is left
  * when the holder ends, and what others put into the folder is not looked at. At the limit the
  * chunks that were not read for longest go; so does a sixteenth whenever the file system has no
  * room. A reading guest's pages are in the kernel's page cache once, whatever the number of clones.
  *
- * Working set. Of a template's first use, which begins when its memory or its device state is opened,
- * the order is recorded in which its chunks are read, for some seconds, and a fetcher stores it beside the template; it is read ahead at every later first
- * use on any host.
+ * Working set. Of a template's first use by a VMM, the order is recorded in which its chunks are read, for some
+ * seconds, and a fetcher stores it beside the template; it is read ahead at every later first use on any host. Such a
+ * use is one that has the device state and memory open at once, and lasts until the recording is over: of a look at
+ * the files, or a VMM that ended at once, nothing is stored.
  *
  * Memory: 1 MiB of buffers, 1 byte per 64 KiB of each file that was opened, HOLDER_TASKS_MAX
  * requests to fetchers and HOLDER_WAITERS_MAX waiting reads (beyond these /dev/fuse is not read),
- * HOLDER_IMAGES_MAX images without users.
+ * HOLDER_IMAGES_MAX images without users, HOLDER_LISTS_MAX of names in folders that are open. An image whose name the
+ * kernel keeps in its own cache is kept, too: 400 bytes, and 200 for each of its files.
  *
  * This header is for the holder's files alone.
  */
@@ -48,7 +55,9 @@
 
 enum {
     HOLDER_TASKS_MAX = 4096,
-    HOLDER_WAITERS_MAX = 1024,
+    HOLDER_FETCHES_MAX = 3840, /* of these may be FETCH: names and leases are asked for beside them */
+    HOLDER_BACKGROUND_MAX = 12288, /* reads for the page cache that the kernel has at most under way */
+    HOLDER_WAITERS_MAX = 16384,
     HOLDER_IMAGES_MAX = 128,
     HOLDER_FETCHERS_MAX = 4,
     HOLDER_IN_FLIGHT = 48,       /* requests to one fetcher */
@@ -56,6 +65,9 @@ enum {
     HOLDER_READ_AHEAD = 1 << 20, /* bytes, of reads in sequence */
     HOLDER_TOUCHES_MAX = MOUNT_PAYLOAD_MAX / sizeof(struct mount_touch),
     HOLDER_LIST_MAX = 16 << 20,  /* bytes of names in one listing */
+    HOLDER_LISTS_MAX = 64 << 20, /* bytes of names in all that are open, equal ones once */
+    HOLDER_BUCKETS = 4096,
+    HOLDER_FIRST_INO = 1000,
 };
 
 struct holder_options {
@@ -110,7 +122,8 @@ struct opener { /* an open that waits for the lease */
 };
 
 struct image_dir {
-    struct image_dir *next;
+    struct image_dir *next, *newer; /* the newest stands first */
+    struct image_dir *next_of_name, *next_of_ino; /* in the holder's tables */
     char name[MOUNT_NAME_MAX + 1];
     uint64_t number, ino; /* the number of its commit: never given twice */
     uint64_t lookups;     /* that the kernel holds, of the folder and its files */
@@ -123,11 +136,19 @@ struct image_dir {
     /* recording of the working set */
     bool asked; /* for a working set that is known */
     bool recording, recorded;
+    bool by_vmm; /* what is recorded is a VMM's use */
     int64_t record_until_ns;
     struct mount_touch *touches;
     uint32_t n_touches;
     unsigned n_nodes;
-    struct node nodes[MOUNT_FILES_MAX];
+    struct node nodes[];
+};
+
+/* What the root had when it was opened; of several folders that had the same there is one. */
+struct names {
+    unsigned users;
+    size_t len;
+    char *text; /* escaped, each with its NUL */
 };
 
 struct holder {
@@ -141,9 +162,11 @@ struct holder {
     uid_t uid;
     gid_t gid;
     char life[MOUNT_LIFE_SIZE];
-    struct image_dir *images;
-    unsigned n_images;
+    struct image_dir *images, *oldest, *of_name[HOLDER_BUCKETS], *of_ino[HOLDER_BUCKETS];
+    unsigned n_images, trim_beyond;
     uint64_t next_ino;
+    struct names *newest_names; /* a user of them itself */
+    size_t names_bytes;         /* of all that are there */
     unsigned n_waiters;
     uint64_t cache_used;
     struct image_dir *hand_image; /* where eviction goes on */
@@ -187,6 +210,8 @@ void image_closed(struct holder *h, struct image_dir *d);
 void nodes_expire(struct holder *h, int64_t now_ns);
 /* The recording is over: have it stored. */
 void image_record(struct holder *h, struct image_dir *d);
+/* It was no VMM's use, or a short one: the next one is recorded. */
+void image_record_nothing(struct image_dir *d);
 
 /* ---- requests to fetchers: holder_fetchers.c ---- */
 

@@ -22,7 +22,7 @@ struct fetcher {
     pid_t pid;
     struct loop_watch *watch;
     bool ready;    /* it said HELLO */
-    bool retiring; /* gets no more work */
+    bool retiring; /* gets no more work; its successor is there */
     unsigned in_flight;
 };
 
@@ -43,7 +43,8 @@ extern char **environ;
 struct task *task_new(struct holder *h, enum mount_type type, const char *name, task_fn *done)
 {
     struct fetchers *f = h->fetchers;
-    struct task *t = f->n_tasks < HOLDER_TASKS_MAX ? calloc(1, sizeof(*t)) : NULL;
+    unsigned most = type == MOUNT_FETCH ? HOLDER_FETCHES_MAX : HOLDER_TASKS_MAX;
+    struct task *t = f->n_tasks < most ? calloc(1, sizeof(*t)) : NULL;
     if (!t)
         return NULL;
     t->message = mount_message(type, ++f->next_id, name);
@@ -233,9 +234,10 @@ static void drop_fetcher(struct holder *h, struct fetcher *x, const char *why)
     for (struct task *t = f->tasks; t; t = t->next)
         if (t->at == x)
             t->at = NULL; /* asked again of the next */
+    bool had_successor = x->retiring;
     kill(x->pid, SIGKILL);
     close_fetcher(x);
-    if (f->start_at_ns == INT64_MAX)
+    if (!had_successor && f->start_at_ns == INT64_MAX)
         f->start_at_ns = clock_mono_ns() + f->pause_ns;
 }
 

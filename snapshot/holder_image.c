@@ -10,15 +10,59 @@
 #include <linux/falloc.h>
 #include <string.h>
 
-/* ---- the table ---- */
+/* ---- the tables ---- */
 
 static bool is_template(const char *name)
 {
     return !strncmp(name, "t:", 2) && strchr(name, '@');
 }
 
+static struct image_dir **bucket_of_name(struct holder *h, const char *name)
+{
+    uint32_t hash = 2166136261u;
+    for (const char *c = name; *c; c++)
+        hash = (hash ^ (uint8_t)*c) * 16777619u;
+    return &h->of_name[hash % HOLDER_BUCKETS];
+}
+
+/* The numbers of an image and its files follow one another. */
+static struct image_dir **bucket_of_ino(struct holder *h, uint64_t ino)
+{
+    return &h->of_ino[(ino - HOLDER_FIRST_INO) / (MOUNT_FILES_MAX + 1) % HOLDER_BUCKETS];
+}
+
+static void enter(struct holder *h, struct image_dir *d)
+{
+    struct image_dir **named = bucket_of_name(h, d->name), **numbered = bucket_of_ino(h, d->ino);
+    d->next_of_name = *named;
+    d->next_of_ino = *numbered;
+    *named = *numbered = d;
+    d->next = h->images;
+    if (h->images)
+        h->images->newer = d;
+    else
+        h->oldest = d;
+    h->images = d;
+    h->n_images++;
+}
+
+static void leave(struct holder *h, struct image_dir *d)
+{
+    struct image_dir **p;
+    for (p = bucket_of_name(h, d->name); *p != d; p = &(*p)->next_of_name)
+        ;
+    *p = d->next_of_name;
+    for (p = bucket_of_ino(h, d->ino); *p != d; p = &(*p)->next_of_ino)
+        ;
+    *p = d->next_of_ino;
+    *(d->newer ? &d->newer->next : &h->images) = d->next;
+    *(d->next ? &d->next->newer : &h->oldest) = d->newer;
+    h->n_images--;
+}
+
 static void image_free(struct holder *h, struct image_dir *d)
 {
+    leave(h, d);
     for (unsigned i = 0; i < d->n_nodes; i++) {
         struct node *n = &d->nodes[i];
         for (uint64_t c = 0; n->chunks && c < n->n_chunks; c++)
@@ -31,16 +75,15 @@ static void image_free(struct holder *h, struct image_dir *d)
         h->hand_image = NULL;
     free(d->touches);
     free(d);
-    h->n_images--;
 }
 
 struct image_dir *image_get(struct holder *h, const char *name, uint64_t number,
                             const struct mount_file *files, unsigned n_files)
 {
-    for (struct image_dir *d = h->images; d; d = d->next)
+    for (struct image_dir *d = *bucket_of_name(h, name); d; d = d->next_of_name)
         if (d->number == number && !strcmp(d->name, name))
             return d;
-    struct image_dir *d = calloc(1, sizeof(*d));
+    struct image_dir *d = calloc(1, sizeof(*d) + n_files * sizeof(*d->nodes));
     if (!d)
         return NULL;
     strcpy(d->name, name);
@@ -57,16 +100,15 @@ struct image_dir *image_get(struct holder *h, const char *name, uint64_t number,
         n->n_chunks = (n->size + MOUNT_CHUNK - 1) / MOUNT_CHUNK;
         snprintf(n->name, sizeof(n->name), "%.*s", MOUNT_FILE_NAME_MAX, files[i].name);
     }
-    d->next = h->images;
-    h->images = d;
-    h->n_images++;
-    image_trim(h);
+    enter(h, d);
+    if (h->n_images > h->trim_beyond)
+        image_trim(h);
     return d;
 }
 
 struct image_dir *image_find_held(struct holder *h, const char *name)
 {
-    for (struct image_dir *d = h->images; d; d = d->next)
+    for (struct image_dir *d = *bucket_of_name(h, name); d; d = d->next_of_name)
         if (d->lease && d->open && !strcmp(d->name, name))
             return d;
     return NULL;
@@ -74,10 +116,10 @@ struct image_dir *image_find_held(struct holder *h, const char *name)
 
 struct image_dir *image_of_ino(struct holder *h, uint64_t ino)
 {
-    for (struct image_dir *d = h->images; d; d = d->next)
-        if (ino >= d->ino && ino <= d->ino + MOUNT_FILES_MAX)
-            return d;
-    return NULL;
+    struct image_dir *d = ino < HOLDER_FIRST_INO ? NULL : *bucket_of_ino(h, ino);
+    while (d && (ino < d->ino || ino > d->ino + MOUNT_FILES_MAX))
+        d = d->next_of_ino;
+    return d;
 }
 
 struct node *node_of_ino(struct holder *h, uint64_t ino)
@@ -95,28 +137,44 @@ static bool is_idle(const struct image_dir *d)
     return !d->lookups && !d->open && !d->openers && !d->lease && !d->leasing && !d->tasks;
 }
 
+static int by_time(const void *a, const void *b)
+{
+    const int64_t *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+/* Of the idle ones, but the newest image, the time of use up to which they have to go; INT64_MIN: none. */
+static int64_t choose_limit(const struct holder *h)
+{
+    size_t n = 0, excess = h->n_images - HOLDER_IMAGES_MAX;
+    cleanup_free int64_t *times = calloc(h->n_images, sizeof(*times));
+    for (const struct image_dir *d = h->images->next; times && d; d = d->next)
+        if (is_idle(d))
+            times[n++] = d->used_ns;
+    if (!n)
+        return INT64_MIN;
+    qsort(times, n, sizeof(*times), by_time);
+    return times[(excess < n ? excess : n) - 1];
+}
+
 void image_trim(struct holder *h)
 {
-    while (h->n_images > HOLDER_IMAGES_MAX) {
-        struct image_dir **oldest = NULL;
-        for (struct image_dir **p = &h->images->next; *p; p = &(*p)->next)
-            if (is_idle(*p) && (!oldest || (*p)->used_ns < (*oldest)->used_ns))
-                oldest = p;
-        if (!oldest)
-            return;
-        struct image_dir *d = *oldest;
-        *oldest = d->next;
-        image_free(h, d);
+    if (h->n_images > HOLDER_IMAGES_MAX) {
+        int64_t limit = choose_limit(h);
+        for (struct image_dir *d = h->images->next, *next; d && h->n_images > HOLDER_IMAGES_MAX; d = next) {
+            next = d->next;
+            if (d->used_ns <= limit && is_idle(d))
+                image_free(h, d);
+        }
     }
+    /* Those that the kernel keeps are not looked at for each one that comes. */
+    h->trim_beyond = h->n_images + HOLDER_IMAGES_MAX / 2;
 }
 
 void images_destroy(struct holder *h)
 {
-    while (h->images) {
-        struct image_dir *d = h->images;
-        h->images = d->next;
-        image_free(h, d);
-    }
+    while (h->images)
+        image_free(h, h->images);
 }
 
 /* ---- the cache ---- */
@@ -178,10 +236,7 @@ static void turn_hand(struct holder *h)
     h->hand_node++;
     if (h->hand_image && h->hand_node < h->hand_image->n_nodes)
         return;
-    struct image_dir *newer = h->images; /* a newer one stands before it; the last is the oldest */
-    while (newer && newer->next && newer->next != h->hand_image)
-        newer = newer->next;
-    h->hand_image = newer;
+    h->hand_image = h->hand_image && h->hand_image->newer ? h->hand_image->newer : h->oldest;
     h->hand_node = 0;
 }
 
@@ -337,7 +392,7 @@ static void touch(struct node *n, uint64_t offset, size_t len)
 
 static bool may_time_out(const struct node *n)
 {
-    return !strncmp(n->name, "disk", 4);
+    return strncmp(n->name, "memory", 6) && strcmp(n->name, "device.state");
 }
 
 static void wait_for_data(struct holder *h, struct node *n, fuse_req_t req, uint64_t offset,
@@ -512,6 +567,17 @@ void image_record(struct holder *h, struct image_dir *d)
     task_submit(h, t);
 }
 
+void image_record_nothing(struct image_dir *d)
+{
+    if (!d->recording)
+        return;
+    d->recording = d->by_vmm = false;
+    free(steal_ptr(&d->touches));
+    for (unsigned i = 0; i < d->n_nodes; i++)
+        for (uint64_t c = 0; d->nodes[i].chunks && c < d->nodes[i].n_chunks; c++)
+            d->nodes[i].chunks[c] &= (uint8_t)~CHUNK_TOUCHED;
+}
+
 void nodes_expire(struct holder *h, int64_t now_ns)
 {
     for (struct image_dir *d = h->images; d; d = d->next) {
@@ -523,7 +589,11 @@ void nodes_expire(struct holder *h, int64_t now_ns)
             for (struct waiter *w = n->waiters; w; w = w->next)
                 fetch_absent(h, n, w->offset, w->len);
         }
-        if (d->recording && now_ns >= d->record_until_ns)
+        if (!d->recording || now_ns < d->record_until_ns)
+            continue;
+        if (d->by_vmm)
             image_record(h, d);
+        else
+            image_record_nothing(d);
     }
 }

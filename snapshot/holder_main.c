@@ -103,7 +103,7 @@ static int prepare(struct holder *h, struct vm_error **err)
         files.rlim_cur = files.rlim_max;
         setrlimit(RLIMIT_NOFILE, &files);
     }
-    h->next_ino = 1000;
+    h->next_ino = HOLDER_FIRST_INO;
     h->read_buffer = malloc(HOLDER_FETCH_MAX);
     if (!h->read_buffer)
         return error_nomem(err);

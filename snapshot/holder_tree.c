@@ -13,7 +13,7 @@
 
 #define NAME_TIMEOUT_S 1.0 /* how long the kernel may keep what a name stands for */
 #define FOREVER_S 1e6
-enum { BACKGROUND_MAX = 128, REQUESTS_PER_TURN = 64 };
+enum { REQUESTS_PER_TURN = 64 };
 
 static struct holder *of(fuse_req_t req)
 {
@@ -24,14 +24,10 @@ static int errno_of(const struct mount_packet *answer)
 {
     switch (answer->m.kind) {
     case VM_ERROR_NOT_FOUND:
-        return ENOENT;
     case VM_ERROR_USAGE:
         return ENOENT;
     case VM_ERROR_DENIED:
         return EACCES;
-    case VM_ERROR_TIMEOUT:
-    case VM_ERROR_UNREACHABLE:
-        return EIO;
     default:
         return EIO;
     }
@@ -168,47 +164,81 @@ static void tree_forget(fuse_req_t req, fuse_ino_t ino, uint64_t count)
 
 /* ---- listing ---- */
 
-struct listing {
-    char *names; /* escaped, each with its NUL */
-    size_t len;
+struct listing { /* an open root */
+    struct names *names; /* those of others, too, once it is complete */
     fuse_req_t req;
     struct fuse_file_info fi;
     bool failed;
 };
 
+static void names_unref(struct holder *h, struct names *n)
+{
+    if (!n || --n->users)
+        return;
+    h->names_bytes -= n->len;
+    free(n->text);
+    free(n);
+}
+
+static void listing_free(struct holder *h, struct listing *l)
+{
+    names_unref(h, l->names);
+    free(l);
+}
+
+static bool add_name(struct holder *h, struct names *n, const char *name)
+{
+    char escaped[3 * MOUNT_NAME_MAX + 1];
+    mount_escape(name, escaped);
+    size_t len = strlen(escaped) + 1;
+    bool room = n->len + len <= HOLDER_LIST_MAX && h->names_bytes + len <= HOLDER_LISTS_MAX;
+    char *more = room ? realloc(n->text, n->len + len) : NULL;
+    if (!more)
+        return false;
+    n->text = more;
+    memcpy(more + n->len, escaped, len);
+    n->len += len;
+    h->names_bytes += len;
+    return true;
+}
+
+/* However many have the root open, what they see takes room once as long as it is the same. */
+static void share_names(struct holder *h, struct listing *l)
+{
+    struct names *own = l->names, *newest = h->newest_names;
+    bool same = newest && newest->len == own->len && (!own->len || !memcmp(newest->text, own->text, own->len));
+    if (!same) {
+        names_unref(h, newest);
+        own->users++;
+        h->newest_names = own;
+        return;
+    }
+    names_unref(h, own);
+    newest->users++;
+    l->names = newest;
+}
+
 static void listed(struct holder *h, struct task *t, const struct mount_packet *answer)
 {
     struct listing *l = t->arg;
-    (void)h;
     if (answer->m.type != MOUNT_NAMES) {
         fuse_reply_err(l->req, errno_of(answer));
-        free(l->names);
-        free(l);
+        listing_free(h, l);
         return;
     }
     const char *end = (const char *)answer->payload + answer->m.payload_len;
-    for (const char *name = (const char *)answer->payload; name < end; name += strlen(name) + 1) {
-        char escaped[3 * MOUNT_NAME_MAX + 1];
-        mount_escape(name, escaped);
-        size_t n = strlen(escaped) + 1;
-        char *more = l->len + n <= HOLDER_LIST_MAX ? realloc(l->names, l->len + n) : NULL;
-        if (!more) {
-            l->failed = true;
-            break;
-        }
-        l->names = more;
-        memcpy(more + l->len, escaped, n);
-        l->len += n;
-    }
+    for (const char *name = (const char *)answer->payload; name < end && !l->failed; name += strlen(name) + 1)
+        l->failed = !add_name(h, l->names, name);
     if (!(answer->m.flags & MOUNT_LAST))
         return;
     if (l->failed) {
         fuse_reply_err(l->req, EOVERFLOW);
-        free(l->names);
-        free(l);
-    } else {
-        fuse_reply_open(l->req, &l->fi);
+        listing_free(h, l);
+        return;
     }
+    share_names(h, l);
+    if (fuse_reply_open(l->req, &l->fi) < 0) /* it was interrupted: no release will come */
+        listing_free(h, l);
 }
 
 static void tree_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *fi)
@@ -220,12 +250,16 @@ static void tree_opendir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
         return;
     }
     struct listing *l = calloc(1, sizeof(*l));
-    struct task *t = l ? task_new(h, MOUNT_LIST, NULL, listed) : NULL;
+    struct names *names = l ? calloc(1, sizeof(*names)) : NULL;
+    struct task *t = names ? task_new(h, MOUNT_LIST, NULL, listed) : NULL;
     if (!t) {
+        free(names);
         free(l);
         fuse_reply_err(req, ENOMEM);
         return;
     }
+    names->users = 1;
+    l->names = names;
     fi->fh = (uint64_t)(uintptr_t)l;
     l->req = req;
     l->fi = *fi;
@@ -251,6 +285,7 @@ static void tree_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offs
 {
     struct holder *h = of(req);
     const struct listing *l = (const struct listing *)(uintptr_t)fi->fh;
+    const struct names *names = l ? l->names : NULL;
     const struct image_dir *d = ino == FUSE_ROOT_ID ? NULL : image_of_ino(h, ino);
     size_t used = 0;
     size = size < HOLDER_FETCH_MAX ? size : HOLDER_FETCH_MAX;
@@ -262,9 +297,9 @@ static void tree_readdir(fuse_req_t req, fuse_ino_t ino, size_t size, off_t offs
     if (more && offset < 2)
         more = put_entry(req, out, size, &used, "..", true, FUSE_ROOT_ID, 2);
     size_t at = offset > 3 ? (size_t)offset - 3 : 0;
-    while (more && l && at < l->len) {
-        size_t next = at + strlen(l->names + at) + 1;
-        more = put_entry(req, out, size, &used, l->names + at, true, 1, (off_t)next + 3);
+    while (more && names && at < names->len) {
+        size_t next = at + strlen(names->text + at) + 1;
+        more = put_entry(req, out, size, &used, names->text + at, true, 1, (off_t)next + 3);
         at = next;
     }
     for (; more && d && at < d->n_nodes; at++)
@@ -278,8 +313,7 @@ static void tree_releasedir(fuse_req_t req, fuse_ino_t ino, struct fuse_file_inf
     struct listing *l = (struct listing *)(uintptr_t)fi->fh;
     (void)ino;
     if (l)
-        free(l->names);
-    free(l);
+        listing_free(of(req), l);
     fuse_reply_err(req, 0);
 }
 
@@ -362,7 +396,12 @@ static void read_ahead(struct holder *h, struct image_dir *d)
     task_submit(h, t);
 }
 
-/* A VMM is about to run: find out what it needs, unless that is known. */
+static void record_from_now(struct holder *h, struct image_dir *d)
+{
+    d->record_until_ns = clock_mono_ns() + (int64_t)h->options.record_ms * NSEC_PER_MSEC;
+}
+
+/* A VMM may be about to run: find out what it needs, unless that is known. */
 static void record(struct holder *h, struct image_dir *d)
 {
     if (d->recorded || d->recording)
@@ -371,16 +410,36 @@ static void record(struct holder *h, struct image_dir *d)
     if (!d->touches)
         return;
     d->recording = true;
+    d->by_vmm = false;
     d->n_touches = 0;
-    d->record_until_ns = clock_mono_ns() + (int64_t)h->options.record_ms * NSEC_PER_MSEC;
+    record_from_now(h, d);
 }
 
-static bool is_for_a_vmm(const struct opener *list)
+static bool is_memory(const struct node *n)
 {
-    for (; list; list = list->next)
-        if (!strncmp(list->node->name, "memory", 6) || !strcmp(list->node->name, "device.state"))
+    return !strncmp(n->name, "memory", 6);
+}
+
+static bool is_state(const struct node *n)
+{
+    return !strcmp(n->name, "device.state");
+}
+
+static bool has_open(const struct image_dir *d, bool (*is)(const struct node *n))
+{
+    for (unsigned i = 0; i < d->n_nodes; i++)
+        if (d->nodes[i].open && is(&d->nodes[i]))
             return true;
     return false;
+}
+
+/* A VMM has both open at once; whoever looks at the files, or copies them, has not. */
+static void look_for_vmm(struct holder *h, struct image_dir *d)
+{
+    if (!d->recording || d->by_vmm || !has_open(d, is_state) || !has_open(d, is_memory))
+        return;
+    d->by_vmm = true;
+    record_from_now(h, d);
 }
 
 static void reply_open(struct holder *h, struct opener *o, int error)
@@ -409,8 +468,9 @@ void tree_opened(struct holder *h, struct image_dir *d, int error)
     struct opener *list = steal_ptr(&d->openers);
     if (!error && d->template) {
         read_ahead(h, d);
-        if (is_for_a_vmm(list))
-            record(h, d);
+        for (const struct opener *o = list; o; o = o->next)
+            if (is_state(o->node))
+                record(h, d);
     }
     while (list) {
         struct opener *o = list;
@@ -418,6 +478,7 @@ void tree_opened(struct holder *h, struct image_dir *d, int error)
         reply_open(h, o, error);
         free(o);
     }
+    look_for_vmm(h, d);
     end_use(h, d);
 }
 
@@ -480,7 +541,7 @@ static void tree_release(fuse_req_t req, fuse_ino_t ino, struct fuse_file_info *
     for (unsigned i = 0; i < d->n_nodes; i++)
         files += d->nodes[i].open;
     if (!files)
-        image_record(h, d);
+        image_record_nothing(d);
     end_use(h, d);
 }
 
@@ -636,8 +697,8 @@ static void tree_init(void *arg, struct fuse_conn_info *conn)
     (void)arg;
     conn->want &= ~(unsigned)(FUSE_CAP_WRITEBACK_CACHE | FUSE_CAP_ATOMIC_O_TRUNC);
     conn->want |= conn->capable & (FUSE_CAP_ASYNC_READ | FUSE_CAP_PARALLEL_DIROPS);
-    conn->max_background = BACKGROUND_MAX;
-    conn->congestion_threshold = BACKGROUND_MAX;
+    conn->max_background = HOLDER_BACKGROUND_MAX;
+    conn->congestion_threshold = HOLDER_BACKGROUND_MAX;
 }
 
 static const struct fuse_lowlevel_ops operations = {
@@ -712,6 +773,7 @@ void tree_unmount(struct holder *h)
     if (h->mounted)
         fuse_session_unmount(h->session);
     stop_forgetter(h);
+    names_unref(h, steal_ptr(&h->newest_names));
     if (h->session)
         fuse_session_destroy(h->session);
     free(h->buf.mem);

@@ -7,10 +7,12 @@ import mmap
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -201,24 +203,43 @@ def test_fetchers_are_upgraded_under_readers(url, raw, mounts):
         eventually('another fetcher', lambda: m.status()['fetcher_pid'] not in (0, first))
         got += f.read()
         eventually('the old one ended', lambda: not os.path.exists(f'/proc/{first}'))
+        for _ in range(50):  # its successor is there: it gets no other
+            assert m.status()['fetchers'] == 1 and m.status()['fetcher_starts'] == 2
+            time.sleep(.02)
         assert leases(url) == ['a']
     with open(raw, 'rb') as want:
         assert got == want.read()
 
 
-def test_without_the_store_disks_fail_and_memory_waits(url, raw, mounts):
-    store(url, 'a', disk0_raw=raw, memory_raw=raw)
+def read_now(file, at):
+    """A chunk, or the number of the error; a read that does not end fails the test, and ends when the fetcher goes on."""
+    got = []
+
+    def read():
+        try:
+            got.append(os.pread(file.fileno(), CHUNK, at))
+        except OSError as error:
+            got.append(error.errno)
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert got, 'the read does not end'
+    return got[0]
+
+
+@pytest.mark.parametrize('name', ['disk0.raw', 'vm.json'])
+def test_without_the_store_disks_fail_and_memory_waits(url, raw, mounts, name):
+    """As disks does what else an image has: an agent that reads a definition goes on."""
+    store(url, 'a', memory_raw=raw, **{name.replace('.', '_'): raw})
     m = mounts(url, options=['--read-timeout', '1500'])
-    with open(m.file('a', 'memory.raw'), 'rb') as memory, open(m.file('a'), 'rb') as disk:
+    with open(m.file('a', 'memory.raw'), 'rb') as memory, open(m.file('a', name), 'rb') as disk:
         fetcher = m.status()['fetcher_pid']
         os.kill(fetcher, signal.SIGSTOP)  # as a store that does not answer
         try:
             got = []
             thread = threading.Thread(target=lambda: got.append(os.pread(memory.fileno(), MIB, 0)))
             thread.start()
-            with pytest.raises(OSError) as failed:
-                os.pread(disk.fileno(), MIB, 0)
-            assert failed.value.errno == errno.EIO
+            assert read_now(disk, 0) == errno.EIO
             assert not got and thread.is_alive()
         finally:
             os.kill(fetcher, signal.SIGCONT)
@@ -226,6 +247,40 @@ def test_without_the_store_disks_fail_and_memory_waits(url, raw, mounts):
         with open(raw, 'rb') as want:
             assert got == [want.read(MIB)]
             assert os.pread(disk.fileno(), MIB, 0) == got[0]
+
+
+WAITING = 200  # more than the kernel has under way by default, and than some guests with KVM's page faults
+
+
+def test_reads_that_wait_hold_up_no_others(url, raw, tmp_path, mounts):
+    large, content = tmp_path / 'large.raw', raw.read_bytes()
+    with open(large, 'wb') as file:
+        file.truncate(WAITING * 4 * CHUNK)
+    store(url, 'a', disk0_raw=raw, memory_raw=large)
+    m = mounts(url, options=['--read-timeout', '1500'])
+    with open(m.file('a', 'memory.raw'), 'rb', buffering=0) as memory, open(m.file('a'), 'rb', buffering=0) as disk:
+        for file in (memory, disk):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        assert os.pread(disk.fileno(), CHUNK, 0) == content[:CHUNK]
+        fetcher, before = m.status()['fetcher_pid'], m.status()['waits']
+        os.kill(fetcher, signal.SIGSTOP)  # as a store that does not answer
+        try:
+            threads = [threading.Thread(target=os.pread, args=(memory.fileno(), 4096, i * 4 * CHUNK))
+                       for i in range(WAITING)]
+            for thread in threads:
+                thread.start()
+            eventually('all wait', lambda: m.status()['waits'] - before >= WAITING)
+            os.posix_fadvise(disk.fileno(), 0, CHUNK, os.POSIX_FADV_DONTNEED)
+            reads = m.status()['reads']
+            assert read_now(disk, 0) == content[:CHUNK]
+            assert m.status()['reads'] > reads  # it was not the kernel's
+            assert read_now(disk, 3 * MIB) == errno.EIO
+            assert all(thread.is_alive() for thread in threads)
+        finally:
+            os.kill(fetcher, signal.SIGCONT)
+        for thread in threads:
+            thread.join(60)
+            assert not thread.is_alive()
 
 
 def test_the_cache_has_a_limit(url, tmp_path, mounts):
@@ -280,30 +335,52 @@ def test_others_fill_the_file_system_below_the_cache(url, raw, small_cache, moun
         assert got == [raw.read_bytes()[:MIB]] and not m.status()['cache_full']
 
 
+def working_sets(url):
+    return [i['name'] for i in repo_tool(url, 'list') if i['name'].endswith('+ws')]
+
+
 def recorded(url, path, mounts, image='t:web@0123456789abcdef'):
     """A template's version of that memory, all of which is its working set."""
-    store(url, image, memory_raw=path)
+    store(url, image, memory_raw=path, device_state=path)
     m = mounts(url, name='first', options=['--record', '600000'])
-    assert filecmp.cmp(m.file(image, 'memory.raw'), path, shallow=False)
-    eventually('the working set', lambda: f'{image}+ws' in [i['name'] for i in repo_tool(url, 'list')])
+    with open(m.file(image, 'device.state'), 'rb'):
+        assert filecmp.cmp(m.file(image, 'memory.raw'), path, shallow=False)
+        mount_tool('record', m.socket, image)
+    eventually('the working set', lambda: working_sets(url) == [f'{image}+ws'])
     m.stop()
     return image
 
 
 def test_a_look_at_a_template_is_not_its_first_use(url, raw, tmp_path, mounts):
-    image = 't:web@0123456789abcdef'
-    (tmp_path / 'vm.json').write_text('{}')
-    store(url, image, vm_json=tmp_path / 'vm.json', memory_raw=raw, disk0_raw=raw)
-    m = mounts(url)
-    with open(m.file(image, 'vm.json'), 'rb') as definition, open(m.file(image), 'rb') as disk:
-        assert definition.read() == b'{}' and disk.read(100) == raw.read_bytes()[:100]
+    """That is a VMM's, which has its memory and its device state open, and lasts."""
+    image, other = 't:web@0123456789abcdef', 't:web@0123456789abcde0'
+    (tmp_path / 'state').write_bytes(b'state')
+    store(url, image, device_state=tmp_path / 'state', memory_raw=raw, disk0_raw=raw)
+    store(url, other, device_state=tmp_path / 'state', memory_raw=raw)
+    m = mounts(url, options=['--record', '600000'])
+    memory, state = m.file(image, 'memory.raw'), m.file(image, 'device.state')
+
+    def nothing_is_recorded(of=image, by=m):
+        eventually('nothing is open', lambda: by.status()['open_files'] == 0)
         with pytest.raises(Failed) as failed:
-            mount_tool('record', m.socket, image)
+            mount_tool('record', by.socket, of)
         assert failed.value.kind == 'not-found'
-        with open(m.file(image, 'memory.raw'), 'rb', buffering=0) as memory:
-            memory.read(4096)
-            mount_tool('record', m.socket, image)
-    eventually('the working set', lambda: f'{image}+ws' in [i['name'] for i in repo_tool(url, 'list')])
+    for path in (m.file(image), memory, state):
+        shutil.copy(path, tmp_path / 'copy')
+        nothing_is_recorded()
+    with open(state, 'rb') as first, open(memory, 'rb') as second:  # as a clone that failed
+        first.read()
+        second.read(100)
+    nothing_is_recorded()
+    m.stop()
+    m = mounts(url, name='second', options=['--record', '300'])
+    with open(m.file(other, 'device.state'), 'rb'):  # for longer than that
+        with open(m.file(image, 'device.state'), 'rb') as first, open(m.file(image, 'memory.raw'), 'rb') as second:
+            first.read()
+            second.read(3 * MIB)
+            eventually('the working set', lambda: working_sets(url) == [f'{image}+ws'])
+    nothing_is_recorded(other, m)
+    assert working_sets(url) == [f'{image}+ws']
 
 
 def test_a_working_set_larger_than_the_cache(url, tmp_path, mounts):
