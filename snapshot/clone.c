@@ -7,23 +7,20 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "snapshot/guest_agent.h"
+#include "snapshot/run_tool.h"
 #include "vmm/attach_clone.h"
 
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <spawn.h>
 #include <stdarg.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <sys/wait.h>
 #include <linux/fs.h>
 
 #define MACS_TIMEOUT_NS (5 * NSEC_PER_SEC)
 enum { KILL_TIMEOUT_MS = 5000, PATH_BYTES = 4096, COPY_BYTES = 1 << 20, QCOW2_HEAD = 32, MODEL_MAKING_S = 600 };
-
-extern char **environ;
 
 struct making {
     const struct clone_params *p;
@@ -35,6 +32,7 @@ struct making {
     char **ram_paths, **disk_paths;
     char folder[PATH_BYTES];
     bool folder_made;
+    unsigned grown; /* the disk that is to become larger */
 };
 
 /* ---- the template's files ---- */
@@ -110,10 +108,12 @@ static int check_disk_size(struct making *m, struct vm_error **err)
     char path[PATH_BYTES];
     if (!m->p->disk_size)
         return 0;
-    if (!m->vm.definition.n_disks || !*m->vm.disk_files[0])
+    if (attach_is_definition(&m->vm.definition))
         return error_set(err, VM_ERROR_REFUSED, "template %s has no disk to make larger",
                          m->p->template);
-    mount_path(m->p->mount, m->template.image, m->vm.disk_files[0], path);
+    if (qemu_clone_first_disk(&m->vm, &m->grown, err) < 0)
+        return error_wrap(err, "--disk-size: template %s", m->p->template);
+    mount_path(m->p->mount, m->template.image, m->vm.disk_files[m->grown], path);
     if (stat(path, &st) < 0)
         return error_errno(err, errno, "%s", path);
     if (m->p->disk_size < (uint64_t)st.st_size)
@@ -125,27 +125,17 @@ static int check_disk_size(struct making *m, struct vm_error **err)
 
 /* ---- overlays ---- */
 
-static int run_qemu_img(const char *backing, const char *path, struct vm_error **err)
+static int make_empty(const struct making *m, const char *backing, const char *path, struct vm_error **err)
 {
     const char *argv[] = {"qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", backing,
                           path, NULL};
-    pid_t pid;
-    int status = 0;
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
-    posix_spawn_file_actions_addopen(&actions, 1, "/dev/null", O_RDWR, 0);
-    posix_spawn_file_actions_addclosefrom_np(&actions, 3);
-    int failed = posix_spawnp(&pid, argv[0], &actions, NULL, (char **)(uintptr_t)argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    if (failed)
-        return error_errno(err, failed, "cannot run qemu-img");
-    while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-        ;
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
+    char what[256];
+    snprintf(what, sizeof(what), "make an overlay in %.180s", m->p->model_dir);
+    cleanup_free char *said = run_tool(argv, what, err);
+    if (said)
         return 0;
     unlink(path);
-    return error_set(err, VM_ERROR_FAILED, "qemu-img cannot make the overlay %s", path);
+    return -1;
 }
 
 static uint64_t big_endian(const uint8_t *from, size_t n)
@@ -238,7 +228,7 @@ static int make_model(struct making *m, unsigned disk, char out[PATH_BYTES], str
         return -1;
     clone_sweep_models(m->p->repo, m->p->model_dir);
     snprintf(fresh, sizeof(fresh), "%s/.%.8s", m->p->model_dir, uuid_text(&unique));
-    return run_qemu_img(backing, fresh, err) < 0 ? -1 : keep_model(fresh, out, err);
+    return make_empty(m, backing, fresh, err) < 0 ? -1 : keep_model(fresh, out, err);
 }
 
 static int copy_bytes(int from, int to, const char *path, struct vm_error **err)
@@ -324,8 +314,7 @@ void clone_remove_disks(const char *disk_dir, const char *name)
     char path[PATH_BYTES];
     for (unsigned i = 0; i < QEMU_DISKS_MAX; i++) {
         snprintf(path, sizeof(path), "%s/%s/disk%u.qcow2", disk_dir, name, i);
-        if (unlink(path) < 0 && i > 8)
-            break;
+        unlink(path); /* those that were not saved have none */
     }
     snprintf(path, sizeof(path), "%s/%s", disk_dir, name);
     rmdir(path);
@@ -400,7 +389,7 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
     c->guest = qemu_guest(q);
     (void)FAULT("clone.spawned");
     return (m->p->disk_size &&
-            qemu_clone_resize(q, m->disk_paths[0], m->p->disk_size, err) < 0) ||
+            qemu_clone_resize(q, m->disk_paths[m->grown], m->p->disk_size, err) < 0) ||
                    (m->p->memory && qemu_clone_grow(q, m->p->memory, err) < 0)
                ? -1
                : tell_guest(m, c);

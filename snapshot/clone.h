@@ -34,7 +34,7 @@ struct clone_params {
     const struct qemu_name_map *taps;
     unsigned n_taps;
     bool keep_macs;
-    uint64_t disk_size;   /* of disk 0; 0: as it was */
+    uint64_t disk_size;   /* of the command line's first disk that can be written; 0: as it was */
     uint64_t memory;      /* of the guest, plugged in; 0: as it was */
     /* Fill what launches have in common, of either kind of VMM; qmp_path is where its socket goes. */
     int (*prepare)(void *arg, const struct qemu_definition *d, struct qemu_launch *launch,

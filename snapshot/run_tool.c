@@ -67,6 +67,13 @@ static const char *last_line(char *text)
     return line;
 }
 
+static enum vm_error_kind kind_of(int status, const char *reason)
+{
+    if (strstr(reason, "No space left on device"))
+        return VM_ERROR_NO_SPACE;
+    return status == NOT_THERE ? VM_ERROR_NOT_FOUND : VM_ERROR_FAILED;
+}
+
 char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
 {
     pid_t pid;
@@ -86,10 +93,11 @@ char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
         error_nomem(err);
     else if (status < 0)
         error_set(err, VM_ERROR_TIMEOUT, "%s did not %s within %d s", argv[0], what, RUN_TOOL_SECONDS);
-    else if (status)
-        error_set(err, status == NOT_THERE ? VM_ERROR_NOT_FOUND : VM_ERROR_FAILED, "%s cannot %s: %s", argv[0],
-                  what, last_line(text));
-    else
+    else if (!status)
         return steal_ptr(&text);
+    else {
+        const char *reason = last_line(text);
+        error_set(err, kind_of(status, reason), "%s cannot %s: %s", argv[0], what, reason);
+    }
     return NULL;
 }

@@ -5,7 +5,8 @@
  *     char *out = run_tool(argv, "make the image /x", &err)
  *
  * Returns what it said on standard output (free it), up to RUN_TOOL_OUTPUT_MAX bytes. When it fails the last line of its
- * standard error is the reason: NOT_FOUND for exit status 2 (which is rbd's for an image that is not there), else FAILED.
+ * standard error is the reason: NOT_FOUND for exit status 2 (which is rbd's for an image that is not there), NO_SPACE if it says so, else
+ * FAILED.
  * One that takes longer than RUN_TOOL_SECONDS is killed: TIMEOUT. Threads: any.
  */
 #ifndef VMMIG_SNAPSHOT_RUN_TOOL_H

@@ -272,7 +272,7 @@ static const struct option clone_options[] = {
      .text = "mac=auto (fresh MAC addresses; the default) or mac=keep; the id of a netdev and the "
              "tap that it is to be on"},
     {"disk-size", "SIZE", option_parse_size, .offset = offsetof(struct cli, disk_size), .min = 1,
-     .max = 1ULL << 56, .text = "Make the first disk larger; the running guest is told"},
+     .max = 1ULL << 56, .text = "Make the first disk of the command line larger; the running guest is told"},
     {"memory", "SIZE", option_parse_size, .offset = offsetof(struct cli, memory), .min = 1,
      .max = 1ULL << 56,
      .text = "What the guest has then: more is plugged into it, in steps of 128 MiB, if its command "

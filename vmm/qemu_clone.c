@@ -98,9 +98,8 @@ static int make_chardev_own(struct making *m, struct qemu_props *p, bool *ret_ch
 /* ---- disks ---- */
 
 /* Which saved disk the properties are of: by its file, then by its name. -1. */
-static int match_disk(const struct making *m, const struct qemu_props *p)
+static int match_disk(const struct qemu_definition *d, const struct qemu_props *p)
 {
-    const struct qemu_definition *d = &m->params->vm->definition;
     static const char *const files[] = {"file", "filename", "file.filename"};
     static const char *const names[] = {"node-name", "id"};
     for (unsigned i = 0; i < d->n_disks; i++) {
@@ -114,6 +113,38 @@ static int match_disk(const struct making *m, const struct qemu_props *p)
         }
     }
     return -1;
+}
+
+/* Has the guest a disk of its own there, of which a clone gets an overlay? */
+static bool is_own_disk(const struct qemu_json *vm, int disk)
+{
+    return disk >= 0 && *vm->disk_files[disk] && vm->definition.disks[disk].writable;
+}
+
+/* -1: the option is of no such disk. */
+static int own_disk_of(const struct qemu_json *vm, const struct qemu_option *o)
+{
+    cleanup_qemu_props struct qemu_props p = {0};
+    if ((strcmp(o->name, "drive") && strcmp(o->name, "blockdev")) ||
+        qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, NULL) < 0)
+        return -1;
+    int disk = match_disk(&vm->definition, &p);
+    return is_own_disk(vm, disk) ? disk : -1;
+}
+
+int qemu_clone_first_disk(const struct qemu_json *vm, unsigned *ret_disk, struct vm_error **err)
+{
+    cleanup_qemu_argv struct qemu_argv a = {0};
+    if (qemu_argv_parse(vm->definition.argv, &a, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < a.n; i++) {
+        int disk = own_disk_of(vm, &a.options[i]);
+        if (disk < 0)
+            continue;
+        *ret_disk = (unsigned)disk;
+        return 0;
+    }
+    return error_set(err, VM_ERROR_REFUSED, "it has no disk to make larger");
 }
 
 static int replace_drive(struct qemu_props *p, const char *overlay, struct vm_error **err)
@@ -176,7 +207,7 @@ static int place_disk(struct making *m, unsigned *i, struct vm_error **err)
     cleanup_qemu_props struct qemu_props p = {0};
     if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0)
         return -1;
-    int disk = match_disk(m, &p);
+    int disk = match_disk(&m->params->vm->definition, &p);
     const char *overlay = disk < 0 ? NULL : m->params->disk_paths[disk];
     if (!overlay)
         return 0;

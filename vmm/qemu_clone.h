@@ -66,6 +66,11 @@ int qemu_clone_argv(const struct qemu_clone_params *params, struct qemu_clone_no
 /* When it fails nothing is left. */
 struct qemu *qemu_clone_spawn(const struct qemu_clone_params *params, char *const *argv,
                               struct clone_timing *ret_timing, struct vm_error **err);
+/*
+ * Which of the saved disks stands first on the command line: the definition has them in an order of QEMU's own. Those
+ * that the guest cannot write, as a CD, do not count. REFUSED: there is none. Pure.
+ */
+int qemu_clone_first_disk(const struct qemu_json *vm, unsigned *ret_disk, struct vm_error **err);
 /* A larger disk: the running guest is told. */
 int qemu_clone_resize(struct qemu *q, const char *disk_path, uint64_t size, struct vm_error **err);
 /*

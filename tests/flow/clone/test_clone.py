@@ -71,13 +71,13 @@ def agent():
         yield make_agent(cluster)
 
 
-def publish(agent, vm, template):
-    """A template of a guest with a disk, both of which are gone then."""
+def publish(agent, vm, template, behind=()):
+    """A template of a guest with a disk, both of which are gone then. behind: options after the disk's."""
     disk = os.path.join(agent.cluster.shared, f'{vm.name}.raw')
     subprocess.run(['qemu-img', 'create', '-q', '-f', 'raw', disk, '64M'], check=True)
     subprocess.run(['qemu-io', '-f', 'raw', '-c', 'write -P 0x11 1M 3M', disk], check=True, capture_output=True)
     vm.options = ['-blockdev', f'driver=raw,node-name=d0,file.driver=file,file.filename={disk}',
-                  '-device', 'virtio-blk-pci,drive=d0']
+                  '-device', 'virtio-blk-pci,drive=d0', *behind]
     console = agent.cluster.console(vm.name)
     agent.host.popen(vm.argv(), name=vm.name)
     console.wait_for('ready', timeout=60)
@@ -279,6 +279,33 @@ def test_vmmig_is_upgraded_under_a_clone(agent, template):
     agent.stop()
     agent.options['libexec-dir'] = real
     agent.start()
+
+
+def sizes_of_disks(agent, made):
+    """Of the nodes d0 and data, as the guest has them."""
+    with open(f'/proc/{made["pid"]}/cmdline', encoding='utf-8') as file:
+        words = file.read().split('\0')
+    found = {}
+    for node in ('d0', 'data'):
+        word, = [word for word in words if f'node-name={node},' in word]
+        told = agent.host.run(['qemu-img', 'info', '-U', '--output=json', word.split('filename=')[1]])
+        found[node] = json.loads(told)['virtual-size']
+    return found
+
+
+def test_the_first_disk_of_several_becomes_larger(agent):
+    data, cd = (os.path.join(agent.cluster.shared, name) for name in ('data.raw', 'seed.iso'))
+    for path, size in ((data, 16 * MIB), (cd, MIB)):
+        with open(path, 'wb') as file:
+            file.truncate(size)
+    vm = BareGuest('web2', mem_mib=64, dirty_mib=4, rate_mbps=1)
+    publish(agent, vm, 'several:v1', behind=[
+        '-blockdev', f'driver=raw,node-name=data,file.driver=file,file.filename={data}',
+        '-device', 'virtio-blk-pci,drive=data', '-cdrom', cd])
+    made, _ = clone(agent, 'several:v1', 's1', '--disk-size', '80M')
+    assert sizes_of_disks(agent, made) == {'d0': 80 * MIB, 'data': 16 * MIB}
+    kill(agent, made)
+    agent.vmmig('template', 'delete', 'several:v1')
 
 
 def content(agent, overlay):

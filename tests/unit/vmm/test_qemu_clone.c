@@ -101,6 +101,38 @@ static void a_disk_of_two_nodes_and_a_drive(void **state)
     has(drive, "file=/c/disk0.qcow2,format=qcow2,if=virtio,cache=none");
 }
 
+/* Which disk stands first there, of /x/web1.raw (0), /x/data.raw (1) and /x/cd.iso (2, which cannot be written). */
+static int first_of(const char *const *words, unsigned n, struct vm_error **err)
+{
+    cleanup_qemu_json struct qemu_json vm = {0};
+    unsigned disk;
+    fill(&vm, words, n);
+    struct qemu_definition *d = &vm.definition;
+    *qemu_definition_add_disk(d) = (struct qemu_disk){
+        copy("data"), copy("d1"), copy("/x/data.raw"), copy("file"), copy("raw"), true, false};
+    *qemu_definition_add_disk(d) = (struct qemu_disk){
+        copy("cd"), copy("d2"), copy("/x/cd.iso"), copy("file"), copy("raw"), false, false};
+    free(vm.ram_files);
+    free(vm.disk_files);
+    assert_int_equal(qemu_json_name_files(&vm, NULL), 0);
+    return qemu_clone_first_disk(&vm, &disk, err) < 0 ? -1 : (int)disk;
+}
+
+static void the_first_disk_is_the_command_line_s(void **state)
+{
+    static const char web1[] = "driver=raw,node-name=d0,file.driver=file,file.filename=/x/web1.raw",
+                      data[] = "file=/x/data.raw,format=raw,if=virtio", cd[] = "file=/x/cd.iso,media=cdrom";
+    static const char *const one[] = {"qemu", "-drive", cd, "-drive", data, "-blockdev", web1};
+    static const char *const two[] = {"qemu", "-blockdev", web1, "-drive", data, "-drive", cd};
+    static const char *const none[] = {"qemu", "-drive", cd};
+    cleanup_error struct vm_error *err = NULL;
+    (void)state;
+    assert_int_equal(first_of(one, 7, NULL), 1);
+    assert_int_equal(first_of(two, 7, NULL), 0);
+    assert_int_equal(first_of(none, 3, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_REFUSED);
+}
+
 static void identity_is_fresh(void **state)
 {
     static const char old[] = "11111111-2222-3333-4444-555555555555";
@@ -167,6 +199,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(memory_and_disk_are_the_template_s),
         cmocka_unit_test(a_disk_of_two_nodes_and_a_drive),
+        cmocka_unit_test(the_first_disk_is_the_command_line_s),
         cmocka_unit_test(identity_is_fresh),
         cmocka_unit_test(paths_are_the_clone_s_own),
         cmocka_unit_test(a_tap_is_not_shared),
