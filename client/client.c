@@ -140,12 +140,18 @@ int client_receive(struct client *c, unsigned want, int64_t deadline_ns, int can
     return 0;
 }
 
+int64_t client_deadline_ns(unsigned type)
+{
+    bool late = type == VMMIG__CONTROL__TYPE__CLONE || type == VMMIG__CONTROL__TYPE__TEMPLATE_PUBLISH;
+    return late ? INT64_MAX : clock_mono_ns() + CLIENT_CALL_NS;
+}
+
 int client_call(struct client *c, unsigned type, const ProtobufCMessage *request,
                     unsigned want, struct control_message *ret_answer, struct vm_error **err)
 {
     if (client_send(c, type, request, err) < 0)
         return -1;
-    return client_receive(c, want, clock_mono_ns() + CLIENT_CALL_NS, -1, ret_answer, err);
+    return client_receive(c, want, client_deadline_ns(type), -1, ret_answer, err);
 }
 
 const char *client_software(const struct client *c)

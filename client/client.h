@@ -44,7 +44,12 @@ int client_send_fd(struct client *c, unsigned type, const ProtobufCMessage *requ
  */
 int client_receive(struct client *c, unsigned want, int64_t deadline_ns, int cancel_fd,
                        struct control_message *ret_answer, struct vm_error **err);
-/* Send and receive. Requests that the agent answers late (a VM that boots) are waited for. */
+/*
+ * Send and receive. Requests that the agent answers late (a VM that boots) are waited for, for CLIENT_CALL_NS; those
+ * whose work is limited by the agent alone (clones, which wait for storage; a large template that is published) without
+ * limit.
+ */
+int64_t client_deadline_ns(unsigned type);
 int client_call(struct client *c, unsigned type, const ProtobufCMessage *request,
                     unsigned want, struct control_message *ret_answer, struct vm_error **err);
 /* The whole at once: connect to that socket, send, receive one answer of type `want`. */

@@ -76,7 +76,7 @@ int vmmig_client_ask(struct vmmig_client *c, unsigned type, const ProtobufCMessa
 {
     struct vm_error *err = NULL;
     return client_send(c->client, type, request, &err) < 0 ||
-                   receive(c, want, clock_mono_ns() + CLIENT_CALL_NS, ret_answer, &err) < 0
+                   receive(c, want, client_deadline_ns(type), ret_answer, &err) < 0
                ? fail(failure, err)
                : 0;
 }

@@ -59,7 +59,8 @@ int vmmig_client_send(struct vmmig_client *client, unsigned type, const Protobuf
 /* The next answer, of whatever type; an ERROR of the agent is a failure. timeout_ms -1: none. */
 int vmmig_client_receive(struct vmmig_client *client, int timeout_ms,
                          struct vmmig_answer *ret_answer, struct vmmig_failure *failure);
-/* Both, for a request with one answer, which must be of type `want`. Waits for at most two minutes. */
+/* Both, for a request with one answer, which must be of type `want`. Waits for at most two minutes; for the answer to
+ * CLONE and TEMPLATE_PUBLISH, which wait for storage, as long as it takes. */
 int vmmig_client_ask(struct vmmig_client *client, unsigned type, const ProtobufCMessage *request,
                      unsigned want, struct vmmig_answer *ret_answer, struct vmmig_failure *failure);
 void vmmig_answer_finish(struct vmmig_answer *answer);
