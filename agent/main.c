@@ -170,6 +170,14 @@ static struct vms *open_vms(struct config *config, struct vm_error **err)
     return vms_open(&params, err);
 }
 
+/* Its threads use what would be freed now. Ending here is what the state directory is for. */
+static void end_with_work_under_way(const struct config *config, int result)
+{
+    log_warn("ending with work under way; the next start takes it up");
+    unlink(config->control_socket);
+    _exit(result < 0);
+}
+
 static int serve(struct agent *agent, struct vm_error **err)
 {
     CLEANUP(transfer) struct transfer *transfer = transfer_create(agent, err);
@@ -189,11 +197,7 @@ static int serve(struct agent *agent, struct vm_error **err)
     bool jobs_ended = job_table_stop(agent->jobs, STOP_TIMEOUT_MS);
     bool transfers_ended = transfer_stop(transfer);
     if (!control_stop(control, STOP_TIMEOUT_MS) || !jobs_ended || !transfers_ended) {
-        /* Their threads use what would be freed now. Ending here is what the state directory is
-         * for. */
-        log_warn("ending with work under way; the next start takes it up");
-        unlink(agent->config->control_socket);
-        _exit(r < 0);
+        end_with_work_under_way(agent->config, r);
     }
     return r;
 }
@@ -229,7 +233,8 @@ static int run_agent(struct config *config, struct vm_error **err)
                               .started_ns = clock_wall_ns()};
         struct makings *makings = makings_settle(&agent);
         r = serve(&agent, err);
-        makings_finish(makings);
+        if (!makings_finish(makings))
+            end_with_work_under_way(config, r);
     }
     for (size_t i = 0; i < 3; i++)
         loop_watch_destroy(watches[i]);

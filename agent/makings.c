@@ -17,7 +17,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { NOTES_MAX = 1 << 20, LINES_MAX = 128, KILL_TIMEOUT_MS = 10000, PATH_BYTES = 4096 };
+enum { NOTES_MAX = 1 << 20, LINES_MAX = 128, KILL_TIMEOUT_MS = 10000, FINISH_TIMEOUT_S = 2, PATH_BYTES = 4096 };
 
 /* ---- taking notes ---- */
 
@@ -279,11 +279,15 @@ struct makings *makings_settle(struct agent *agent)
     return NULL;
 }
 
-void makings_finish(struct makings *m)
+bool makings_finish(struct makings *m)
 {
+    struct timespec limit;
     if (!m)
-        return;
-    pthread_join(m->thread, NULL);
+        return true;
+    clock_gettime(CLOCK_MONOTONIC, &limit);
+    limit.tv_sec += FINISH_TIMEOUT_S;
+    if (pthread_clockjoin_np(m->thread, NULL, CLOCK_MONOTONIC, &limit))
+        return false;
     for (unsigned i = 0; i < m->n; i++) {
         free(m->holders[i]);
         free(m->paths[i]);
@@ -291,4 +295,5 @@ void makings_finish(struct makings *m)
     for (unsigned i = 0; i < m->n_images; i++)
         free(m->images[i]);
     free(m);
+    return true;
 }

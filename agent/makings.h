@@ -51,7 +51,10 @@ struct makings;
 
 /* Failures are logged. NULL: there is nothing more to do. */
 struct makings *makings_settle(struct agent *agent);
-/* Waits for the thread. */
-void makings_finish(struct makings *m);
+/*
+ * Waits for the thread, but not for a repository that does not answer. False: it is still under way and uses the agent:
+ * the process is to end by _exit; the notes stay for the next start.
+ */
+bool makings_finish(struct makings *m);
 
 #endif

@@ -250,6 +250,7 @@ static int list_lease(unsigned shard, const struct store_pair *pair, void *arg,
 
 int catalogue_leases(struct store *s, catalogue_lease_fn *visit, void *arg, struct vm_error **err)
 {
+    (void)FAULT("repo.leases");
     return scan_listing(s, SHARD_LEASES, list_lease,
                         &(struct listing){.visit_lease = visit, .arg = arg}, err);
 }

@@ -230,6 +230,22 @@ def test_a_restored_vm_that_was_there(agent):
     shutil.rmtree(folder)
 
 
+def test_an_agent_ends_whose_repository_does_not_answer(agent):
+    """Leases of a restore that was cut short are left to the next one."""
+    folder = os.path.join(agent.cluster.shared, 'away')
+    os.makedirs(folder)
+    notes = agent.host.path('/var/lib/vmmig/making')
+    crash(agent, 'restore.made', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    agent.start(faults='repo.leases=hold')
+    eventually('it asks', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    assert agent.stop() == 0
+    assert os.listdir(notes) != []
+    restart(agent)
+    eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
+    eventually('no notes', lambda: os.listdir(notes) == [])
+    shutil.rmtree(folder)
+
+
 def test_what_somebody_else_put_there_is_not_removed(agent):
     """Where a disk that was being restored lay there is another file when the agent comes back."""
     folder = os.path.join(agent.cluster.shared, 'precious')
