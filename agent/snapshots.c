@@ -242,7 +242,7 @@ struct info_list {
         char image[IMAGE_NAME_MAX + 1];
     } *items;
     Vmmig__Control__SnapshotInfo **messages;
-    size_t n;
+    size_t n, left_out;
 };
 
 static void info_list_finish(struct info_list *l)
@@ -278,9 +278,9 @@ static Vmmig__Control__SnapshotInfo *info_list_add(struct info_list *l, struct s
 static int info_list_reply(struct control_session *s, struct info_list *l, struct vm_error **err)
 {
     Vmmig__Control__Snapshots answer = VMMIG__CONTROL__SNAPSHOTS__INIT;
-    size_t first = l->n > CONTROL_SNAPSHOTS_MAX ? l->n - CONTROL_SNAPSHOTS_MAX : 0;
-    answer.snapshots = l->messages + first;
-    answer.n_snapshots = l->n - first;
+    answer.snapshots = l->messages;
+    answer.n_snapshots = l->n;
+    answer.left_out = l->left_out;
     return control_reply(s, VMMIG__CONTROL__TYPE__SNAPSHOTS, &answer.base, err);
 }
 
@@ -288,8 +288,10 @@ static int reply_list(struct control_session *s, struct snapshot_entry *list, si
                       struct vm_error **err)
 {
     __attribute__((cleanup(info_list_finish))) struct info_list l = {0};
-    if (info_list_init(&l, n, err) < 0)
+    size_t all = n;
+    if (snapshot_list_limit(list, &n, CONTROL_SNAPSHOTS_MAX, err) < 0 || info_list_init(&l, n, err) < 0)
         return -1;
+    l.left_out = all - n;
     for (size_t i = 0; i < n; i++)
         info_list_add(&l, &list[i]);
     return info_list_reply(s, &l, err);
@@ -398,7 +400,7 @@ int snapshots_handle_prune(struct control_session *s, const struct control_messa
         if (!dropped[i])
             continue;
         if (!p->dry_run && drop(r, &list[i], err) < 0)
-            return -1;
+            return error_wrap(err, "after %zu snapshots were deleted, %s@%s was not", kept, list[i].vm, list[i].name);
         list[kept++] = list[i];
     }
     return reply_list(s, list, kept, err);

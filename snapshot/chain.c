@@ -102,6 +102,31 @@ int snapshot_list(struct repo *r, const char *vm, struct snapshot_entry **ret_li
     return 0;
 }
 
+static int by_writer(const void *a, const void *b)
+{
+    const uint64_t *x = a, *y = b;
+    return (*x > *y) - (*x < *y);
+}
+
+int snapshot_list_limit(struct snapshot_entry *list, size_t *n, size_t most, struct vm_error **err)
+{
+    size_t kept = 0;
+    if (*n <= most)
+        return 0;
+    cleanup_free uint64_t *writers = calloc(*n, sizeof(*writers));
+    if (!writers)
+        return error_nomem(err);
+    for (size_t i = 0; i < *n; i++)
+        writers[i] = list[i].writer;
+    qsort(writers, *n, sizeof(*writers), by_writer);
+    uint64_t oldest = writers[*n - most];
+    for (size_t i = 0; i < *n; i++)
+        if (list[i].writer >= oldest)
+            list[kept++] = list[i];
+    *n = kept;
+    return 0;
+}
+
 int snapshot_newest(struct repo *r, const char *vm, struct image *ret_image, struct vm_error **err)
 {
     cleanup_free struct snapshot_entry *list = NULL;

@@ -23,6 +23,8 @@ struct snapshot_entry {
  */
 int snapshot_list(struct repo *r, const char *vm, struct snapshot_entry **ret_list, size_t *ret_n,
                   struct vm_error **err);
+/* Of the list, in its order, only the newest `most` stay, of whichever VM: in the first *n elements. */
+int snapshot_list_limit(struct snapshot_entry *list, size_t *n, size_t most, struct vm_error **err);
 /* The newest of a VM; its name is "" if there is none. */
 int snapshot_newest(struct repo *r, const char *vm, struct image *ret_image,
                     struct vm_error **err);

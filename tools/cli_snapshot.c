@@ -61,8 +61,10 @@ static int ask(const struct cli *c, unsigned type, const ProtobufCMessage *reque
             printf("    %-28s %" PRIu64 "\n", s->files[k]->name, s->files[k]->size);
     }
     if (c->json)
-        return cli_print_json(json_pack("{s:o}", "snapshots", json), err);
+        return cli_print_json(json_pack("{s:o, s:I}", "snapshots", json, "left_out", (json_int_t)list->left_out), err);
     json_decref(json);
+    if (list->left_out)
+        printf("and %" PRIu64 " older ones%s%s\n", list->left_out, word ? ": " : "", word ? word : "");
     return 0;
 }
 
@@ -203,7 +205,7 @@ static const struct option prune_options[] = {
 static const struct cli_command commands[] = {
     {"snapshot list", "[VM]", 0, 1, false, NULL, "the snapshots of a VM, or of all",
      "List snapshots, oldest first: when each was taken, its size, and what it added to the "
-     "repository.",
+     "repository. Of more than 1024 the newest are listed, and how many there are besides.",
      run_list},
     {"snapshot show", "VM@NAME", 1, 1, false, NULL, "one snapshot and its files",
      "Tell about one snapshot, with its files.", run_show},
@@ -245,7 +247,8 @@ static const struct cli_command commands[] = {
     {NULL}};
 
 static const struct cli_object objects[] = {
-    {"a snapshot (snapshot list, show, delete, prune: an array `snapshots`)",
+    {"a snapshot (snapshot list, show, delete, prune: an array `snapshots`, and "
+     "left_out, of older ones)",
      "snapshot, vm, name, parent (null: none), created, size_bytes, stored_bytes, memory, and in "
      "the answer to show files (name, size_bytes)"},
     {NULL}};

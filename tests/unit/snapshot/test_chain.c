@@ -65,6 +65,21 @@ static void rules_keep_what_they_say(void **state)
     expect(t, 0, (struct snapshot_rule){.last = 1}, "");
 }
 
+static void a_list_is_cut_to_the_newest_of_all_vms(void **state)
+{
+    (void)state;
+    struct snapshot_entry list[] = {{.vm = "a", .writer = 7}, {.vm = "a", .writer = 9}, {.vm = "b", .writer = 2},
+                                    {.vm = "b", .writer = 8}, {.vm = "c", .writer = 1}};
+    size_t n = 5;
+    assert_int_equal(snapshot_list_limit(list, &n, 5, NULL), 0);
+    assert_int_equal(n, 5);
+    assert_int_equal(snapshot_list_limit(list, &n, 3, NULL), 0);
+    assert_int_equal(n, 3);
+    assert_int_equal(list[0].writer, 7);
+    assert_int_equal(list[1].writer, 9);
+    assert_int_equal(list[2].writer, 8);
+}
+
 /* ---- clocks ---- */
 
 static struct repo *new_repo(const char *folder, const char *name)
@@ -132,6 +147,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(names_are_checked),
         cmocka_unit_test(rules_keep_what_they_say),
+        cmocka_unit_test(a_list_is_cut_to_the_newest_of_all_vms),
         cmocka_unit_test(the_newest_is_the_last_whatever_the_clock_said),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
