@@ -247,10 +247,10 @@ static const struct cli_command commands[] = {
     {NULL}};
 
 static const struct cli_object objects[] = {
-    {"a snapshot (snapshot list, show, delete, prune: an array `snapshots`, and "
-     "left_out, of older ones)",
+    {"a snapshot (snapshot list, show, delete, prune: an array `snapshots`)",
      "snapshot, vm, name, parent (null: none), created, size_bytes, stored_bytes, memory, and in "
-     "the answer to show files (name, size_bytes)"},
+     "the answer to show files (name, size_bytes); beside the array left_out, how many older ones "
+     "there are"},
     {NULL}};
 
 const struct cli_family cli_family_snapshot = {"Snapshots", commands, objects};
