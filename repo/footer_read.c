@@ -11,7 +11,7 @@ struct tail {
     uint64_t pack, pack_size;
     char name[OBJECT_NAME_SIZE];
     struct buffer data;
-    bool missing;
+    bool missing, unreadable;
 };
 
 /* One step for all: sizes. */
@@ -24,6 +24,7 @@ static int read_sizes(struct store *s, struct tail *tails, size_t n, struct vm_e
         return -1;
     for (size_t i = 0; i < n; i++) {
         tails[i].missing = ops[i].result != STORE_DONE;
+        tails[i].unreadable = ops[i].result == STORE_UNREADABLE;
         tails[i].pack_size = ops[i].ret_size;
     }
     return 0;
@@ -52,6 +53,7 @@ static int read_ends(struct store *s, struct tail *tails, const size_t *want, si
         return -1;
     for (size_t i = 0; i < n_ops; i++) {
         of[i]->missing = ops[i].result != STORE_DONE;
+        of[i]->unreadable = ops[i].result == STORE_UNREADABLE;
         of[i]->data.len = ops[i].ret_len;
     }
     return 0;
@@ -89,6 +91,9 @@ static int read_batch(struct store *s, struct tail *tails, size_t n, struct foot
     if (read_ends(s, tails, again, n, err) < 0)
         return -1;
     for (size_t i = 0; i < n; i++) {
+        if (tails[i].unreadable && !problems[i])
+            error_set(&problems[i], VM_ERROR_CORRUPT, "pack %016" PRIx64 ": the disk cannot read it",
+                      tails[i].pack);
         if (tails[i].missing || !want[i])
             continue;
         struct cursor c = cursor_init(tails[i].data.data, tails[i].data.len);

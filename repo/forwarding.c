@@ -3,6 +3,8 @@
 #include "repo/catalogue.h"
 #include "repo/catalogue_shard.h"
 #include "repo/names.h"
+#include "repo/pack.h"
+#include "repo/record.h"
 
 #include <stdlib.h>
 #include <xxhash.h>
@@ -80,9 +82,11 @@ static bool read_runs(struct cursor *c, const uint64_t *packs, unsigned n_packs,
         r->to.len = (uint32_t)cursor_le16(c) * ALIGN;
         r->to.page = cursor_u8(c);
         uint64_t place = offset << 8 | r->first;
-        if (cursor_u8(c) || index >= n_packs || offset > UINT32_MAX || to > UINT32_MAX || !r->n ||
-            r->first + r->n > EXTENT_PAGES || r->to.page + r->n > EXTENT_PAGES || !r->to.len ||
-            (i && place <= last))
+        /* The bounds that recipes have, since it goes into them. */
+        if (cursor_u8(c) || index >= n_packs || offset < PACK_HEADER || offset > PACK_BODY_MAX ||
+            to < PACK_HEADER || to + r->to.len > PACK_BODY_MAX || r->to.len <= RECORD_HEADER ||
+            r->to.len > RECORD_MAX || !r->n || r->first + r->n > RECORD_PAGES_MAX ||
+            r->to.page + r->n > RECORD_PAGES_MAX || (i && place <= last))
             return false;
         last = place + r->n - 1;
         r->offset = (uint32_t)offset;
@@ -214,6 +218,8 @@ static int pack_is_there(struct pack_presence *p, uint64_t pack, bool *ret_there
     if (store_run(p->store, &size, 1, err) < 0)
         return -1;
     *ret_there = size.result == STORE_DONE;
+    if (size.result == STORE_UNREADABLE) /* neither: nothing to rely on, and nothing to give up */
+        return 0;
     return number_set_add(*ret_there ? &p->there : &p->gone, pack, err);
 }
 
@@ -231,7 +237,7 @@ int forwarding_drop_gone(struct forwarding *f, struct pack_presence *p, struct v
         bool there;
         if (pack_is_there(p, f->runs[i].to.pack, &there, err) < 0)
             return -1;
-        if (there)
+        if (there || !number_set_has(&p->gone, f->runs[i].to.pack))
             f->runs[kept++] = f->runs[i];
     }
     f->n = kept;

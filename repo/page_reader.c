@@ -236,6 +236,9 @@ static int range_is_there(struct page_reader *r, const struct range *range,
 {
     if (op->result == STORE_DONE)
         return 0;
+    if (op->result == STORE_UNREADABLE)
+        return error_set(problem, VM_ERROR_CORRUPT, "pack %016" PRIx64 ": the disk cannot read it",
+                         range->pack);
     number_set_add(&r->gone, range->pack, NULL);
     return error_set(problem, VM_ERROR_CORRUPT, "pack %016" PRIx64 " is gone", range->pack);
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/store_driver.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -50,13 +51,17 @@ static bool name_is_good(const char *name)
     return true;
 }
 
-static bool key_is_good(const char *key)
+static bool key_text_is_good(const char *key, size_t n)
 {
-    size_t n = strlen(key);
     for (size_t i = 0; i < n; i++)
         if ((unsigned char)key[i] < ' ')
             return false;
     return n > 0 && n <= STORE_KEY_MAX;
+}
+
+static bool key_is_good(const char *key)
+{
+    return key_text_is_good(key, strlen(key));
 }
 
 static int check_pairs(const struct store_pair *pairs, size_t n, size_t min_len,
@@ -108,6 +113,20 @@ static int check_op(const struct store_op *op, struct vm_error **err)
     return 0;
 }
 
+static bool makes_object(const struct store_op *op)
+{
+    return op->kind == STORE_CREATE ||
+           (op->kind == STORE_UPDATE && op->presence != STORE_PRESENT);
+}
+
+/* What would make an object cannot miss it: so says Ceph when the pool is gone. */
+static int no_place(struct store_op *op, struct vm_error **err)
+{
+    op->result = STORE_FAILED;
+    return error_set(err, VM_ERROR_NOT_FOUND,
+                     "cannot make object %s: the pool that it belongs to is gone", op->name);
+}
+
 int store_run(struct store *s, struct store_op *ops, size_t n, struct vm_error **err)
 {
     for (size_t i = 0; i < n; i++) {
@@ -118,7 +137,12 @@ int store_run(struct store *s, struct store_op *ops, size_t n, struct vm_error *
     for (size_t i = 0; i < n; i++)
         if (check_op(&ops[i], err) < 0)
             return -1;
-    return n ? s->driver->run(s, ops, n, err) : 0;
+    if (!n || s->driver->run(s, ops, n, err) < 0)
+        return n ? -1 : 0;
+    for (size_t i = 0; i < n; i++)
+        if (ops[i].result == STORE_MISSING && makes_object(&ops[i]))
+            return no_place(&ops[i], err);
+    return 0;
 }
 
 void store_ops_finish(struct store_op *ops, size_t n)
@@ -131,12 +155,23 @@ void store_ops_finish(struct store_op *ops, size_t n)
     }
 }
 
-/* ---- answers of GET and SCAN ---- */
+/* ---- answers ---- */
+
+bool store_answer_unreadable(struct store_op *op, int errnum)
+{
+    if (errnum != EIO || (op->kind != STORE_READ && op->kind != STORE_SIZE))
+        return false;
+    op->result = STORE_UNREADABLE;
+    return true;
+}
 
 /* In the arena: le32 key length, le32 value length, key, NUL, value; one after the other. */
 int store_answer_pair(struct store_op *op, const char *key, size_t key_len, const void *value,
                       size_t len, struct vm_error **err)
 {
+    if (!key_text_is_good(key, key_len) || !len || len > STORE_VALUE_MAX)
+        return error_set(err, VM_ERROR_CORRUPT,
+                         "map %s has a key or value that vmmig cannot have written", op->name);
     buffer_put_le32(&op->arena, (uint32_t)key_len);
     buffer_put_le32(&op->arena, (uint32_t)len);
     buffer_put(&op->arena, key, key_len);
@@ -206,6 +241,10 @@ int store_ballast_refill(struct store *s, struct vm_error **err)
 static enum store_result run_one(struct store *s, struct store_op *op, struct vm_error **err)
 {
     store_run(s, op, 1, err);
+    if (op->result == STORE_UNREADABLE) {
+        op->result = STORE_FAILED;
+        error_set(err, VM_ERROR_CORRUPT, "the disk cannot read %s", op->name);
+    }
     return op->result;
 }
 

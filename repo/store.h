@@ -22,8 +22,8 @@
  *     store_close(s);
  *
  * store_run starts every operation of the batch, in no order, and waits for all. What is an answer
- * rather than a failure (no such object, a guard that does not hold) is in `result`, and store_run
- * still returns 0. If an operation fails, its result is STORE_FAILED and store_run returns -1 with
+ * rather than a failure (no such object, a guard that does not hold, a sector that cannot be read)
+ * is in `result`, and store_run still returns 0. If an operation fails, its result is STORE_FAILED and store_run returns -1 with
  * the error of the first that did; the results of the others are valid. A failed STORE_CREATE,
  * REMOVE or UPDATE may have happened: the caller reads back what matters.
  *
@@ -64,6 +64,7 @@ enum store_result {
     STORE_MISSING,  /* no such object */
     STORE_EXISTS,   /* CREATE, and UPDATE with STORE_NEW: the object is there already */
     STORE_MISMATCH, /* UPDATE: a comparison does not hold; nothing was changed */
+    STORE_UNREADABLE, /* READ, SIZE: the disks cannot read it (EIO): it is as good as damaged */
 };
 
 enum store_op_kind {
@@ -173,7 +174,10 @@ int store_ballast_refill(struct store *s, struct vm_error **err);
 
 DEFINE_CLEANUP(store, struct store *, store_close)
 
-/* Single operations, as batches of one. The result, STORE_FAILED with *err. */
+/*
+ * Single operations, as batches of one. The result, STORE_FAILED with *err; what cannot be read
+ * fails as CORRUPT.
+ */
 enum store_result store_create(struct store *s, enum store_area area, const char *name,
                                const void *data, size_t len, struct vm_error **err);
 /*

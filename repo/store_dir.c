@@ -165,6 +165,8 @@ static int read_range(int fd, struct store_op *op, struct vm_error **err)
                           (off_t)(op->offset + op->ret_len));
         if (n < 0 && errno == EINTR)
             continue;
+        if (n < 0 && store_answer_unreadable(op, errno))
+            return 0;
         if (n < 0)
             return error_errno(err, errno, "cannot read %s", op->name);
         if (!n)
@@ -184,6 +186,8 @@ static int run_read(struct store_dir *d, struct store_op *op, struct vm_error **
         op->result = STORE_MISSING;
         return 0;
     }
+    if (fd < 0 && store_answer_unreadable(op, errno))
+        return 0;
     if (fd < 0)
         return error_errno(err, errno, "cannot open %s", op->name);
     return read_range(fd, op, err);
@@ -194,6 +198,8 @@ static int run_size(struct store_dir *d, struct store_op *op, struct vm_error **
     char path[PATH_SIZE];
     struct stat st;
     if (fstatat(d->folder_fd, object_path(op->area, op->name, path), &st, 0) < 0) {
+        if (store_answer_unreadable(op, errno))
+            return 0;
         if (errno != ENOENT)
             return error_errno(err, errno, "cannot look at %s", op->name);
         op->result = STORE_MISSING;

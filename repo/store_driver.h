@@ -8,6 +8,11 @@
 
 #include "repo/store.h"
 
+/*
+ * For drivers: READ or SIZE failed with that errno. True if that is an answer, which it then is.
+ */
+bool store_answer_unreadable(struct store_op *op, int errnum);
+
 struct store_driver {
     void (*close)(struct store *s);
     int (*set_data_pool)(struct store *s, const char *pool, struct vm_error **err);

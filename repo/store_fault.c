@@ -11,8 +11,9 @@
 
 enum { MAX_ARMED = 8, MAX_POINTS = 128, POINT_MAX = 48, ALWAYS = -1 };
 
-enum action { ERROR, UNKNOWN, TORN, LOST, FLIP, DELAY, NO_ACTION };
-static const char *const action_names[] = {"error", "unknown", "torn", "lost", "flip", "delay"};
+enum action { ERROR, UNKNOWN, TORN, LOST, FLIP, DELAY, MISSING, NO_ACTION };
+static const char *const action_names[] = {"error", "unknown", "torn", "lost", "flip", "delay",
+                                           "missing"};
 static const char *const kind_names[] = {"create", "read", "size", "remove",
                                          "get",    "scan", "update"};
 
@@ -57,8 +58,15 @@ static bool point_matches(const char *armed, const char *point)
     return !strcmp(armed, point) || (!strncmp(armed, point, kind) && !strcmp(armed + kind, "any"));
 }
 
+static bool op_matches(const char *armed, const char *point, const struct store_op *op)
+{
+    size_t kind = strcspn(point, ".") + 1;
+    return point_matches(armed, point) ||
+           (!strncmp(armed, point, kind) && !strcmp(armed + kind, op->name));
+}
+
 /* Count the passage; the action that it meets. */
-static struct armed pass(struct store_fault *f, const char *point)
+static struct armed pass(struct store_fault *f, const char *point, const struct store_op *op)
 {
     SCOPE_LOCK(&f->lock);
     size_t i = 0;
@@ -71,7 +79,7 @@ static struct armed pass(struct store_fault *f, const char *point)
     struct armed hit = {.action = NO_ACTION};
     for (i = 0; i < f->n_armed; i++) {
         struct armed *a = &f->armed[i];
-        if (!point_matches(a->point, point))
+        if (!op_matches(a->point, point, op))
             continue;
         if (a->passage == ALWAYS || (a->passage > 0 && !--a->passage))
             hit = *a;
@@ -94,9 +102,14 @@ static int run_acting(struct store_fault *f, struct store_op *op, const struct a
     struct timespec delay = {a->argument / 1000, a->argument % 1000 * 1000000L};
     switch (a->action) {
     case ERROR:
+        if (store_answer_unreadable(op, a->argument))
+            return 0;
         return error_errno(err, a->argument, "cannot access %s", op->name);
     case LOST:
         op->result = STORE_DONE;
+        return 0;
+    case MISSING:
+        op->result = STORE_MISSING;
         return 0;
     case TORN:
         return run_torn(f, op, err);
@@ -127,7 +140,7 @@ static int fault_run(struct store *s, struct store_op *ops, size_t n, struct vm_
         if (f->hook)
             f->hook(&ops[i], f->hook_arg);
         point_of(&ops[i], point);
-        struct armed a = pass(f, point);
+        struct armed a = pass(f, point, &ops[i]);
         if (run_acting(f, &ops[i], &a, &one) < 0)
             error_propagate(first ? NULL : &first, one);
     }

@@ -7,15 +7,17 @@
  *     store_fault_arm(s, "create.pack=error:ENOSPC@3, update.cat=unknown", &err);
  *
  * A point is KIND.CLASS: the kind of the operation (create, read, size, remove, get, scan,
- * update) and the name of the object up to its first dot; CLASS `any` means every object. An armed
- * point acts at its Nth passage (`@N`, default 1, `@*` always):
+ * update) and the name of the object up to its first dot; CLASS `any` means every object, and the
+ * whole name that one. An armed point acts at its Nth passage (`@N`, default 1, `@*` always):
  *
- *     error[:ERRNO]  the operation fails and did not happen (ERRNO by name or number; default EIO)
+ *     error[:ERRNO]  the operation fails and did not happen (ERRNO by name or number; default EIO,
+ *                    which read and size answer with STORE_UNREADABLE)
  *     unknown        the operation happens and fails: the caller cannot tell (ETIMEDOUT)
  *     torn           create: half of the content is stored, and success reported
  *     lost           create, update, remove: nothing happens, and success is reported
  *     flip           read: one bit of what was read is wrong
  *     delay:MS       the operation comes later
+ *     missing        nothing happens, and there is no such object: as if its pool were gone
  *
  * Threads: as any store; arming and the hook are for before the threads start.
  */

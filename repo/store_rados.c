@@ -176,8 +176,7 @@ static int take_pairs(struct flight *f, struct vm_error **err)
             return fail(err, rc, "cannot read keys of", f->op->name);
         if (!key)
             break;
-        if (key_len <= STORE_KEY_MAX && len &&
-            store_answer_pair(f->op, key, key_len, value, len, err) < 0)
+        if (store_answer_pair(f->op, key, key_len, value, len, err) < 0)
             return -1;
     }
     f->op->ret_more = f->more;
@@ -202,6 +201,8 @@ static int take_answer(struct flight *f, int rc, struct vm_error **err)
         op->result = STORE_MISMATCH;
         return 0;
     }
+    if (rc < 0 && store_answer_unreadable(op, -rc))
+        return 0;
     if (rc < 0)
         return fail(err, rc, op->kind == STORE_READ || op->kind >= STORE_GET ? "cannot access"
                                                                             : "cannot change",

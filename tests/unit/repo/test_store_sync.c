@@ -6,6 +6,7 @@
  */
 #include "tests/unit/repo/repo_test.h"
 
+#include <errno.h>
 #include <lmdb.h>
 #include <sys/stat.h>
 
@@ -15,6 +16,8 @@ int __real_linkat(int from, const char *path, int to, const char *name, int flag
 int __real_renameat(int from, const char *path, int to, const char *name);
 int __real_unlinkat(int at, const char *name, int flags);
 int __real_mdb_txn_commit(MDB_txn *txn);
+ssize_t __real_pread64(int fd, void *out, size_t n, off_t at);
+ssize_t __wrap_pread64(int fd, void *out, size_t n, off_t at);
 int __wrap_fdatasync(int fd);
 int __wrap_fsync(int fd);
 int __wrap_linkat(int from, const char *path, int to, const char *name, int flags);
@@ -24,6 +27,13 @@ int __wrap_unlinkat(int at, const char *name, int flags);
 int __wrap_mdb_txn_commit(MDB_txn *txn);
 
 static char calls[256];
+static int pread_errno;
+
+ssize_t __wrap_pread64(int fd, void *out, size_t n, off_t at)
+{
+    errno = pread_errno;
+    return pread_errno ? -1 : __real_pread64(fd, out, n, at);
+}
 
 static void note(const char *call, int fd)
 {
@@ -104,12 +114,99 @@ static void content_is_synced_before_it_is_named(void **state)
     test_place_remove(place);
 }
 
+/* An answer, of that object alone: the rest of the batch is read. */
+static void what_the_disk_cannot_read_is_told(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char place[512], out[8];
+    calls[0] = 0;
+    struct store *s = test_store_open(test_place(place));
+    store_create(s, STORE_PACK, "pack.1", "x", 1, &err);
+    struct store_op op = {.kind = STORE_READ, .area = STORE_PACK, .name = "pack.1", .out = out,
+                          .len = 8};
+    pread_errno = EIO;
+    assert_int_equal(store_run(s, &op, 1, &err), 0);
+    assert_int_equal(op.result, STORE_UNREADABLE);
+    size_t len;
+    assert_int_equal(store_read(s, STORE_PACK, "pack.1", 0, out, 8, &len, &err), STORE_FAILED);
+    assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+    assert_string_equal(error_message(err), "the disk cannot read pack.1");
+    error_clear(&err);
+    pread_errno = ENOMEM;
+    assert_int_equal(store_run(s, &op, 1, &err), -1);
+    pread_errno = 0;
+    error_clear(&err);
+    assert_int_equal(store_run(s, &op, 1, &err), 0);
+    assert_int_equal(op.result, STORE_DONE);
+    store_close(s);
+    test_place_remove(place);
+}
+
+/* ---- keys that vmmig does not write ---- */
+
+static void put_raw(const char *place, const char *key, size_t key_len, const void *value, size_t len)
+{
+    char path[600];
+    MDB_env *env;
+    MDB_txn *txn;
+    MDB_dbi dbi;
+    snprintf(path, sizeof(path), "%s/maps", place + 4);
+    assert_int_equal(mdb_env_create(&env), 0);
+    mdb_env_set_mapsize(env, (size_t)1 << 30);
+    assert_int_equal(mdb_env_open(env, path, 0, 0600), 0);
+    assert_int_equal(mdb_txn_begin(env, NULL, 0, &txn), 0);
+    assert_int_equal(mdb_dbi_open(txn, NULL, 0, &dbi), 0);
+    assert_int_equal(mdb_put(txn, dbi, &(MDB_val){key_len, (void *)(uintptr_t)key},
+                             &(MDB_val){len, (void *)(uintptr_t)value}, 0), 0);
+    assert_int_equal(__real_mdb_txn_commit(txn), 0);
+    mdb_env_close(env);
+}
+
+static int visit_nothing(const struct store_pair *pair, void *arg, struct vm_error **err)
+{
+    ++*(int *)arg;
+    return 0;
+}
+
+/* None of them gets out of the store: they would not fit where keys are kept. */
+static void keys_that_vmmig_cannot_have_written_are_damage(void **state)
+{
+    static char large[STORE_VALUE_MAX + 1], wide[400];
+    memset(wide, 'a', sizeof(wide));
+    memcpy(wide, "map", 4);
+    const struct {
+        const char *key;
+        size_t key_len, len;
+    } cases[] = {
+        {wide, 4 + STORE_KEY_MAX + 1, 1}, {wide, sizeof(wide), 1}, {"map\0a\0b", 7, 1},
+        {"map\0a", 5, sizeof(large)},     {"map\0a", 5, 0},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
+        cleanup_error struct vm_error *err = NULL;
+        char place[512];
+        int n = 0;
+        calls[0] = 0;
+        store_close(test_store_open(test_place(place)));
+        put_raw(place, "map", 4, "", 1);
+        put_raw(place, cases[i].key, cases[i].key_len, large, cases[i].len);
+        struct store *s = test_store_open(place);
+        assert_int_equal(store_scan(s, "map", NULL, visit_nothing, &n, &err), STORE_FAILED);
+        assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+        assert_non_null(strstr(error_message(err), "map map "));
+        assert_int_equal(n, 0);
+        store_close(s);
+        test_place_remove(place);
+    }
+}
+
 int main(void)
 {
     unsetenv("VMMIG_TEST_CEPH_CONF");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(content_is_synced_before_it_is_named),
         cmocka_unit_test(a_change_of_a_map_is_synced),
+        cmocka_unit_test(what_the_disk_cannot_read_is_told),
+        cmocka_unit_test(keys_that_vmmig_cannot_have_written_are_damage),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
