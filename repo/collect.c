@@ -109,6 +109,9 @@ static int mark_image(const struct image *image, void *arg, struct vm_error **er
 static int mark(struct store *s, struct object_set *ret_marked, struct alive *alive,
                 struct vm_error **err)
 {
+    /* One that its writer left behind, or that came late, marks nothing. */
+    if (catalogue_drop_pins(s, err) < 0)
+        return -1;
     CLEANUP(holdings) struct holdings *h = holdings_create(s, ret_marked, alive, err);
     struct marking m = {s, h};
     return h ? catalogue_roots(s, mark_image, &m, err) : -1;

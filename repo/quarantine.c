@@ -43,10 +43,22 @@ static int load_pair(const struct store_pair *pair, void *arg, struct vm_error *
     return 0;
 }
 
+static int by_place(const void *a, const void *b)
+{
+    const struct quarantined *x = a, *y = b;
+    if (x->pack != y->pack)
+        return x->pack < y->pack ? -1 : 1;
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
 int quarantine_load(struct store *s, struct quarantine *q, struct vm_error **err)
 {
     q->n = 0;
-    return store_scan(s, QUARANTINE_MAP, NULL, load_pair, q, err) == STORE_FAILED ? -1 : 0;
+    if (store_scan(s, QUARANTINE_MAP, NULL, load_pair, q, err) == STORE_FAILED)
+        return -1;
+    if (q->n) /* in order, whatever the store says */
+        qsort(q->items, q->n, sizeof(*q->items), by_place);
+    return 0;
 }
 
 /* The first item at or behind that place. */

@@ -214,9 +214,9 @@ static bool agrees(const struct footer *f, uint32_t offset, const struct page_id
 }
 
 /*
- * Are all its pages forwarded already, to packs that stay? Then it does not matter what is here.
- * What is condemned may be about to go, though the forwarding names it. Without a footer nobody
- * knows how many pages there are.
+ * Are all its pages forwarded already, to packs that stay and to what is not known to be damaged?
+ * Then it does not matter what is here. What is condemned may be about to go, though the forwarding
+ * names it. Without a footer nobody knows how many pages there are.
  */
 static int is_forwarded(struct repacker *rp, size_t in_batch, uint32_t offset, bool *ret_is,
                         struct vm_error **err)
@@ -226,7 +226,8 @@ static int is_forwarded(struct repacker *rp, size_t in_batch, uint32_t offset, b
     *ret_is = r != NULL;
     for (uint8_t i = 0; *ret_is && i < r->n_pages; i++) {
         struct recipe_page p = {.offset = offset, .page = i};
-        *ret_is = forwarding_find(&rp->forwardings[in_batch], &p);
+        *ret_is = forwarding_find(&rp->forwardings[in_batch], &p) &&
+                  !quarantine_has(&rp->quarantine, p.pack, p.offset);
         if (*ret_is && pack_is_safe(&rp->presence, condemned, p.pack, ret_is, err) < 0)
             return -1;
     }

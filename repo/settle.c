@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/settle.h"
 #include "repo/forwarding.h"
+#include "repo/quarantine.h"
 #include "repo/recipe_walk.h"
 
 #include "base/fault.h"
@@ -15,12 +16,23 @@ struct settling {
     struct recipe_walk *walk; /* its "damaged" means: leads through a forwarding */
     bool unreadable;          /* the image that is looked at has a node that cannot be read */
     struct pack_presence presence;
+    struct quarantine quarantine;
     const struct number_set *condemned; /* of the image that is being settled, or none */
     struct object_set *shared;          /* likewise; NULL: nothing is settled yet */
     bool moved;                         /* something of that image has another place now */
     uint64_t settled;
     struct recipe_leaf leaf;
 };
+
+/* Is `to` known to be damaged, and where the recipe leads not? Then it must not be left. */
+static int is_worse(struct settling *s, const struct recipe_page *to,
+                    const struct recipe_page *from, bool *ret_worse, struct vm_error **err)
+{
+    const struct number_set none = {0};
+    *ret_worse = quarantine_has(&s->quarantine, to->pack, to->offset) &&
+                 !quarantine_has_record(&s->quarantine, from->pack, from->offset);
+    return *ret_worse ? pack_is_safe(&s->presence, &none, from->pack, ret_worse, err) : 0;
+}
 
 /*
  * To where its forwarding leads, if that may be named: the pack is there, and not condemned, or
@@ -32,10 +44,14 @@ static int follow_page(struct settling *s, struct recipe_page *page, bool *ret_c
 {
     const struct number_set none = {0};
     struct recipe_page to = *page;
-    bool found, safe;
+    bool found, safe, worse;
     if (forwards_find(s->forwards, &to, &found, err) < 0)
         return -1;
     if (!found)
+        return 0;
+    if (is_worse(s, &to, page, &worse, err) < 0)
+        return -1;
+    if (worse)
         return 0;
     bool ours = s->shared && number_set_has(&s->shared->packs, to.pack);
     if (pack_is_safe(&s->presence, ours || !s->condemned ? &none : s->condemned, to.pack, &safe,
@@ -215,13 +231,16 @@ int settle_images(struct repo *r, uint64_t *ret_images, struct vm_error **err)
     s->presence.store = s->store;
     s->forwards = forwards_create(s->store, err);
     int result = s->forwards ? forwards_scan(s->forwards, err) : -1;
+    if (!result)
+        result = quarantine_load(s->store, &s->quarantine, err);
     if (!result && forwards_known(s->forwards)->n) {
         s->walk = recipe_walk_create(s->store, &visitor, err);
-        result = s->walk ? catalogue_list(s->store, look_at_image, s, err) : -1;
+        result = s->walk ? catalogue_list(s->store, look_at_image, catalogue_skip, s, err) : -1;
     }
     *ret_images = s->settled;
     recipe_walk_destroy(s->walk);
     pack_presence_forget(&s->presence);
+    quarantine_finish(&s->quarantine);
     forwards_destroy(s->forwards);
     free(s);
     return result;

@@ -352,7 +352,7 @@ static void a_child_rescues_what_its_deleted_parent_held(void **state)
 {
     struct between steps[] = {
         {"condemned.", STORE_UPDATE, parent_comes_and_goes, NULL, 1},
-        {"cat.00", STORE_SCAN, child_commits, "p:", 2}, /* of the second mark: names were scanned */
+        {"cat.00", STORE_SCAN, child_commits, "p:", 4}, /* of the second mark: names were scanned */
     };
     store_image("old", content);
     delete_image("old");
@@ -382,6 +382,25 @@ static void without_its_registration_a_writer_commits_nothing(void **state)
     assert_ok(err);
     assert_int_equal(image_session_commit(s, NULL, &err), -1);
     assert_int_equal(err->kind, VM_ERROR_REFUSED);
+}
+
+/* ---- what the disks cannot read ---- */
+
+static void what_cannot_be_read_is_removed_all_the_same(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct repo_stat stat;
+    store_image("a", content);
+    store_image("b", content + SIZE);
+    delete_image("a");
+    store_fault_arm(watched, "read.pack=error:EIO@*, size.pack=error:EIO@*", &err);
+    assert_true(collect().packs > 0);
+    store_fault_arm(watched, "", &err);
+    assert_image("b", content + SIZE);
+    delete_image("b");
+    collect();
+    assert_int_equal(repo_stat(repo, &stat, &err), 0);
+    assert_int_equal(stat.packs + stat.trees, 0);
 }
 
 /* ---- the guards of a writer's updates ---- */
@@ -673,6 +692,7 @@ int main(void)
         TEST(a_pinned_parent_is_no_garbage),
         TEST(a_child_rescues_what_its_deleted_parent_held),
         TEST(without_its_registration_a_writer_commits_nothing),
+        TEST(what_cannot_be_read_is_removed_all_the_same),
         TEST(who_registers_knows_the_list_that_is_open),
         TEST(who_registers_does_so_for_a_name_that_is_free),
         TEST(who_acknowledges_knows_the_list_that_is_open),

@@ -131,6 +131,31 @@ static void a_forwarding_is_read_as_it_was_written(void **state)
     assert_int_equal(err->kind, VM_ERROR_CORRUPT);
 }
 
+/* It would go into recipes, which refuse it. */
+static void a_forwarding_to_where_no_record_can_be_makes_no_sense(void **state)
+{
+    static const struct forward_run runs[] = {
+        {64, 0, 4, {.pack = 7, .offset = 24, .len = 800}},                     /* in the header */
+        {64, 0, 4, {.pack = 7, .offset = 8 * MIB, .len = 800}},                /* behind the end */
+        {64, 0, 4, {.pack = 7, .offset = 8 * MIB - 792, .len = 800}},          /* beyond it */
+        {64, 0, 4, {.pack = 7, .offset = 32, .len = 8 * 65535}},               /* too large */
+        {64, 0, 4, {.pack = 7, .offset = 32, .len = 16}},                      /* no payload */
+        {64, 0, 4, {.pack = 7, .offset = 32, .len = 800, .page = 13}},
+        {24, 0, 4, {.pack = 7, .offset = 32, .len = 800}},
+        {8 * MIB + 8, 0, 4, {.pack = 7, .offset = 32, .len = 800}},
+    };
+    for (size_t i = 0; i < sizeof(runs) / sizeof(*runs); i++) {
+        cleanup_error struct vm_error *err = NULL;
+        struct forward_run run = runs[i];
+        struct forwarding f = {.pack = 99, .runs = &run, .n = 1}, got;
+        cleanup_buffer struct buffer value = {0};
+        forwarding_write(&f, &value, &err);
+        assert_ok(err);
+        assert_int_equal(forwarding_read(99, value.data, value.len, &got, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+    }
+}
+
 /* ---- repacking ---- */
 
 static void what_is_alive_moves_and_stays_readable(void **state)
@@ -621,7 +646,7 @@ static void before_claim(const struct store_op *op, void *arg)
 }
 
 /* Half of each pack is forwarded, and the packs are there: a child had begun. They are leased. */
-static void leave_forwarded_packs(struct lease *lease)
+static void forward_packs_that_stay(struct lease *lease)
 {
     cleanup_error struct vm_error *err = NULL;
     bool done = false;
@@ -634,6 +659,12 @@ static void leave_forwarded_packs(struct lease *lease)
     assert_true(done);
     assert_int_equal(report.repacked, 0);
     assert_true(forwardings() > 0);
+}
+
+/* The same, and the image names the new places. */
+static void leave_forwarded_packs(struct lease *lease)
+{
+    forward_packs_that_stay(lease);
     collect(&plain);
     assert_mixed();
 }
@@ -685,6 +716,65 @@ static void a_forwarding_to_nowhere_is_not_followed(void **state)
     assert_clean();
 }
 
+static int first_target(const struct forwarding *f, void *arg, struct vm_error **err)
+{
+    *(struct recipe_page *)arg = f->runs[0].to;
+    return 0;
+}
+
+/* What one forwarding leads to is damaged, and known to be. */
+static struct scrub_report damage_a_target(void)
+{
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_buffer struct buffer pack = {0};
+    struct store *s = repo_store(repo);
+    struct recipe_page to;
+    struct scrub_report found;
+    forwarding_list(s, first_target, &to, &err);
+    store_read_all(s, STORE_PACK, pack_name(to.pack), 64 * MIB, &pack, &err);
+    assert_ok(err);
+    pack.data[to.offset + 40] ^= 1;
+    test_overwrite(s, STORE_PACK, pack_name(to.pack), pack.data, pack.len);
+    repo_scrub(repo, NULL, no_finding, NULL, &found, &err);
+    assert_ok(err);
+    assert_int_equal(found.damaged, 1);
+    return found;
+}
+
+static void recipes_are_not_moved_to_what_is_quarantined(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    forward_packs_that_stay(&lease);
+    assert_int_equal(damage_a_target().images_touched, 0);
+    catalogue_lease_drop(repo_store(repo), &lease, &err);
+    assert_ok(err);
+    for (int i = 0; i < 4; i++) {
+        collect(i < 2 ? &plain : &recompress);
+        assert_mixed();
+    }
+}
+
+static void packs_are_not_dropped_for_what_is_quarantined(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    cleanup_free uint8_t *got = malloc(SIZE), *want = malloc(SIZE);
+    leave_forwarded_packs(&lease);
+    get_all(repo, "mixed", want, SIZE, &err);
+    assert_ok(err);
+    assert_int_equal(damage_a_target().images_touched, 1); /* the lease has the old places */
+    for (int i = 0; i < 3; i++) {
+        collect(&recompress);
+        CLEANUP(file_reader)
+        struct file_reader *f =
+            file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
+        file_reader_read(f, 0, got, SIZE, &err);
+        assert_ok(err);
+        assert_memory_equal(got, want, SIZE);
+    }
+}
+
 /* ---- beside a repacking that does not come to its end ---- */
 
 static void a_child_of_what_is_being_repacked_is_written(void **state)
@@ -717,6 +807,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(a_forwarding_is_read_as_it_was_written),
+        cmocka_unit_test(a_forwarding_to_where_no_record_can_be_makes_no_sense),
         cmocka_unit_test_setup_teardown(what_is_alive_moves_and_stays_readable, setup, teardown),
         cmocka_unit_test_setup_teardown(a_repository_is_compressed_again_once, setup, teardown),
         cmocka_unit_test_setup_teardown(images_are_compared_across_forwardings, setup, teardown),
@@ -737,6 +828,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_writer_shares_what_was_forwarded_and_stayed, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(a_forwarding_to_nowhere_is_not_followed, setup, teardown),
+        cmocka_unit_test_setup_teardown(recipes_are_not_moved_to_what_is_quarantined, setup,
+                                        teardown),
+        cmocka_unit_test_setup_teardown(packs_are_not_dropped_for_what_is_quarantined, setup,
+                                        teardown),
         cmocka_unit_test_setup_teardown(a_child_of_what_is_being_repacked_is_written, setup,
                                         teardown),
         cmocka_unit_test_setup_teardown(a_full_store_leaves_packs_as_they_are, setup, teardown),
