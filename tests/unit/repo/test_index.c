@@ -2,6 +2,7 @@
 #include "tests/unit/repo/repo_test.h"
 #include "repo/index.h"
 #include "repo/names.h"
+#include "repo/store_fault.h"
 
 #include <pthread.h>
 
@@ -125,6 +126,44 @@ static void shards_split_and_nothing_is_lost(void **state)
     index_close(stale);
 }
 
+/* Whoever splits ends in the middle of it: whoever comes next finishes it. */
+static void a_split_that_was_not_finished_is(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct store *faulty = store_fault_create(test_store_open(place), &err);
+    struct index *dying = index_open(faulty, &err);
+    struct index_stat stat;
+    uint64_t n = 0;
+    assert_ok(err);
+    index_limit_shards(dying, 100);
+    store_fault_arm(faulty, "update.repository=unknown", &err); /* the number is raised, and then */
+    while (!err) {
+        struct index_entry e = entry(n, &(uint64_t){n + 1000000});
+        index_insert(dying, &e, 1, &err);
+        n++;
+    }
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    error_clear(&err);
+    index_close(dying);
+    store_close(faulty);
+    struct index *next = index_open(s, &err);
+    index_stat(next, &stat, &err);
+    assert_ok(err);
+    assert_int_equal(stat.shards, INDEX_SHARDS_FIRST + 1);
+    insert_range(next, n, 2000);
+    assert_int_equal(found_in_range(next, n, 2000), 2000);
+    assert_int_equal(found_in_range(next, 0, n - 1), n - 1);
+    index_close(next);
+    next = index_open(s, &err); /* without trying eight times at each look */
+    struct store *counted = store_fault_create(test_store_open(place), &err);
+    struct index *looking = index_open(counted, &err);
+    found_in_range(looking, 0, 500);
+    assert_true(store_fault_passages(counted, "get.index") <= INDEX_SHARDS_FIRST + 1);
+    index_close(looking);
+    store_close(counted);
+    index_close(next);
+}
+
 struct inserter {
     struct index *x;
     uint64_t from;
@@ -178,6 +217,7 @@ int main(void)
         TEST(what_was_inserted_is_found),
         TEST(a_later_entry_replaces),
         TEST(only_the_named_value_is_erased),
+        TEST(a_split_that_was_not_finished_is),
         TEST(shards_split_and_nothing_is_lost),
         TEST(writers_at_once_may_split),
         TEST(a_lost_shard_costs_only_its_hints),
