@@ -51,6 +51,17 @@ struct source_raw {
     uint64_t data_start, data_end; /* data that was found last; holes may be written to meanwhile */
 };
 
+/* Behind the end of a file there is no hole, though lseek says the same. Leaves errno as it is. */
+static bool raw_shrank(const struct source_raw *r)
+{
+    int lseek_errno = errno;
+    struct stat st;
+    bool shrank = fstat(r->fd, &st) == 0 && S_ISREG(st.st_mode) &&
+                  (uint64_t)st.st_size < r->source.size;
+    errno = lseek_errno;
+    return shrank;
+}
+
 /*
  * Where data that is not on the disk yet ends is told by a look at each of its pages, so not asked
  * for again from every offset within it.
@@ -65,6 +76,8 @@ static int raw_extent(struct source *s, uint64_t offset, uint64_t *ret_len, bool
         return 0;
     }
     off_t data = lseek(r->fd, (off_t)offset, SEEK_DATA);
+    if (data < 0 && errno == ENXIO && raw_shrank(r))
+        return error_set(err, VM_ERROR_FAILED, "%s shrank while it was read", r->path);
     if (data < 0 && errno != ENXIO) { /* a device, or a file system that cannot tell */
         *ret_len = s->size - offset;
         *ret_zero = false;

@@ -137,10 +137,28 @@ static int take_format(const char *path, const char *format, const json_t *info,
                          "%s is a %s image that builds upon %s; say its format explicitly if that "
                          "is meant",
                          path, name, further);
-    if (strcmp(name, "raw") != 0 && check_structure(path, name, err) < 0)
-        return -1;
     *ret_format = strdup(name);
     return *ret_format ? 0 : error_nomem(err);
+}
+
+/* Of the file and of all that it builds upon: QEMU checks none of them when it opens them. */
+static int check_chain(const char *path, const json_t *chain, struct vm_error **err)
+{
+    size_t i;
+    json_t *info;
+    json_array_foreach(chain, i, info) {
+        const char *format = json_string_value(json_object_get(info, "format"));
+        const char *name = json_string_value(json_object_get(info, "filename"));
+        if (!format || (i && !name))
+            return error_set(err, VM_ERROR_CORRUPT,
+                             "qemu-img does not say what %s builds upon", path);
+        if (!strcmp(format, "raw"))
+            continue;
+        bool named = i && !strncmp(name, "json:", 5); /* which says the format itself */
+        if (check_structure(i ? name : path, named ? NULL : format, err) < 0)
+            return -1;
+    }
+    return 0;
 }
 
 /* The format of the file, with the checks of repo.h's image_import. `format`: what the user said, or NULL. */
@@ -155,6 +173,8 @@ static int find_format(const char *path, const char *format, char **ret_format, 
                          last_line((char *)out.data));
     json_t *chain = json_loads((const char *)out.data, 0, NULL);
     int result = take_format(path, format, json_array_get(chain, 0), ret_format, err);
+    if (!result)
+        result = check_chain(path, chain, err);
     json_decref(chain);
     return result;
 }

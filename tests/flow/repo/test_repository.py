@@ -139,6 +139,17 @@ def test_a_broken_qcow2_is_one_clear_line(dir_repository, raw, tmp_path, how):
     assert dir_repository.names() == []
 
 
+def test_a_file_upon_a_broken_qcow2_is_one_clear_line(dir_repository, raw, tmp_path):
+    """QEMU would read what the base lacks as zeros, though the file itself is sound."""
+    base, top = broken_qcow2(tmp_path, raw, 'cut'), tmp_path / 'top.qcow2'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', '-b', base, '-F', 'qcow2', top, '64M'], check=True)
+    with pytest.raises(Failed) as failed:
+        dir_repository.run('import', top, 'top', 'qcow2')
+    assert failed.value.kind == 'corrupt' and '\n' not in failed.value.text
+    assert 'broken.qcow2' in failed.value.message
+    assert dir_repository.names() == []
+
+
 @pytest.mark.parametrize('words, kind', [
     (['import', '/nonexistent', 'a'], 'not-found'),
     (['import', '/etc', 'a', 'raw'], 'usage'),
