@@ -216,7 +216,7 @@ static void *settle_slowly(void *arg)
     cleanup_error struct vm_error *err = NULL;
     bool all = remove_images(m);
     struct repo *repo = repository_get(m->agent->repository, &err);
-    if (!repo || catalogue_leases(repo_store(repo), drop_if_listed, m, &err) < 0) {
+    if (!repo || catalogue_leases(repo_store(repo), drop_if_listed, NULL, m, &err) < 0) {
         log_warn("leases of VMs that were being made stay in the repository", "error=%s",
                  log_q(error_message(err)));
         return NULL; /* the notes stay for the next start */

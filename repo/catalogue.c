@@ -5,6 +5,7 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/log.h"
 
 #include <stdlib.h>
 
@@ -140,6 +141,7 @@ int catalogue_delete_image(struct store *s, const struct image *image, struct vm
 struct listing {
     catalogue_visit_fn *visit;
     catalogue_lease_fn *visit_lease;
+    catalogue_damaged_fn *damaged;
     catalogue_registered_fn *visit_registered;
     void *arg;
     struct image image;
@@ -157,19 +159,39 @@ static int scan_listing(struct store *s, const char *prefix, shard_pair_fn *each
     return shard_scan_all(s, prefix, each, l, err);
 }
 
+/* An entry that cannot be used: a failure, unless it is for somebody to be told. */
+static int bad_entry(const struct listing *l, const char *name, struct vm_error *problem,
+                     struct vm_error **err)
+{
+    if (!l->damaged)
+        return error_propagate(err, problem);
+    l->damaged(name && image_name_check(name, NULL) == 0 ? name : NULL, problem, l->arg);
+    error_free(problem);
+    return 0;
+}
+
 static int list_name(unsigned shard, const struct store_pair *pair, void *arg,
                      struct vm_error **err)
 {
     struct listing *l = arg;
-    if (image_read(pair->key + 2, pair->value, pair->len, &l->image, err) < 0)
-        return -1;
+    struct vm_error *problem = NULL;
+    if (image_read(pair->key + 2, pair->value, pair->len, &l->image, &problem) < 0)
+        return bad_entry(l, pair->key + 2, problem, err);
     return l->visit(&l->image, l->arg, err);
 }
 
-int catalogue_list(struct store *s, catalogue_visit_fn *visit, void *arg, struct vm_error **err)
+int catalogue_list(struct store *s, catalogue_visit_fn *visit, catalogue_damaged_fn *damaged,
+                   void *arg, struct vm_error **err)
 {
-    return scan_listing(s, SHARD_NAMES, list_name, &(struct listing){.visit = visit, .arg = arg},
-                        err);
+    return scan_listing(s, SHARD_NAMES, list_name,
+                        &(struct listing){.visit = visit, .damaged = damaged, .arg = arg}, err);
+}
+
+void catalogue_skip(const char *name, const struct vm_error *problem, void *arg)
+{
+    (void)name;
+    (void)arg;
+    log_warn("an entry of the catalogue is left out", "error=%s", log_q(error_message(problem)));
 }
 
 /* ---- leases ---- */
@@ -193,6 +215,9 @@ static int lease_once(struct store *s, const char *name, struct lease *lease, bo
         .set = shard_pair(shard_number_key(SHARD_LEASES, lease->number, key), &value)};
     enum store_result done = shard_apply(s, &c, err);
     *ret_taken = done == STORE_DONE;
+    /* It may be there, without anybody who knows of it. */
+    if (done == STORE_FAILED)
+        catalogue_lease_drop(s, lease, NULL);
     return done == STORE_FAILED ? -1 : 0;
 }
 
@@ -229,30 +254,40 @@ int catalogue_lease_drop(struct store *s, const struct lease *lease, struct vm_e
                        shard_number_key(SHARD_LEASES, lease->number, key), NULL, &erased, err);
 }
 
-static int list_lease(unsigned shard, const struct store_pair *pair, void *arg,
-                      struct vm_error **err)
+static int read_lease(const struct store_pair *pair, struct lease *lease, struct vm_error **err)
 {
-    struct listing *l = arg;
     struct cursor c = cursor_init(pair->value, pair->len);
-    l->lease.number = shard_key_number(pair->key);
-    l->lease.taken_s = cursor_le64(&c);
+    lease->number = shard_key_number(pair->key);
+    lease->taken_s = cursor_le64(&c);
     size_t n = cursor_u8(&c);
     const uint8_t *holder = n <= IMAGE_NAME_MAX ? cursor_take(&c, n) : NULL;
     if (!holder)
         return error_set(err, VM_ERROR_CORRUPT, "lease %.40s makes no sense", pair->key);
-    memcpy(l->lease.holder, holder, n);
-    l->lease.holder[n] = 0;
-    if (shard_take_image(&c, pair->key, &l->lease.image, err) < 0)
-        return -1;
+    memcpy(lease->holder, holder, n);
+    lease->holder[n] = 0;
+    return shard_take_image(&c, pair->key, &lease->image, err) < 0
+               ? error_wrap(err, "lease %.40s of %s", pair->key, lease->holder)
+               : 0;
+}
+
+static int list_lease(unsigned shard, const struct store_pair *pair, void *arg,
+                      struct vm_error **err)
+{
+    struct listing *l = arg;
+    struct vm_error *problem = NULL;
+    if (read_lease(pair, &l->lease, &problem) < 0)
+        return bad_entry(l, NULL, problem, err);
     return l->visit_lease ? l->visit_lease(&l->lease, l->arg, err)
                           : l->visit(&l->lease.image, l->arg, err);
 }
 
-int catalogue_leases(struct store *s, catalogue_lease_fn *visit, void *arg, struct vm_error **err)
+int catalogue_leases(struct store *s, catalogue_lease_fn *visit, catalogue_damaged_fn *damaged,
+                     void *arg, struct vm_error **err)
 {
     (void)FAULT("repo.leases");
     return scan_listing(s, SHARD_LEASES, list_lease,
-                        &(struct listing){.visit_lease = visit, .arg = arg}, err);
+                        &(struct listing){.visit_lease = visit, .damaged = damaged, .arg = arg},
+                        err);
 }
 
 /* ---- for collectors ---- */
@@ -261,7 +296,7 @@ static int list_registered(unsigned shard, const struct store_pair *pair, void *
                            struct vm_error **err)
 {
     struct listing *l = arg;
-    struct registered r = {.number = shard_key_number(pair->key), .shard = shard};
+    struct registered r = {.number = shard_key_number(pair->key), .shard = shard, .pair = pair};
     if (pair->len < REGISTRATION_MIN || pair->len - REGISTRATION_MIN > IMAGE_NAME_MAX || !r.number)
         return error_set(err, VM_ERROR_CORRUPT, "registration %.40s makes no sense", pair->key);
     const uint8_t *value = pair->value;
@@ -281,15 +316,10 @@ int catalogue_registered(struct store *s, catalogue_registered_fn *visit, void *
 int catalogue_fence(struct store *s, const struct registered *r, bool *ret_fenced,
                     struct vm_error **err)
 {
-    char key[SHARD_KEY_SIZE];
     cleanup_buffer struct buffer guard = {0};
-    buffer_put_le64(&guard, r->epoch);
-    buffer_put_le64(&guard, r->registered_s);
-    buffer_put(&guard, r->name, strlen(r->name));
-    if (guard.failed)
-        return error_nomem(err);
-    return shard_erase(s, r->shard, shard_number_key(SHARD_WRITERS, r->number, key), &guard,
-                       ret_fenced, err);
+    buffer_put(&guard, r->pair->value, r->pair->len);
+    return guard.failed ? error_nomem(err)
+                        : shard_erase(s, r->shard, r->pair->key, &guard, ret_fenced, err);
 }
 
 static int list_pin(unsigned shard, const struct store_pair *pair, void *arg, struct vm_error **err)

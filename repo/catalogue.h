@@ -52,9 +52,16 @@ enum image_fate {
 };
 int catalogue_find_again(struct store *s, const struct image *was, struct image *ret_now,
                          enum image_fate *ret_fate, struct vm_error **err);
-/* Call visit for every image, in no order. */
+/*
+ * Call visit for every image, in no order, and `damaged` for every entry that is none, or that a
+ * later version wrote: the problem says what it is; the image's name, NULL if that is none. With
+ * NULL for `damaged` it ends the listing; catalogue_skip passes over it and logs it.
+ */
 typedef int catalogue_visit_fn(const struct image *image, void *arg, struct vm_error **err);
-int catalogue_list(struct store *s, catalogue_visit_fn *visit, void *arg, struct vm_error **err);
+typedef void catalogue_damaged_fn(const char *name, const struct vm_error *problem, void *arg);
+int catalogue_list(struct store *s, catalogue_visit_fn *visit, catalogue_damaged_fn *damaged,
+                   void *arg, struct vm_error **err);
+void catalogue_skip(const char *name, const struct vm_error *problem, void *arg);
 /* Remove the name; what it alone named is garbage from then on. NOT_FOUND. */
 int catalogue_delete(struct store *s, const char *name, struct vm_error **err);
 /* The same, of that very image: CONFLICT if the name has another one by now. */
@@ -75,7 +82,8 @@ int catalogue_lease(struct store *s, const char *name, const char *holder, struc
 /* Dropping what is not there (any more) is fine. */
 int catalogue_lease_drop(struct store *s, const struct lease *lease, struct vm_error **err);
 typedef int catalogue_lease_fn(const struct lease *lease, void *arg, struct vm_error **err);
-int catalogue_leases(struct store *s, catalogue_lease_fn *visit, void *arg, struct vm_error **err);
+int catalogue_leases(struct store *s, catalogue_lease_fn *visit, catalogue_damaged_fn *damaged,
+                     void *arg, struct vm_error **err);
 
 /* ---- writers ---- */
 
@@ -141,7 +149,8 @@ DEFINE_CLEANUP(registration, struct registration *, catalogue_unregister)
 struct registered {
     uint64_t number, epoch, registered_s;
     unsigned shard;
-    char name[IMAGE_NAME_MAX + 1]; /* that it is going to commit */
+    char name[IMAGE_NAME_MAX + 1]; /* that it is going to commit; to be shown, escaped */
+    const struct store_pair *pair; /* valid during the visit */
 };
 typedef int catalogue_registered_fn(const struct registered *r, void *arg, struct vm_error **err);
 int catalogue_registered(struct store *s, catalogue_registered_fn *visit, void *arg,
@@ -157,7 +166,7 @@ int catalogue_roots(struct store *s, catalogue_visit_fn *visit, void *arg, struc
 /* Is that still what its name, lease or pin holds? For a root that turns out to be unreadable. */
 int catalogue_root_is_current(struct store *s, const struct image *root, bool *ret_current,
                               struct vm_error **err);
-/* Erase pins whose writer is not registered any more. */
+/* Erase pins whose writer is not registered any more; right at any time. */
 int catalogue_drop_pins(struct store *s, struct vm_error **err);
 /* Raise the epoch of every shard to `target`, where it is lower. */
 int catalogue_raise_epochs(struct store *s, uint64_t target, struct vm_error **err);

@@ -290,7 +290,16 @@ static int is_present(struct copy *c, const struct image *image, bool *ret_prese
 struct image_list {
     struct image *images;
     size_t n, room;
+    struct vm_error *left_out; /* the first entry of the catalogue that is no image */
 };
+
+static void note_left_out(const char *name, const struct vm_error *problem, void *arg)
+{
+    struct image_list *l = arg;
+    (void)name;
+    if (!l->left_out)
+        l->left_out = error_copy(problem);
+}
 
 static int add_image(const struct image *image, void *arg, struct vm_error **err)
 {
@@ -325,7 +334,7 @@ static int choose_images(struct copy *c, const char *name, struct image_list *l,
             result = add_image(one, l, err);
         free(one);
     } else {
-        result = catalogue_list(repo_store(c->from), add_image, l, err);
+        result = catalogue_list(repo_store(c->from), add_image, note_left_out, l, err);
     }
     if (result < 0)
         return -1;
@@ -371,6 +380,7 @@ int repo_copy(struct repo *from, struct repo *to, const char *name,
 {
     struct copy_report report = {0};
     struct image_list images = {0};
+    cleanup_error struct vm_error *left_out = NULL;
     if (uuid_equal(repo_uuid(from), repo_uuid(to)))
         return error_set(err, VM_ERROR_CONFLICT, "%s is the repository that is to be copied",
                          store_text(repo_store(to)));
@@ -385,6 +395,11 @@ int repo_copy(struct repo *from, struct repo *to, const char *name,
         result = copy_images(c, &images, control, &report, err);
     footer_cache_destroy(c->footers);
     free(images.images);
+    left_out = images.left_out;
+    if (!result && left_out) {
+        error_propagate(err, steal_ptr(&left_out));
+        return error_wrap(err, "all but this was copied");
+    }
     if (!result)
         *ret_report = report;
     return result;

@@ -2,8 +2,9 @@
 #include "repo/image.h"
 
 #include <ctype.h>
+#include <xxhash.h>
 
-enum { VERSION = 1 };
+enum { VERSION = 2, CHECK = 8 };
 
 static bool letters_are_good(const char *name, size_t n, const char *others)
 {
@@ -45,8 +46,14 @@ static void put_text(struct buffer *out, const char *text)
     buffer_put(out, text, n);
 }
 
+uint64_t image_value_check(const char *name, const void *data, size_t len)
+{
+    return XXH3_64bits_withSeed(data, len, XXH3_64bits(name, strlen(name)));
+}
+
 void image_write(const struct image *image, struct buffer *out)
 {
+    size_t start = out->len;
     buffer_put_le16(out, VERSION);
     buffer_put_le16(out, (uint16_t)image->n_files);
     buffer_put_le32(out, 0);
@@ -61,6 +68,8 @@ void image_write(const struct image *image, struct buffer *out)
         if (root)
             recipe_ref_write(&image->files[i].root, root);
     }
+    if (!out->failed)
+        buffer_put_le64(out, image_value_check(image->name, out->data + start, out->len - start));
 }
 
 static void get_text(struct cursor *c, char *out, size_t max)
@@ -81,14 +90,17 @@ static void read_file(struct cursor *c, struct image_entry *file)
     if (root)
         file->root = recipe_ref_read(root);
     if (!image_file_name_is_good(file->name) || file->size > RECIPE_FILE_MAX ||
-        file->root.len > RECIPE_NODE_MAX)
+        !recipe_ref_is_good(&file->root))
         c->failed = true;
 }
 
 int image_read(const char *name, const void *data, size_t len, struct image *ret_image,
                struct vm_error **err)
 {
-    struct cursor c = cursor_init(data, len);
+    bool whole = len >= CHECK && !image_name_check(name, NULL) &&
+                 image_value_check(name, data, len - CHECK) ==
+                     get_le64((const uint8_t *)data + len - CHECK);
+    struct cursor c = cursor_init(data, whole ? len - CHECK : 0);
     unsigned version = cursor_le16(&c);
     if (!c.failed && version > VERSION)
         return error_set(err, VM_ERROR_VERSION, "image %s was written by a later version of vmmig",
@@ -102,13 +114,15 @@ int image_read(const char *name, const void *data, size_t len, struct image *ret
     image->bytes_added = cursor_le64(&c);
     get_text(&c, image->parent, IMAGE_NAME_MAX);
     bool good = version == VERSION && !zero && image->n_files &&
-                image->n_files <= IMAGE_FILES_MAX && strlen(name) <= IMAGE_NAME_MAX &&
+                image->n_files <= IMAGE_FILES_MAX &&
                 (!image->parent[0] || !image_name_check(image->parent, NULL));
     for (unsigned i = 0; good && i < image->n_files; i++)
         read_file(&c, &image->files[i]);
     if (!good || c.failed || cursor_left(&c))
-        return error_set(err, VM_ERROR_CORRUPT, "the catalogue's entry of image %s makes no sense",
-                         name);
+        return error_set(err, VM_ERROR_CORRUPT,
+                         "the catalogue's entry of image %.*s is damaged; deleting the image "
+                         "removes it",
+                         IMAGE_NAME_MAX, name);
     strcpy(image->name, name);
     return 0;
 }

@@ -6,7 +6,7 @@
  * A disk image has one file, "disk0.raw"; a snapshot of a VM has its disks, its memory, its device
  * state and its definition. As the value in the catalogue (little endian):
  *
- *      0  u16 1
+ *      0  u16 2
  *      2  u16 files, 1..64
  *      4  u32 zero
  *      8  u64 when it was committed, seconds since 1970
@@ -15,6 +15,9 @@
  *     32  u8  length of the parent's name (0: none), and the name
  *         per file: u8 length of its name, the name, u64 size in bytes, 24 bytes root
  *         (repo/recipe.h)
+ *         u64 XXH3-64 of all before, seeded with that of the image's name
+ *
+ * Whatever version it is, it ends with that checksum: so damage is told from a later version.
  *
  * Names of images: 1 to 128 of A-Z a-z 0-9 . _ - : @ + /, in parts between slashes that are not
  * empty and do not begin with a dot or a dash. Names of files: 1 to 64 of the same without / : @ +.
@@ -45,9 +48,11 @@ int image_name_check(const char *name, struct vm_error **err);
 bool image_file_name_is_good(const char *name);
 
 void image_write(const struct image *image, struct buffer *out);
-/* CORRUPT if it is no such value; VERSION if a later vmmig wrote it. */
+/* CORRUPT if it is no such value of that name, or that is none; VERSION if a later vmmig wrote it. */
 int image_read(const char *name, const void *data, size_t len, struct image *ret_image,
                struct vm_error **err);
+/* The checksum at the end of a value. */
+uint64_t image_value_check(const char *name, const void *data, size_t len);
 /* Sum of the files' sizes. */
 uint64_t image_size(const struct image *image);
 /* The file of that name, or NULL. */

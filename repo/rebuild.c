@@ -84,7 +84,7 @@ static int rebuild(struct rebuild *b, struct vm_error **err)
     if (!result)
         result = enter_packs(b, err);
     if (!result)
-        result = catalogue_list(s, enter_image, walk, err);
+        result = catalogue_list(s, enter_image, catalogue_skip, walk, err);
     if (!result)
         result = hints_flush(hints, err);
     b->report.entries = hints_applied(hints);

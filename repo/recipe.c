@@ -199,8 +199,7 @@ int recipe_inner_read(const uint8_t *data, size_t len, unsigned level,
     ret_node->level = level;
     for (unsigned i = 0; i < n; i++) {
         struct recipe_ref ref = recipe_ref_read(cursor_take(&c, RECIPE_REF_BYTES));
-        bool zeros = recipe_ref_is_zero(&ref);
-        if (ref.len > RECIPE_NODE_MAX || (zeros && (ref.tree || ref.offset || ref.hash)))
+        if (!recipe_ref_is_good(&ref))
             return damaged(err);
         ret_node->children[i] = ref;
     }

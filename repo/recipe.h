@@ -56,6 +56,12 @@ static inline bool recipe_ref_is_zero(const struct recipe_ref *r)
     return !r->len;
 }
 
+/* What may be asked for, or one of the many that are nothing. */
+static inline bool recipe_ref_is_good(const struct recipe_ref *r)
+{
+    return r->len ? r->len <= RECIPE_NODE_MAX : !r->tree && !r->offset && !r->hash;
+}
+
 static inline bool recipe_ref_equal(const struct recipe_ref *a, const struct recipe_ref *b)
 {
     return a->tree == b->tree && a->offset == b->offset && a->len == b->len && a->hash == b->hash;

@@ -9,6 +9,7 @@
 struct seen {
     uint64_t tree;
     uint32_t offset;
+    uint16_t check; /* of what else the reference says: another one is another node */
     bool used, damaged;
 };
 
@@ -52,11 +53,19 @@ uint64_t recipe_walk_nodes(const struct recipe_walk *w)
     return w->n_seen;
 }
 
-static struct seen *find(struct seen *table, uint64_t mask, uint64_t tree, uint32_t offset)
+static struct seen key_of(const struct recipe_ref *ref, unsigned level)
 {
-    uint64_t key[2] = {tree, offset};
-    uint64_t i = XXH3_64bits(key, sizeof(key)) & mask;
-    while (table[i].used && (table[i].tree != tree || table[i].offset != offset))
+    uint64_t rest[2] = {ref->hash, (uint64_t)level << 32 | ref->len};
+    return (struct seen){ref->tree, ref->offset, (uint16_t)XXH3_64bits(rest, sizeof(rest)), true,
+                         false};
+}
+
+static struct seen *find(struct seen *table, uint64_t mask, const struct seen *key)
+{
+    uint64_t place[2] = {key->tree, key->offset};
+    uint64_t i = XXH3_64bits(place, sizeof(place)) & mask;
+    while (table[i].used && (table[i].tree != key->tree || table[i].offset != key->offset ||
+                             table[i].check != key->check))
         i = (i + 1) & mask;
     return &table[i];
 }
@@ -69,20 +78,18 @@ static int grow(struct recipe_walk *w, struct vm_error **err)
         return error_nomem(err);
     for (uint64_t i = 0; i <= w->mask; i++)
         if (w->seen[i].used)
-            *find(table, size - 1, w->seen[i].tree, w->seen[i].offset) = w->seen[i];
+            *find(table, size - 1, &w->seen[i]) = w->seen[i];
     free(w->seen);
     w->seen = table;
     w->mask = size - 1;
     return 0;
 }
 
-static int remember(struct recipe_walk *w, const struct recipe_ref *ref, bool damaged,
-                    struct vm_error **err)
+static int remember(struct recipe_walk *w, const struct seen *node, struct vm_error **err)
 {
     if (w->n_seen >= (w->mask + 1) / 4 * 3 && grow(w, err) < 0)
         return -1;
-    *find(w->seen, w->mask, ref->tree, ref->offset) =
-        (struct seen){ref->tree, ref->offset, true, damaged};
+    *find(w->seen, w->mask, node) = *node;
     w->n_seen++;
     return 0;
 }
@@ -138,20 +145,20 @@ static int walk_node(struct recipe_walk *w, const struct recipe_ref *ref, unsign
 {
     if (recipe_ref_is_zero(ref))
         return 0;
-    const struct seen *seen = find(w->seen, w->mask, ref->tree, ref->offset);
+    struct seen key = key_of(ref, level);
+    const struct seen *seen = find(w->seen, w->mask, &key);
     if (seen->used) {
         *ret_damaged |= seen->damaged;
         return 0;
     }
     cleanup_buffer struct buffer node = {0};
     struct vm_error *problem = NULL;
-    bool damaged = false;
     int result = tree_read_node(w->store, ref, &node, &problem) < 0
-                     ? take_problem(w, ref, problem, &damaged, err)
-                     : walk_content(w, ref, &node, level, number, &damaged, err);
-    if (result < 0 || remember(w, ref, damaged, err) < 0)
+                     ? take_problem(w, ref, problem, &key.damaged, err)
+                     : walk_content(w, ref, &node, level, number, &key.damaged, err);
+    if (result < 0 || remember(w, &key, err) < 0)
         return -1;
-    *ret_damaged |= damaged;
+    *ret_damaged |= key.damaged;
     return 0;
 }
 

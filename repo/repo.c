@@ -8,6 +8,7 @@
 #include "base/log.h"
 
 #include <stdlib.h>
+#include <unistd.h>
 
 #define FORMAT_KEY "format"
 #define FORMAT "1"
@@ -17,6 +18,7 @@
 enum {
     CACHE_BASE = 8 << 20,
     CACHE_PER_TIB = 48 << 20,
+    CACHE_RAM_PART = 8, /* of the memory that the machine has, at most */
     TEXT_MAX = 256,
     CHECKPOINT_MS = 500,
     PARENT_TRIES = 16, /* collections may give a parent other roots meanwhile */
@@ -178,6 +180,7 @@ enum { SIZES_BATCH = 64 };
 struct counting {
     struct store *store;
     enum store_area area;
+    const char *prefix;
     char names[SIZES_BATCH][STORE_NAME_MAX + 1];
     size_t n;
     uint64_t objects, bytes;
@@ -201,6 +204,9 @@ static int count_sizes(struct counting *c, struct vm_error **err)
 static int count_object(const char *name, void *arg, struct vm_error **err)
 {
     struct counting *c = arg;
+    uint64_t number;
+    if (!object_number(c->prefix, name, &number))
+        return 0;
     snprintf(c->names[c->n++], STORE_NAME_MAX + 1, "%s", name);
     return c->n == SIZES_BATCH ? count_sizes(c, err) : 0;
 }
@@ -208,7 +214,7 @@ static int count_object(const char *name, void *arg, struct vm_error **err)
 static int count_all(struct store *s, enum store_area area, const char *prefix,
                      uint64_t *ret_objects, uint64_t *ret_bytes, struct vm_error **err)
 {
-    struct counting c = {.store = s, .area = area};
+    struct counting c = {.store = s, .area = area, .prefix = prefix};
     if (store_list(s, area, prefix, count_object, &c, err) < 0 || count_sizes(&c, err) < 0)
         return -1;
     *ret_objects = c.objects;
@@ -225,10 +231,18 @@ static int count_image(const struct image *image, void *arg, struct vm_error **e
     return 0;
 }
 
+static void count_damaged(const char *name, const struct vm_error *problem, void *arg)
+{
+    struct repo_stat *stat = arg;
+    (void)name;
+    (void)problem;
+    stat->damaged++;
+}
+
 int repo_stat(struct repo *r, struct repo_stat *ret_stat, struct vm_error **err)
 {
     struct repo_stat stat = {.uuid = r->uuid};
-    if (catalogue_list(r->store, count_image, &stat, err) < 0 ||
+    if (catalogue_list(r->store, count_image, count_damaged, &stat, err) < 0 ||
         count_all(r->store, STORE_PACK, PACK_PREFIX, &stat.packs, &stat.pack_bytes, err) < 0 ||
         count_all(r->store, STORE_BLOB, TREE_PREFIX, &stat.trees, &stat.tree_bytes, err) < 0 ||
         index_stat(r->index, &stat.index, err) < 0 || store_space(r->store, &stat.space, err) < 0)
@@ -266,10 +280,13 @@ static int cache_size(struct repo *r, size_t *ret_bytes, struct vm_error **err)
     struct index_stat stat;
     if (index_stat(r->index, &stat, err) < 0)
         return -1;
-    /* Two keys per 64 KiB. */
+    /* Two keys per 64 KiB. The index is a hint, which may say anything. */
     double tib = (double)stat.keys * (EXTENT_BYTES / 2) / ((uint64_t)1 << 40);
-    *ret_bytes = r->tuning.cache_bytes ? r->tuning.cache_bytes
-                                       : CACHE_BASE + (size_t)(tib * CACHE_PER_TIB);
+    double most = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE) / CACHE_RAM_PART;
+    double wanted = tib * CACHE_PER_TIB;
+    *ret_bytes = r->tuning.cache_bytes
+                     ? r->tuning.cache_bytes
+                     : CACHE_BASE + (size_t)(wanted < most ? wanted : most);
     return 0;
 }
 

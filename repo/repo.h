@@ -55,6 +55,7 @@ void repo_tune(struct repo *r, const struct repo_tuning *tuning);
 struct repo_stat {
     struct uuid uuid;
     uint64_t images, image_bytes; /* names, and the sum of their sizes */
+    uint64_t damaged;             /* entries of the catalogue that are no images: not counted */
     uint64_t packs, pack_bytes, trees, tree_bytes;
     struct index_stat index;
     struct store_space space;

@@ -610,6 +610,17 @@ static int scrub_lease(const struct lease *lease, void *arg, struct vm_error **e
     return 0;
 }
 
+/* It is no image that could be walked. */
+static void tell_damaged_entry(const char *name, const struct vm_error *problem, void *arg)
+{
+    struct image_walk *w = arg;
+    report_damage(w->scrub, error_message(problem));
+    if (!name)
+        return;
+    w->scrub->report.images_touched++;
+    w->scrub->found(SCRUB_IMAGE, name, w->scrub->arg);
+}
+
 static int scrub_images(struct scrub *s, struct vm_error **err)
 {
     struct recipe_visitor visitor = {.leaf = visit_leaf, .unreadable = visit_unreadable, .arg = s};
@@ -620,9 +631,9 @@ static int scrub_images(struct scrub *s, struct vm_error **err)
     s->footers = footer_cache_create(s->store, FOOTERS_BYTES, err);
     s->forwards = s->footers ? forwards_create(s->store, err) : NULL;
     w->walk = s->forwards ? recipe_walk_create(s->store, &visitor, err) : NULL;
-    int result = w->walk ? catalogue_list(s->store, scrub_image, w, err) : -1;
+    int result = w->walk ? catalogue_list(s->store, scrub_image, tell_damaged_entry, w, err) : -1;
     if (!result)
-        result = catalogue_leases(s->store, scrub_lease, w, err);
+        result = catalogue_leases(s->store, scrub_lease, tell_damaged_entry, w, err);
     if (w->walk)
         s->report.nodes = recipe_walk_nodes(w->walk);
     recipe_walk_destroy(w->walk);

@@ -7,6 +7,7 @@
 #include "repo/repo.h"
 #include "repo/scrub.h"
 
+#include <inttypes.h>
 #include <stdlib.h>
 
 enum { LIST_PART = 64, DIFF_PART = 512, SHARERS_MAX = 64, COUNTS_MAX = 24 };
@@ -47,6 +48,42 @@ static int emit_nothing(const struct repo_service *s, struct vm_error **err)
     return s->emit(&result, s->arg, err);
 }
 
+/* ---- findings ---- */
+
+struct findings {
+    Vmmig__Control__RepoFinding *list[SERVICE_FINDINGS_MAX];
+    size_t n;
+};
+
+static void take_finding(enum scrub_kind kind, const char *what, void *arg)
+{
+    struct findings *f = arg;
+    size_t max = kind == SCRUB_IMAGE ? SERVICE_FINDINGS_MAX : SERVICE_DAMAGE_MAX;
+    Vmmig__Control__RepoFinding *m = f->n < max ? malloc(sizeof(*m)) : NULL;
+    if (!m)
+        return;
+    vmmig__control__repo_finding__init(m);
+    m->image = kind == SCRUB_IMAGE;
+    m->forwarding = kind == SCRUB_FORWARDING;
+    m->what = strdup(what);
+    if (!m->what) {
+        free(m);
+        return;
+    }
+    field_make_text(m->what, strlen(m->what));
+    f->list[f->n++] = m;
+}
+
+static void free_findings(struct findings *f)
+{
+    for (size_t i = 0; f && i < f->n; i++) {
+        free(f->list[i]->what);
+        free(f->list[i]);
+    }
+    free(f);
+}
+DEFINE_CLEANUP(findings, struct findings *, free_findings)
+
 /* ---- repositories ---- */
 
 static int serve_stat(struct repo *r, const char *url, const struct repo_service *s,
@@ -68,8 +105,15 @@ static int serve_stat(struct repo *r, const char *url, const struct repo_service
     m.index_keys = stat.index.keys;
     m.space_total = stat.space.total;
     m.space_available = stat.space.available;
+    Vmmig__Control__RepoFinding finding = VMMIG__CONTROL__REPO_FINDING__INIT, *list = &finding;
     Vmmig__Control__RepoResult result = VMMIG__CONTROL__REPO_RESULT__INIT;
+    char what[96];
+    snprintf(what, sizeof(what),
+             "%" PRIu64 " entries of the catalogue: \"vmmig repo scrub\" names them", stat.damaged);
+    finding.what = what;
     result.stat = &m;
+    result.findings = &list;
+    result.n_findings = stat.damaged > 0;
     return s->emit(&result, s->arg, err);
 }
 
@@ -94,30 +138,6 @@ static int serve_gc(struct repo *r, const Vmmig__Control__Repo *m, const struct 
     count(&c, "more_to_repack", report.more_to_repack);
     count(&c, "repack_lacked_space", report.repack_lacked_space);
     return emit_counts(s, &c, err);
-}
-
-struct findings {
-    Vmmig__Control__RepoFinding *list[SERVICE_FINDINGS_MAX];
-    size_t n;
-};
-
-static void take_finding(enum scrub_kind kind, const char *what, void *arg)
-{
-    struct findings *f = arg;
-    size_t max = kind == SCRUB_IMAGE ? SERVICE_FINDINGS_MAX : SERVICE_DAMAGE_MAX;
-    Vmmig__Control__RepoFinding *m = f->n < max ? malloc(sizeof(*m)) : NULL;
-    if (!m)
-        return;
-    vmmig__control__repo_finding__init(m);
-    m->image = kind == SCRUB_IMAGE;
-    m->forwarding = kind == SCRUB_FORWARDING;
-    m->what = strdup(what);
-    if (!m->what) {
-        free(m);
-        return;
-    }
-    field_make_text(m->what, strlen(m->what));
-    f->list[f->n++] = m;
 }
 
 static int scrub_into(struct repo *r, const Vmmig__Control__Repo *m, const struct repo_service *s,
@@ -151,15 +171,8 @@ static int scrub_into(struct repo *r, const Vmmig__Control__Repo *m, const struc
 static int serve_scrub(struct repo *r, const Vmmig__Control__Repo *m,
                        const struct repo_service *s, struct vm_error **err)
 {
-    cleanup_free struct findings *f = calloc(1, sizeof(*f));
-    if (!f)
-        return error_nomem(err);
-    int result = scrub_into(r, m, s, f, err);
-    for (size_t i = 0; i < f->n; i++) {
-        free(f->list[i]->what);
-        free(f->list[i]);
-    }
-    return result;
+    CLEANUP(findings) struct findings *f = calloc(1, sizeof(*f));
+    return f ? scrub_into(r, m, s, f, err) : error_nomem(err);
 }
 
 static int serve_rebuild(struct repo *r, const struct repo_service *s, struct vm_error **err)
@@ -252,6 +265,7 @@ struct listing {
     const struct repo_service *service;
     struct image_message *messages;
     size_t n;
+    struct findings *damaged;
 };
 
 static int emit_images(struct listing *l, bool more, struct vm_error **err)
@@ -263,8 +277,17 @@ static int emit_images(struct listing *l, bool more, struct vm_error **err)
     result.images = list;
     result.n_images = l->n;
     result.more = more;
+    result.findings = l->damaged->list;
+    result.n_findings = more ? 0 : l->damaged->n;
     l->n = 0;
     return l->service->emit(&result, l->service->arg, err);
+}
+
+static void list_damaged(const char *name, const struct vm_error *problem, void *arg)
+{
+    struct listing *l = arg;
+    (void)name;
+    take_finding(SCRUB_PACK, error_message(problem), l->damaged);
 }
 
 static int list_image(const struct image *image, void *arg, struct vm_error **err)
@@ -280,10 +303,11 @@ static int list_image(const struct image *image, void *arg, struct vm_error **er
 static int serve_list(struct repo *r, const struct repo_service *s, struct vm_error **err)
 {
     cleanup_free struct image_message *messages = malloc(LIST_PART * sizeof(*messages));
-    struct listing l = {.service = s, .messages = messages};
-    if (!messages)
+    CLEANUP(findings) struct findings *damaged = calloc(1, sizeof(*damaged));
+    struct listing l = {.service = s, .messages = messages, .damaged = damaged};
+    if (!messages || !damaged)
         return error_nomem(err);
-    if (catalogue_list(repo_store(r), list_image, &l, err) < 0)
+    if (catalogue_list(repo_store(r), list_image, list_damaged, &l, err) < 0)
         return -1;
     return emit_images(&l, false, err);
 }

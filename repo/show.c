@@ -263,6 +263,14 @@ static void sum_up(struct walk *w)
         qsort(w->show->sharers, w->show->n_sharers, sizeof(*w->show->sharers), by_bytes);
 }
 
+static void note_damaged(const char *name, const struct vm_error *problem, void *arg)
+{
+    struct walk *w = arg;
+    (void)name;
+    (void)problem;
+    w->show->sizes.unreadable++;
+}
+
 int image_show(struct repo *r, const char *name, struct image_show *ret_show, struct vm_error **err)
 {
     cleanup_free struct walk *w = calloc(1, sizeof(*w));
@@ -275,7 +283,7 @@ int image_show(struct repo *r, const char *name, struct image_show *ret_show, st
     if (!result)
         result = walk_shown(w, err);
     if (!result)
-        result = catalogue_list(repo_store(r), compare_image, w, err);
+        result = catalogue_list(repo_store(r), compare_image, note_damaged, w, err);
     if (!result) {
         show->sizes.virtual_bytes = image_size(&show->image);
         sum_up(w);

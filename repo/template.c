@@ -399,7 +399,7 @@ static void settle_source(const struct all *a, struct template *tag)
 int template_list(struct store *s, template_visit_fn *visit, void *arg, struct vm_error **err)
 {
     struct all a = {0};
-    int r = catalogue_list(s, gather, &a, err);
+    int r = catalogue_list(s, gather, catalogue_skip, &a, err);
     for (size_t i = 0; r == 0 && i < a.n; i++) {
         for (size_t k = 0; k < a.n_sets; k++)
             a.list[i].has_working_set |= !strcmp(a.sets[k], a.list[i].image);
@@ -415,7 +415,7 @@ int template_list(struct store *s, template_visit_fn *visit, void *arg, struct v
 static int find_digest(struct store *s, struct template *t, struct vm_error **err)
 {
     struct all a = {0};
-    int found = 0, r = catalogue_list(s, gather, &a, err);
+    int found = 0, r = catalogue_list(s, gather, catalogue_skip, &a, err);
     char digest[TEMPLATE_DIGEST_SIZE] = "";
     for (size_t i = 0; r == 0 && i < a.n; i++)
         if (a.kinds[i] == 1 && !strcmp(a.list[i].name, t->name) &&
@@ -520,7 +520,7 @@ static int look_for_tag(struct store *s, const struct template *version, struct 
                         bool *ret_found, struct vm_error **err)
 {
     struct all a = {0};
-    int r = catalogue_list(s, gather, &a, err);
+    int r = catalogue_list(s, gather, catalogue_skip, &a, err);
     *ret_found = false;
     for (size_t i = 0; r == 0 && i < a.n && !*ret_found; i++)
         if (a.kinds[i] == 2 && !strcmp(a.list[i].image, version->image)) {

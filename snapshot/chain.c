@@ -91,7 +91,7 @@ int snapshot_list(struct repo *r, const char *vm, struct snapshot_entry **ret_li
     struct listing l = {.vm = vm};
     if (vm && vm_name_check(vm, err) < 0)
         return -1;
-    if (catalogue_list(repo_store(r), add, &l, err) < 0) {
+    if (catalogue_list(repo_store(r), add, catalogue_skip, &l, err) < 0) {
         free(l.list);
         return -1;
     }

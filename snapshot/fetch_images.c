@@ -146,7 +146,7 @@ static int look_up(struct fetch_images *t, const char *name, uint64_t number,
         return error_propagate(err, steal_ptr(&absent));
     }
     struct lease_search search = {.name = name, .number = number, .image = ret_image};
-    if (catalogue_leases(repo_store(t->repo), match_lease, &search, err) < 0)
+    if (catalogue_leases(repo_store(t->repo), match_lease, catalogue_skip, &search, err) < 0)
         return -1;
     return search.found ? 0
                         : error_set(err, VM_ERROR_NOT_FOUND,

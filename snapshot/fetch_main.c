@@ -126,7 +126,7 @@ static int do_list(struct fetcher *f, struct request *q, struct vm_error **err)
         return error_nomem(err);
     l->f = f;
     l->id = q->packet.m.id;
-    if (catalogue_list(repo_store(f->repo), list_one, l, err) < 0)
+    if (catalogue_list(repo_store(f->repo), list_one, catalogue_skip, l, err) < 0)
         return -1;
     send_names(l, true);
     return 0;
@@ -231,7 +231,7 @@ static int do_keep(struct fetcher *f, struct request *q, struct vm_error **err)
                       .n_keep = q->packet.m.payload_len / (uint32_t)sizeof(uint64_t)};
     (void)FAULT("mount.keeping");
     pthread_rwlock_wrlock(&f->leasing);
-    int r = catalogue_leases(repo_store(f->repo), sweep_one, &s, err);
+    int r = catalogue_leases(repo_store(f->repo), sweep_one, catalogue_skip, &s, err);
     pthread_rwlock_unlock(&f->leasing);
     for (unsigned i = 0; r == 0 && i < s.n_found; i++)
         r = catalogue_lease_drop(repo_store(f->repo), &s.found[i], err);

@@ -226,6 +226,8 @@ int cli_repo_part(struct cli_repo_view *v, const Vmmig__Control__RepoResult *par
     for (size_t i = 0; i < part->n_counts; i++)
         v->damaged |= part->counts[i]->value && (!strcmp(part->counts[i]->name, "damaged") ||
                                                  !strcmp(part->counts[i]->name, "images_touched"));
+    /* A scrub counts; else findings are of the catalogue, beside what was asked for. */
+    v->damaged |= part->n_findings && v->request->verb != VMMIG__CONTROL__REPO_VERB__REPO_SCRUB;
     for (size_t i = 0; i < part->n_stretches; i++)
         v->differing += part->stretches[i]->len;
     if (!v->object)

@@ -303,7 +303,7 @@ static int share(const char *url, unsigned gib, struct vm_error **err)
     struct import_report report;
     uint64_t images = 0, segments = (uint64_t)gib << 10;
     CLEANUP(repo) struct repo *r = repo_open(url, err);
-    if (!r || catalogue_list(repo_store(r), count_one, &images, err) < 0)
+    if (!r || catalogue_list(repo_store(r), count_one, NULL, &images, err) < 0)
         return -1;
     CLEANUP(image_session)
     struct image_session *session = image_session_begin(r, "shares", NULL, err);

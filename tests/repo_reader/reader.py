@@ -134,12 +134,14 @@ class Repository:
         for shard in range(256):
             for key, value in self.store.pairs(f"cat.{shard:02x}"):
                 if key.startswith("n:"):
-                    yield key[2:], self.parse_image(value)
+                    yield key[2:], self.parse_image(key[2:], value)
 
-    @staticmethod
-    def parse_image(value):
+    def parse_image(self, name, value):
+        value, check = value[:-8], value[-8:]
+        seed = self.xxh3(name.encode())
+        need(check == struct.pack("<Q", self.xxh3(value, seed=seed)), f"entry of image {name}")
         version, n_files, zero, created, writer, added = struct.unpack_from("<HHIQQQ", value)
-        need(version == 1 and zero == 0, "image version")
+        need(version == 2 and zero == 0, "image version")
         at = 32
         length = value[at]
         parent = value[at + 1:at + 1 + length].decode()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is damaged or lost is found, named with the images it touches, and never returned as data."""
+import os
 import random
+import re
 import struct
 import time
 
@@ -244,8 +246,7 @@ def test_lost_shards_of_the_index_and_its_rebuilding(repository, raw, other, tmp
 def test_a_stale_recipe(repository, raw, other, tmp_path):
     """The catalogue's entry of an image comes back, as from an old backup, after its packs were collected."""
     store, _ = two_images(repository, raw, other)
-    entry, = [(f'cat.{shard:02x}', value) for shard in range(256)
-              for key, value in store.pairs(f'cat.{shard:02x}').items() if key == 'n:a']
+    entry = entry_of(store, 'a')
     repository.run('delete', 'a')
     repository.run('collect', 1000)
     store.set(entry[0], 'n:a', entry[1])
@@ -259,6 +260,95 @@ def test_a_stale_recipe(repository, raw, other, tmp_path):
     repository.run('delete', 'a')
     repository.run('collect', 1000)
     assert scrub(repository)[:2] == ([], [])
+
+
+def entry_of(store, name):
+    (found,) = [(f'cat.{shard:02x}', value) for shard in range(256)
+                for key, value in store.pairs(f'cat.{shard:02x}').items() if key == f'n:{name}']
+    return found
+
+
+# The version, the size of the file, its root's offset and checksum, the image's own checksum.
+@pytest.mark.parametrize('at', [0, 46, 58, 70, -1])
+def test_a_damaged_entry_of_the_catalogue(dir_repository, raw, other, tmp_path, at):
+    """Neither a smaller file nor zeros are what the image was; the others go on."""
+    repository = dir_repository
+    store, _ = two_images(repository, raw, other)
+    shard, value = entry_of(store, 'a')
+    repository.run('import', raw, 'same')  # whose nodes are those of a
+    damaged = bytearray(value)
+    damaged[at] ^= 0x40
+    store.set(shard, 'n:a', bytes(damaged))
+    says = "the catalogue's entry of image a is damaged; deleting the image removes it"
+    with pytest.raises(Failed) as failed:
+        repository.run('export', 'a', tmp_path / 'out.raw')
+    assert failed.value.text == f'corrupt: {says}'
+    assert not (tmp_path / 'out.raw').exists()
+    found, touched, report = scrub(repository)
+    assert found == [says]
+    assert touched == ['a'] and report['damaged'] == report['touched'] == 1
+    for name, source in ('b', other), ('same', raw):
+        repository.run('export', name, tmp_path / name)
+        assert same(source, tmp_path / name)
+    with pytest.raises(Failed) as failed:  # what it refers to is not known
+        repository.run('collect')
+    assert failed.value.kind == 'corrupt' and 'image a is damaged' in failed.value.text
+    assert repository.run('stat')[0]['images'] == 2
+    repository.run('delete', 'a')
+    repository.run('collect', 1000)
+    assert scrub(repository)[:2] == ([], [])
+
+
+def test_a_damaged_lease(dir_repository, raw, other):
+    repository = dir_repository
+    store, _ = two_images(repository, raw, other)
+    repository.run('lease', 'a', 'web1')
+    (shard, key, value), = [(f'cat.{shard:02x}', key, value) for shard in range(256)
+                            for key, value in store.pairs(f'cat.{shard:02x}').items() if key[:2] == 'l:']
+    store.set(shard, key, value[:-1] + bytes([value[-1] ^ 1]))
+    found, touched, _ = scrub(repository)
+    assert len(found) == 1 and key in found[0] and 'web1' in found[0] and touched == []
+    with pytest.raises(Failed) as failed:
+        repository.run('collect')
+    assert 'web1' in failed.value.text
+
+
+def test_a_registration_that_nobody_wrote_is_fenced(dir_repository, raw, other):
+    """Neither its key nor its name is what vmmig makes of them: it is erased by what was read."""
+    repository = dir_repository
+    store, _ = two_images(repository, raw, other)
+    store.set('cat.00', 'w:00000000000000AB', struct.pack('<QQ', 0, 0) + b'name\0and more')
+    repository.run('delete', 'a')
+    collected, = repository.run('collect', 1)
+    assert collected['fenced'] == 1
+    assert not [key for key in store.pairs('cat.00') if key[:2] == 'w:']
+    assert scrub(repository)[:2] == ([], [])
+
+
+def test_keys_that_vmmig_cannot_have_written(repository, raw, other, tmp_path):
+    """Too long for where keys are kept: the map is named, and nothing is removed."""
+    store, _ = two_images(repository, raw, other)
+    store.set('condemned.00', 'a' * 400, b'c')
+    store.set('cat.00', 'f:' + 'a' * 400, b'x')
+    for _ in range(2):
+        with pytest.raises(Failed) as failed:
+            repository.run('collect', 1)
+        assert failed.value.status == 12 and re.search('map (condemned|cat).00 ', failed.value.text)
+    repository.run('export', 'b', tmp_path / 'b.raw')
+    assert same(other, tmp_path / 'b.raw')
+
+
+def test_a_stray_file_among_the_packs(dir_repository, raw, other):
+    store, names = two_images(dir_repository, raw, other)
+    before, = dir_repository.run('stat')
+    folder = os.path.dirname(store.path(names[0]))
+    for name in ('pack.x y', 'pack.0000000000000001.old', 'notes'):
+        with open(os.path.join(folder, name), 'wb') as f:
+            f.write(b'x')
+    after, = dir_repository.run('stat')
+    assert after['packs'] == before['packs']
+    assert scrub(dir_repository)[:2] == ([], [])
+    dir_repository.run('rebuild-index')
 
 
 def test_a_scrub_goes_on_where_one_was_killed(repository, tmp_path):

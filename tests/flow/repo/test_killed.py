@@ -159,8 +159,25 @@ def left_over(url):
     return rest
 
 
+def test_what_a_dead_writer_pinned_is_let_go(repository, tmp_path):
+    """The child was committed, and stored nothing: no list is open that would take the pin away."""
+    raw = disk(tmp_path / 'raw', 8)
+    repository.run('import', raw, 'parent')
+    with pytest.raises(Failed) as killed:
+        repository.run('import', raw, 'child', 'raw', 'parent', faults='repo.committed=crash')
+    assert killed.value.status == -signal.SIGKILL
+    assert repository.names() == ['child', 'parent']
+    assert [key for key in catalogue_keys(objects(repository.url)) if key.startswith('p:')]
+    repository.run('delete', 'parent')
+    repository.run('delete', 'child')
+    repository.run('collect', 1)
+    assert left_over(repository.url) == []
+
+
 @pytest.mark.parametrize('point', POINTS)
-def test_killed(repository, tmp_path, point):
+def test_killed(repository, tmp_path, monkeypatch, point):
+    if point == 'repo.index-split':
+        monkeypatch.setenv('VMMIG_TUNE', '0 0 8')  # shards so small that they are split
     scene = Scene(repository, tmp_path, point)
     play(scene, tmp_path)
     assert scene.killed == 1, f'no operation passes {point}'

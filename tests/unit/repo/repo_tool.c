@@ -12,7 +12,8 @@
  *
  * `unlease` writes what the holder leases into the file, and drops the lease.
  *
- * VMMIG_TUNE="CACHE-BYTES RECORDS-MAX" sets what repo_tune does, for measurements. `scatter` tells for
+ * VMMIG_TUNE="CACHE-BYTES RECORDS-MAX [SHARD-KEYS]" sets what repo_tune does, for measurements, and how
+ * many keys a shard of the index may have. `scatter` tells for
  * the first file of an image how many records a MiB refers to, and how much is read to restore it.
  */
 #include "tests/peak.h"
@@ -281,7 +282,7 @@ static int run_unlease(struct repo *r, char **argv, struct vm_error **err)
     static struct lease_search search;
     enum { PART = 1 << 20 };
     search.holder = argv[3];
-    if (catalogue_leases(repo_store(r), find_lease, &search, err) < 0)
+    if (catalogue_leases(repo_store(r), find_lease, NULL, &search, err) < 0)
         return -1;
     if (!search.found)
         return error_set(err, VM_ERROR_NOT_FOUND, "%s holds no lease", argv[3]);
@@ -306,8 +307,13 @@ static void tune(struct repo *r)
 {
     struct repo_tuning tuning = {0};
     const char *text = getenv("VMMIG_TUNE");
-    if (r && text && sscanf(text, "%zu %u", &tuning.cache_bytes, &tuning.records_max) == 2)
-        repo_tune(r, &tuning);
+    uint64_t shard_keys = 0;
+    if (!r || !text || sscanf(text, "%zu %u %" SCNu64, &tuning.cache_bytes, &tuning.records_max,
+                              &shard_keys) < 2)
+        return;
+    repo_tune(r, &tuning);
+    if (shard_keys)
+        index_limit_shards(repo_index(r), shard_keys);
 }
 
 static int run(int argc, char **argv, struct vm_error **err)
@@ -329,7 +335,7 @@ static int run(int argc, char **argv, struct vm_error **err)
     if (!strcmp(verb, "rebuild-index"))
         return run_rebuild(r, err);
     if (!strcmp(verb, "list"))
-        return catalogue_list(repo_store(r), list_one, NULL, err);
+        return catalogue_list(repo_store(r), list_one, NULL, NULL, err);
     if (!strcmp(verb, "import") && argc > 4)
         return run_import(r, argc, argv, err);
     if (!strcmp(verb, "export") && argc > 4)

@@ -6,6 +6,7 @@
 #include "tests/unit/repo/repo_faulty.h"
 #include "repo/names.h"
 #include "repo/scrub.h"
+#include "repo/source.h"
 
 /* ---- failures ---- */
 
@@ -226,6 +227,138 @@ static void a_scrub_names_damage_and_the_images_it_touches(void **state)
     }
 }
 
+/* ---- what the disks cannot read ---- */
+
+/* The pack of image a, which has one; b has others. */
+static char *two_images(char spec[128])
+{
+    char name[STORE_NAME_MAX + 1] = "";
+    make_content(content, 6 * MIB, 1);
+    store_image("a", NULL, content, 3 * MIB);
+    assert_int_equal(store_list(repo_store(repo), STORE_PACK, "pack.", take_first, name, NULL), -1);
+    store_image("b", NULL, content + 3 * MIB, 3 * MIB);
+    snprintf(spec, 128, "read.%s=error:EIO@*", name);
+    return spec;
+}
+
+static void a_scrub_goes_on_behind_what_cannot_be_read(void **state)
+{
+    struct findings f;
+    char spec[128];
+    arm(two_images(spec));
+    struct scrub_report report = scrub(&f);
+    assert_non_null(strstr(f.text, "the disk cannot read pack."));
+    assert_non_null(strstr(f.text, "image a\n"));
+    assert_null(strstr(f.text, "image b\n"));
+    assert_int_equal(report.images_touched, 1);
+    assert_int_equal(report.damaged, 1);
+    assert_true(report.packs > 0); /* those of b */
+    cleanup_free uint8_t *out = malloc(3 * MIB);
+    cleanup_error struct vm_error *err = NULL;
+    assert_int_equal(read_image("a", out, 3 * MIB, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+    assert_image("b", content + 3 * MIB, 3 * MIB);
+    arm(""); /* a disk that thought better of it */
+    assert_int_equal(scrub(&f).damaged, 0);
+}
+
+static void what_cannot_be_read_is_stored_again(void **state)
+{
+    char spec[128];
+    arm(two_images(spec));
+    store_image("again", NULL, content, 3 * MIB);
+    assert_image("again", content, 3 * MIB);
+    /* The same of recipes. */
+    arm("read.tree=error:EIO@*");
+    store_image("once-more", NULL, content, 3 * MIB);
+    cleanup_free uint8_t *out = malloc(3 * MIB);
+    cleanup_error struct vm_error *err = NULL;
+    assert_int_equal(read_image("once-more", out, 3 * MIB, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_CORRUPT);
+    arm("");
+    assert_image("once-more", content, 3 * MIB);
+}
+
+/* ---- what the store should not say ---- */
+
+static void a_pool_that_is_gone_is_told(void **state)
+{
+    static const char *const points[] = {"create.pack=missing", "create.tree=missing"};
+    make_content(content, 3 * MIB, 1);
+    for (int i = 0; i < 2; i++) {
+        cleanup_error struct vm_error *err = NULL;
+        arm(points[i]);
+        assert_int_equal(put_all(repo, "a", NULL, content, 3 * MIB, NULL, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+        assert_non_null(strstr(error_message(err), "the pool that it belongs to is gone"));
+        arm("");
+    }
+}
+
+/* 257 keys at the beginning of the hash space: as if there were 2^40. */
+static void the_index_does_not_decide_how_much_memory_is_taken(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char keys[257][INDEX_KEY_TEXT + 1];
+    struct store_pair sets[257];
+    for (unsigned i = 0; i < 257; i++) {
+        snprintf(keys[i], sizeof(keys[i]), "e------%06u", i);
+        sets[i] = (struct store_pair){keys[i], "12345678", 8};
+    }
+    struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = "index.00000f",
+                          .sets = sets, .n_sets = 257};
+    store_run(repo_store(repo), &op, 1, &err);
+    assert_ok(err);
+    assert_int_equal(op.result, STORE_DONE);
+    make_content(content, 3 * MIB, 1);
+    store_image("a", NULL, content, 3 * MIB);
+    assert_image("a", content, 3 * MIB);
+}
+
+static int note_lease(const struct lease *lease, void *arg, struct vm_error **err)
+{
+    *(struct lease *)arg = *lease;
+    return 0;
+}
+
+static void a_lease_whose_answer_is_lost_is_no_lease(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct lease lease;
+    struct findings f;
+    store_image("a", NULL, (const uint8_t *)"one", 3);
+    arm("update.cat=unknown");
+    assert_int_equal(catalogue_lease(repo_store(repo), "a", "web1", &lease, &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    arm("");
+    error_clear(&err);
+    lease.number = 0;
+    catalogue_leases(repo_store(repo), note_lease, NULL, &lease, &err);
+    assert_ok(err);
+    assert_int_equal(lease.number, 0);
+    assert_int_equal(scrub(&f).images_touched, 0);
+}
+
+static void a_file_that_shrinks_has_no_hole_there(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char path[] = "/tmp/vmmig-shrinks.XXXXXX";
+    cleanup_close int fd = mkstemp(path);
+    unlink(path);
+    uint64_t len;
+    bool zero;
+    assert_int_equal(ftruncate(fd, 4 * MIB), 0);
+    assert_int_equal(pwrite(fd, content, MIB, 0), MIB);
+    struct source *s = source_open_fd(fd, "disk.raw", &err);
+    assert_ok(err);
+    assert_int_equal(source_extent(s, 2 * MIB, &len, &zero, &err), 0);
+    assert_true(zero && len == 2 * MIB); /* a hole up to the end */
+    assert_int_equal(ftruncate(fd, MIB), 0);
+    assert_int_equal(source_extent(s, 2 * MIB, &len, &zero, &err), -1);
+    assert_string_equal(error_message(err), "disk.raw shrank while it was read");
+    source_close(s);
+}
+
 static void every_image_that_shares_a_damaged_node_is_named(void **state)
 {
     struct findings f;
@@ -366,6 +499,12 @@ int main(void)
         TEST(damage_is_named_and_never_returned),
         TEST(a_scrub_of_a_sound_repository_finds_nothing),
         TEST(a_scrub_names_damage_and_the_images_it_touches),
+        TEST(a_scrub_goes_on_behind_what_cannot_be_read),
+        TEST(what_cannot_be_read_is_stored_again),
+        TEST(a_pool_that_is_gone_is_told),
+        TEST(the_index_does_not_decide_how_much_memory_is_taken),
+        TEST(a_lease_whose_answer_is_lost_is_no_lease),
+        TEST(a_file_that_shrinks_has_no_hole_there),
         TEST(every_image_that_shares_a_damaged_node_is_named),
         TEST(what_a_lease_alone_keeps_is_named),
         TEST(the_index_is_made_anew_from_what_is_there),

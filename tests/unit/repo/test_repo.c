@@ -279,7 +279,7 @@ static void a_list_shows_every_image(void **state)
     make_content(content, MIB, 1);
     store_image("one", NULL, content, MIB);
     store_image("two", "one", content, MIB);
-    catalogue_list(repo_store(repo), note_name, names, &err);
+    catalogue_list(repo_store(repo), note_name, NULL, names, &err);
     assert_ok(err);
     assert_true(!strcmp(names, "one two ") || !strcmp(names, "two one "));
     assert_int_equal(registrations(), 0);

@@ -81,7 +81,7 @@ static int print_lease(const struct lease *lease, void *arg, struct vm_error **e
 static int run_leases(char **argv, struct vm_error **err)
 {
     CLEANUP(repo) struct repo *r = repo_open(argv[2], err);
-    return r ? catalogue_leases(repo_store(r), print_lease, NULL, err) : -1;
+    return r ? catalogue_leases(repo_store(r), print_lease, NULL, NULL, err) : -1;
 }
 
 static void print_state(const struct mount_state *s)
