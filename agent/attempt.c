@@ -289,9 +289,9 @@ static void act_report(struct attempt *a, enum handover_notice notice)
     SCOPE_LOCK(&a->lock);
     a->notice = notice;
     a->has_notice = true;
-    /* How long the guest stood: until the destination says that it ran. */
+    /* How long the guest stood: COMMIT went its way, and the destination says how long it took from there. */
     if (notice == HANDOVER_NOTE_MOVED && a->paused_at_ns && a->commit_at_ns)
-        a->pause_ns = a->resume_took_ns ? a->commit_at_ns + a->resume_took_ns - a->paused_at_ns
+        a->pause_ns = a->resume_took_ns ? a->commit_at_ns + a->rtt_ns / 2 + a->resume_took_ns - a->paused_at_ns
                                         : clock_mono_ns() - a->paused_at_ns;
 }
 

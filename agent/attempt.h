@@ -142,6 +142,7 @@ struct attempt {
     bool is_unfit;           /* the last record was not written since the role had a reason against it */
     bool stands;             /* source: all is sent, and no vCPU can have run since */
     int64_t paused_at_ns, commit_at_ns; /* monotonic; 0: not yet */
+    int64_t rtt_ns;                     /* of the link to the destination; 0: not known */
     int64_t resume_took_ns;             /* from COMMIT to running vCPUs, as the destination says */
     int64_t state_since_ns;
     int cancel;              /* latch: everything of this attempt ends */

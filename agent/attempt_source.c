@@ -195,6 +195,7 @@ static int copy(struct attempt *a, struct vm_error **err)
     struct sender_progress p;
     sender_progress(sender, &p);
     a->paused_at_ns = p.paused_at_ns;
+    a->rtt_ns = p.rtt_ns;
     return 0;
 }
 

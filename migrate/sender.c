@@ -21,6 +21,7 @@ _Static_assert(SENDER_CHANNELS_MAX * PAGE_ENCODER_MEMORY_MIN <= ENCODER_MEMORY, 
 /* While so many chunks in a row did not shrink, only one in as many is tried. */
 enum { BYTES_PATIENCE = 16 };
 enum { PILOT_INTERVAL_MS = 10 };
+enum { SETTLE_STEP_MS = 2 };
 enum { OPEN_TIMEOUT_MS = 15000, OPEN_STEP_MS = 50 };
 /* The device state's loading and the hand-over's synced writes; of a QEMU, the device state's way, too. */
 #define FIXED_PAUSE_NS (20 * NSEC_PER_MSEC)
@@ -400,6 +401,26 @@ static void on_round(void *arg, unsigned round)
     pthread_cond_broadcast(&s->changed);
 }
 
+static bool is_paused(struct sender *s)
+{
+    SCOPE_LOCK(&s->lock);
+    return s->progress.paused_at_ns != 0;
+}
+
+/* Once the guest stands there is no other round to wait for, and over a long link that is a round trip. */
+static int flush_while_it_runs(struct sender *s, struct channel_sender *channel, struct vm_error **err)
+{
+    struct vm_error *why = NULL;
+    while (channel_sender_flush(channel, clock_mono_ns() + SETTLE_STEP_MS * NSEC_PER_MSEC, &why) < 0) {
+        if (why->kind != VM_ERROR_TIMEOUT)
+            return error_propagate(err, why);
+        error_free(steal_ptr(&why));
+        if (is_paused(s))
+            break;
+    }
+    return 0;
+}
+
 /* The driver's thread waits here, so nothing is put into the queues meanwhile, and no worker is in a send. */
 static int on_settle(void *arg, int64_t *ret_rtt_ns, struct vm_error **err)
 {
@@ -410,7 +431,7 @@ static int on_settle(void *arg, int64_t *ret_rtt_ns, struct vm_error **err)
             return stopped(err);
     for (unsigned i = 1; i <= s->params.channels; i++) {
         struct channel_sender_stats st;
-        if (channel_sender_flush(s->channels[i], INT64_MAX, err) < 0)
+        if (flush_while_it_runs(s, s->channels[i], err) < 0)
             return -1;
         channel_sender_get_stats(s->channels[i], &st);
         rtt_ns = st.rtt_ns > rtt_ns ? st.rtt_ns : rtt_ns;
@@ -448,6 +469,7 @@ struct link_totals {
     uint64_t rate, unacked, acked, sent;
     int64_t send_cpu_ns, carrying_ns;
     int64_t outage_ns;
+    int64_t rtt_ns; /* the longest of the connections' least */
 };
 
 static void read_channels(struct sender *s, struct link_totals *ret, struct sender_progress *p)
@@ -468,6 +490,8 @@ static void read_channels(struct sender *s, struct link_totals *ret, struct send
         ret->carrying_ns += i ? st.carrying_ns : 0;
         if (st.outage_ns > ret->outage_ns)
             ret->outage_ns = st.outage_ns;
+        if (st.rtt_ns > ret->rtt_ns)
+            ret->rtt_ns = st.rtt_ns;
         p->wire_bytes += st.bytes_sent;
         p->resent_bytes += st.bytes_resent;
         p->acked_resent_bytes += st.bytes_acked_resent;
@@ -578,11 +602,15 @@ static int64_t queued_ns(struct sender *s, const struct pilot *pilot)
     return (int64_t)((double)queued * 1e9 / pilot->drain_rate);
 }
 
-/* What a pause takes of itself, and the device state's way. QEMU, which does not say how much that is, has little. */
+/*
+ * What a pause takes of itself, and the device state's way. QEMU, which does not say how much that is, has little. The
+ * last pages, LOADED and COMMIT go through the link one after the other.
+ */
 static int64_t fixed_ns(struct sender *s, const struct pilot *pilot, const struct guest_source_progress *source,
                         const struct link_totals *link)
 {
     int64_t fixed = s->params.guest->ops->mapped_source ? FIXED_PAUSE_MAPPED_NS : FIXED_PAUSE_NS;
+    fixed += 3 * link->rtt_ns / 2;
     double rate = link->rate ? (double)link->rate : pilot->drain_rate;
     return rate > 0 ? fixed + (int64_t)((double)source->state_bytes * 1e9 / rate) : fixed;
 }
@@ -943,6 +971,7 @@ void sender_progress(struct sender *s, struct sender_progress *ret_progress)
         struct link_totals link;
         read_channels(s, &link, ret_progress);
         ret_progress->outage_ns = link.outage_ns;
+        ret_progress->rtt_ns = link.rtt_ns;
         ret_progress->moved_bytes = ret_progress->wire_bytes + link.acked;
     }
     SCOPE_LOCK(&s->policy_lock);

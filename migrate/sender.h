@@ -79,6 +79,7 @@ struct sender_progress {
     int64_t paused_at_ns;        /* monotonic; 0: the guest runs */
     uint64_t moved_bytes;        /* since the guest stands: what left, and what came back of it; grows or it is stuck */
     int64_t outage_ns;           /* since the guest stands: some channel is without a connection */
+    int64_t rtt_ns;              /* of the link, the least; since the guest stands */
     /* Its user has the guest run: so it was when we, or the VMM for the copy's end, had it stand. Else it is his
      * doing, and whoever takes the guest leaves it paused. */
     bool runs;

@@ -136,8 +136,9 @@ struct guest_source_events {
     void (*round)(void *arg, unsigned round);
     /*
      * May be NULL. Asked by a driver that can choose when its log is read (ops->mapped_source), before each reading
-     * while the guest runs: returns when all pages that were given are where they belong. So a round finds what is
-     * left, all of it, and nothing is on its way to be overtaken. *ret_rtt_ns: the link's least round trip; 0: unknown.
+     * while the guest runs: returns when all pages that were given are where they belong, or the engine has paused the
+     * guest. So a round finds what is left, all of it, and nothing is on its way to be overtaken. *ret_rtt_ns: the
+     * link's least round trip; 0: unknown.
      */
     int (*settle)(void *arg, int64_t *ret_rtt_ns, struct vm_error **err);
     /*

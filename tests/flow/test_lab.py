@@ -129,6 +129,19 @@ def test_a_cut_is_silent_and_what_was_sent_arrives_after_it(lab, echo, direction
     assert answer(echo, 10) == 'two'
 
 
+def test_a_host_that_is_far_answers_late(lab, echo):
+    h1, h2 = lab.hosts
+    echo.stdin.write('one\n')
+    assert answer(echo, 10) == 'one'
+    with h1.far(25):
+        start = time.monotonic()
+        echo.stdin.write('two\n')
+        assert answer(echo, 10) == 'two' and time.monotonic() - start >= 0.05
+        assert throughput(h1, h2, 0.5) > 0
+    echo.stdin.write('three\n')
+    assert answer(echo, 10) == 'three'
+
+
 def test_a_link_that_is_down_is_noticed(lab):
     h1, h2 = lab.hosts
     h1.link_down()

@@ -15,13 +15,14 @@ test itself reaches a file in a host's own folders, Unix sockets included.
 Each host has a bridge br0 with its address; its ports are eth0, the link to the switch, and the taps of
 the host's guests. "observer" is one more station, at the switch itself.
 """
+import contextlib
 import os
 import re
 import subprocess
 import sys
 import tempfile
 
-from . import keeper
+from . import delay, keeper
 from .console import Collector
 
 OWN_FOLDERS = {'/run': 'run', '/var/lib': 'lib', '/etc/vmmig': 'etc-vmmig'}
@@ -169,6 +170,26 @@ class Host:
         self.rate = rate
         set_rate(self.pid, 'eth0', rate)
         set_rate(self.lab.switch_pid, f'p{self.number}', rate if self.lab.count > 2 else None)
+
+    @contextlib.contextmanager
+    def far(self, milliseconds):
+        """As long as it is entered, all that the host sends and is sent arrives so much later."""
+        port, near, switch = f'p{self.number}', f'd{self.number}', self.lab.run_at_switch
+        switch(['ip', 'link', 'add', near, 'arp', 'off', 'promisc', 'on', 'type', 'veth', 'peer', 'name', f'{near}s'])
+        for words in (f'{port} nomaster arp off promisc on', f'{near} up', f'{near}s master switch up'):
+            switch(['ip', 'link', 'set', *words.split()])
+        try:
+            with subprocess.Popen(inside(self.lab.switch_pid, [sys.executable, delay.__file__, port, near, milliseconds]),
+                                  stdout=subprocess.PIPE, text=True) as line:
+                try:
+                    if line.stdout.readline() != 'ready\n':
+                        raise RuntimeError('the long link is not there')
+                    yield
+                finally:
+                    line.kill()
+        finally:
+            switch(['ip', 'link', 'del', near])
+            switch(['ip', 'link', 'set', port, 'master', 'switch', 'arp', 'on', 'promisc', 'off'])
 
     def cut(self, direction='both'):
         """From now on packets vanish without a trace: those the host sends ('out'), those sent to it

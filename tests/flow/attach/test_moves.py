@@ -2,6 +2,7 @@
 """Guests of vmmig-vmm that migrate between agents, as their user and they themselves see it. What the agent does with
 such VMMs when things go wrong is in tests/flow/test_attach.py; here a guest runs inside, which checks all of its
 memory: four vCPUs write it as fast as they can, each its own and all a shared part, and so does a device."""
+import contextlib
 import os
 import signal
 
@@ -12,6 +13,7 @@ from lab.guests import built
 
 DRIVERS = ['bitmap', 'ring', 'plain']
 MIB = 1 << 20
+FAR_MS = 25
 PROGRAM = 'tools/vmmig-vmm/vmmig-vmm'
 
 
@@ -51,7 +53,8 @@ def boot(cluster):
             agent.start()
         for vm in agent.json('list')['vms']:
             if vm['presence'] != 'ended' and vm['pid']:
-                os.kill(vm['pid'], signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # the agent may not have noticed yet
+                    os.kill(vm['pid'], signal.SIGKILL)
                 eventually('the end of a VMM', lambda pid=vm['pid'], a=agent: a.host.reap() or gone(pid))
             agent.vmmig('detach', vm['vm'], check=False)
 
@@ -107,6 +110,24 @@ def test_memory_of_any_make(cluster, boot, options):
                 if record['presence'] == 'present':
                     os.kill(record['pid'], signal.SIGKILL)
                     eventually('the end of a VMM', lambda a=agent, pid=record['pid']: a.host.reap() or gone(pid))
+
+
+@pytest.mark.parametrize('pace', [{'dirty_mib': 4, 'rate_mbps': 4, 'writer': 0}, {}], ids=['idle', 'busy'])
+def test_over_a_long_link(cluster, boot, pace):
+    """A round trip takes 50 ms, and so does a round of a guest that writes next to nothing: no reason to throttle it. The
+    last pages, LOADED and COMMIT go one after the other, which a prediction includes."""
+    a1 = cluster.agents[0]
+    name = f'far-{len(pace)}'
+    console = boot(at_full_speed(name, **pace))
+    mark = console.mark()
+    with cluster.hosts[0].far(FAR_MS):
+        job = a1.json('send', name, '--to', 'h2')
+    console.wait_ticks(5)
+    assert console.check(after=mark) == ['h1', 'h2']
+    console.verify()
+    assert job['pause_ms'] >= 3 * FAR_MS and job['predicted_pause_ms'] >= 3 * FAR_MS
+    if pace:
+        assert job['throttle_max_percent'] == 0 and job['predicted_pause_ms'] < 300
 
 
 def test_a_lost_run_is_seen(cluster, boot):
