@@ -12,6 +12,7 @@
 
 /* A destination that gave up journals that, and ends its VMM, before it says why. */
 enum { CAUSE_WAIT_MS = 1000 };
+enum { SETTLE_TIMEOUT_MS = 10000, SETTLE_STEP_MS = 100 };
 
 /* ---- Events ---- */
 
@@ -489,12 +490,29 @@ static void feed_with_death_first(struct attempt *a, enum handover_event event)
     feed(a, event);
 }
 
+static bool is_stopped(struct attempt *a)
+{
+    SCOPE_LOCK(&a->lock);
+    return a->stop;
+}
+
+/* The registry of a new agent connects to its VMs: to this one before anything is asked of it, or decided. */
+static void wait_for_registry(struct attempt *a)
+{
+    int64_t deadline = clock_mono_ns() + SETTLE_TIMEOUT_MS * NSEC_PER_MSEC;
+    while (!vms_settle_one(a->transfer->agent->vms, a->vm_name, SETTLE_STEP_MS) && !is_stopped(a) &&
+           clock_mono_ns() < deadline)
+        ;
+}
+
 static void *attempt_main(void *arg)
 {
     struct attempt *a = arg;
     enum handover_event event;
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    if (a->recovered)
+        wait_for_registry(a);
     int64_t timer = clock_mono_ns() + PATIENCE(ATTEMPT_TIMER_MS);
     while (next_event(a, timer, &event)) {
         if (event == HANDOVER_EV_TIMER) {
@@ -700,7 +718,7 @@ struct attempt *attempt_recover(struct transfer *t, const struct attempt_role *r
     a->record.vmm = record->vmm;
     memcpy(a->record.peer, record->peer, sizeof(a->record.peer));
     a->record.started_ns = record->started_ns;
-    a->recorded = true;
+    a->recorded = a->recovered = true;
     snprintf(a->peer_name, sizeof(a->peer_name), "%s", record->peer);
     bool alive = record->vmm.pid && process_alive(&record->vmm);
     handover_recover(&a->machine, record->record, alive);

@@ -133,6 +133,7 @@ struct attempt {
     struct handover machine; /* the attempt's thread; state is copied below for others */
     struct journal_record record;
     bool recorded;           /* the journal has it */
+    bool recovered;          /* a former agent's */
     bool blob_changed;       /* since it was written there */
     atomic_bool was_running; /* by its user's wish: whoever has it last lets it run */
     struct guest *guest;     /* reference; NULL while the VMM is not reached */

@@ -19,7 +19,8 @@
 
 #define HELLO_TIMEOUT_NS (10 * NSEC_PER_SEC)
 #define WRITE_TIMEOUT_NS (30 * NSEC_PER_SEC)
-enum { BACKLOG = 64, READ_SIZE = 16384, GROUPS_MAX = 1024, VERSION_TEXT_MAX = 64 };
+#define SETTLE_TIMEOUT_NS (10 * NSEC_PER_SEC)
+enum { SETTLE_STEP_MS = 100, BACKLOG = 64, READ_SIZE = 16384, GROUPS_MAX = 1024, VERSION_TEXT_MAX = 64 };
 
 struct control_session {
     struct control *control;
@@ -179,11 +180,22 @@ static int serve_one(struct control_session *s, const struct frame *frame, struc
     return s->gone ? -1 : 0;
 }
 
+/* A new agent answers when it has asked its VMs, so that its users find them as they are. */
+static void wait_for_registry(const struct control_session *s)
+{
+    const struct control *c = s->control;
+    int64_t deadline = clock_mono_ns() + SETTLE_TIMEOUT_NS;
+    while (!vms_settle(c->agent->vms, SETTLE_STEP_MS) && !io_latch_is_set(c->stop_fd) && clock_mono_ns() < deadline)
+        ;
+}
+
 static void serve(struct control_session *s)
 {
     cleanup_error struct vm_error *err = NULL;
     struct frame frame;
     int r = greet(s, &err);
+    if (r > 0)
+        wait_for_registry(s);
     while (r > 0) {
         r = read_frame(s, &frame, INT64_MAX, &err);
         if (r > 0 && serve_one(s, &frame, &err) < 0)

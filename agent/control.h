@@ -13,6 +13,7 @@
  * A request may carry one descriptor, with its first byte; one that nobody takes is closed.
  * Bound: max-clients connections; one more is told so and closed.
  * A client that says nothing for 10 s at the start, or that breaks the protocol, is closed.
+ * The first requests to a new agent wait, for 10 s at most, until it has asked each of its VMs how it is.
  */
 #ifndef VMMIG_AGENT_CONTROL_H
 #define VMMIG_AGENT_CONTROL_H

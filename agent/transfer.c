@@ -13,7 +13,7 @@
 #include <string.h>
 
 #define ASK_OTHERS_NS (2 * NSEC_PER_SEC)
-enum { GREETING_TIMEOUT_MS = 10000, STOP_TIMEOUT_MS = 15000, SETTLE_TIMEOUT_MS = 10000 };
+enum { GREETING_TIMEOUT_MS = 10000, STOP_TIMEOUT_MS = 15000 };
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
 
@@ -439,8 +439,6 @@ struct transfer *transfer_create(struct agent *agent, struct vm_error **err)
     t->stop = io_latch_new(err);
     if (t->stop < 0 || open_parts(t, err) < 0)
         return NULL;
-    if (!vms_settle(agent->vms, SETTLE_TIMEOUT_MS))
-        log_warn("some VMs do not answer yet");
     if (journal_each(t->journal, take_up, t, err) < 0 || listen_for_peers(t, err) < 0) {
         transfer_stop(t);
         return NULL;

@@ -24,6 +24,7 @@ struct vm {
     pthread_mutex_t adopt_lock; /* one connects at a time; before `lock`, never with that of `vms` */
     pthread_mutex_t lock; /* guards what follows */
     bool adopting; /* a thread connects */
+    bool tried;    /* one has: it may have got no answer */
     enum vm_presence presence;
     struct guest *guest; /* of the last connection; once there is one, there always is */
     char detail[VM_DETAIL_MAX];
@@ -390,58 +391,55 @@ struct adoption {
     struct vm *vm; /* reference */
 };
 
+static bool begin_adopting(struct vms *vms, struct vm *vm)
+{
+    SCOPE_LOCK(&vms->lock);
+    pthread_mutex_lock(&vm->lock);
+    bool begin = vm->presence == VM_UNREACHABLE && !vm->adopting;
+    vm->adopting = vm->adopting || begin;
+    pthread_mutex_unlock(&vm->lock);
+    vms->adopting += begin;
+    return begin;
+}
+
+/* The reference goes before the last one is counted out: vms_close frees the registry then. */
+static void end_adopting(struct adoption *a)
+{
+    pthread_mutex_lock(&a->vm->lock);
+    a->vm->adopting = false;
+    a->vm->tried = true;
+    pthread_mutex_unlock(&a->vm->lock);
+    vm_put(a->vm);
+    SCOPE_LOCK(&a->vms->lock);
+    a->vms->adopting--;
+    see_if_settled(a->vms);
+}
+
 static void *adopt_main(void *arg)
 {
     struct adoption a = *(struct adoption *)arg;
     free(arg);
     adopt(a.vms, a.vm);
-    pthread_mutex_lock(&a.vm->lock);
-    a.vm->adopting = false;
-    pthread_mutex_unlock(&a.vm->lock);
-    vm_put(a.vm);
-    SCOPE_LOCK(&a.vms->lock);
-    a.vms->adopting--;
-    see_if_settled(a.vms);
+    end_adopting(&a);
     return NULL;
-}
-
-static bool begin_adopting(struct vm *vm)
-{
-    SCOPE_LOCK(&vm->lock);
-    bool begin = vm->presence == VM_UNREACHABLE && !vm->adopting;
-    vm->adopting = vm->adopting || begin;
-    return begin;
-}
-
-static void count_adoptions(struct vms *vms, int change)
-{
-    SCOPE_LOCK(&vms->lock);
-    vms->adopting += (unsigned)change;
 }
 
 /* In a thread of its own: a VMM that is silent delays nobody else. */
 static void start_adopting(struct vms *vms, struct vm *vm)
 {
     pthread_t thread;
-    struct adoption *a = malloc(sizeof(*a));
-    if (!begin_adopting(vm)) {
-        free(a);
+    if (!begin_adopting(vms, vm))
         return;
-    }
-    count_adoptions(vms, 1);
-    if (a)
-        *a = (struct adoption){vms, vm_ref(vm)};
-    if (a && pthread_create(&thread, NULL, adopt_main, a) == 0) {
+    struct adoption here = {vms, vm_ref(vm)}, *theirs = malloc(sizeof(*theirs));
+    if (theirs)
+        *theirs = here;
+    if (theirs && pthread_create(&thread, NULL, adopt_main, theirs) == 0) {
         pthread_detach(thread);
         return;
     }
     log_warn("no thread to connect to a VM", "vm=%s", vm->definition.name);
-    count_adoptions(vms, -1);
-    if (a)
-        vm_put(vm);
-    free(a);
-    SCOPE_LOCK(&vm->lock);
-    vm->adopting = false;
+    free(theirs);
+    end_adopting(&here);
 }
 
 static void adopt_all(struct vms *vms, struct vm **list, unsigned n)
@@ -579,6 +577,27 @@ bool vms_settle(struct vms *vms, int timeout_ms)
     while (!vms->settled && cond_wait_until(&vms->changed, &vms->lock, deadline))
         ;
     return vms->settled;
+}
+
+/* With the lock held. */
+static bool was_tried(const struct vms *vms, const char *name)
+{
+    bool found;
+    unsigned place = place_of(vms, name, &found);
+    if (!found)
+        return true;
+    struct vm *vm = vms->list[place];
+    SCOPE_LOCK(&vm->lock);
+    return vm->tried || vm->presence != VM_UNREACHABLE;
+}
+
+bool vms_settle_one(struct vms *vms, const char *name, int timeout_ms)
+{
+    int64_t deadline = clock_mono_ns() + timeout_ms * NSEC_PER_MSEC;
+    SCOPE_LOCK(&vms->lock);
+    while (!was_tried(vms, name) && cond_wait_until(&vms->changed, &vms->lock, deadline))
+        ;
+    return was_tried(vms, name);
 }
 
 /* With the lock held. */

@@ -108,6 +108,8 @@ void vms_close(struct vms *vms);
 DEFINE_CLEANUP(vms, struct vms *, vms_close)
 /* Wait until every VM of the records was tried once; false if that takes longer. */
 bool vms_settle(struct vms *vms, int timeout_ms);
+/* The same of the VM of that name, if there is one: others do not matter. */
+bool vms_settle_one(struct vms *vms, const char *name, int timeout_ms);
 
 /*
  * Add a VM whose process lives; takes *guest over (sets it to NULL) on success. With no guest it is UNREACHABLE until it

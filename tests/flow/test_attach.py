@@ -2,6 +2,7 @@
 """VMs whose VMM links libvmmig-attach, as the agent's user sees them: adopted, started, listed, moved, refused,
 recovered after a crash of an agent. The VMM is tests/flow/standin_vmm.c, which checks its whole memory when it is
 loaded; what a real guest sees of a migration is tested elsewhere."""
+import contextlib
 import os
 import signal
 import socket
@@ -57,7 +58,8 @@ def clean(cluster):
             agent.start()
         for vm in agent.json('list')['vms']:
             if vm['presence'] != 'ended' and vm['pid']:
-                os.kill(vm['pid'], 9)
+                with contextlib.suppress(ProcessLookupError):  # the agent may not have noticed yet
+                    os.kill(vm['pid'], 9)
                 eventually('the end of a VMM', lambda pid=vm['pid'], a=agent: gone(a, pid))
             agent.vmmig('detach', vm['vm'], check=False)
 
@@ -482,6 +484,28 @@ def test_an_agent_that_dies_during_the_hand_over(cluster, a1, a2, side, point, o
     else:
         assert vmm.poll() is None
         nothing_left(a2, 'web')
+
+
+def test_a_silent_vmm_delays_no_hand_over_in_doubt(cluster, a1, a2):
+    """A new agent takes it up, and hears its peer, before it knows that another VMM says nothing."""
+    if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    by_hand(a1, 'silent')
+    by_hand(a1, 'web')
+    a1.stop()
+    a1.start(faults='handover.after.COMMIT=crash')
+    a1.vmmig('send', 'web', '--to', 'h2', '--background')
+    eventually('the crash', lambda: a1.process.poll() is not None)
+    silent = vmm_pid(a1, 'silent')
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        a1.start(build=fault_build())
+        said = eventually('it says that one is silent', lambda: (log := a1.log()) and 'vm=silent reason=' in log and log, 60)
+    finally:
+        os.kill(silent, signal.SIGCONT)
+    assert 'to=SRC_DONE' in said[:said.index('vm=silent reason=')]
+    assert running(cluster, 'web') == ['h2']
+    eventually('the silent one', lambda: running(cluster, 'silent') == ['h1'])
 
 
 def test_without_privileges_and_in_a_cgroup_of_its_own(tmp_path, cluster, a1, a2):
