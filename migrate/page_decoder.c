@@ -164,9 +164,10 @@ static int clear_pages(const struct page_decoder *dec, const struct place *place
 {
     for (unsigned i = 0, run; i < n; i += run) {
         run = contiguous(places + i, n - i);
-        /* Where the kernel cannot give memory back (not shared memory, locked), it says so. */
+        /* Where the kernel cannot give memory back (not shared memory, locked), it says so. A huge page would be
+         * anybody's then, and the guest's reservation of it gone. */
         if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN && places[i].region->base &&
-            madvise(places[i].region->base + places[i].offset, (size_t)run * GUEST_PAGE_SIZE,
+            places[i].region->page_size <= GUEST_PAGE_SIZE && madvise(places[i].region->base + places[i].offset, (size_t)run * GUEST_PAGE_SIZE,
                     MADV_REMOVE) == 0)
             continue;
         for (unsigned j = i; j < i + run; j++)

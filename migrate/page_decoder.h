@@ -25,8 +25,8 @@
  * Zero pages. Reading a hole of a shared mapping (not of its file) allocates a page just as writing does. An encoder
  * that knows the memory to begin as zero does not name such pages. For the others: a run of
  * PAGE_DECODER_PUNCH_MIN pages or more is given back to the system with MADV_REMOVE if `may_punch`
- * (not for memory that was preallocated, locked or is hugetlb); what is left is compared, and
- * cleared only if need be.
+ * (not for memory that was preallocated or locked; of huge pages never); what is left is compared,
+ * and cleared only if need be.
  *
  * Guest memory must stay as it is while the decoder lives. Nobody else writes it meanwhile.
  *

@@ -21,8 +21,7 @@
  *         what is left, then the device state is saved, then one more harvest (saving may write memory), then
  *         memory_done, the state as bytes, done. Pages point into the guest's memory (ops->mapped_source), a clone's
  *         into a copy of 1 MiB for each batch under way. To read a page that a clone has not touched waits for the
- *         mount: while the store is away the copy stands, and so does whoever stops it. So a VMM that means harm can
- *         keep its own job waiting, until it, or what serves its memory, is killed.
+ *         mount: a copy that waits can be stopped at any time, and ends with TIMEOUT after 60 s (vmm/attach_reader.h).
  *         Throttling, of a guest that writes too fast for its downtime limit: vmm/attach_steering.h.
  *         After a complete copy tracking stays on, since ending it is dear for a large guest and the VMM is about
  *         to be killed; `resume` ends it.
@@ -39,8 +38,8 @@
  *
  * A region is a memory slot, in the VMM's order. What the VMM tells is checked: memfds must be long enough and sealed
  * against shrinking, so that no later access faults; a process whose memory is read must be its socket's user's
- * still. Memory of a source is read through its file; a destination whose VMM punches holes into hugetlb memory while
- * none is left in the pool can still make the agent fault.
+ * still. Memory is read through its file, which leaves holes as they are, and a destination's is written so that a VMM
+ * which punches holes into its huge pages while none is left gets an error, and the agent no signal.
  *
  * Errors: VMM_DIED when the process ended; UNREACHABLE when only the connection did (the next call connects anew,
  * unless a copy was under way, which has failed then). Callbacks of the VMM that fail, and slots that change, come

@@ -46,7 +46,8 @@ static int check_pages(int fd, const Vmmig__Attach__Slot *slot, struct vm_error 
 static void *map_file(int fd, uint64_t bytes, uint64_t offset, bool writable, const char *what,
                       struct vm_error **err)
 {
-    void *base = mmap(NULL, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED, fd,
+    /* Huge pages for its holes are the VMM's to reserve. */
+    void *base = mmap(NULL, bytes, PROT_READ | (writable ? PROT_WRITE : 0), MAP_SHARED | MAP_NORESERVE, fd,
                       (off_t)offset);
     if (base == MAP_FAILED) {
         error_errno(err, errno, "%s: cannot map it", what);
@@ -98,6 +99,18 @@ static int open_process(const struct attach_client *client, struct vm_error **er
                  : error_set(err, VM_ERROR_VMM_DIED, "the VMM (pid %d) ended", p->pid);
 }
 
+/* hugetlbfs has no write(), and memory that is short there kills whoever writes a mapping of it. */
+static void make_sink_region(struct attach_region *r)
+{
+    r->region.file = r->fd;
+    r->region.file_offset = r->offset;
+    if (r->region.page_size == GUEST_PAGE_SIZE)
+        return;
+    r->region.remote = (uintptr_t)r->region.base;
+    r->region.process = getpid();
+    r->region.process_fd = -1;
+}
+
 static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *slot, int fd,
                       bool writable, struct vm_error **err)
 {
@@ -122,9 +135,8 @@ static int map_region(struct attach_memory_map *m, const Vmmig__Attach__Slot *sl
     if (!r->region.base)
         return -1;
     r->fd = reopen(fd, writable, err);
-    /* hugetlbfs has no write(), and a slot in the middle of a file is no file of its own. */
-    if (r->fd > 0 && writable && slot->page_size == GUEST_PAGE_SIZE && !slot->memfd_offset)
-        r->region.file = r->fd;
+    if (r->fd > 0 && writable)
+        make_sink_region(r);
     m->list[m->n++] = r->region;
     return r->fd < 0 ? -1 : 0;
 }
@@ -221,24 +233,6 @@ void attach_memory_unmap(struct attach_memory_map *m)
     if (m->bitmap)
         munmap(m->bitmap, m->bitmap_size);
     *m = (struct attach_memory_map){.n = 0};
-}
-
-int attach_region_read(const struct attach_region *r, uint64_t page, uint64_t n, uint8_t *out,
-                       struct vm_error **err)
-{
-    size_t size = (size_t)(n * GUEST_PAGE_SIZE);
-    for (size_t done = 0; done < size;) {
-        ssize_t got = pread(r->fd, out + done, size - done,
-                            (off_t)(r->offset + page * GUEST_PAGE_SIZE + done));
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got < 0)
-            return error_errno(err, errno, "the memory of slot %s cannot be read", r->region.name);
-        if (got == 0)
-            return error_set(err, VM_ERROR_VMM_DIED, "the VMM ended");
-        done += (size_t)got;
-    }
-    return 0;
 }
 
 /* ---- Holes ---- */

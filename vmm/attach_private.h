@@ -6,6 +6,7 @@
  *     attach.c          guest_ops, definition
  *     attach_memory.c   the guest's memory and the dirty bitmap, mapped
  *     attach_source.c   the source
+ *     attach_reader.c   memory that is private to the VMM's process
  *     attach_spawn.c    starting a VMM
  *     attach_sink.c     the sink
  *     attach_clone.c    a VMM whose guest's memory is a template's
@@ -88,10 +89,6 @@ int attach_memory_ask(struct attach_client *c, struct attach_answer *ret_answer,
 int attach_memory_map(struct attach_memory_map *m, struct attach_client *c, bool writable,
                       struct vm_error **err);
 void attach_memory_unmap(struct attach_memory_map *m);
-
-/* Read n pages from `page` on of a private region, as they are now. VMM_DIED once the process is gone. */
-int attach_region_read(const struct attach_region *r, uint64_t page, uint64_t n, uint8_t *out,
-                       struct vm_error **err);
 
 /*
  * Where memory has pages, walking upwards: for the first pass over it. What was found out is true for that instant

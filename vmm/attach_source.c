@@ -25,8 +25,10 @@
  * A test breaks each of these rules and sees that pages are lost (tests/flow/attach/test_vmm.py).
  */
 #include "base/fault.h"
+#include "base/io.h"
 #include "base/log.h"
 #include "vmm/attach_private.h"
+#include "vmm/attach_reader.h"
 #include "vmm/attach_steering.h"
 
 #include <fcntl.h>
@@ -47,6 +49,7 @@ struct source_region {
 struct attach_source {
     struct attach *attach;
     struct attach_memory_map memory;
+    struct attach_reader *reader; /* of private memory; NULL: there is none */
     struct source_region regions[ATTACH_SLOTS_MAX];
     unsigned channels;
     const struct guest_source_events *events;
@@ -61,6 +64,7 @@ struct attach_source {
     bool tracks, complete;
     pthread_t thread;
     bool thread_started;
+    int stop_fd; /* latch: `stop` is set */
 
     pthread_mutex_t lock; /* guards what follows */
     pthread_cond_t changed;
@@ -118,19 +122,20 @@ static struct page_batch *make_batch(const struct attach_region *r, unsigned cha
 }
 
 /* Pages that follow one another are read at once. */
-static int copy_pages(struct page_batch *batch, const struct attach_region *r, struct vm_error **err)
+static int copy_pages(struct attach_source *s, struct page_batch *batch, const struct attach_region *r,
+                      struct vm_error **err)
 {
     struct copied_batch *copied = (struct copied_batch *)(void *)batch;
-    for (unsigned i = 0; i < batch->n;) {
-        unsigned n = 1;
-        while (i + n < batch->n && batch->pages[i + n].addr == batch->pages[i].addr + n)
-            n++;
-        if (attach_region_read(r, page_addr_number(batch->pages[i].addr), n,
-                               copied->bytes + (size_t)i * GUEST_PAGE_SIZE, err) < 0)
-            return -1;
-        i += n;
+    struct attach_stretch stretches[PAGE_BATCH_MAX];
+    unsigned n = 0;
+    for (unsigned i = 0; i < batch->n; i++) {
+        if (i && batch->pages[i].addr == batch->pages[i - 1].addr + 1)
+            stretches[n - 1].size += GUEST_PAGE_SIZE;
+        else
+            stretches[n++] = (struct attach_stretch){
+                r->offset + page_addr_number(batch->pages[i].addr) * GUEST_PAGE_SIZE, GUEST_PAGE_SIZE};
     }
-    return 0;
+    return attach_reader_read(s->reader, stretches, n, copied->bytes, s->stop_fd, err);
 }
 
 static int flush(struct attach_source *s, unsigned channel, struct vm_error **err)
@@ -139,7 +144,7 @@ static int flush(struct attach_source *s, unsigned channel, struct vm_error **er
     const struct attach_region *from = s->open_from[channel];
     if (!batch)
         return 0;
-    if (!from->region.base && copy_pages(batch, from, err) < 0) {
+    if (!from->region.base && copy_pages(s, batch, from, err) < 0) {
         page_batch_unref(batch);
         return -1;
     }
@@ -465,7 +470,9 @@ static void destroy(struct attach_source *s)
         free(s->regions[i].todo);
         free(s->regions[i].worked);
     }
+    attach_reader_destroy(s->reader);
     attach_memory_unmap(&s->memory);
+    close_fd(&s->stop_fd);
     pthread_cond_destroy(&s->changed);
     pthread_mutex_destroy(&s->lock);
     free(s);
@@ -498,14 +505,28 @@ static int match_regions(struct attach_source *s, const struct guest_source_para
                            p->n_regions, s->memory.n);
 }
 
+/* All of it is one process's. */
+static int read_private(struct attach_source *s, struct vm_error **err)
+{
+    for (unsigned i = 0; i < s->memory.n; i++) {
+        const struct attach_region *r = &s->memory.regions[i];
+        if (r->region.base)
+            continue;
+        s->reader = attach_reader_create(s->attach->client.process.pid, r->fd, err);
+        return s->reader ? 0 : -1;
+    }
+    return 0;
+}
+
 static int begin(struct attach_source *s, const struct guest_source_params *p, struct vm_error **err)
 {
     struct attach_client *client = &s->attach->client;
     Vmmig__Attach__RunState state;
     if (p->channels < 1 || p->channels > CHANNELS_MAX)
         return error_set(err, VM_ERROR_USAGE, "%u channels", p->channels);
-    if (attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 ||
-        attach_query_state(s->attach, &state, NULL, err) < 0)
+    s->stop_fd = io_latch_new(err);
+    if (s->stop_fd < 0 || attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 ||
+        read_private(s, err) < 0 || attach_query_state(s->attach, &state, NULL, err) < 0)
         return -1;
     if (state == VMMIG__ATTACH__RUN_STATE__RUN_INCOMING ||
         state == VMMIG__ATTACH__RUN_STATE__RUN_BROKEN)
@@ -547,6 +568,7 @@ int attach_source_start(struct guest *g, const struct guest_source_params *param
     if (!s)
         return error_nomem(err);
     s->attach = a;
+    s->stop_fd = -1;
     s->channels = params->channels;
     s->steering.limit_ns = params->downtime_limit_ns;
     s->events = events;
@@ -608,6 +630,8 @@ int attach_source_stop(struct guest *g, struct vm_error **err)
     if (!s)
         return 0;
     tell(s, &s->stop);
+    if (s->stop_fd >= 0)
+        io_latch_set(s->stop_fd);
     if (s->thread_started)
         pthread_join(s->thread, NULL);
     pthread_mutex_lock(&a->lock);

@@ -70,14 +70,17 @@ struct guest_region {
     uint64_t page_size; /* of the memory behind it: 4096, or that of hugetlb */
     uint8_t *base;      /* where it is mapped in this process; NULL if it is not */
     /*
-     * A file that is the same memory from its first byte on, or 0. Pages are written through it: that
-     * costs a third of a fault in our mapping, and memory that runs out is an error and no signal.
+     * A file that is the same memory, from byte file_offset on, or 0. Pages are written through it: that costs a
+     * third of a fault in our mapping, and memory that runs out is an error and no signal. Looking at a hole there does
+     * not fill it.
      */
     int file;
+    uint64_t file_offset;
     /*
      * Where the VMM itself has it, in process `process`; 0 if that is not known or may not be used.
      * vmm/guest_memory.h writes through it before all else, and only while that process lives: `process_fd` is its
-     * pidfd, for its number may be another's one day.
+     * pidfd, for its number may be another's one day. Of huge pages, whose file cannot be written, it is `base`, in this
+     * process (process_fd is -1): the kernel's word that there is no memory is an error then, and no signal.
      */
     uint64_t remote;
     int process, process_fd;

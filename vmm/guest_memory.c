@@ -44,7 +44,7 @@ static int write_file(const struct guest_region *r, uint64_t offset, const uint8
                       struct vm_error **err)
 {
     for (size_t done = 0; done < len;) {
-        ssize_t n = pwrite(r->file, data + done, len - done, (off_t)(offset + done));
+        ssize_t n = pwrite(r->file, data + done, len - done, (off_t)(r->file_offset + offset + done));
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
@@ -70,6 +70,8 @@ int guest_region_look(const struct guest_region *r, uint64_t offset, uint8_t *ro
                       const uint8_t **ret_page, struct vm_error **err)
 {
     *ret_page = room;
+    if (r->file && pread(r->file, room, GUEST_PAGE_SIZE, (off_t)(r->file_offset + offset)) == (ssize_t)GUEST_PAGE_SIZE)
+        return 0;
     if (r->remote) {
         struct iovec to = {room, GUEST_PAGE_SIZE};
         struct iovec from = {(void *)(uintptr_t)(r->remote + offset), GUEST_PAGE_SIZE};
@@ -78,7 +80,6 @@ int guest_region_look(const struct guest_region *r, uint64_t offset, uint8_t *ro
         ssize_t n = process_vm_readv(r->process, &to, 1, &from, 1, 0);
         return n == (ssize_t)GUEST_PAGE_SIZE ? 0 : remote_failed(r, n, err);
     }
-    if (!r->file || pread(r->file, room, GUEST_PAGE_SIZE, (off_t)offset) != (ssize_t)GUEST_PAGE_SIZE)
-        *ret_page = r->base + offset;
+    *ret_page = r->base + offset;
     return 0;
 }

@@ -12,6 +12,8 @@
  * seconds through the VMM's mapping of private memory, 0.37 through a file (whose lock lets one thread
  * write at a time) and 0.70 seconds of CPU time through a shared mapping.
  *
+ * It is looked at through its file first, where it has one.
+ *
  * Errors: NO_SPACE where the memory behind a page cannot be had, VMM_DIED once the process is gone.
  * Where there is neither a file nor `remote`, memory that runs out is a SIGBUS, which is not caught here.
  * Threads: any, on pages that nobody else writes.

@@ -3,13 +3,14 @@
 checks all of its memory."""
 import os
 import re
+import signal
 
 import pytest
 from agents import UNPRIVILEGED, Cluster, eventually, fault_build
 from lab import VmmGuest
 from lab.guests import built
 
-from .test_clone import leases, make_agent, tool
+from .test_clone import fetchers, leases, make_agent, tool
 
 HEARTBEAT = re.compile(r'^hb (\d+) ')
 STANDIN = 'tests/flow/standin_vmm'
@@ -37,22 +38,27 @@ def restart(agent):
                lambda: not [vm for vm in agent.json('list')['vms'] if vm['presence'] not in ('present', 'ended')])
 
 
-@pytest.fixture(scope='module')
-def template(agent):
-    """busy:v1, of a guest in two slots of memory that is gone since, and between which signs of life it was taken."""
-    vm = VmmGuest('busy', mem_mib=96, below_4g_mib=64, vcpus=2, dirty_mib=8, rate_mbps=100, writer=500)
-    console = agent.cluster.console('busy')
-    agent.host.popen(vm.argv(), name='busy')
+def snapshot_of(agent, vm):
+    """A first snapshot, of a guest that is gone since, and between which signs of life it was taken."""
+    console = agent.cluster.console(vm.name)
+    agent.host.popen(vm.argv(), name=vm.name)
     console.wait_for('ready', timeout=60)
-    agent.vmmig('attach', 'busy', '--socket', vm.attach_path)
+    agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
     console.wait_ticks(1)
     before = heartbeats(console)[-1]
-    agent.vmmig('snapshot', 'busy', 'first')
+    agent.vmmig('snapshot', vm.name, 'first')
     console.wait_ticks(2)
-    published = agent.json('template', 'publish', 'busy@first', 'busy:v1')
-    published['instant'] = before, heartbeats(console)[-1]
-    agent.end('busy')
-    return published
+    after = heartbeats(console)[-1]
+    agent.end(vm.name)
+    return before, after
+
+
+@pytest.fixture(scope='module')
+def template(agent):
+    """busy:v1, with memory in two slots."""
+    vm = VmmGuest('busy', mem_mib=96, below_4g_mib=64, vcpus=2, dirty_mib=8, rate_mbps=100, writer=500)
+    instant = snapshot_of(agent, vm)
+    return {**agent.json('template', 'publish', 'busy@first', 'busy:v1'), 'instant': instant}
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +163,64 @@ def test_a_clone_whose_memory_cannot_be_read_stays(agent, template):
     console.wait_ticks(3)
     assert agent.json('status', 'stays')['state'] == 'running'
     there.stop()
+
+
+@pytest.mark.parametrize('ends', ['cancelled', 'by itself'])
+def test_a_copy_does_not_wait_for_ever_for_a_clones_memory(agent, monkeypatch, ends):
+    """Nothing answers for most of it, which the guest does not look at, nor anybody has before."""
+    name = 'calm-' + ends.replace(' ', '-')
+    snapshot_of(agent, VmmGuest(name, mem_mib=96, dirty_mib=4, rate_mbps=5, scan_mbps=0))
+    agent.vmmig('template', 'publish', f'{name}@first', f'{name}:v1')
+    there = agent.cluster.agents[1]
+    there.start(build=fault_build())
+    if ends == 'by itself':
+        agent.kill()
+        monkeypatch.setenv('VMMIG_PATIENCE', '20')  # 3 s instead of a minute
+        agent.start(build=fault_build())
+        monkeypatch.undo()
+    agent.vmmig('clone', f'{name}:v1', '--as', name)
+    console = agent.cluster.console(name)
+    console.wait_ticks(120)  # it has been round in what it writes
+    stopped = fetchers(agent)
+    assert stopped
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        agent.vmmig('send', name, '--to', 'h2', '--background')
+        if ends == 'cancelled':
+            eventually('it waits', lambda: readers(agent))
+            agent.vmmig('cancel', name)
+        done = agent.vmmig('watch', name, check=False, timeout=60)
+        if ends == 'cancelled':
+            assert done.returncode == 14, done
+        else:
+            assert done.returncode == 10 and 'what lies behind it has not answered for 3 s' in done.stderr, done
+        console.wait_ticks(5)
+        assert agent.json('status', name)['state'] == 'running'
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    eventually('nothing reads', lambda: not readers(agent))
+    mark = console.mark()
+    assert agent.json('send', name, '--to', 'h2')['state'] == 'done'
+    console.wait_ticks(3)
+    console.verify()
+    assert console.check(after=mark) == ['h1', 'h2']
+    there.end(name)
+    there.stop()
+
+
+def readers(agent):
+    """The processes that read the memory of a clone for its agent."""
+    return [pid for pid in agent.host.processes() if comm(pid) == 'vmmig-reader']
+
+
+def comm(pid):
+    try:
+        with open(f'/proc/{pid}/comm', encoding='ascii') as file:
+            return file.read().strip()
+    except OSError:
+        return None
 
 
 @pytest.mark.parametrize('words, says', [

@@ -4,9 +4,11 @@
 #include "proto/attach.h"
 #include "vmm/attach.h"
 #include "vmm/attach_private.h"
+#include "vmm/guest_memory.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/memfd.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -14,17 +16,18 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 #include <cmocka.h>
 
-enum { SIZE = 4 << 20, BITMAP = SIZE / 4096 / 8 };
+enum { SIZE = 4 << 20 };
 
 struct liar {
     struct sockaddr_un address;
     int listener;
     pthread_t thread;
-    uint64_t page_size;       /* as it says */
+    uint64_t size, page_size; /* as it says */
     int memory, bitmap, pipe[2];
 };
 
@@ -51,11 +54,11 @@ static void tell_memory(const struct liar *l, int fd)
     Vmmig__Attach__Slot slot = VMMIG__ATTACH__SLOT__INIT, *slots[] = {&slot};
     int fds[] = {l->memory, l->bitmap};
     slot.name = (char[]){"low"};
-    slot.size = SIZE;
+    slot.size = l->size;
     slot.page_size = l->page_size;
     m.slots = slots;
     m.n_slots = 1;
-    m.bitmap_size = BITMAP;
+    m.bitmap_size = l->size / 4096 / 8;
     say(fd, VMMIG__ATTACH__TYPE__MEMORY, &m.base, fds, 2);
 }
 
@@ -96,22 +99,36 @@ static void *liar_main(void *arg)
     return NULL;
 }
 
-static int sealed(size_t size)
+static int seal(int fd, size_t size)
 {
-    int fd = memfd_create("liar", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     assert_return_code(ftruncate(fd, (off_t)size), errno);
     assert_return_code(fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK), errno);
     return fd;
 }
 
-static struct attach *begin(struct liar *l, uint64_t page_size)
+static int sealed(size_t size)
+{
+    return seal(memfd_create("liar", MFD_CLOEXEC | MFD_ALLOW_SEALING), size);
+}
+
+/* One page of a size of which a system keeps none, unless it was told to; or of the usual size. */
+static int huge(size_t *ret_size)
+{
+    unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB;
+    int fd = memfd_create("liar", flags | MFD_HUGE_1GB);
+    *ret_size = fd < 0 ? 2u << 20 : 1u << 30;
+    return seal(fd < 0 ? memfd_create("liar", flags | MFD_HUGE_2MB) : fd, *ret_size);
+}
+
+static struct attach *begin_with(struct liar *l, int memory, uint64_t size, uint64_t page_size)
 {
     struct vm_error *err = NULL;
     *l = (struct liar){.address = {.sun_family = AF_UNIX},
                        .listener = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0),
+                       .size = size,
                        .page_size = page_size,
-                       .memory = sealed(SIZE),
-                       .bitmap = sealed(BITMAP)};
+                       .memory = memory,
+                       .bitmap = sealed(size / 4096 / 8)};
     assert_return_code(pipe(l->pipe), errno);
     snprintf(l->address.sun_path, sizeof(l->address.sun_path), "/tmp/vmmig-liar-%d", getpid());
     assert_return_code(bind(l->listener, (struct sockaddr *)&l->address, sizeof(l->address)), errno);
@@ -120,6 +137,11 @@ static struct attach *begin(struct liar *l, uint64_t page_size)
     struct attach *a = attach_connect(l->address.sun_path, 5000, &err);
     assert_string_equal(error_message(err), "no error");
     return a;
+}
+
+static struct attach *begin(struct liar *l, uint64_t page_size)
+{
+    return begin_with(l, sealed(SIZE), SIZE, page_size);
 }
 
 static void end(struct liar *l, struct attach *a)
@@ -225,12 +247,40 @@ static void memory_at_another_place_is_another_machine(void **state)
     end(&l, a);
 }
 
+/* The pool is empty: to touch a hole in a mapping would be the agent's end. */
+static void a_hole_of_huge_pages_is_an_error_and_no_signal(void **state)
+{
+    static const uint8_t zero[GUEST_PAGE_SIZE];
+    uint8_t room[GUEST_PAGE_SIZE];
+    const uint8_t *seen;
+    struct liar l;
+    struct stat st;
+    struct attach_memory_map map;
+    struct vm_error *err = NULL;
+    size_t size;
+    int memory = huge(&size);
+    struct attach *a = begin_with(&l, memory, size, size);
+    assert_int_equal(attach_memory_map(&map, &a->client, true, &err), 0);
+    const struct guest_region *r = &map.list[0];
+    assert_int_equal(guest_region_look(r, 8192, room, &seen, &err), 0);
+    assert_memory_equal(seen, zero, sizeof(zero));
+    assert_int_equal(guest_region_write(r, 8192, zero, sizeof(zero), &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_NO_SPACE);
+    assert_string_equal(error_message(err), "no memory for the guest's pages of low");
+    error_free(err);
+    assert_return_code(fstat(l.memory, &st), errno);
+    assert_int_equal(st.st_blocks, 0);
+    attach_memory_unmap(&map);
+    end(&l, a);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_are_as_large_as_the_files),
         cmocka_unit_test(state_that_is_no_memory_is_not_read),
         cmocka_unit_test(memory_at_another_place_is_another_machine),
+        cmocka_unit_test(a_hole_of_huge_pages_is_an_error_and_no_signal),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
