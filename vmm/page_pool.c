@@ -191,16 +191,11 @@ bool page_pool_fits(const struct pool_batch *batch, uint64_t addr, const struct 
     return !data || batch->n_slabs < PAGE_POOL_BATCH_SLABS || pins(batch, slab);
 }
 
-static void pin(struct pool_batch *batch, struct page_slab *slab)
+void page_pool_hold(struct pool_batch *batch, struct page_slab *slab)
 {
     SCOPE_LOCK(&batch->pool->lock);
     slab->refs++;
     batch->slabs[batch->n_slabs++] = slab;
-}
-
-void page_pool_hold(struct pool_batch *batch, struct page_slab *slab)
-{
-    pin(batch, slab);
 }
 
 void page_pool_add(struct pool_batch *batch, uint64_t addr, struct page_slab *slab,
@@ -209,7 +204,7 @@ void page_pool_add(struct pool_batch *batch, uint64_t addr, struct page_slab *sl
     if (!data)
         batch->zero_pages++;
     else if (!pins(batch, slab))
-        pin(batch, slab);
+        page_pool_hold(batch, slab);
     if (!batch->base.n || addr > batch->highest)
         batch->highest = addr;
     batch->base.pages[batch->base.n++] = (struct page_ref){addr, data};

@@ -81,7 +81,7 @@ bool page_pool_fits(const struct pool_batch *batch, uint64_t addr, const struct 
 /* Add a page that fits; data lies in slab. */
 void page_pool_add(struct pool_batch *batch, uint64_t addr, struct page_slab *slab,
                    const uint8_t *data);
-/* The slab stays until the batch, which is empty, goes. */
+/* The slab stays until the batch goes. page_pool_add does it by itself. */
 void page_pool_hold(struct pool_batch *batch, struct page_slab *slab);
 
 #endif

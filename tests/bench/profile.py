@@ -6,7 +6,8 @@
 Paths:
     qemu      1 GiB of a QEMU guest that does not compress, between two hosts, over a link without a limit
     loader    the same by agents that may not write into the QEMU that waits for it
-    attach    2 GiB of a guest of vmmig-vmm, half of which does not compress, over the same
+    attach    2 GiB of a guest of vmmig-vmm, half of which does not compress, over the same; it writes 1 MiB a second
+    busy      the same of one that writes 200 MiB a second
     import    a disk image into a repository `dir:`
 
 Each path is run once under perf (the clock of the CPU, all of the machine): the functions in which the threads of
@@ -34,7 +35,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / 'flow')]
 
 import bench_page  # noqa: E402
 from agents import UNPRIVILEGED, Cluster  # noqa: E402
-from attach import AttachRace  # noqa: E402
+from attach import DIRTY, MEMORY_MIB, AttachRace  # noqa: E402
 from lab import BareGuest, VmmGuest  # noqa: E402
 from migrate import Race, random_guest, start_agents  # noqa: E402
 
@@ -109,14 +110,18 @@ class Imports:
         shutil.rmtree(self.folder)
 
 
+def attach_guest(rate):
+    return VmmGuest('profiled', mem_mib=MEMORY_MIB, scan_mbps=0, fill='half', **DIRTY[rate])
+
+
 def paths(options):
     return {
         'qemu': lambda build: Migrations(build, lambda: BareGuest(
             'profiled', mem_mib=1024, dirty_mib=8, rate_mbps=5, scan_mbps=0, fill='random'), Race),
         'loader': lambda build: Migrations(build, random_guest, lambda cluster, vm: Race(
             cluster, vm, dest_qmp=True, wrapper=UNPRIVILEGED), wrapper=UNPRIVILEGED),
-        'attach': lambda build: Migrations(build, lambda: VmmGuest(
-            'profiled', mem_mib=2048, dirty_mib=64, rate_mbps=1, scan_mbps=0, fill='half'), AttachRace),
+        'attach': lambda build: Migrations(build, lambda: attach_guest(1), AttachRace),
+        'busy': lambda build: Migrations(build, lambda: attach_guest(200), AttachRace),
         'import': lambda build: Imports(build, str(options.inputs / 'disk.raw')),
     }
 
@@ -199,7 +204,7 @@ def commit(build):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--path', action='append', choices=['qemu', 'loader', 'attach', 'import'])
+    parser.add_argument('--path', action='append', choices=['qemu', 'loader', 'attach', 'busy', 'import'])
     parser.add_argument('--before', type=os.path.abspath)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--inputs', type=pathlib.Path, default='/var/tmp/vmmig-bench')
