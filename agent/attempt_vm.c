@@ -134,6 +134,12 @@ static bool wait_for_next_try(struct attempt *a, unsigned tries)
     return !a->stop;
 }
 
+static int64_t resumed_at_ns(const struct attempt *a)
+{
+    int64_t now = clock_mono_ns(), said = a->guest ? guest_resumed_at_ns(a->guest) : 0;
+    return said > a->commit_at_ns && said < now ? said : now;
+}
+
 /* What cannot be told is left to the machine, which asks for another start, and hears what else happens. */
 bool attempt_resume_vm(struct attempt *a, enum handover_event *ret_event)
 {
@@ -144,7 +150,7 @@ bool attempt_resume_vm(struct attempt *a, enum handover_event *ret_event)
         event = try_resume(a);
     }
     if (event == HANDOVER_EV_RESUMED && a->commit_at_ns)
-        a->resume_took_ns = clock_mono_ns() - a->commit_at_ns;
+        a->resume_took_ns = resumed_at_ns(a) - a->commit_at_ns;
     *ret_event = event == HANDOVER_EV_TIMER ? HANDOVER_EV_RESUME_UNSURE : event;
     return true;
 }

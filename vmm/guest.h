@@ -183,6 +183,7 @@ struct guest_ops {
     int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
     int (*pause)(struct guest *g, struct vm_error **err);
     int (*resume)(struct guest *g, struct vm_error **err);
+    int64_t (*resumed_at_ns)(struct guest *g); /* NULL: the answer to resume says as much */
     int (*release)(struct guest *g, struct vm_error **err); /* NULL: there is nothing to give back */
     int (*source_start)(struct guest *g, const struct guest_source_params *params,
                         const struct guest_source_events *events, void *arg, struct vm_error **err);
@@ -238,6 +239,15 @@ static inline int guest_pause(struct guest *g, struct vm_error **err)
 static inline int guest_resume(struct guest *g, struct vm_error **err)
 {
     return g->ops->resume(g, err);
+}
+
+/*
+ * Monotonic: when its vCPUs last began to run, as the VMM says; its answers may come later, since then it has to do with
+ * its guest. 0: it does not say.
+ */
+static inline int64_t guest_resumed_at_ns(struct guest *g)
+{
+    return g->ops->resumed_at_ns ? g->ops->resumed_at_ns(g) : 0;
 }
 
 /*

@@ -88,15 +88,16 @@ void qemu_forget_fd(struct qemu *q, const char *name)
 
 /* Events, in the QMP reader's thread. */
 
-static void note_resume(struct qemu *q)
+static void note_resume(struct qemu *q, int64_t at_ns)
 {
     q->resumes++;
+    q->resumed_at_ns = at_ns;
     if (q->stopped_at_ns)
-        q->last_pause_ns = clock_mono_ns() - q->stopped_at_ns;
+        q->last_pause_ns = at_ns - q->stopped_at_ns;
     q->stopped_at_ns = 0;
 }
 
-static void on_event(const char *event, json_t *data, void *arg)
+static void on_event(const char *event, json_t *data, int64_t at_ns, void *arg)
 {
     struct qemu *q = arg;
     uint64_t one = 1;
@@ -109,9 +110,9 @@ static void on_event(const char *event, json_t *data, void *arg)
         else if (!strcmp(event, "MIGRATION_PASS"))
             q->pass = (unsigned)qmp_integer(data, "pass");
         else if (!strcmp(event, "STOP"))
-            q->stopped_at_ns = clock_mono_ns();
+            q->stopped_at_ns = at_ns;
         else if (!strcmp(event, "RESUME"))
-            note_resume(q);
+            note_resume(q, at_ns);
         pthread_cond_broadcast(&q->changed);
     }
     /* Fails only when the counter is full, and then it is readable. */
@@ -220,6 +221,12 @@ static int qemu_resume(struct guest *g, struct vm_error **err)
                      state);
 }
 
+static int64_t qemu_resumed_at_ns(struct guest *g)
+{
+    SCOPE_LOCK(&of(g)->lock);
+    return of(g)->resumed_at_ns;
+}
+
 static int qemu_announce(struct guest *g, struct vm_error **err)
 {
     json_t *timing =
@@ -262,6 +269,7 @@ static const struct guest_ops ops = {
     .status = qemu_status,
     .pause = qemu_pause,
     .resume = qemu_resume,
+    .resumed_at_ns = qemu_resumed_at_ns,
     .source_start = qemu_source_start,
     .source_progress = qemu_source_progress,
     .source_stop = qemu_source_stop,

@@ -31,6 +31,7 @@ struct qemu {
     unsigned pass;        /* of the last MIGRATION_PASS */
     unsigned resumes;     /* RESUME events so far */
     int64_t stopped_at_ns; /* of the last STOP, 0 after RESUME */
+    int64_t resumed_at_ns; /* of the last RESUME, 0: none */
     int64_t last_pause_ns; /* from the STOP to the RESUME before */
     bool closed;          /* the QMP connection ended */
 

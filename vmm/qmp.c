@@ -110,6 +110,16 @@ static void take_reply(struct qmp *q, json_t **message)
         }
 }
 
+static int64_t event_time_ns(const json_t *stamp)
+{
+    int64_t now = clock_mono_ns();
+    json_int_t seconds = qmp_integer(stamp, "seconds"), microseconds = qmp_integer(stamp, "microseconds");
+    if (seconds < 0 || seconds >= INT64_MAX / NSEC_PER_SEC || microseconds < 0 || microseconds > 999999)
+        return now;
+    int64_t age = clock_wall_ns() - (seconds * NSEC_PER_SEC + microseconds * NSEC_PER_USEC);
+    return age >= 0 && age <= QMP_EVENT_AGE_MAX_NS ? now - age : now;
+}
+
 static int take_line(struct qmp *q, const char *line, size_t n, struct vm_error **err)
 {
     json_error_t where;
@@ -122,7 +132,8 @@ static int take_line(struct qmp *q, const char *line, size_t n, struct vm_error 
         return take_greeting(q, message, err);
     if (event) {
         if (q->on_event)
-            q->on_event(event, json_object_get(message, "data"), q->event_arg);
+            q->on_event(event, json_object_get(message, "data"),
+                        event_time_ns(json_object_get(message, "timestamp")), q->event_arg);
         return 0;
     }
     if (!json_object_get(message, "return") && !json_is_object(json_object_get(message, "error")))
@@ -181,7 +192,7 @@ static void *reader_main(void *arg)
         error_set_kind(&why, VM_ERROR_VMM_DIED);
     close_with(q, why);
     if (q->on_event)
-        q->on_event(NULL, NULL, q->event_arg);
+        q->on_event(NULL, NULL, clock_mono_ns(), q->event_arg);
     return NULL;
 }
 

@@ -27,9 +27,11 @@
 
 #include <jansson.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 #define QMP_LINE_MAX (16u << 20)
+#define QMP_EVENT_AGE_MAX_NS 10000000000LL
 #define QMP_TIMEOUT_MS 30000 /* for commands that QEMU answers at once unless it is in trouble */
 
 struct qmp;
@@ -39,8 +41,12 @@ struct qmp_version {
     char package[64]; /* the distribution's name of the build; may be empty */
 };
 
-/* `event` is NULL, once and last, when the connection ends. `data` is borrowed; NULL if there is none. */
-typedef void qmp_event_fn(const char *event, json_t *data, void *arg);
+/*
+ * `event` is NULL, once and last, when the connection ends. `data` is borrowed; NULL if there is none. at_ns: when it was
+ * (monotonic), as QEMU's stamp says, which is of the wall clock; one of the future, or of more than QMP_EVENT_AGE_MAX_NS
+ * ago, is not believed: then it is now.
+ */
+typedef void qmp_event_fn(const char *event, json_t *data, int64_t at_ns, void *arg);
 
 /* A path of any length. UNREACHABLE or NOT_FOUND if nobody listens there. on_event may be NULL. */
 struct qmp *qmp_connect(const char *path, int timeout_ms, qmp_event_fn *on_event, void *arg,

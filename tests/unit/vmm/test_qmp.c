@@ -6,6 +6,7 @@
 #include "base/io.h"
 
 #include <errno.h>
+#include <inttypes.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -29,6 +30,7 @@ struct peer {
     pthread_t thread;
     void (*script)(struct peer *p);
     atomic_int events, ends;
+    int64_t ages[8]; /* of events STAMPED, by their numbers */
     char in[65536];
     size_t n;
 };
@@ -84,11 +86,13 @@ static void greet(struct peer *p)
         reply(p, id, "\"return\": {}");
 }
 
-static void on_event(const char *event, json_t *data, void *arg)
+static void on_event(const char *event, json_t *data, int64_t at_ns, void *arg)
 {
     struct peer *p = arg;
     if (!event)
         p->ends++;
+    else if (!strcmp(event, "STAMPED"))
+        p->ages[qmp_integer(data, "n")] = clock_mono_ns() - at_ns;
     else if (!strcmp(event, "TEST") && qmp_integer(data, "n") == p->events)
         p->events++;
 }
@@ -139,6 +143,48 @@ static void script_commands(struct peer *p)
     snprintf(text, sizeof(text), "\"return\": {\"id\": %d}", first);
     reply(p, first, text);
     hear(p, command);
+}
+
+static void stamp(struct peer *p, int n, int64_t seconds, int64_t microseconds)
+{
+    char text[256];
+    snprintf(text, sizeof(text),
+             "{\"timestamp\": {\"seconds\": %" PRId64 ", \"microseconds\": %" PRId64 "}, \"event\": \"STAMPED\", "
+             "\"data\": {\"n\": %d}}\n", seconds, microseconds, n);
+    say(p, text);
+}
+
+/* 0: 300 ms ago; 1: later than now; 2: long ago; 3 to 6: no time at all. */
+static void script_stamps(struct peer *p)
+{
+    char command[64];
+    greet(p);
+    int64_t wall = clock_wall_ns(), ago = wall - 300 * NSEC_PER_MSEC, second = wall / NSEC_PER_SEC;
+    stamp(p, 0, ago / NSEC_PER_SEC, ago % NSEC_PER_SEC / NSEC_PER_USEC);
+    stamp(p, 1, second + 100, 0);
+    stamp(p, 2, second - 100, 0);
+    stamp(p, 3, INT64_MAX, 0);
+    stamp(p, 4, -1, 0);
+    stamp(p, 5, second - 100, INT64_MAX);
+    say(p, "{\"timestamp\": 7, \"event\": \"STAMPED\", \"data\": {\"n\": 6}}\n");
+    reply(p, hear(p, command), "\"return\": {}");
+    hear(p, command);
+}
+
+static void test_events_are_of_the_time_that_they_say(void **state)
+{
+    (void)state;
+    struct peer p;
+    struct vm_error *err = NULL;
+    int64_t began = clock_mono_ns();
+    struct qmp *q = open_with(&p, script_stamps, 5000, &err);
+    assert_non_null(q);
+    assert_int_equal(qmp_execute(q, "query", NULL, 5000, NULL, &err), 0);
+    int64_t took = clock_mono_ns() - began;
+    assert_true(p.ages[0] >= 300 * NSEC_PER_MSEC);
+    for (int i = 1; i <= 6; i++)
+        assert_in_range(p.ages[i], 0, took); /* when it was read */
+    finish(&p, q);
 }
 
 static void *ask(void *arg)
@@ -381,7 +427,8 @@ static void test_paths(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_commands),  cmocka_unit_test(test_not_qmp),
+        cmocka_unit_test(test_commands),
+        cmocka_unit_test(test_events_are_of_the_time_that_they_say),  cmocka_unit_test(test_not_qmp),
         cmocka_unit_test(test_timeout),   cmocka_unit_test(test_death),
         cmocka_unit_test(test_malformed), cmocka_unit_test(test_descriptor),
         cmocka_unit_test(test_paths),
