@@ -158,6 +158,20 @@ class Timeline:
             found.append(min(then) - min(before) + max(tick.stood_still for tick in ticks[place:place + 2]))
         return found
 
+    def changes(self, after=0):
+        """The last tick on one host and the first on the next, of each change."""
+        ticks = self.ticks(after)
+        return [pair for pair in zip(ticks, ticks[1:]) if pair[0].host != pair[1].host]
+
+    def stops(self, changes, after=0):
+        """As hand_overs(), by ticks that do not say which host they come from: `changes` are those of a timeline that
+        does, by the same clock of the guest's."""
+        begins = [float('-inf'), *(entered.clock for _, entered in changes)]
+        ends = [*(left.clock for left, _ in changes), float('inf')]
+        stays = [[tick.at - tick.clock for tick in self.ticks(after) if begin <= tick.clock <= end]
+                 for begin, end in zip(begins, ends)]
+        return [min(then[:SETTLING]) - min(before[-SETTLING:]) for before, then in zip(stays, stays[1:])]
+
     def missing(self, after=0):
         """Numbers that never came, and those that came out of order."""
         return [b.number for a, b in self._steps(after) if b.number != a.number + 1]
