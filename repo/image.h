@@ -9,7 +9,7 @@
  *      0  u16 2
  *      2  u16 files, 1..64
  *      4  u32 zero
- *      8  u64 when it was committed, seconds since 1970
+ *      8  u64 when it was made (a snapshot: when the guest stood), seconds since 1970
  *     16  u64 number of the writer
  *     24  u64 bytes that its commit added to the store (packs and trees)
  *     32  u8  length of the parent's name (0: none), and the name

@@ -402,6 +402,11 @@ void image_session_describe(struct image_session *s, const struct image *as)
     s->image.created_s = as->created_s;
 }
 
+void image_session_date(struct image_session *s, uint64_t created_s)
+{
+    s->image.created_s = created_s;
+}
+
 int image_session_commit(struct image_session *s, struct import_report *ret_report,
                          struct vm_error **err)
 {

@@ -96,6 +96,8 @@ struct image_file *image_session_file(struct image_session *s, const char *name,
                                       struct vm_error **err);
 /* For an image that is copied from elsewhere: take over its parent's name and its time. */
 void image_session_describe(struct image_session *s, const struct image *as);
+/* When it was made, if not at the commit. */
+void image_session_date(struct image_session *s, uint64_t created_s);
 int image_session_commit(struct image_session *s, struct import_report *ret_report,
                          struct vm_error **err);
 

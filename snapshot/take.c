@@ -433,6 +433,7 @@ static int switch_over(struct take *t, struct vm_error **err)
     taking_tell(&t->s, SNAPSHOT_SWITCHING);
     if ((t->precopy ? switch_copied(t, err) : switch_protected(t, err)) < 0)
         return -1;
+    taking_date(&t->s);
     thaw(t);
     t->s.report->pause_ns = t->s.was_running ? qemu_snapshot_pause_ns(t->qemu) : 0;
     t->s.progress.pause_ns = t->s.report->pause_ns;

@@ -170,6 +170,7 @@ static int switch_over(struct take *t, struct vm_error **err)
         taking_stop_memory(&t->s, err) < 0)
         return -1;
     FAULT("snapshot.switched");
+    taking_date(&t->s);
     if (t->s.was_running)
         return go_on(t, err);
     attach_end_copy(t->attach);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/taking.h"
 
+#include "base/clock.h"
 #include "base/fault.h"
 #include "base/io.h"
 #include "snapshot/chain.h"
@@ -51,6 +52,11 @@ int taking_stop_memory(struct taking *s, struct vm_error **err)
         return 0;
     s->sourcing = false;
     return guest_source_stop(s->p->guest, err);
+}
+
+void taking_date(struct taking *s)
+{
+    image_session_date(s->session, (uint64_t)(clock_wall_ns() / NSEC_PER_SEC));
 }
 
 int taking_commit(struct taking *s, struct vm_error **err)

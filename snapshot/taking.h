@@ -7,6 +7,7 @@
  *     s->memory = memory_image_create(...)       unless disks alone are taken
  *     taking_start_memory(s, background, &err)   the VMM gives memory away
  *     taking_stop_memory(s, &err)
+ *     taking_date(s)                             it is of now: the guest stands, or just stood
  *     taking_commit(s, &err)
  *     taking_finish(s)                           always; without a commit nothing of the image stays
  *
@@ -38,6 +39,7 @@ int taking_begin(struct taking *s, const struct image *parent, struct vm_error *
 int taking_start_memory(struct taking *s, bool background, struct vm_error **err);
 /* 0 also if it does not. */
 int taking_stop_memory(struct taking *s, struct vm_error **err);
+void taking_date(struct taking *s);
 /* Everything else has arrived: the state, the definition, and the commit. CANCELLED until then. */
 int taking_commit(struct taking *s, struct vm_error **err);
 void taking_finish(struct taking *s);

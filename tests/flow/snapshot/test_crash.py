@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something dies or fails while a snapshot is taken: the guest runs on, no half snapshot is visible, nothing is left."""
+import datetime
 import os
 import signal
+import time
 
 import pytest
 from agents import Cluster, eventually
@@ -126,6 +128,21 @@ def held_at(agent, point, name, vm='web1'):
     eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
     guard, = guards(agent)
     return guard
+
+
+def test_a_snapshot_is_of_the_time_at_which_the_guest_stood(agent, guest):
+    """However long it takes to store what it has."""
+    vm, console = guest
+    began = int(time.time())
+    held_at(agent, 'snapshot.commit', 'dated')
+    held = time.time()
+    eventually('another second', lambda: int(time.time()) > held + 1)
+    arm(agent, 'none')
+    eventually('its end', lambda: 'dated' in names(agent))
+    created = agent.json('snapshot', 'show', 'web1@dated')['snapshots'][0]['created']
+    assert began <= datetime.datetime.fromisoformat(created.replace('Z', '+00:00')).timestamp() <= held
+    runs_on(agent, vm, console)
+    eventually('the end of the guard', lambda: not guards(agent))
 
 
 @pytest.mark.parametrize('point', ['snapshot.paused', 'snapshot.memory@9'])
