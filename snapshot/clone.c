@@ -42,11 +42,14 @@ static int open_file(struct making *m, const char *file, struct vm_error **err)
     char path[PATH_BYTES];
     mount_path(m->p->mount, m->template.image, file, path);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 && errno == ENOENT)
-        return error_set(err, VM_ERROR_NOT_FOUND, "template %s is gone, or has no file %s",
-                         m->p->template, file);
-    return fd < 0 ? error_errno(err, errno, "cannot open %s of template %s", file, m->p->template)
-                  : fd;
+    if (fd >= 0)
+        return fd;
+    if (errno != ENOENT)
+        return error_errno(err, errno, "cannot open %s of template %s", file, m->p->template);
+    struct mount_state state;
+    if (mount_status(m->p->mount, &state, err) < 0) /* somebody unmounted it meanwhile */
+        return error_wrap(err, "template %s cannot be opened", m->p->template);
+    return error_set(err, VM_ERROR_NOT_FOUND, "template %s is gone, or has no file %s", m->p->template, file);
 }
 
 static int read_definition(struct making *m, struct vm_error **err)

@@ -354,7 +354,8 @@ int mount_ensure(struct mount *m, struct vm_error **err)
         m->adopted = true;
         return start(m, err);
     }
-    if (strcmp(state.repository, m->setup.repository) || strcmp(state.folder, m->setup.folder)) {
+    if (strncmp(state.repository, m->setup.repository, sizeof(state.repository) - 1) ||
+        strncmp(state.folder, m->setup.folder, sizeof(state.folder) - 1)) { /* which a state has in part */
         if (mount_stop(m, err) < 0)
             return error_wrap(err, "the mount of this agent shows %s at %s", state.repository,
                               state.folder);
@@ -382,7 +383,9 @@ int mount_bind(struct mount *m, const char *dir, uid_t owner, struct vm_error **
     char path[32];
     cleanup_close int fd = open(dir, O_PATH | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0)
-        return error_errno(err, errno, "%s", dir);
+        return errno == ENOTCONN ? error_set(err, VM_ERROR_CONFLICT,
+                                             "%s is a mount whose process has ended: vmmig unmount %s first", dir, dir)
+                                 : error_errno(err, errno, "%s", dir);
     if (owner && st.st_uid != owner)
         return error_set(err, VM_ERROR_DENIED, "%s belongs to another user (%u)", dir, st.st_uid);
     if (!S_ISDIR(st.st_mode) || !is_empty(fd))

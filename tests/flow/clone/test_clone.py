@@ -543,6 +543,8 @@ def test_unmounting_after_the_holder_died(agent, template):
     eventually('the mount is dead', lambda: subprocess.run(['stat', agent.host.path(view)], capture_output=True,
                                                            check=False).returncode or
                agent.host.run(['sh', '-c', f'stat {view} 2>&1 || true']).endswith('not connected\n'))
+    dead = agent.vmmig('mount', view, check=False)
+    assert dead.returncode == 4 and f'vmmig unmount {view} first' in dead.stderr and dead.stderr.count('\n') == 1, dead
     agent.vmmig('unmount', view)
     agent.vmmig('unmount', '/run/vmmig/images')
     agent.host.run(['stat', view, '/run/vmmig/images'])
