@@ -490,6 +490,32 @@ def test_an_answer_about_an_image_that_was_long_forgotten(url, raw, tmp_path, mo
     assert m.status()['pid'] == m.process.pid
 
 
+def resident(m):
+    with open(f'/proc/{m.process.pid}/status', encoding='ascii') as file:
+        line, = [line for line in file if line.startswith('VmRSS:')]
+    return int(line.split()[1]) << 10
+
+
+def test_folders_that_are_open_take_room_once(url, tmp_path, mounts):
+    small = tmp_path / 'small.raw'
+    small.write_bytes(bytes(4096))
+    names = [f'{i:0120}' for i in range(200)]
+    store(url, ','.join(names), disk0_raw=small)
+    m = mounts(url)
+    assert sorted(os.listdir(m.path)) == names
+    before, opened = resident(m), []
+    try:
+        while len(opened) < 700:  # 17 MB, if each had its own
+            opened.append(os.open(m.path, os.O_RDONLY | os.O_DIRECTORY))
+        assert sorted(os.listdir(opened[-1])) == names
+        assert resident(m) - before < 6 * MIB
+    finally:
+        for fd in opened:
+            os.close(fd)
+    store(url, 'another', disk0_raw=small)
+    assert sorted(os.listdir(m.path)) == [*names, 'another']
+
+
 def test_foreign_files_in_the_cache_are_told_and_left(url, raw, tmp_path, mounts):
     store(url, 'a', disk0_raw=raw)
     cache = tmp_path / 'mount' / 'cache'
