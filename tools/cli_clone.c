@@ -300,7 +300,8 @@ static const struct cli_command commands[] = {
      "with the template and all its clones until it writes. It gets a new UUID, a new VM "
      "generation ID where the guest has the device, and new MAC addresses; what the running guest "
      "does not notice of that is said. One of a VMM that links libvmmig-attach gets a name of its "
-     "own, if its command line has one.\n\n"
+     "own, if its command line has one. Its disks are NAME/diskN.qcow2 in clone-dir, and are yours to "
+     "remove when it has ended: until then no other clone gets that name.\n\n"
      "    vmmig clone debian12:v3 --as web2\n"
      "    vmmig clone debian12:v3 --as worker --count 8",
      run_clone},

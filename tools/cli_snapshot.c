@@ -184,9 +184,9 @@ static const struct option restore_options[] = {
     {"as", "NAME", option_parse_text, MEMBER(as),
      .text = "What the VM is to be called. As it was, if it is not given"},
     {"disk-dir", "DIR", option_parse_text, MEMBER(disk_dir),
-     .text = "Where its disks go, as NAME-diskN.FORMAT: a folder, or a pool of Ceph as "
+     .text = "Where its disks go, as NAME-diskN.FORMAT (a raw one in Ceph: NAME-diskN): a folder, or a pool of Ceph as "
              "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if it is not given"},
-    {"paused", NULL, option_parse_flag, MEMBER(paused), .text = "Do not let it run yet"},
+    {"paused", NULL, option_parse_flag, MEMBER(paused), .text = "Do not let it run yet: QEMU's command cont, in a monitor of your own, does"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
 
@@ -204,7 +204,7 @@ static const struct option prune_options[] = {
 
 static const struct cli_command commands[] = {
     {"snapshot list", "[VM]", 0, 1, false, NULL, "the snapshots of a VM, or of all",
-     "List snapshots, oldest first: when each was taken, its size, and what it added to the "
+     "List snapshots in the order in which they were taken: when, its size, and what it added to the "
      "repository. Of more than 1024 the newest are listed, and how many there are besides.",
      run_list},
     {"snapshot show", "VM@NAME", 1, 1, false, NULL, "one snapshot and its files",
@@ -226,9 +226,10 @@ static const struct cli_command commands[] = {
      "only what changed is read.\n\n"
      "    vmmig snapshot web1 nightly\n\n"
      "Where QEMU cannot write-protect the guest's memory (it may not use userfaultfd) memory is "
-     "copied first, as for a migration, into scratch-dir; the answer says so. So is that of a "
-     "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when it is "
-     "resumed, and has to be before its memory can be taken again.\n\n"
+     "copied first, as for a migration, into scratch-dir; the answer says so. Meanwhile the guest may be slowed down, and file systems that its agent "
+     "froze stand still. So is that of a "
+     "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when you "
+     "resume it (QEMU's command cont, in a monitor of your own), and has to be before its memory can be taken again.\n\n"
      "Memory of a VMM that links libvmmig-attach is copied into scratch-dir while the guest runs, "
      "and it is paused for what it wrote meanwhile.\n\n"
      "File systems that are not thawed at once, since the guest's agent does not answer, are tried "

@@ -349,7 +349,8 @@ static const struct cli_command commands[] = {
      "Also for a VM that stands here after it was sent, when the journal's record of that is damaged.",
      run_resolve},
     {"detach", "NAME", 1, 1, false, NULL, "forget a VM, which runs on",
-     "The agent forgets the VM and does not touch it. Also for the record of a VM that has ended.",
+     "The agent forgets the VM and does not touch it. Also for the record of a VM that has ended. "
+     "Its disks stay, those of a clone and of a restored VM, too.",
      run_detach},
     {NULL}};
 
