@@ -38,7 +38,7 @@ import cluster as ceph_cluster  # noqa: E402
 from objects import objects  # noqa: E402
 
 MIB = 1 << 20
-SOURCES, SOURCE_MIB, NAMES_MAX, HOSTS = 12, 8, 24, 3
+SOURCES, SOURCE_MIB, NAMES_MAX, HOSTS, PATIENCE_S = 12, 8, 24, 3, 300
 # What may come of being fenced, of a parent that was deleted, or of a name that went.
 EXPECTED = {'refused', 'conflict', 'not-found'}
 POINTS = sorted({point for path in glob.glob(os.path.join(ROOT, 'repo', '*.c'))
@@ -83,6 +83,7 @@ class Soak:
         self.began = time.monotonic()
         self.counts = {}
         self.ended = threading.Event()
+        self.overtime = False
         self.sources = []
         for i in range(SOURCES):
             rng = random.Random(f'{seed}/{i}')
@@ -210,8 +211,9 @@ class Soak:
         rng = random.Random(f'{self.seed}/collector{number}')
         while not self.ended.wait(0.2 if number else 2):  # who finds a list open repacks nothing
             # Mostly the second repacks; at times both do, at once.
-            words = ('collect', 3000, 'recompress', 10) if number or rng.randrange(4) == 0 else ('collect', 3000)
-            lines, failed = self.run(rng, number, *words, kill=0.25)
+            repacks = number or self.overtime or rng.randrange(4) == 0
+            words = ('collect', 3000, 'recompress', 10) if repacks else ('collect', 3000)
+            lines, failed = self.run(rng, number, *words, kill=0.0 if self.overtime else 0.25)
             if not failed:
                 self.count('collected')
                 if lines[0]['repacked']:
@@ -236,6 +238,12 @@ class Soak:
         for thread in threads:
             thread.start()
         self.ended.wait(self.seconds)
+        # Collections take turns, and a slow machine its time: until each was done once, beside all the others.
+        self.overtime = True
+        limit = time.monotonic() + PATIENCE_S
+        while (self.missing() or disturb and threads[-1].is_alive()) and time.monotonic() < limit:
+            if self.ended.wait(0.2):
+                break
         self.ended.set()
         for thread in threads:
             thread.join()
@@ -298,10 +306,12 @@ class Soak:
         for _ in range(len(lines) - 1 - len(found)):
             self.count('forwardings to nowhere')
 
+    def missing(self):
+        return [what for what in DONE if not self.counts.get(what)]
+
     def look_at_counts(self):
-        for what in DONE:
-            if not self.counts.get(what):
-                self.problem(f'nothing was {what}')
+        for what in self.missing():
+            self.problem(f'nothing was {what}')
 
 
 def disturb_cluster(ceph):
