@@ -372,9 +372,12 @@ def test_a_look_at_a_template_is_not_its_first_use(url, raw, tmp_path, mounts):
         first.read()
         second.read(100)
     nothing_is_recorded()
+    assert os.path.getsize(m.file(other, 'memory.raw')) == 16 * MIB  # what was said to fetchers before is done
+    assert working_sets(url) == []
     m.stop()
     m = mounts(url, name='second', options=['--record', '300'])
-    with open(m.file(other, 'device.state'), 'rb'):  # for longer than that
+    with open(m.file(other, 'device.state'), 'rb') as look:  # for longer than that
+        assert look.read() == b'state'
         with open(m.file(image, 'device.state'), 'rb') as first, open(m.file(image, 'memory.raw'), 'rb') as second:
             first.read()
             second.read(3 * MIB)
