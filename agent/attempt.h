@@ -96,6 +96,9 @@ struct source_part {
     struct sender *sender; /* under lock */
     uint64_t moved_bytes;    /* as of the last look while the guest stood */
     int64_t moved_at_ns;     /* when they grew last; 0: it does not stand */
+    struct guest *watched;   /* a reference to the handle over which the guest was seen to stand, all sent; or NULL */
+    unsigned resumes;        /* of that, then */
+    atomic_bool woken;       /* it was set going here after COMMIT */
     Vmmig__Peer__Handover *prepared; /* the peer's answer; under lock */
     Vmmig__Peer__Prepare prepare_message;
 };

@@ -174,6 +174,14 @@ static void withdraw_offers(struct source_part *s)
         disk_identity_withdraw(&s->offers[i]);
 }
 
+/* Whoever sets the guest going from now on does so behind the hand-over's back. */
+static void watch_for_resume(struct source_part *s, struct guest *guest)
+{
+    guest_unref(s->watched);
+    s->watched = guest_ref(guest);
+    s->resumes = guest_resumes(guest);
+}
+
 static int copy(struct attempt *a, struct vm_error **err)
 {
     struct source_part *s = &a->source;
@@ -189,6 +197,9 @@ static int copy(struct attempt *a, struct vm_error **err)
     s->sender = sender;
     pthread_mutex_unlock(&a->lock);
     if (sender_run(sender, err) < 0)
+        return -1;
+    watch_for_resume(s, s->params.guest); /* from before it is seen to stand */
+    if (driver_check_kept(s->params.guest, &s->definition, err) < 0)
         return -1;
     if (FAULT("attempt.copied") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "attempt.copied");
@@ -323,9 +334,21 @@ static int remember(struct attempt *a, struct vm_error **err)
     return attempt_remember(a, d->driver, d->socket_path, NULL, a->source.peer, err);
 }
 
+/* What was sent is not the guest any more. */
+static bool has_run_since(struct attempt *a)
+{
+    struct source_part *s = &a->source;
+    if (!s->watched || guest_resumes(s->watched) == s->resumes)
+        return false;
+    a->stands = false;
+    return true;
+}
+
 /* A COMMIT that is repeated after a restart says the same; and a guest is taken back as its user had it. */
 static int before_record(struct attempt *a, enum handover_record record, struct vm_error **err)
 {
+    if (record == HANDOVER_REC_COMMIT && a->machine.state == HANDOVER_SRC_SENT && has_run_since(a))
+        return error_set(err, VM_ERROR_REFUSED, "the guest was set going while it was handed over");
     if ((record != HANDOVER_REC_COMMIT && record != HANDOVER_REC_ABORTING) || !a->source.vm)
         return 0;
     if (record == HANDOVER_REC_ABORTING)
@@ -414,9 +437,48 @@ static void give_up_silent_link(struct attempt *a)
     a->heard_ns = clock_mono_ns();
 }
 
+/* 1: it runs, or ran; 0: it stands; -1: its VMM does not say. */
+static int was_woken(struct attempt *a, struct guest *guest)
+{
+    struct source_part *s = &a->source;
+    struct guest_status status;
+    if (s->watched == guest)
+        return guest_resumes(guest) != s->resumes;
+    unsigned resumes = guest_resumes(guest);
+    if (guest_status(guest, &status, NULL) < 0)
+        return -1;
+    watch_for_resume(s, guest);
+    s->resumes = resumes;
+    return status.state == GUEST_RUNNING;
+}
+
+/*
+ * In doubt nothing runs here. The VMM's other monitors do not know that; its guest stands again as soon as that is seen,
+ * and an operator hears of it: the peer's copy may run, and does not have what this one did meanwhile.
+ */
+static void keep_standing(struct attempt *a)
+{
+    struct source_part *s = &a->source;
+    cleanup_error struct vm_error *err = NULL;
+    CLEANUP(guest) struct guest *guest = s->vm ? vm_guest(s->vm) : guest_ref(a->guest);
+    if (!guest || was_woken(a, guest) <= 0)
+        return;
+    s->woken = true;
+    a->stands = false;
+    log_error("somebody set the guest going, which was handed over and is in doubt",
+              "vm=%s peer=%s", a->vm_name, s->peer);
+    watch_for_resume(s, guest);
+    if (guest_pause(guest, &err) == 0)
+        return;
+    guest_unref(steal_ptr(&s->watched)); /* it is asked again */
+    log_error("it could not be stopped", "vm=%s error=%s", a->vm_name, log_q(error_message(err)));
+}
+
 static void tick(struct attempt *a)
 {
     give_up_silent_link(a);
+    if (a->machine.state == HANDOVER_SRC_COMMITTED)
+        keep_standing(a);
     struct sender_progress copy_progress = {0};
     pthread_mutex_lock(&a->lock);
     int64_t offline = a->source.offline_since_ns;
@@ -449,6 +511,7 @@ static void finish(struct attempt *a)
     withdraw_offers(s);
     sender_destroy(s->sender);
     guest_unref(s->params.guest);
+    guest_unref(s->watched);
     if (s->prepared)
         vmmig__peer__handover__free_unpacked(s->prepared, NULL);
     qemu_wire_free(s->prepare_message.definition);

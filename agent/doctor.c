@@ -320,6 +320,19 @@ static void mention_frozen(struct finding *f, const struct agent *agent, const s
                  "and again to thaw them");
 }
 
+/* Somebody set it going behind the hand-over's back. */
+static void mention_woken(struct finding *f, const struct agent *agent)
+{
+    CLEANUP(attempt)
+    struct attempt *a = f->unsettled ? attempt_find(agent->transfer, &f->attempt) : NULL;
+    if (!a || a->role != &attempt_source_role || !a->source.woken)
+        return;
+    size_t n = strlen(f->why);
+    snprintf(f->why + n, sizeof(f->why) - n,
+             "; somebody set it going here meanwhile, and the agent stopped it: what it wrote then is on its "
+             "disks, and the peer's copy does not know of it");
+}
+
 static int add_registered(struct walk *w, struct vm *vm, struct vm_error **err)
 {
     const char *name = vm_definition(vm)->name;
@@ -376,6 +389,7 @@ int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_di
     if (!d.message.findings)
         return error_nomem(err);
     for (size_t i = 0; i < d.n; i++) {
+        mention_woken(d.list[i], agent);
         if (!d.list[i]->damaged)
             d.list[i]->message.state = word(state_of(agent, d.list[i]));
         d.message.findings[i] = &d.list[i]->message;

@@ -186,6 +186,12 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
     return 0;
 }
 
+int driver_check_kept(struct guest *g, const struct qemu_definition *d, struct vm_error **err)
+{
+    const struct driver *driver = drivers[driver_of(g)];
+    return driver->check_kept ? driver->check_kept(g, d, err) : 0;
+}
+
 int driver_clear(struct guest *g, struct vm_error **err)
 {
     const struct driver *d = drivers[driver_of(g)];

@@ -71,6 +71,8 @@ struct driver {
     struct guest *(*adopt)(const char *path, const struct process_identity *expected,
                            struct vm_error **err);
     int (*define)(struct guest *g, bool prepared, struct qemu_definition *ret, struct vm_error **err);
+    /* NULL: nothing of a definition can change while the guest is copied. */
+    int (*check_kept)(struct guest *g, const struct qemu_definition *d, struct vm_error **err);
     bool (*defines)(const struct qemu_definition *d);
     /* May a destination of this definition be started by an agent? */
     int (*check_startable)(const struct qemu_definition *d, struct vm_error **err);
@@ -112,6 +114,12 @@ int driver_adopt(enum vm_driver driver, const char *name, const char *path,
  */
 int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver,
                   struct qemu_definition *ret_definition, struct vm_error **err);
+
+/*
+ * The guest was copied: does it stand as it was sent, and is it still what its definition says, by which the destination
+ * was made? REFUSED, by name, if a disk of it was changed meanwhile.
+ */
+int driver_check_kept(struct guest *g, const struct qemu_definition *d, struct vm_error **err);
 
 /* Take out what a snapshot that was cut short left in the VMM: -1 if some of it may let the guest go on later. */
 int driver_clear(struct guest *g, struct vm_error **err);

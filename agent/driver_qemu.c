@@ -61,6 +61,11 @@ static int define(struct guest *g, bool prepared, struct qemu_definition *ret, s
     return qemu_preflight(qemu_from_guest(g), prepared, ret, err);
 }
 
+static int check_kept(struct guest *g, const struct qemu_definition *d, struct vm_error **err)
+{
+    return qemu_check_kept(qemu_from_guest(g), d, err);
+}
+
 static bool defines(const struct qemu_definition *d)
 {
     return !driver_attach.defines(d);
@@ -124,6 +129,7 @@ const struct driver driver_qemu = {.guest_driver = "qemu",
                                    .start = start,
                                    .adopt = adopt,
                                    .define = define,
+                                   .check_kept = check_kept,
                                    .defines = defines,
                                    .sink_start = sink_start,
                                    .boot = boot,

@@ -159,15 +159,23 @@ static int clear_page(const struct page_decoder *dec, const struct place *at, st
                              : guest_region_write(at->region, at->offset, zero, sizeof(zero), err);
 }
 
+/*
+ * Where the kernel cannot give memory back (not shared memory, locked), it says so. But a hole that is less than a
+ * huge page Linux before 5.19 reports as made, and leaves the page as it is; and a whole one would be anybody's then,
+ * and the guest's reservation of it gone.
+ */
+static bool can_punch(const struct guest_region *region)
+{
+    return region->base && region->page_size == GUEST_PAGE_SIZE;
+}
+
 static int clear_pages(const struct page_decoder *dec, const struct place *places, unsigned n,
                        struct vm_error **err)
 {
     for (unsigned i = 0, run; i < n; i += run) {
         run = contiguous(places + i, n - i);
-        /* Where the kernel cannot give memory back (not shared memory, locked), it says so. A huge page would be
-         * anybody's then, and the guest's reservation of it gone. */
-        if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN && places[i].region->base &&
-            places[i].region->page_size <= GUEST_PAGE_SIZE && madvise(places[i].region->base + places[i].offset, (size_t)run * GUEST_PAGE_SIZE,
+        if (dec->config.may_punch && run >= PAGE_DECODER_PUNCH_MIN && can_punch(places[i].region) &&
+            madvise(places[i].region->base + places[i].offset, (size_t)run * GUEST_PAGE_SIZE,
                     MADV_REMOVE) == 0)
             continue;
         for (unsigned j = i; j < i + run; j++)

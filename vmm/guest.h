@@ -185,6 +185,7 @@ struct guest_ops {
     int (*resume)(struct guest *g, struct vm_error **err);
     int64_t (*resumed_at_ns)(struct guest *g); /* NULL: the answer to resume says as much */
     int (*release)(struct guest *g, struct vm_error **err); /* NULL: there is nothing to give back */
+    unsigned (*resumes)(struct guest *g); /* NULL: the VMM does not report it */
     int (*source_start)(struct guest *g, const struct guest_source_params *params,
                         const struct guest_source_events *events, void *arg, struct vm_error **err);
     int (*source_progress)(struct guest *g, struct guest_source_progress *ret_progress,
@@ -257,6 +258,15 @@ static inline int64_t guest_resumed_at_ns(struct guest *g)
 static inline int guest_release(struct guest *g, struct vm_error **err)
 {
     return g->ops->release ? g->ops->release(g, err) : 0;
+}
+
+/*
+ * How often the guest was set going since this handle was made, by whomever, as far as the VMM has reported it: asks
+ * nothing. 0 of a VMM that does not.
+ */
+static inline unsigned guest_resumes(struct guest *g)
+{
+    return g->ops->resumes ? g->ops->resumes(g) : 0;
 }
 
 /* Begin to give the memory away. The guest runs on. */

@@ -227,6 +227,11 @@ static int64_t qemu_resumed_at_ns(struct guest *g)
     return of(g)->resumed_at_ns;
 }
 
+static unsigned qemu_resumes(struct guest *g)
+{
+    return count_resumes(of(g));
+}
+
 static int qemu_announce(struct guest *g, struct vm_error **err)
 {
     json_t *timing =
@@ -270,6 +275,7 @@ static const struct guest_ops ops = {
     .pause = qemu_pause,
     .resume = qemu_resume,
     .resumed_at_ns = qemu_resumed_at_ns,
+    .resumes = qemu_resumes,
     .source_start = qemu_source_start,
     .source_progress = qemu_source_progress,
     .source_stop = qemu_source_stop,

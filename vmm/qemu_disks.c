@@ -373,6 +373,40 @@ int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends,
     return 0;
 }
 
+/* ---- the same disks, later ---- */
+
+static bool is_same_node(const struct qemu_disk *a, const struct qemu_disk *b)
+{
+    return !strcmp(a->node, b->node) && !strcmp(a->file, b->file) &&
+           !strcmp(a->driver, b->driver) && a->writable == b->writable;
+}
+
+static bool has_node(const struct qemu_definition *d, const struct qemu_disk *disk)
+{
+    for (unsigned i = 0; i < d->n_disks; i++)
+        if (is_same_node(&d->disks[i], disk))
+            return true;
+    return false;
+}
+
+int qemu_disks_check_same(const struct qemu_definition *before, const struct qemu_definition *now,
+                          struct vm_error **err)
+{
+    for (unsigned i = 0; i < now->n_disks; i++)
+        if (!has_node(before, &now->disks[i]))
+            return error_set(err, VM_ERROR_REFUSED,
+                             "disk %s was changed while the VM was copied: it has %s open now, for "
+                             "%s (a snapshot?)",
+                             now->disks[i].name, now->disks[i].file,
+                             now->disks[i].writable ? "writing" : "reading");
+    for (unsigned i = 0; i < before->n_disks; i++)
+        if (!has_node(now, &before->disks[i]))
+            return error_set(err, VM_ERROR_REFUSED,
+                             "disk %s was changed while the VM was copied: it has %s no longer open",
+                             before->disks[i].name, before->disks[i].file);
+    return 0;
+}
+
 /* ---- the same disks in another QEMU ---- */
 
 /* How many files of that device does it write? A disk of several images has some of them beside the

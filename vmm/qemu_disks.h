@@ -24,6 +24,10 @@ int qemu_disks_list(const json_t *nodes, const json_t *backends, struct qemu_def
 int qemu_disks_compare(const struct qemu_argv *argv, const json_t *backends,
                        const struct qemu_definition *d, struct vm_error **err);
 
+/* Was the graph, as it was listed before, left as it is? REFUSED, by the first disk that differs. */
+int qemu_disks_check_same(const struct qemu_definition *before, const struct qemu_definition *now,
+                          struct vm_error **err);
+
 /*
  * Which disk of `here`, a QEMU with the same devices, is which of the VM? ret_pairs[i], for each
  * writable d->disks[i], is an index in here->disks. REFUSED, by name, unless each has one, which is

@@ -376,14 +376,15 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
     if (q->outgoing)
         return error_set(err, VM_ERROR_CONFLICT, "this VM is already being migrated");
     bool one_round = false;
+    cleanup_free struct outgoing *made = calloc(1, sizeof(*made));
+    if (!made)
+        return error_nomem(err);
     /* For a background snapshot qemu_snapshot_can_protect has asked. */
     if (!params->background &&
         (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
          set_parameters(q, params, one_round, err) < 0))
         return -1;
-    struct outgoing *o = calloc(1, sizeof(*o));
-    if (!o)
-        return error_nomem(err);
+    struct outgoing *o = steal_ptr(&made);
     *o = (struct outgoing){.q = q,
                            .events = *events,
                            .arg = arg,

@@ -337,6 +337,17 @@ static int take_disks(struct qemu *q, const struct qemu_argv *argv, struct qemu_
     return argv ? qemu_disks_compare(argv, backends, d, err) : 0;
 }
 
+int qemu_check_kept(struct qemu *q, const struct qemu_definition *d, struct vm_error **err)
+{
+    cleanup_qemu_definition struct qemu_definition now = {0};
+    char state[32];
+    if (qemu_query_run_state(q, state, err) < 0 || take_disks(q, NULL, &now, err) < 0)
+        return -1;
+    if (strcmp(state, "postmigrate"))
+        return error_set(err, VM_ERROR_REFUSED, "the guest was set going while it was handed over");
+    return qemu_disks_check_same(d, &now, err);
+}
+
 static int take_nic(const struct qemu_option *o, struct qemu_definition *d, struct vm_error **err)
 {
     cleanup_qemu_props struct qemu_props p = {0};

@@ -4,6 +4,8 @@
  * sides.
  *
  *     source:       qemu_preflight(q, prepared, &definition, &err)
+ *                   ... the copy, until the guest stands ...
+ *                   qemu_check_kept(q, &definition, &err)
  *     destination:  qemu_definition_validate(&definition, &err)
  *                   qemu_dest_check(&definition, &host, &err)
  *                   qemu_sink_spawn(...), which ends with qemu_verify
@@ -39,6 +41,13 @@
  */
 int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_definition,
                    struct vm_error **err);
+
+/*
+ * All of the guest was copied: does it still stand as it was sent, with the disks of its definition? While it is copied
+ * QEMU lets its user snapshot a disk or move it elsewhere, and the destination has what was open
+ * before. REFUSED, by name.
+ */
+int qemu_check_kept(struct qemu *q, const struct qemu_definition *d, struct vm_error **err);
 
 /* What the destination's agent says of its host. */
 struct qemu_host {

@@ -321,6 +321,40 @@ def advice(agent, name):
     return finding
 
 
+def test_a_guest_that_somebody_wakes_in_doubt_is_stopped(cluster):
+    """Also when its agent was away at that time."""
+    pair = commit_in_doubt(cluster, 'woken')
+    monitor = pair.vm.qmp(pair.a1.host)
+    for away in (False, True):
+        if away:
+            pair.a1.kill()
+        monitor('cont')
+        assert monitor.status() == 'running' or not away
+        if away:
+            pair.a1.start(build=fault_build())
+        monitor.wait_status('paused', timeout=15)
+        eventually('it to be said', lambda: 'somebody set it going here meanwhile' in advice(pair.a1, 'woken')['why'])
+        assert 'somebody set the guest going' in pair.a1.log()
+    monitor.close()
+    pair.a2.start(build=fault_build())  # whose copy is gone
+    pair.expect('h1')
+    pair.end()
+
+
+def test_a_guest_that_somebody_wakes_before_commit_stays(cluster):
+    """What was sent is not the guest any more."""
+    pair = Pair(cluster, 'woken-early', ('', 'attempt.loaded=hold'), mem_mib=64)
+    pair.begin()
+    held(pair.a2, 'attempt.loaded')
+    monitor = pair.vm.qmp(pair.a1.host)
+    monitor('cont')
+    monitor.close()
+    go_on(pair.a2)
+    pair.expect('h1')
+    assert pair.a1.vmmig('watch', 'woken-early', check=False).returncode == 5
+    pair.end()
+
+
 def test_an_operator_gives_up_a_copy_step_by_step(cluster):
     pair = commit_in_doubt(cluster, 'given-up')
     said = pair.a1.vmmig('status', 'given-up').stdout

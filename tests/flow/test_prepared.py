@@ -134,6 +134,24 @@ def test_a_guest_on_a_live_snapshot_moves_with_its_disk(cluster):
     there.vmmig('detach', vm.name, check=False)
 
 
+def test_a_disk_that_is_snapshotted_during_the_copy_does_not_move(cluster, vm):
+    """The destination was started on the image that was open before, and would not have what is written since."""
+    (here, there), overlay = cluster.agents, f'{cluster.shared}/{vm.name}.overlay'
+    vm.mem_mib, vm.fill = 96, 'random'
+    console = cluster.boot(vm)
+    send = here.popen('send', vm.name, '--to', 'h2', '--max-bandwidth', '32M')
+    eventually('some memory', lambda: (here.json('status', vm.name).get('job') or {}).get('wire_bytes', 0) > 2 * MIB)
+    mark = console.mark()
+    vm.qmp(here.host)('blockdev-snapshot-sync', device='disk0', snapshot_file=overlay, format='qcow2')
+    said, _ = send.communicate(timeout=60)
+    assert send.returncode == 5, said
+    assert f'disk disk0 was changed while the VM was copied: it has {overlay} open now' in said.splitlines()[-1]
+    console.wait_ticks(2)
+    assert console.check(after=mark) == ['h1'] and there.names() == []
+    disk, = (entry['inserted']['file'] for entry in vm.qmp(here.host)('query-block') if entry['device'] == 'disk0')
+    assert disk == overlay
+
+
 def test_a_guest_with_a_device_that_was_plugged_moves(cluster, vm):
     vm.options += ['-device', 'pcie-root-port,id=port1,chassis=1']
     console = cluster.boot(vm)

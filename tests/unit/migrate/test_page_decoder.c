@@ -521,6 +521,35 @@ static void zero_pages_give_memory_back_where_that_is_allowed(void **state)
     }
 }
 
+/* The kernel's: it may be one that takes a hole in a huge page for made, and does nothing. */
+int __real_madvise(void *addr, size_t length, int advice);
+int __wrap_madvise(void *addr, size_t length, int advice);
+static bool madvise_lies;
+
+int __wrap_madvise(void *addr, size_t length, int advice)
+{
+    return madvise_lies && advice == MADV_REMOVE ? 0 : __real_madvise(addr, length, advice);
+}
+
+static void zero_pages_in_huge_pages_are_cleared(void **state)
+{
+    struct fixture guest;
+    struct vm_error *err = NULL;
+    fixture_init(&guest, guest_pages);
+    guest.destination[2].page_size = 2 << 20;
+    struct page_decoder *dec = new_decoder(&guest, 1, true);
+    uint8_t *base = guest.destination[2].base;
+    memset(base, 0x11, (size_t)64 * GUEST_PAGE_SIZE);
+    madvise_lies = true;
+    struct page_unit many = {PAGE_ZERO, 32, 0};
+    assert_int_equal(deliver_unit(dec, many, page_addr(2, 8), NULL, &err), 0);
+    madvise_lies = false;
+    for (unsigned i = 0; i < 64; i++)
+        assert_int_equal(page_is_zero(base + (size_t)i * GUEST_PAGE_SIZE), i >= 8 && i < 40);
+    page_decoder_destroy(dec);
+    fixture_finish(&guest);
+}
+
 /* Memory that cannot be given back is cleared instead. */
 static void zero_pages_in_private_memory_are_cleared(void **state)
 {
@@ -578,6 +607,7 @@ int main(void)
         cmocka_unit_test(a_cut_batch_can_be_received_again),
         cmocka_unit_test(a_delta_applied_twice_is_noticed),
         cmocka_unit_test(zero_pages_give_memory_back_where_that_is_allowed),
+        cmocka_unit_test(zero_pages_in_huge_pages_are_cleared),
         cmocka_unit_test(zero_pages_in_private_memory_are_cleared),
         cmocka_unit_test(zero_is_found_wherever_a_byte_is_not),
     };
