@@ -274,11 +274,11 @@ int control_check_publisher(struct control_session *s, struct vm_error **err)
                      c->agent->config->publish_group);
 }
 
-/* One place among the sessions, if there is one. */
-static int take_place(struct control *c, struct vm_error **err)
+/* One place among the sessions, if there is one. Others cannot keep root from a `cancel` or `resolve`. */
+static int take_place(struct control *c, uid_t uid, struct vm_error **err)
 {
     SCOPE_LOCK(&c->lock);
-    if (c->n_sessions >= c->agent->config->max_clients)
+    if (c->n_sessions >= c->agent->config->max_clients + (uid == 0 ? CONTROL_PLACES_OF_ROOT : 0))
         return error_set(err, VM_ERROR_CONFLICT,
                          "the agent talks to %u clients already (max-clients); try again",
                          c->n_sessions);
@@ -301,7 +301,7 @@ static void admit(struct control_session *s)
 {
     struct control *c = s->control;
     cleanup_error struct vm_error *err = NULL;
-    if (check_peer(c, s->fd, &s->uid, &err) == 0 && take_place(c, &err) == 0) {
+    if (check_peer(c, s->fd, &s->uid, &err) == 0 && take_place(c, s->uid, &err) == 0) {
         if (start_thread(s, &err) == 0)
             return;
         pthread_mutex_lock(&c->lock);

@@ -11,7 +11,7 @@
  * the file's mode and, independently, by the credentials that the kernel gives for the peer.
  * A socket file left by a dead agent is replaced; that of a living one is CONFLICT.
  * A request may carry one descriptor, with its first byte; one that nobody takes is closed.
- * Bound: max-clients connections; one more is told so and closed.
+ * Bound: max-clients connections, and CONTROL_PLACES_OF_ROOT more that only root takes; one more is told so and closed.
  * A client that says nothing for 10 s at the start, or that breaks the protocol, is closed.
  * The first requests to a new agent wait, for 10 s at most, until it has asked each of its VMs how it is.
  */
@@ -20,6 +20,8 @@
 
 #include "agent/agent.h"
 #include "proto/control.h"
+
+enum { CONTROL_PLACES_OF_ROOT = 4 };
 
 struct control;
 struct control_session;

@@ -9,6 +9,7 @@
 #include "base/log.h"
 #include "migrate/address.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <string.h>
 
@@ -315,15 +316,30 @@ static void *incoming_main(void *arg)
     return NULL;
 }
 
+/* Whoever has an IPv6 address has the 2^64 beside it as well. */
+static void name_stranger(int fd, char out[ADDRESS_TEXT_MAX])
+{
+    struct sockaddr_storage peer = {0};
+    socklen_t len = sizeof(peer);
+    struct in6_addr *address = &((struct sockaddr_in6 *)&peer)->sin6_addr;
+    if (getpeername(fd, (struct sockaddr *)&peer, &len) == 0 && peer.ss_family == AF_INET6 &&
+        !IN6_IS_ADDR_V4MAPPED(address)) {
+        memset(address->s6_addr + 8, 0, 8);
+        inet_ntop(AF_INET6, address, out, ADDRESS_TEXT_MAX);
+        return;
+    }
+    address_of_peer(fd, out);
+    char *port = strrchr(out, ':');
+    if (port)
+        *port = 0;
+}
+
 static struct place *find_place(struct transfer *t, int fd, struct vm_error **err)
 {
     char address[ADDRESS_TEXT_MAX];
-    address_of_peer(fd, address);
-    char *port = strrchr(address, ':');
-    if (port)
-        *port = 0;
+    name_stranger(fd, address);
     SCOPE_LOCK(&t->lock);
-    return places_enter(&t->places, address, err);
+    return places_enter(&t->places, address, fd, err);
 }
 
 static int start_serving(struct transfer *t, int fd, struct place *place, struct vm_error **err)
