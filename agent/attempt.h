@@ -106,6 +106,7 @@ struct source_part {
 struct destination_part {
     Vmmig__Peer__Handover *prepare; /* the source's request */
     struct qemu_definition definition;
+    uint64_t claim; /* bytes of memory that the guest will need, from when that is known; under the table's lock */
     bool *mapped;
     unsigned n_mapped;
     struct disk_answer *answers;

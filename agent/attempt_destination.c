@@ -39,6 +39,40 @@ static int remember_birth(const struct process_identity *process, void *arg, str
     return 0;
 }
 
+/* Of ordinary memory: huge pages are the kernel's to promise. */
+static uint64_t memory_of(const struct qemu_definition *d)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < d->n_ram; i++)
+        sum += d->ram[i].page_size == GUEST_PAGE_SIZE ? d->ram[i].size : 0;
+    return sum;
+}
+
+/* What it will still take. Under the table's lock. */
+static uint64_t outstanding(struct attempt *a)
+{
+    struct destination_part *d = &a->destination;
+    SCOPE_LOCK(&a->lock);
+    if (a->state != HANDOVER_DST_PREPARING && a->state != HANDOVER_DST_PREPARED)
+        return 0;
+    uint64_t has = d->receiver ? receiver_memory(d->receiver) : 0;
+    return d->claim > has ? d->claim - has : 0;
+}
+
+/* The kernel counts memory as available that is promised to guests which are arriving: how much? From now on others see
+ * this one's, too. */
+static uint64_t claim_memory(struct attempt *a)
+{
+    struct transfer *t = a->transfer;
+    uint64_t promised = 0;
+    SCOPE_LOCK(&t->lock);
+    a->destination.claim = memory_of(&a->destination.definition);
+    for (struct attempt *other = t->attempts; other; other = other->next)
+        if (other != a && other->role == &attempt_destination_role)
+            promised += outstanding(other);
+    return promised;
+}
+
 static struct guest *make_sink(struct attempt *a, struct vm_error **err)
 {
     struct destination_part *d = &a->destination;
@@ -51,7 +85,7 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
         return NULL;
     }
     return driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition,
-                             p->assume_shared, &birth, err);
+                             p->assume_shared, claim_memory(a), &birth, err);
 }
 
 /* `here`: the disks that this host has as those of the definition. */

@@ -230,13 +230,14 @@ static int make_launch(const struct config *config, const char *name, const stru
 }
 
 struct guest *driver_sink_start(const struct config *config, const char *name,
-                                const struct qemu_definition *d, bool assume_shared,
+                                const struct qemu_definition *d, bool assume_shared, uint64_t promised,
                                 const struct driver_birth *birth, struct vm_error **err)
 {
     struct driver_launch launch;
     if (make_launch(config, name, d, birth, &launch, err) < 0)
         return NULL;
     cleanup_driver_place struct driver_place place __attribute__((unused)) = launch.place;
+    launch.promised = promised;
     return drivers[driver_of_definition(d)]->sink_start(&launch, d, assume_shared, err);
 }
 

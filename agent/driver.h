@@ -50,6 +50,7 @@ struct driver_launch {
     struct driver_place place;
     char *const *argv;  /* of `vmmig run`; NULL for a sink */
     const char *cwd;    /* NULL: the driver's choice */
+    uint64_t promised;  /* bytes of memory that look available, but are others' */
     const struct driver_birth *birth; /* NULL: nobody takes note */
 };
 
@@ -137,10 +138,10 @@ const char *driver_find_binary(const struct config *config, const struct qemu_de
 char *driver_socket_path(const struct config *config, const char *name, enum vm_driver driver);
 /*
  * Start a VMM that waits for the guest of a validated definition, from an allowed binary, checked against the
- * definition; at driver_socket_path.
+ * definition; at driver_socket_path. promised: bytes of memory that are not taken yet, but will be by others.
  */
 struct guest *driver_sink_start(const struct config *config, const char *name,
-                                const struct qemu_definition *d, bool assume_shared,
+                                const struct qemu_definition *d, bool assume_shared, uint64_t promised,
                                 const struct driver_birth *birth, struct vm_error **err);
 /* Likewise, one that starts anew: it stands before its first instruction. */
 struct guest *driver_boot(const struct config *config, const char *name, const struct qemu_definition *d,

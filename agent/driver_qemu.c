@@ -82,6 +82,7 @@ static struct guest *start_defined(const struct driver_launch *l, const struct q
     struct qemu_host host = {.binary = l->binary,
                              .user = c->vm_user,
                              .assume_shared = assume_shared,
+                             .promised = l->promised,
                              .scratch_dir = c->runtime_dir};
     for (unsigned i = 0; i < c->maps.n; i++)
         maps[i] = (struct qemu_name_map){c->maps.list[i].from, c->maps.list[i].to};

@@ -506,7 +506,7 @@ static struct guest *make_vm(struct restore_job *t, struct restore *r, struct vm
     struct driver_birth birth = {making_born, &t->making};
     if (restore_boots(r))
         return write_disks(t, r, err) < 0 ? NULL : driver_boot(config, t->vm, d, &birth, err);
-    struct guest *guest = driver_sink_start(config, t->vm, d, true, &birth, err);
+    struct guest *guest = driver_sink_start(config, t->vm, d, true, 0, &birth, err);
     if (!guest || (write_disks(t, r, err) == 0 && load(t, r, guest, err) == 0))
         return guest;
     end_vm(t, guest);

@@ -8,6 +8,7 @@
 #include "migrate/stream_frames.h"
 
 #include <lz4.h>
+#include <sys/stat.h>
 
 #define IDLE_LIMIT_NS (60 * NSEC_PER_SEC)
 /* The VMM reads its stream at its own pace, but a VMM that takes nothing for so long is stuck. */
@@ -368,6 +369,19 @@ struct receiver *receiver_create(const struct receiver_params *params, struct vm
     r->params.regions = NULL; /* the decoders have copies */
     r->params.sink_regions = NULL;
     return steal_ptr(&r);
+}
+
+uint64_t receiver_memory(const struct receiver *r)
+{
+    const struct guest_region *regions;
+    unsigned n;
+    uint64_t sum = 0;
+    struct stat st;
+    guest_sink_regions(r->params.guest, &regions, &n);
+    for (unsigned i = 0; i < n; i++)
+        if (regions[i].file > 0 && fstat(regions[i].file, &st) == 0)
+            sum += (uint64_t)st.st_blocks * 512;
+    return sum;
 }
 
 void receiver_destroy(struct receiver *r)

@@ -55,6 +55,8 @@ void receiver_serve(struct receiver *r, struct conn *conn, const struct channel_
 int receiver_wait(struct receiver *r, struct vm_error **err);
 void receiver_stop(struct receiver *r);
 void receiver_stats(struct receiver *r, struct receiver_stats *ret_stats);
+/* Bytes that the kernel has given for the guest's memory so far, as far as that can be told. */
+uint64_t receiver_memory(const struct receiver *r);
 void receiver_destroy(struct receiver *r);
 DEFINE_CLEANUP(receiver, struct receiver *, receiver_destroy)
 

@@ -127,7 +127,8 @@ static int check_huge_pages(const struct qemu_definition *d, uint64_t page_size,
     return 0;
 }
 
-static int check_memory(const struct qemu_definition *d, struct vm_error **err)
+static int check_memory(const struct qemu_definition *d, const struct qemu_host *host,
+                        struct vm_error **err)
 {
     uint64_t available_kib, needed = memory_of_page_size(d, GUEST_PAGE_SIZE);
     if (read_number("/proc/meminfo", "MemAvailable:", &available_kib, err) < 0)
@@ -136,6 +137,11 @@ static int check_memory(const struct qemu_definition *d, struct vm_error **err)
         return error_set(err, VM_ERROR_NO_SPACE,
                          "the VM needs %" PRIu64 " MiB of memory, %" PRIu64 " MiB are available",
                          needed >> 20, available_kib >> 10);
+    if (available_kib < (needed + host->promised) >> 10)
+        return error_set(err, VM_ERROR_NO_SPACE,
+                         "the VM needs %" PRIu64 " MiB of memory; %" PRIu64 " MiB are available, of which %" PRIu64
+                         " MiB are for VMs that are arriving",
+                         needed >> 20, available_kib >> 10, host->promised >> 20);
     for (unsigned i = 0; i < d->n_ram; i++)
         if (d->ram[i].page_size != GUEST_PAGE_SIZE &&
             check_huge_pages(d, d->ram[i].page_size, err) < 0)
@@ -192,7 +198,7 @@ int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *hos
 {
     if (access(host->binary, X_OK) < 0)
         return error_errno(err, errno, "cannot run %s", host->binary);
-    return check_accel(d, err) < 0 || check_memory(d, err) < 0 || check_disks(d, host, err) < 0 ||
+    return check_accel(d, err) < 0 || check_memory(d, host, err) < 0 || check_disks(d, host, err) < 0 ||
                    qemu_sockets_check_free(d->argv, d->cwd, err) < 0
                ? -1
                : 0;

@@ -54,6 +54,7 @@ struct qemu_host {
     const char *binary;  /* the QEMU that the configuration allows for definition->binary */
     const char *user;    /* as in struct qemu_launch */
     bool assume_shared;  /* the user takes the disks on himself: host-cached disks are let pass */
+    uint64_t promised;       /* of the memory that is available, for guests that are arriving */
     const char *scratch_dir; /* for the socket and log of a short-lived probe */
 };
 

@@ -78,6 +78,14 @@ for connection in connections:
         pass
     print('dropped')
 '''
+# Somebody with several addresses who connects as often as he can, and says nothing.
+MUTE = r'''
+import socket, sys, time
+name, *addresses = sys.argv[1:]
+kept = [socket.create_connection((name, 16550), source_address=(address, 0)) for _ in range(32) for address in addresses]
+print('connected', flush=True)
+time.sleep(60)
+'''
 # A host of the cluster that asks for many migrations and follows none up. Prints how often it got which message.
 ASKER = HOST + r'''
 hello, prepare, count = *map(bytes.fromhex, sys.argv[3:5]), int(sys.argv[5])
@@ -352,6 +360,24 @@ def test_an_agent_drops_a_host_that_says_nothing(cluster, guest):
     assert cluster.agents[1].vmmig('list').returncode == 0
 
 
+def test_those_who_say_nothing_do_not_keep_hosts_out(cluster, guest):
+    """With five addresses, in more connections than there are places for strangers."""
+    h1, _ = cluster.hosts
+    addresses = [f'10.77.0.{number}' for number in range(101, 106)]
+    for address in addresses:
+        h1.run(['ip', 'addr', 'add', f'{address}/24', 'dev', 'br0'])
+    try:
+        mute = h1.popen([sys.executable, '-c', MUTE, 'h2', *addresses], stdout=subprocess.PIPE)
+        assert mute.stdout.readline() == b'connected\n'
+        refused(cluster, guest, 'h2', 3, 'the peer: .*cannot look at')  # by a host that it has reached
+        assert mute.poll() is None
+    finally:
+        for address in addresses:
+            h1.run(['ip', 'addr', 'del', f'{address}/24', 'dev', 'br0'])
+    mute.kill()
+    mute.wait()
+
+
 def test_a_host_that_asks_for_too_much(cluster, guest):
     """64 of its attempts are begun, which fail; the others are refused (6), and have no record."""
     h1, _ = cluster.hosts
@@ -538,20 +564,46 @@ def test_a_destination_where_somebody_has_the_vms_socket(cluster, guest, disk):
                 '--assume-shared', but=('web1.judge',))  # which is his, and there
 
 
-def test_a_destination_with_too_little_memory(cluster, guest, disk):
-    """As its kernel says."""
+@contextlib.contextmanager
+def available_memory(cluster, mib):
+    """As the kernel of h2 says."""
     h2 = cluster.hosts[1]
     with open('/proc/meminfo', encoding='ascii') as file:
-        said = re.sub(r'(MemAvailable:\s+)\d+', r'\g<1>20480', file.read())
+        said = re.sub(r'(MemAvailable:\s+)\d+', rf'\g<1>{mib << 10}', file.read())
     path = os.path.join(cluster.folder, 'meminfo')
     with open(path, 'w', encoding='ascii') as file:
         file.write(said)
     h2.run(['mount', '--bind', path, '/proc/meminfo'])
     try:
-        refused(cluster, guest, 'h2', 11, 'the peer: the VM needs 64 MiB of memory, 20 MiB are available',
-                '--assume-shared')
+        yield
     finally:
         h2.run(['umount', '/proc/meminfo'])
+
+
+def test_a_destination_with_too_little_memory(cluster, guest, disk):
+    with available_memory(cluster, 20):
+        refused(cluster, guest, 'h2', 11, 'the peer: the VM needs 64 MiB of memory, 20 MiB are available',
+                '--assume-shared')
+
+
+def test_memory_is_promised_once(cluster, guest, disk):
+    """Guests that arrive have not taken theirs yet. One that does not come needs none."""
+    a1, a2 = cluster.agents
+    vm = BareGuest('other1', mem_mib=64, dirty_mib=4, fill='random')
+    console = cluster.boot(vm)
+    with available_memory(cluster, 110):
+        a1.vmmig('send', 'other1', '--to', 'h2', '--background', '--max-bandwidth', '256KiB')
+        eventually('some memory', lambda: a1.json('status', 'other1')['job']['wire_bytes'] > 100000)
+        done = a1.vmmig('send', 'web1', '--to', 'h2', '--assume-shared', check=False)
+        assert done.returncode == 11, done
+        assert re.search(r'needs 64 MiB of memory; 110 MiB are available, of which 6\d MiB are for VMs that are '
+                         'arriving', done.stderr)
+        a1.vmmig('cancel', 'other1')
+        eventually('its end', lambda: a1.json('status', 'other1')['handover']['settled'])
+        a1.vmmig('send', 'other1', '--to', 'h2')
+    console.wait_ticks(3)
+    assert console.check()[-1] == 'h2'
+    a2.end('other1')
 
 
 def test_a_destination_with_too_few_huge_pages(cluster):
