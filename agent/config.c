@@ -193,7 +193,9 @@ static const struct option config_options[] = {
          "agent's"},
     {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user. An agent that is root then takes no VM "
-             "of another host and starts none out of the repository"},
+             "of another host and starts none out of the repository. That user must be able to open the VMs' disks and "
+             "taps and /dev/kvm, and to make the sockets that their command lines name: /run/vmmig/vms is a folder for "
+             "those. All VMs of a host run as the same user: one whose guest breaks out of its VMM reaches the others'"},
     {"mount-dir", "DIR", parse_path, MEMBER(mount_dir), .def = "/run/vmmig/images",
      .text = "Where the repository's images appear as files, for clones. The same on all hosts "
              "between which clones move"},

@@ -297,15 +297,17 @@ static const struct cli_command commands[] = {
      "Start a VM from its QEMU command line, to which the agent adds a QMP socket of its own, "
      "nothing else. Or from that of a VMM that links libvmmig-attach, in which @socket@ stands "
      "where its socket is named. The binary must be one that the agent's configuration lists. The "
-     "VM outlives the agent. Relative paths are those of the current directory.\n\n"
-     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G -hda web1.qcow2\n\n"
-     "    vmmig run web2 -- vmmig-vmm --attach @socket@ --memory 512M --kernel guest.bin",
+     "VM outlives the agent. Relative paths are those of the current directory. Of its environment it has PATH, HOME and "
+     "LANG only. A disk that is to be sent along must not go through the host's page cache: cache=none.\n\n"
+     "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G \\\n"
+     "        -drive file=/srv/vms/web1.qcow2,if=virtio,cache=none\n\n"
+     "    vmmig run web2 -- vmmig-vmm --attach @socket@ --kernel guest.bin",
      run_run},
     {"attach", "NAME --qmp|--socket PATH", 1, 1, false, attach_options,
      "adopt a VM that already runs",
      "Adopt a VM that runs already: a QEMU (7.2 or later) through its QMP socket, a VMM that links "
      "libvmmig-attach through its own. The VM is not touched.\n\n"
-     "    vmmig attach web1 --qmp /run/web1.qmp\n\n"
+     "    vmmig attach web1 --qmp /run/vmmig/vms/web1.qmp\n\n"
      "    vmmig attach web2 --socket /run/web2.vmm",
      run_attach},
     {"list", "", 0, 0, false, NULL, "the VMs of this host",
@@ -316,7 +318,9 @@ static const struct cli_command commands[] = {
      run_status},
     {"send", "NAME --to HOST", 1, 1, false, send_options, "live-migrate a VM to another host",
      "Move a running VM to another host. The guest runs on while its memory is copied, stands for "
-     "a moment, and runs there; if anything fails it runs on here. The command follows the job "
+     "a moment, and runs there; if anything fails it runs on here. Its disks are on storage that both hosts see under the "
+     "same name, and do not go through a host's page cache (cache=none). Its sockets are made there under the same names, "
+     "by the `vm-user` of that agent, who has to be allowed to. The command follows the job "
      "and prints a summary: total time, the guest's pause, bytes on the wire and saved, rounds, "
      "throttling.\n\n"
      "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one "

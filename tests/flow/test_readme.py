@@ -32,7 +32,7 @@ def test_two_hosts_as_in_the_readme(tmp_path):
         console, own_console = cluster.console('web1'), cluster.console('web2')
         for name in ('web1b', 'worker-1', 'worker-2'):
             cluster.console(name)
-        names = {'host1': 'h1', 'host2': 'h2', '/run/web1.qmp': vm.qmp_path, '/run/web2.vmm': own.attach_path,
+        names = {'host1': 'h1', 'host2': 'h2', '/run/vmmig/vms/web1.qmp': vm.qmp_path, '/run/web2.vmm': own.attach_path,
                  '/run/web2.console': own.console_path, 'guest.bin': built('tests/guest/bare/bare_pc.bin')}
         for folder in ('/srv/disks', '/mnt/images'):
             names[folder] = os.path.join(cluster.shared, os.path.basename(folder))
@@ -71,8 +71,9 @@ def test_what_is_installed(tmp_path):
     """By the commands of the README; what they build is built alike by every other test."""
     with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
         typed = re.search(r'## Install\n[\s\S]*?\n\n((?:    .*\n)+)', file.read())[1].split('\n    ')
-    packages, setup, installs, accounts = (line.split() for line in typed)
+    packages, setup, installs, accounts, folders = (line.split() for line in typed)
     assert installs == ['meson', 'install', '-C', 'build'] and accounts == ['systemd-sysusers']
+    assert folders == ['systemd-tmpfiles', '--create']
     # A folder that was set up before keeps its options: so it is not the one of tools/quickstart.
     with open(os.path.join(ROOT, 'tools/quickstart'), encoding='utf-8') as file:
         assert re.search(r'^build=\$PWD/(\S+)$', file.read(), re.M)[1] == 'build-quickstart'
@@ -88,6 +89,9 @@ def test_what_is_installed(tmp_path):
     rules, = (made for made, place in places.items() if place.endswith('sysusers.d/vmmig.conf'))
     with open(rules, encoding='ascii') as file:
         assert re.search('^u vmmig-vm ', file.read(), re.M)
+    rules, = (made for made, place in places.items() if place.endswith('tmpfiles.d/vmmig.conf'))
+    with open(rules, encoding='ascii') as file:
+        assert re.search('^d /run/vmmig/vms 0770 vmmig-vm ', file.read(), re.M)
 
 
 def test_every_command_of_the_manuals_exists():

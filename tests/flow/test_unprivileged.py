@@ -6,6 +6,7 @@ import re
 import pytest
 from agents import Cluster, eventually
 from lab import HEARTBEAT_PORT, BareGuest, LinuxGuest, check_disk, linux_guest, make_disk
+from lab.guests import ROOT
 
 USER, UID, KVM_GID = 'vmmig-vm', 64123, 64124
 
@@ -34,6 +35,17 @@ def add_user(host):
                                   f'mount --bind {own} {device}'])
 
 
+def sockets_folder(cluster):
+    """The one that the README has sockets made in, as it is installed."""
+    with open(os.path.join(ROOT, 'agent/systemd/vmmig.tmpfiles'), encoding='ascii') as file:
+        folder, mode, owner, group = re.search(r'^d (/run/vmmig/\S+) (\S+) (\S+) (\S+)$', file.read(), re.M).groups()
+    with open(os.path.join(ROOT, 'README.md'), encoding='utf-8') as file:
+        assert f'--qmp {folder}/web1.qmp' in file.read()
+    for host in cluster.hosts:
+        host.run(['install', '-d', '-m', mode, '-o', owner, '-g', group, folder])
+    return folder
+
+
 def goes_and_comes(cluster, name, console):
     """To h2 and back; there and here it is the user's then, who has no privilege."""
     mark = console.mark()
@@ -53,6 +65,7 @@ def goes_and_comes(cluster, name, console):
 def test_memory_under_kvm(cluster):
     """Where KVM works."""
     vm = BareGuest('bare', mem_mib=128, dirty_mib=16)
+    vm.qmp_path = f'{sockets_folder(cluster)}/bare.qmp'
     goes_and_comes(cluster, vm.name, cluster.boot(vm))
     cluster.agents[0].end(vm.name)
 
