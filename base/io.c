@@ -225,7 +225,9 @@ int io_write_file_durably(const char *path, const void *data, size_t len, mode_t
     cleanup_free char *temporary = NULL;
     if (asprintf(&temporary, "%s.%d.tmp", path, getpid()) < 0)
         return error_nomem(err);
-    cleanup_close int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, mode);
+    /* What lies there is a dead process's, or was put there by somebody who may write here. */
+    unlink(temporary);
+    cleanup_close int fd = open(temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, mode);
     if (fd < 0)
         return error_errno(err, errno, "cannot create %s", temporary);
     if (io_write_full(fd, data, len, INT64_MAX, -1, err) < 0) {

@@ -55,6 +55,7 @@ int io_read_file(const char *path, size_t max, char **ret_data, size_t *ret_len,
 /*
  * Replace the file at path: a temporary file beside it, fsync, rename, fsync of the folder. After
  * a crash the file is the old or the new one, never a mixture, and after return it is the new one.
+ * What lies under the temporary file's name (PATH.PID.tmp) is removed, a link not followed.
  */
 int io_write_file_durably(const char *path, const void *data, size_t len, mode_t mode,
                           struct vm_error **err);

@@ -91,7 +91,10 @@ static int load_files(SSL_CTX *c, char *const files[FILES], struct vm_error **er
     for (int i = 0; i < FILES; i++) {
         cleanup_close int fd = open(files[i], O_RDONLY | O_CLOEXEC);
         if (fd < 0)
-            return error_errno(err, errno, "cannot read %s", files[i]);
+            return error_errno(err, errno,
+                               errno == ENOENT ? "no certificates (`vmmig pki init` and `vmmig pki issue` make them): cannot read %s"
+                                               : "cannot read %s",
+                               files[i]);
     }
     if (SSL_CTX_load_verify_file(c, files[0]) != 1)
         return error_set(err, VM_ERROR_DENIED, "%s holds no CA certificate in PEM form (%s)",

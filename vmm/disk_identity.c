@@ -181,7 +181,9 @@ static int write_nonce(int folder, const struct disk_offer *offer, struct vm_err
     cleanup_close int fd =
         openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
-        return error_errno(err, errno, "cannot write a proof");
+        return error_errno(err, errno,
+                           "cannot write a proof beside the image, as the agent has to (NFS: export it with no_root_squash; or "
+                           "say --assume-shared)");
     uuid_format(&offer->secret, text);
     /* On NFS another host sees what was written once it was synced. */
     if (write(fd, text, UUID_TEXT_SIZE - 1) == UUID_TEXT_SIZE - 1 && fsync(fd) == 0)
@@ -324,8 +326,18 @@ static void read_sysfs(const char *path, char out[SYSFS_TEXT_MAX])
     out[strcspn(out, "\n")] = 0;
 }
 
+/* Disks that an emulator has made up for a host which is a VM itself are called alike everywhere. */
+bool disk_identity_is_worldwide(const char *identifier)
+{
+    static const char *const made_up[] = {"QEMU HARDDISK", "QEMU DVD-ROM", "VBOX HARDDISK"};
+    for (size_t i = 0; i < sizeof(made_up) / sizeof(*made_up); i++)
+        if (strstr(identifier, made_up[i]))
+            return false;
+    return *identifier != 0;
+}
+
 /* An identifier that travels with the device: world-wide name, or device mapper's UUID (LVM,
- * multipath). */
+ * multipath). "": none. */
 static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
 {
     static const char *const files[] = {"dm/uuid", "wwid", "device/wwid"};
@@ -335,6 +347,8 @@ static void device_identifier(dev_t device, char out[DISK_IDENTITY_TEXT_MAX])
         snprintf(path, sizeof(path), "/sys/dev/block/%u:%u/%s", major(device), minor(device),
                  files[i]);
         read_sysfs(path, text);
+        if (!disk_identity_is_worldwide(text))
+            *text = 0;
     }
     snprintf(out, DISK_IDENTITY_TEXT_MAX, "%s", text);
 }

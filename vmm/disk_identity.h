@@ -99,6 +99,8 @@ int disk_identity_check(const struct qemu_disk *disk, const struct disk_view *vi
 int disk_identity_check_devices(const struct qemu_device *devices, unsigned n, struct vm_error **err);
 void disk_identity_withdraw(struct disk_offer *offer);
 
+/* Does a block device's identifier name one device of the world? */
+bool disk_identity_is_worldwide(const char *identifier);
 const char *disk_proof_name(enum disk_proof proof);
 
 #endif

@@ -312,6 +312,58 @@ static int emit_file_chardev(struct builder *b, const struct qemu_option *o, con
     return qemu_argv_add(b->to, o->name, reference, err);
 }
 
+static bool is_word(const char *text, size_t n, const char *key)
+{
+    size_t len = strlen(key);
+    return n >= len && !strncmp(text, key, len) && (n == len || text[len] == '=');
+}
+
+/*
+ * "unix:PATH,server=on", "socket,id=...,server": by default QEMU waits, before anything else, for somebody who connects.
+ * The VM has had that somebody long ago, or was told not to wait: the next one does not. *ret: that text, allocated;
+ * NULL if there is nothing to say of it.
+ */
+static int without_waiting(const struct qemu_option *o, char **ret, struct vm_error **err)
+{
+    static const char *const names[] = {"qmp",    "qmp-pretty", "monitor",  "serial",
+                                        "parallel", "debugcon",   "chardev", NULL};
+    const char *text = or_empty(o->value);
+    bool server = false;
+    *ret = NULL;
+    if (!in_list(o->name, names))
+        return 0;
+    cleanup_free char *made = calloc(1, strlen(text) + sizeof(",wait=off"));
+    if (!made)
+        return error_nomem(err);
+    size_t len = 0;
+    for (const char *at = text; *at;) {
+        size_t n = strcspn(at, ","); /* ",," within a name: an empty word, which is kept */
+        server |= is_word(at, n, "server") && strncmp(at, "server=off", 10) && strncmp(at, "server=no", 9);
+        if (is_word(at, n, "nowait") || !strncmp(at, "wait=off", 8) || !strncmp(at, "wait=no", 7))
+            return 0;
+        if (!is_word(at, n, "wait")) {
+            memcpy(made + len, at, n + (at[n] == ','));
+            len += n + (at[n] == ',');
+        }
+        at += n + (at[n] == ',');
+    }
+    if (!server)
+        return 0;
+    if (len && made[len - 1] == ',')
+        len--;
+    strcpy(made + len, ",wait=off");
+    *ret = steal_ptr(&made);
+    return 0;
+}
+
+static int emit_text(struct builder *b, const struct qemu_option *o, struct vm_error **err)
+{
+    cleanup_free char *text = NULL;
+    if (without_waiting(o, &text, err) < 0)
+        return -1;
+    return qemu_argv_add(b->to, o->name, text ? text : o->value, err);
+}
+
 static int emit_option(struct builder *b, const struct qemu_option *o, struct vm_error **err)
 {
     static const char *const serial_like[] = {"serial", "parallel", "debugcon", "monitor", NULL};
@@ -335,7 +387,7 @@ static int emit_option(struct builder *b, const struct qemu_option *o, struct vm
             return -1;
         return add_props(b->to, o->name, &p, err);
     }
-    return qemu_argv_add(b->to, o->name, o->value, err);
+    return emit_text(b, o, err);
 }
 
 static int emit_machine_type(struct builder *b, struct vm_error **err)

@@ -103,6 +103,7 @@ static struct qemu *spawn(const struct qemu_sink_params *params, const struct qe
         if (place.fds[i] >= 0)
             fds[launch.n_fds++] = place.fds[i];
     launch.fds = fds;
+    launch.foreign_cwd = !launch.cwd;
     launch.cwd = launch.cwd ? launch.cwd : d->cwd;
     return qemu_spawn(&launch, err);
 }

@@ -17,6 +17,7 @@
 #include "base/process.h"
 #include "vmm/spawn.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #define QEMU_SPAWN_FDS_MAX 320
@@ -27,6 +28,7 @@ struct qemu_launch {
     const char *binary;   /* path to execute */
     char *const *argv;    /* argv[0] included; -daemonize is left out, since the launch does that */
     const char *cwd;      /* NULL: "/" */
+    bool foreign_cwd;     /* as in struct spawn_params */
     const char *qmp_path; /* at most 107 bytes */
     const char *log_path; /* standard output and error, appended; 0600 */
     const int *fds;       /* to inherit; they stay the caller's */

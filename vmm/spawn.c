@@ -32,7 +32,7 @@ struct plan {
     int log, cgroup, report;
     int gate;  /* the child goes on when a byte comes */
     int agent; /* a pidfd: or ends when this process has ended */
-    bool change_user;
+    bool change_user, foreign_cwd;
     uid_t uid;
     gid_t gid;
     gid_t groups[GROUPS_MAX];
@@ -172,10 +172,12 @@ static _Noreturn void child_main(const struct plan *p)
         child_fail(p, STEP_FDS);
     if (wait_at_gate(p) < 0)
         child_fail(p, STEP_GATE);
-    if (chdir(p->cwd) < 0)
+    if (!p->foreign_cwd && chdir(p->cwd) < 0)
         child_fail(p, STEP_CWD);
     if (set_user(p) < 0)
         child_fail(p, STEP_USER);
+    if (p->foreign_cwd && chdir(p->cwd) < 0 && chdir("/") < 0)
+        child_fail(p, STEP_CWD);
     execve(p->binary, p->argv, p->envp);
     child_fail(p, STEP_EXEC);
 }
@@ -381,6 +383,7 @@ int spawn_process(const struct spawn_params *params, struct process_identity *re
     static char *const envp[] = {path, home, lang, NULL};
     struct plan p = {.binary = params->binary,
                      .cwd = params->cwd ? params->cwd : "/",
+                     .foreign_cwd = params->foreign_cwd,
                      .argv = params->argv,
                      .envp = envp,
                      .fds = params->fds,

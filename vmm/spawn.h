@@ -19,6 +19,7 @@
 #include "base/error.h"
 #include "base/process.h"
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #define SPAWN_MESSAGE_MAX 512
@@ -27,6 +28,11 @@ struct spawn_params {
     const char *binary;   /* path to execute */
     char *const *argv;    /* argv[0] included */
     const char *cwd;      /* NULL: "/" */
+    /*
+     * It is another host's word: entered by `user`, and not by the agent, who may enter more; "/" where it is not to be
+     * had, since only relative names need it, which then fail by their own.
+     */
+    bool foreign_cwd;
     const char *log_path; /* standard output and error, appended; 0600 */
     const int *fds;       /* to inherit; they stay the caller's */
     unsigned n_fds;

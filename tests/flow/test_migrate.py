@@ -318,11 +318,12 @@ def test_the_agents_memory_is_bounded(cluster, guests, mib, options, connections
     pids = [agent.process.pid for agent in (a1, a2)]
     mark = console.mark()
     a1.vmmig('send', name, '--to', 'h2', '--background', '--connections', str(connections))
-    most = 0
-    while a1.json('status', name, check=False).get('job', {}).get('state') == 'running':
-        most = max(most, *map(judge.rss_anon, pids))
+    most = used = 0
+    while (job := a1.json('status', name, check=False).get('job', {})).get('state') == 'running':
+        most, used = max(most, *map(judge.rss_anon, pids)), max(used, job['connections'])
     assert a1.json('watch', name)['state'] == 'done'
     assert most < 100 * MIB
+    assert used == connections
     console.wait_ticks(5)
     assert console.check(after=mark) == ['h1', 'h2']
     console.verify()
@@ -342,12 +343,14 @@ def test_linux_goes_back_and_forth(cluster, guests, linux, full):
     console = boot(cluster, vm)
     mark = console.mark()
     here, there = cluster.agents
+    hosts = [here.host.name]
     for _ in range(10 if full else 4):
         job = send(here, there.host.name, 'linux')
         assert job['state'] == 'done'
         console.wait_ticks(3)
         here, there = there, here
-    console.check(after=mark)
+        hosts.append(here.host.name)
+    assert console.check(after=mark) == hosts
     console.send('poweroff')
     pid = here.json('status', 'linux')['pid']
     eventually('the end of the guest', lambda: ended(here, pid), timeout=30)

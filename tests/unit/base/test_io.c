@@ -114,6 +114,15 @@ static void files_are_replaced_whole(void **state)
     snprintf(deep, sizeof(deep), "%s/a/b/c", dir);
     assert_int_equal(io_write_file_durably(path, "old", 3, 0600, NULL), 0);
     assert_int_equal(io_write_file_durably(path, "newer", 5, 0600, NULL), 0);
+    /* Somebody who may write into the folder guesses the name of the temporary file. */
+    char trap[96], other[64];
+    snprintf(trap, sizeof(trap), "%s.%d.tmp", path, getpid());
+    snprintf(other, sizeof(other), "%s/other", dir);
+    assert_int_equal(symlink(other, trap), 0);
+    assert_int_equal(io_write_file_durably(path, "newer", 5, 0600, NULL), 0);
+    assert_int_equal(access(other, F_OK), -1);
+    assert_int_equal(lstat(path, &st), 0);
+    assert_true(S_ISREG(st.st_mode));
     cleanup_free char *data = NULL;
     size_t n;
     assert_int_equal(io_read_file(path, 5, &data, &n, NULL), 0);

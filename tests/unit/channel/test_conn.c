@@ -323,7 +323,7 @@ static void test_settings(void **state)
         {{NULL, NULL, NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
         {{"/x", "/x", NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
         {{"/x", "/x", "/x", true}, VM_ERROR_USAGE, "exclude each other"},
-        {{"/no/ca", "/x", "/x", false}, VM_ERROR_NOT_FOUND, "cannot read /no/ca"},
+        {{"/no/ca", "/x", "/x", false}, VM_ERROR_NOT_FOUND, "`vmmig pki issue` make them): cannot read /no/ca"},
         {{"/dev/null", "/dev/null", "/dev/null", false}, VM_ERROR_DENIED, "holds no CA"},
     };
     for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {

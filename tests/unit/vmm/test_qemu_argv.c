@@ -303,11 +303,23 @@ static const struct
                      "chardev=vmmig-qmp,mode=control -object "
                      "memory-backend-file,id=pc.ram,size=64M,share=on,mem-path="
                      "/proc/self/fd/8 -incoming defer -S",
-                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -qmp unix:/u,server=on " RAM(
+                     "qemu -machine pc-q35-7.2,memory-backend=pc.ram -qmp unix:/u,server=on,wait=off " RAM(
                          "pc.ram", "67108864"),
                      {MAIN},
                      {{0}},
                      "pc.ram"},
+                    /* Nobody comes whom a QEMU that waits could wait for. */
+                    {"qemu -monitor tcp:h:1,server -serial unix:/s,wait=on,server=yes -chardev "
+                     "socket,id=c,server=on,path=/a,,b -chardev socket,id=d,path=/d -qmp "
+                     "unix:/q,wait=off,server=on -monitor telnet:h:2,server,nowait -serial "
+                     "unix:/t,server=off -name server",
+                     "qemu -machine pc-q35-7.2 -monitor tcp:h:1,server,wait=off -serial "
+                     "unix:/s,server=yes,wait=off -chardev socket,id=c,server=on,path=/a,,b,wait=off "
+                     "-chardev socket,id=d,path=/d -qmp unix:/q,wait=off,server=on -monitor "
+                     "telnet:h:2,server,nowait -serial unix:/t,server=off -name server",
+                     {{0}},
+                     {{0}},
+                     ""},
 };
 
 static struct qemu_memory_facts facts_of(const struct portable_case *c)

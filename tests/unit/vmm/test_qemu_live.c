@@ -54,6 +54,25 @@ static void test_spawn_failures(void **state)
     launch.cwd = "/nonexistent/folder";
     assert_null(qemu_spawn(&launch, &err));
     assert_error(&err, VM_ERROR_NOT_FOUND, "cannot enter the folder /nonexistent/folder");
+    /* Another host's word is entered as the VMM's user, and does without. */
+    char private[] = "/tmp/vmmig-test-cwd.XXXXXX", proc_path[64], there[64] = "";
+    char *none[] = {(char[]){"qemu"}, (char[]){"-machine"}, (char[]){"none"}, (char[]){"-display"}, (char[]){"none"}, NULL};
+    assert_non_null(mkdtemp(private)); /* 0700 */
+    assert_int_equal(chmod(live_dir, 0711), 0);
+    launch.argv = none;
+    launch.cwd = private;
+    launch.user = "nobody";
+    launch.foreign_cwd = true;
+    struct qemu *q = live_note(qemu_spawn(&launch, &err));
+    if (!q)
+        fail_msg("%s", error_message(err));
+    snprintf(proc_path, sizeof(proc_path), "/proc/%d/cwd", qemu_guest(q)->process.pid);
+    assert_true(readlink(proc_path, there, sizeof(there) - 1) > 0);
+    assert_string_equal(there, "/");
+    live_end(q);
+    assert_int_equal(rmdir(private), 0);
+    launch.argv = argv;
+    launch.foreign_cwd = false;
     launch.cwd = "/";
     launch.user = "no-such-user";
     assert_null(qemu_spawn(&launch, &err));

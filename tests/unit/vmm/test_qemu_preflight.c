@@ -7,6 +7,7 @@
 
 #include <fcntl.h>
 #include <string.h>
+#include <sys/fsuid.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 
@@ -384,6 +385,29 @@ static void test_file_identity(void **state)
     assert_int_equal(count_proofs(), 0);
 }
 
+/* As root is on NFS that is exported as it is by default. */
+static void test_a_folder_that_the_agent_may_not_write(void **state)
+{
+    const struct disk_view view = {.cwd = live_dir};
+    struct qemu_disk disk = disk_named("file", make_disk("d0"));
+    struct disk_offer offer;
+    struct vm_error *err = NULL;
+    assert_int_equal(chmod(live_dir, 0755), 0);
+    setfsuid(65534);
+    int rc = disk_identity_offer(&disk, &view, &offer, &err);
+    setfsuid(0);
+    assert_int_equal(rc, -1);
+    assert_error(&err, VM_ERROR_DENIED, "NFS: export it with no_root_squash");
+}
+
+static void test_names_of_block_devices(void **state)
+{
+    assert_true(disk_identity_is_worldwide("naa.5000c500a1b2c3d4"));
+    assert_true(disk_identity_is_worldwide("LVM-Yb3fOhGmXcGMfDoHbQ0kE9wDV3KzfvYv"));
+    assert_false(disk_identity_is_worldwide("t10.ATA     QEMU HARDDISK                           QM00003"));
+    assert_false(disk_identity_is_worldwide(""));
+}
+
 /* An image grows while its guest writes, between the two looks, too. */
 static void test_an_image_that_grows(void **state)
 {
@@ -582,7 +606,9 @@ int main(void)
         live_test(test_plugged_devices), live_test(test_anonymous_device),
         live_test(test_plugged_cpu),     live_test(test_refused_by_command_line),
         live_test(test_block_job),       live_test(test_destination_host),
-        live_test(test_file_identity),   live_test(test_an_image_that_grows),
+        live_test(test_file_identity),   live_test(test_a_folder_that_the_agent_may_not_write),
+        live_test(test_names_of_block_devices),
+        live_test(test_an_image_that_grows),
         live_test(test_an_image_that_was_replaced), live_test(test_a_copy_that_is_only_read),
         live_test(test_a_disk_that_qemu_does_not_see), live_test(test_mount_namespace),
         live_test(test_rbd_identity),    live_test(test_other_identities),
