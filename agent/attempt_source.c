@@ -259,6 +259,7 @@ static void stop_transfer(struct attempt *a)
     if (a->source.copy_started)
         pthread_join(a->source.copy_thread, NULL);
     a->source.copy_started = false;
+    withdraw_offers(&a->source); /* of a destination that did not come to answer them */
     if (io_latch_is_set(a->cancel) && a->source.link_started) {
         pthread_join(a->source.link_thread, NULL);
         a->source.link_started = false;
