@@ -57,14 +57,37 @@ static int send_cont(struct attempt *a, struct vm_error **err)
     return guest_resume(a->guest, err);
 }
 
-/* A guest that is to stand is its VMM's again. If that cannot be told, it stands all the same. */
-static void give_back(struct attempt *a)
+/* False: the agent stops. */
+static bool wait_for_next_try(struct attempt *a, unsigned tries)
 {
-    cleanup_error struct vm_error *err = NULL;
-    if (!a->guest)
-        a->role->reconnect(a);
-    if (a->guest && guest_release(a->guest, &err) < 0)
-        log_warn("the VMM does not take its guest back", "error=%s", log_q(error_message(err)));
+    int64_t due = clock_mono_ns() +
+                  PATIENCE(tries < RESUME_TRIES ? RESUME_RETRY_MS : ATTEMPT_TIMER_MS);
+    SCOPE_LOCK(&a->lock);
+    while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
+        ;
+    return !a->stop;
+}
+
+/*
+ * A guest that is to stand is its VMM's again. A VMM that did not take it is told again, a few times; if it does not take it
+ * then, it stands all the same. False: the agent stops, and the next one tells it.
+ */
+static bool give_back(struct attempt *a)
+{
+    for (unsigned tries = 1; process_alive(&a->record.vmm); tries++) {
+        cleanup_error struct vm_error *err = NULL;
+        if (!a->guest)
+            a->role->reconnect(a);
+        if (a->guest && guest_release(a->guest, &err) == 0)
+            return true;
+        log_warn("the VMM does not take its guest back", "tries=%u error=%s", tries,
+                 log_q(a->guest ? error_message(err) : "it cannot be reached"));
+        if (tries == RESUME_TRIES)
+            return true;
+        if (!wait_for_next_try(a, tries))
+            return false;
+    }
+    return true;
 }
 
 /* One try: an event, or TIMER while nobody can tell. */
@@ -72,12 +95,12 @@ static enum handover_event try_resume(struct attempt *a)
 {
     cleanup_error struct vm_error *err = NULL;
     struct guest_status status;
-    bool stood = a->stands;
+    bool stood = a->stands, may_have_run = a->cont_sent || a->machine.state != HANDOVER_DST_STARTING;
     if (!process_alive(&a->record.vmm))
         return attempt_judge_death(a);
     /* A VMM that does not answer any more runs its guest on: there is nothing to ask for. */
-    if (!a->was_running)
-        give_back(a);
+    if (!a->was_running && !give_back(a))
+        return HANDOVER_EV_TIMER;
     if (!a->was_running || a->role->never_paused(a))
         return HANDOVER_EV_RESUMED;
     if (ask_status(a, &status) < 0)
@@ -102,6 +125,9 @@ static enum handover_event try_resume(struct attempt *a)
         a->resume_unsure = true;
         return HANDOVER_EV_TIMER;
     }
+    /* It ended of itself, here: for this there is nothing to be asked again. */
+    if (status.state == GUEST_BROKEN && may_have_run)
+        return HANDOVER_EV_RESUMED;
     /* After an answer was lost, a later refusal proves nothing: a vCPU may have run in between. */
     if (a->resume_unsure)
         return HANDOVER_EV_RESUME_UNSURE;
@@ -121,17 +147,6 @@ static bool is_worth_a_wait(const struct attempt *a, unsigned tries)
     if (!a->cont_sent)
         return a->machine.state == HANDOVER_DST_STARTING;
     return tries < RESUME_TRIES;
-}
-
-/* False: the agent stops. */
-static bool wait_for_next_try(struct attempt *a, unsigned tries)
-{
-    int64_t due = clock_mono_ns() +
-                  PATIENCE(tries < RESUME_TRIES ? RESUME_RETRY_MS : ATTEMPT_TIMER_MS);
-    SCOPE_LOCK(&a->lock);
-    while (!a->stop && cond_wait_until(&a->changed, &a->lock, due))
-        ;
-    return !a->stop;
 }
 
 static int64_t resumed_at_ns(const struct attempt *a)

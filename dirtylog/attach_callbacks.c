@@ -62,15 +62,20 @@ static int invoke(const struct call *c)
     return -EINVAL;
 }
 
-/* A guest that it paused so late goes on if it ran before, and is the VMM's again if that had paused it. */
+/*
+ * A guest that it paused so late, or in part, goes on if it ran before, and is the VMM's again if that had paused it. One
+ * that does not go on is held: whoever asks next has it go on.
+ */
 static void take_pause_back(struct vmmig_attach *a)
 {
     pthread_mutex_lock(&a->state_lock);
-    bool ran = a->state == VMMIG_RUNNING, held = a->held;
+    bool ran = a->state == VMMIG_RUNNING || a->pause_hangs, held = a->held;
     pthread_mutex_unlock(&a->state_lock);
     if (ran && a->config.callbacks.resume(a->config.arg) == 0)
         attach_set_state(a, VMMIG_RUNNING, false);
-    if (!ran && !held && a->config.callbacks.release)
+    else if (ran)
+        attach_hold(a);
+    else if (!held && a->config.callbacks.release)
         a->config.callbacks.release(a->config.arg);
 }
 
@@ -79,8 +84,10 @@ static void take_back(struct call *c)
 {
     struct vmmig_attach *a = c->attach;
     attach_log(a, "the callback `%s` returned after its caller had gone", call_names[c->which]);
-    if (c->result == 0 && c->which == ATTACH_CALL_PAUSE)
+    if (c->which == ATTACH_CALL_PAUSE)
         take_pause_back(a);
+    if (c->which == ATTACH_CALL_RELEASE)
+        attach_released(a, c->result == 0);
     if (c->result == 0 && c->which == ATTACH_CALL_RESUME)
         attach_set_state(a, VMMIG_RUNNING, false);
 }
@@ -118,7 +125,8 @@ static int begin(struct call *c, struct vm_error **err)
     pthread_t thread;
     pthread_attr_t detached;
     pthread_mutex_lock(&a->call_lock);
-    unsigned room = c->which == ATTACH_CALL_RESUME ? 2 : 1;
+    /* To give the guest back need not wait for what hangs. */
+    unsigned room = c->which == ATTACH_CALL_RESUME || c->which == ATTACH_CALL_RELEASE ? 2 : 1;
     const char *hanging = a->abandoned >= room ? a->abandoned_name : NULL;
     a->calls += !hanging;
     pthread_mutex_unlock(&a->call_lock);

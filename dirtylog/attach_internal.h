@@ -50,6 +50,7 @@ struct attach_memory {
     size_t bitmap_size;
     bool first_harvest;
     uint64_t generation; /* of the tracking: another one with each start */
+    uint64_t told;       /* of the slots: another one each time that the VMM told them */
     struct attach_file_mapping files[VMMIG_SLOTS_MAX];
     unsigned n_files;
     pthread_rwlock_t marks_lock;
@@ -78,10 +79,13 @@ struct vmmig_attach {
     struct attach_throttle throttle;
     atomic_bool *in_guest; /* one per vCPU */
 
-    pthread_mutex_t state_lock; /* guards these three */
+    pthread_mutex_t state_lock; /* guards what follows */
     enum vmmig_run_state state;
     char detail[ATTACH_DETAIL_MAX];
     bool held; /* paused, or loaded, by an agent */
+    enum vmmig_run_state before; /* of a guest that is held: what it did before that */
+    bool pause_hangs;            /* it is held since a `pause` that has not returned: its vCPUs may run */
+    bool releasing;              /* `release` has not returned: whether it is the VMM's again will be known then */
 
     pthread_mutex_t call_lock; /* guards what follows */
     pthread_cond_t call_changed;
@@ -111,13 +115,18 @@ int attach_memory_harvest(struct attach_memory *m, uint64_t generation, uint64_t
                           uint64_t *ret_ring_full, struct vm_error **err);
 int attach_memory_clear(struct attach_memory *m, uint64_t generation, unsigned slot, uint64_t first, uint64_t n,
                         struct vm_error **err);
+/*
+ * What an agent does to the memory of a guest that is waited for belongs to slots as it was told them: `told`, 0: an
+ * agent that does not say. CONFLICT, also of the next two, if the VMM told others since.
+ */
+int attach_memory_check_told(struct attach_memory *m, uint64_t told, struct vm_error **err);
 /* Put a private mapping of the file where the slot's memory is. */
-int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err);
+int attach_memory_map_file(struct attach_memory *m, uint64_t told, unsigned slot, int fd, struct vm_error **err);
 /*
  * Have memory behind these pages. This thread gets it, so it is charged to this process's cgroup, where a page that an
  * agent writes first is charged to the agent's.
  */
-int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+int attach_memory_populate(struct attach_memory *m, uint64_t told, unsigned slot, uint64_t first, uint64_t n,
                            struct vm_error **err);
 void attach_memory_mark(struct attach_memory *m, uint64_t guest_address, uint64_t size);
 
@@ -148,6 +157,10 @@ void attach_server_stop(struct vmmig_attach *a);
 
 /* attach_library.c */
 void attach_set_state(struct vmmig_attach *a, enum vmmig_run_state state, bool held);
+/* The guest stands, and is the agent's. Called again it changes nothing. */
+void attach_hold(struct vmmig_attach *a);
+/* `release` returned, or was not called. */
+void attach_released(struct vmmig_attach *a, bool done);
 void attach_log(struct vmmig_attach *a, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 
 #endif

@@ -268,13 +268,38 @@ int vmmig_set_slots(struct vmmig_attach *a, const struct vmmig_slot *slots, unsi
     return set < 0 ? give_error(err, error) : 0;
 }
 
+/* What is broken stays so, and why. */
+static void change_state(struct vmmig_attach *a, enum vmmig_run_state state)
+{
+    if (a->state == VMMIG_BROKEN)
+        return;
+    a->state = state;
+    a->detail[0] = 0;
+}
+
 void attach_set_state(struct vmmig_attach *a, enum vmmig_run_state state, bool held)
 {
     SCOPE_LOCK(&a->state_lock);
-    if (a->state != VMMIG_BROKEN)
-        a->state = state;
+    change_state(a, state);
     a->held = held;
-    a->detail[0] = 0;
+    a->pause_hangs = false;
+}
+
+void attach_hold(struct vmmig_attach *a)
+{
+    SCOPE_LOCK(&a->state_lock);
+    if (!a->held)
+        a->before = a->state;
+    a->held = true;
+    change_state(a, VMMIG_PAUSED);
+}
+
+void attach_released(struct vmmig_attach *a, bool done)
+{
+    SCOPE_LOCK(&a->state_lock);
+    a->releasing = false;
+    if (!done && a->state == VMMIG_PAUSED)
+        a->held = true;
 }
 
 void vmmig_set_state(struct vmmig_attach *a, enum vmmig_run_state state, const char *detail)

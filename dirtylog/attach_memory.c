@@ -200,6 +200,7 @@ int attach_memory_set(struct attach_memory *m, const struct vmmig_slot *slots, u
     uint64_t page_sizes[VMMIG_SLOTS_MAX];
     SCOPE_LOCK(&m->memory_lock);
     untrack_locked(m);
+    m->told++;
     int r = check_slots(m, slots, n, page_sizes, err);
     drop_slots(m);
     if (r < 0)
@@ -367,12 +368,29 @@ int attach_memory_clear(struct attach_memory *m, uint64_t generation, unsigned s
     return 0;
 }
 
+/* ---- Memory of a guest that is waited for ---- */
+
+static int check_told(const struct attach_memory *m, uint64_t told, struct vm_error **err)
+{
+    if (!told || told == m->told)
+        return 0;
+    return error_set(err, VM_ERROR_CONFLICT, "the VMM changed its memory slots while it waited for the guest");
+}
+
+int attach_memory_check_told(struct attach_memory *m, uint64_t told, struct vm_error **err)
+{
+    SCOPE_LOCK(&m->memory_lock);
+    return check_told(m, told, err);
+}
+
 /* ---- Memory that is shared with other guests ---- */
 
-int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struct vm_error **err)
+int attach_memory_map_file(struct attach_memory *m, uint64_t told, unsigned slot, int fd, struct vm_error **err)
 {
     struct stat st;
     SCOPE_LOCK(&m->memory_lock);
+    if (check_told(m, told, err) < 0)
+        return -1;
     if (slot >= m->n_slots)
         return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
     struct attach_slot *s = &m->slots[slot];
@@ -397,10 +415,12 @@ int attach_memory_map_file(struct attach_memory *m, unsigned slot, int fd, struc
 
 /* ---- Memory that is to be there ---- */
 
-int attach_memory_populate(struct attach_memory *m, unsigned slot, uint64_t first, uint64_t n,
+int attach_memory_populate(struct attach_memory *m, uint64_t told, unsigned slot, uint64_t first, uint64_t n,
                            struct vm_error **err)
 {
     SCOPE_LOCK(&m->memory_lock);
+    if (check_told(m, told, err) < 0)
+        return -1;
     if (slot >= m->n_slots)
         return error_set(err, VM_ERROR_USAGE, "there is no memory slot %u", slot);
     const struct vmmig_slot *s = &m->slots[slot].slot;

@@ -180,6 +180,17 @@ static int out_of_order(const struct request *r, const char *why, struct vm_erro
                      attach_type_name(r->message->type), why);
 }
 
+/* In the VMM's own word. */
+static int check_unbroken(const struct request *r, struct vm_error **err)
+{
+    struct vmmig_attach *a = r->attach;
+    SCOPE_LOCK(&a->state_lock);
+    if (a->state != VMMIG_BROKEN)
+        return 0;
+    return a->detail[0] ? error_set(err, VM_ERROR_REFUSED, "the guest is broken (%s)", a->detail)
+                        : error_set(err, VM_ERROR_REFUSED, "the guest is broken");
+}
+
 static enum vmmig_run_state state_of(struct vmmig_attach *a, bool *ret_held)
 {
     SCOPE_LOCK(&a->state_lock);
@@ -222,6 +233,7 @@ static int handle_status(const struct request *r, struct vm_error **err)
     pthread_mutex_lock(&a->state_lock);
     m.state = (Vmmig__Attach__RunState)a->state;
     m.held = a->held;
+    m.before = (Vmmig__Attach__RunState)(a->held ? a->before : 0);
     memcpy(detail, a->detail, sizeof(detail));
     pthread_mutex_unlock(&a->state_lock);
     field_make_text(detail, sizeof(detail) - 1);
@@ -261,6 +273,7 @@ static int handle_get_memory(const struct request *r, struct vm_error **err)
     out.slots = list;
     out.n_slots = m->n_slots;
     out.bitmap_size = m->bitmap_size;
+    out.generation = m->told;
     return answer_with_fds(r->connection, VMMIG__ATTACH__TYPE__MEMORY, &out.base, fds, n_fds, err);
 }
 
@@ -279,7 +292,7 @@ static int need_tracking(const struct request *r, struct vm_error **err)
 static int handle_harvest(const struct request *r, struct vm_error **err)
 {
     Vmmig__Attach__Harvested m = VMMIG__ATTACH__HARVESTED__INIT;
-    if (need_tracking(r, err) < 0 ||
+    if (need_tracking(r, err) < 0 || check_unbroken(r, err) < 0 ||
         attach_memory_harvest(&r->attach->memory, r->connection->tracks, &m.pages, &m.ring_full, err) < 0)
         return -1;
     return answer(r->connection, VMMIG__ATTACH__TYPE__HARVESTED, &m.base, err);
@@ -288,7 +301,7 @@ static int handle_harvest(const struct request *r, struct vm_error **err)
 static int handle_clear(const struct request *r, struct vm_error **err)
 {
     const Vmmig__Attach__Clear *m = r->message->clear;
-    if (need_tracking(r, err) < 0 ||
+    if (need_tracking(r, err) < 0 || check_unbroken(r, err) < 0 ||
         attach_memory_clear(&r->attach->memory, r->connection->tracks, m->slot, m->first, m->pages, err) < 0)
         return -1;
     return answer_ok(r->connection, err);
@@ -320,16 +333,41 @@ static int handle_throttle(const struct request *r, struct vm_error **err)
     return answer_ok(r->connection, err);
 }
 
+/*
+ * A `pause` that failed may have stopped some of the guest, and one that hangs all of it. Until it is known to run it
+ * counts as standing, so that the agent goes on asking for that.
+ */
+static void undo_pause(struct vmmig_attach *a, const struct vm_error *why)
+{
+    if (why->kind == VM_ERROR_CONFLICT)
+        return; /* it was not called */
+    bool hangs = why->kind == VM_ERROR_TIMEOUT;
+    if (!hangs && attach_call(a, ATTACH_CALL_RESUME, -1, NULL) == 0)
+        return;
+    attach_hold(a);
+    SCOPE_LOCK(&a->state_lock);
+    a->pause_hangs = hangs;
+}
+
 static int handle_pause(const struct request *r, struct vm_error **err)
 {
     struct vmmig_attach *a = r->attach;
+    struct vm_error *failed = NULL;
     bool held;
-    if (state_of(a, &held) == VMMIG_INCOMING)
+    enum vmmig_run_state state = state_of(a, &held);
+    if (state == VMMIG_INCOMING)
         return out_of_order(r, "no guest was loaded yet", err);
-    /* Throttled vCPUs must not make the pause wait for them. */
-    if (attach_throttle_set(a, 0, err) < 0 || attach_call(a, ATTACH_CALL_PAUSE, -1, err) < 0)
+    if (check_unbroken(r, err) < 0)
         return -1;
-    attach_set_state(a, VMMIG_PAUSED, true);
+    /* Throttled vCPUs must not make the pause wait for them. */
+    if (attach_throttle_set(a, 0, err) < 0)
+        return -1;
+    if (attach_call(a, ATTACH_CALL_PAUSE, -1, &failed) < 0) {
+        if (state == VMMIG_RUNNING)
+            undo_pause(a, failed);
+        return error_propagate(err, failed);
+    }
+    attach_hold(a);
     return answer_ok(r->connection, err);
 }
 
@@ -348,20 +386,41 @@ static int handle_resume(const struct request *r, struct vm_error **err)
     return answer_ok(r->connection, err);
 }
 
+/* One that failed is to be said again. */
+static int release(struct vmmig_attach *a, struct vm_error **err)
+{
+    struct vm_error *failed = NULL;
+    if (!a->config.callbacks.release)
+        return 0;
+    pthread_mutex_lock(&a->state_lock);
+    a->releasing = true;
+    pthread_mutex_unlock(&a->state_lock);
+    int r = attach_call(a, ATTACH_CALL_RELEASE, -1, &failed);
+    if (r == 0 || failed->kind != VM_ERROR_TIMEOUT)
+        attach_released(a, r == 0);
+    return r == 0 ? 0 : error_propagate(err, failed);
+}
+
+static bool is_releasing(struct vmmig_attach *a)
+{
+    SCOPE_LOCK(&a->state_lock);
+    return a->releasing;
+}
+
 /* The VMM may set the guest going from within the callback. */
 static int handle_release(const struct request *r, struct vm_error **err)
 {
     struct vmmig_attach *a = r->attach;
     bool held;
     enum vmmig_run_state state = state_of(a, &held);
+    if (is_releasing(a))
+        return error_set(err, VM_ERROR_CONFLICT, "the VMM's callback `release` has not returned yet");
     if (state != VMMIG_PAUSED && state != VMMIG_BROKEN)
         return out_of_order(r, "the guest does not stand", err);
     if (!held)
         return answer_ok(r->connection, err);
     attach_set_state(a, VMMIG_PAUSED, false);
-    if (a->config.callbacks.release && attach_call(a, ATTACH_CALL_RELEASE, -1, err) < 0)
-        return -1;
-    return answer_ok(r->connection, err);
+    return release(a, err) < 0 ? -1 : answer_ok(r->connection, err);
 }
 
 static int handle_save(const struct request *r, struct vm_error **err)
@@ -369,6 +428,8 @@ static int handle_save(const struct request *r, struct vm_error **err)
     struct stat st;
     Vmmig__Attach__Saved m = VMMIG__ATTACH__SAVED__INIT;
     bool held;
+    if (check_unbroken(r, err) < 0)
+        return -1;
     if (state_of(r->attach, &held) != VMMIG_PAUSED || !held)
         return out_of_order(r, "the guest was not paused before", err);
     cleanup_close int fd = memfd_create("vmmig-state", MFD_CLOEXEC);
@@ -391,9 +452,8 @@ static int handle_map_file(const struct request *r, struct vm_error **err)
         return out_of_order(r, "this VMM does not wait for a guest", err);
     if (!a->config.takes_files)
         return error_set(err, VM_ERROR_REFUSED, "this VMM does not let the guest's memory be a template's");
-    return attach_memory_map_file(&a->memory, r->message->map_file->slot, r->fd, err) < 0
-               ? -1
-               : answer_ok(r->connection, err);
+    const Vmmig__Attach__MapFile *m = r->message->map_file;
+    return attach_memory_map_file(&a->memory, m->memory, m->slot, r->fd, err) < 0 ? -1 : answer_ok(r->connection, err);
 }
 
 static int handle_load(const struct request *r, struct vm_error **err)
@@ -404,9 +464,11 @@ static int handle_load(const struct request *r, struct vm_error **err)
         return out_of_order(r, "this VMM does not wait for a guest", err);
     if (r->fd < 0 || lseek(r->fd, 0, SEEK_SET) < 0)
         return error_set(err, VM_ERROR_PROTOCOL, "no file of the guest's state came along");
-    if (attach_call(a, ATTACH_CALL_LOAD, r->fd, err) < 0)
+    uint64_t filled = r->message->load->memory;
+    if (attach_memory_check_told(&a->memory, filled, err) < 0 || attach_call(a, ATTACH_CALL_LOAD, r->fd, err) < 0 ||
+        attach_memory_check_told(&a->memory, filled, err) < 0)
         return -1;
-    attach_set_state(a, VMMIG_PAUSED, true);
+    attach_hold(a);
     return answer_ok(r->connection, err);
 }
 
@@ -417,7 +479,7 @@ static int handle_populate(const struct request *r, struct vm_error **err)
     if (state_of(r->attach, &held) != VMMIG_INCOMING)
         return out_of_order(r, "this VMM does not wait for a guest", err);
     for (size_t i = 0; i < m->n_runs; i++)
-        if (attach_memory_populate(&r->attach->memory, m->runs[i]->slot, m->runs[i]->first,
+        if (attach_memory_populate(&r->attach->memory, m->memory, m->runs[i]->slot, m->runs[i]->first,
                                    m->runs[i]->pages, err) < 0)
             return -1;
     return answer_ok(r->connection, err);

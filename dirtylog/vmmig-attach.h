@@ -41,18 +41,26 @@
  * Threads. vmmig_vcpu_enter and vmmig_vcpu_exit are called by the thread of that vCPU, vmmig_mark_dirty and
  * vmmig_set_state by any, the rest by one thread at a time. Callbacks come from threads of the library, each in a new
  * one, in which all signals are blocked: a thread that a callback makes has to unblock the signal of its kicks.
- * They come one at a time, but for `resume` after a timeout (below), and for `kick` and `log`, which may come beside any.
+ * They come one at a time, but for `resume` and `release` after a timeout (below), and for `kick` and `log`, which may come
+ * beside any.
  * They come until vmmig_destroy returns: `pause` must return then, too, as soon as no vCPU is in KVM_RUN, whatever ends
  * them. A callback may call vmmig_mark_dirty and vmmig_set_state, nothing else of the library.
  *
  * Devices that write guest memory by themselves, in the kernel or in another process (vhost, vhost-user, VFIO), are not
  * told when a harvest is due: the VMM has to mark what they write, soon after they did, and the last of it in `pause`.
+ * Memory that the VMM gives back to the host (a balloon, free page reporting, MADV_REMOVE, a hole that is punched) changes
+ * without a vCPU's write: it is to be marked like a write of zeros.
+ *
+ * The dirty log of the slots that it was told of is the library's. A VMM that calls KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG
+ * or KVM_RESET_DIRTY_RINGS for one of them, for its display, say, takes away what the library would have found: those pages
+ * are lost. So it is with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, which vmmig_prepare_vm enables, or not, by itself.
  *
  * Errors. Functions return 0, or -1 and fill *error (if it is not NULL): an errno value and one line of text.
  * Callbacks return 0 or a negative errno value; the agent shows it and gives the migration up, the guest runs on. A
  * callback that does not return within VMMIG_CALLBACK_SECONDS is reported likewise. It is left alone: its
- * thread goes on. A `pause` that comes back so late is taken back by `resume`; a `save` that comes back late
- * is ignored, and `resume` may be called while it is still under way.
+ * thread goes on, and `resume` or `release` may be called while it is still under way. A `pause` of a guest that ran, if it
+ * fails, or when it comes back so late, is taken back by `resume`; a `save` that comes back late is ignored. A `release` that
+ * failed is called again.
  *
  * An agent that dies leaves the VMM as it is: tracking and throttling end; a guest that the agent had paused stays
  * paused, since the agent's journal knows whether it runs elsewhere by now. The next agent resumes or kills it.
@@ -109,7 +117,10 @@ enum vmmig_run_state {
     VMMIG_BROKEN = 4,   /* will not run again: a triple fault, an internal error, powered off */
 };
 
-/* A piece of guest memory, as registered with KVM_SET_USER_MEMORY_REGION. */
+/*
+ * A piece of guest memory, as registered with KVM_SET_USER_MEMORY_REGION, in KVM's first address space. Guests with SMM
+ * cannot be moved: what they write by way of the second one is in another log.
+ */
 struct vmmig_slot {
     /* Both ends must agree on names, guest addresses, sizes and order. Letters, digits, '.', '_', '-'. */
     char name[VMMIG_NAME_MAX];
@@ -126,7 +137,8 @@ struct vmmig_callbacks {
     /*
      * Stop the vCPUs. When it returns 0: no vCPU is in KVM_RUN, exits that need KVM_RUN to be completed (I/O,
      * MMIO) are completed, no device writes guest memory any more, and all that was written is marked.
-     * Fine if the guest stands already.
+     * Fine if the guest stands already. If it fails after it has stopped some of that, `resume` follows, as after one
+     * that did not; until `resume` has returned 0 the guest counts as paused.
      */
     int (*pause)(void *arg);
     /*
@@ -136,7 +148,8 @@ struct vmmig_callbacks {
     int (*resume)(void *arg);
     /*
      * Optional. The guest, which stands, is the VMM's again: after `pause` or `load`, instead of `resume`. Whether it
-     * is to run is for the VMM to decide, as it was before; it may call vmmig_set_state.
+     * is to run is for the VMM to decide, as it was before; it may call vmmig_set_state. If it fails the guest stays the
+     * agent's, which asks again.
      */
     int (*release)(void *arg);
     /*
@@ -227,10 +240,11 @@ VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_at
 VMMIG_PUBLIC void vmmig_destroy(struct vmmig_attach *attach);
 
 /*
- * All of the guest's memory, now. May be called again: before KVM is told that memory goes, without that slot; after
+ * All of the guest's memory, now. What is not told is neither copied nor tracked: what else the guest has in memory slots of
+ * KVM without a memfd (ROMs that it can write, flash, a display's memory) belongs into `save`. May be called again: before KVM is told that memory goes, without that slot; after
  * KVM was told that memory came; for memory that moves, both. The order matters: to end tracking the library tells
  * KVM each slot that it knows of once more, and KVM would make a slot anew that is there no more. A migration that
- * is under way is given up, since what it knows is void. Slots that overlap, in the guest or
+ * is under way is given up, at either end, since what it knows is void. Slots that overlap, in the guest or
  * in a memfd, are refused, as are a memfd that is too short, cannot be sealed, or is not what is mapped, shared, at
  * `host`; until the next call the guest has no memory that could be migrated then.
  */
@@ -239,7 +253,8 @@ VMMIG_PUBLIC int vmmig_set_slots(struct vmmig_attach *attach, const struct vmmig
 
 /*
  * What the guest does, when it changes by anything but a callback. detail: the VMM's own word for it, or NULL. While
- * the agent has the guest paused only VMMIG_BROKEN is taken.
+ * the agent has the guest paused only VMMIG_BROKEN is taken, and all else is ignored without a word: a VMM that keeps to the
+ * rule about `pause` and `load` above knows it. A guest that is BROKEN is not moved; a migration that is under way ends.
  */
 VMMIG_PUBLIC void vmmig_set_state(struct vmmig_attach *attach, enum vmmig_run_state state,
                                   const char *detail);
@@ -251,9 +266,9 @@ VMMIG_PUBLIC void vmmig_set_state(struct vmmig_attach *attach, enum vmmig_run_st
 VMMIG_PUBLIC void vmmig_mark_dirty(struct vmmig_attach *attach, uint64_t guest_address,
                                    uint64_t size);
 
-/* Before each KVM_RUN. Sleeps up to 100 ms at a time when the agent throttles the guest. */
+/* Before each KVM_RUN in which the guest may run: not one with immediate_exit, to complete I/O for `pause`. Sleeps up to 100 ms at a time when the agent throttles the guest. */
 VMMIG_PUBLIC void vmmig_vcpu_enter(struct vmmig_attach *attach, unsigned vcpu);
-/* After each KVM_RUN, with kvm_run.exit_reason (or UINT32_MAX after an error). True: call KVM_RUN again. */
+/* After each such KVM_RUN, with kvm_run.exit_reason (or UINT32_MAX after an error). True: call KVM_RUN again. */
 VMMIG_PUBLIC bool vmmig_vcpu_exit(struct vmmig_attach *attach, unsigned vcpu, uint32_t exit_reason);
 
 /* "bitmap", "ring" ...; NULL if there is none of that number. */

@@ -80,7 +80,8 @@ static int check_empty(const Vmmig__Attach__Empty *m, struct vm_error **err)
 static int check_state(const Vmmig__Attach__State *m, struct vm_error **err)
 {
     if (m->state < VMMIG__ATTACH__RUN_STATE__RUN_RUNNING ||
-        m->state > VMMIG__ATTACH__RUN_STATE__RUN_BROKEN || m->throttle_percent > ATTACH_THROTTLE_MAX)
+        m->state > VMMIG__ATTACH__RUN_STATE__RUN_BROKEN || m->throttle_percent > ATTACH_THROTTLE_MAX ||
+        m->before > VMMIG__ATTACH__RUN_STATE__RUN_BROKEN)
         return out_of_range("the state", err);
     return field_check_text("the state's detail", m->detail, 0, ATTACH_WORD_MAX, err);
 }

@@ -22,7 +22,8 @@
  *     guard_settle(note, &thawer, guest)           when it is connected: the rest, and removes the note
  *
  * Beside a VMM that links libvmmig-attach (params.attach) it has less to do: what was tracked is no more when the
- * agent is gone, and there is no stream; a guest that was paused goes on. The next agent ends that guard before it
+ * agent is gone, and there is no stream; a guest that was paused goes on, or is its
+ * VMM's again if that had it stand before (attach_let_go). The next agent ends that guard before it
  * connects, and looks for itself: never is there one that sets a guest going which another agent has paused.
  *
  * Its output goes to the log. Memory: a few MiB. Threads: one at a time.
@@ -50,7 +51,7 @@ struct guard_params {
     const char *socket_path; /* of the VM that is snapshotted: QMP, or that of the attach library */
     struct process_identity process; /* its VMM */
     const char *note_path; /* a file that is there as long as the snapshot may have left something */
-    bool attach; /* the VMM links libvmmig-attach, and its guest runs */
+    bool attach; /* the VMM links libvmmig-attach */
 };
 
 struct guard *guard_start(const struct guard_params *params, struct vm_error **err);

@@ -17,12 +17,20 @@
 /* The guest is paused when that little is left, or when it will not become less. */
 enum { REST = 2 << 20, ROUNDS = 20, RESUME_AGAIN_MS = 100 };
 
+/* What the guest does but for this snapshot. */
+enum whose {
+    RUNS,
+    ITS_VMMS, /* it stands, and that is its VMM's doing: it is the agent's for the snapshot only */
+    AN_AGENTS /* it stands, and was an agent's before: it stays so */
+};
+
 struct take {
     struct taking s;
     struct attach *attach;
     struct guard *guard;
-    bool paused;
-    bool is_its, borrowed; /* it stands, and that is its VMM's doing: it is the agent's for the snapshot only */
+    enum whose whose;
+    bool taken;  /* from here on the snapshot may have it stand: it is to be given back */
+    bool paused; /* while it ran */
     int64_t paused_at_ns;
 };
 
@@ -43,17 +51,18 @@ static int check_request(const struct take *t, struct vm_error **err)
 static int look_at_vm(struct take *t, struct vm_error **err)
 {
     struct qemu_definition *d = &t->s.vm.definition;
-    bool held;
+    enum attach_stands stands;
     if (check_request(t, err) < 0 || attach_define(t->attach, d, err) < 0 ||
-        qemu_json_name_files(&t->s.vm, err) < 0 || attach_query_held(t->attach, &held, err) < 0)
+        qemu_json_name_files(&t->s.vm, err) < 0 || attach_query_stands(t->attach, &stands, err) < 0)
         return -1;
     snprintf(t->s.vm.name, sizeof(t->s.vm.name), "%s", t->s.p->vm);
     if (!strcmp(d->binary, ATTACH_NO_BINARY))
         return error_set(err, VM_ERROR_REFUSED,
                          "%s does not say how one is started that waits for its guest: nothing could be restored",
                          d->cpu_model);
-    t->s.was_running = d->state == GUEST_RUNNING;
-    t->is_its = !t->s.was_running && !held;
+    t->whose = stands == ATTACH_STANDS_NOT ? RUNS : stands == ATTACH_STANDS_VMMS ? ITS_VMMS : AN_AGENTS;
+    d->state = t->whose == RUNS ? GUEST_RUNNING : GUEST_PAUSED;
+    t->s.was_running = t->whose == RUNS;
     return 0;
 }
 
@@ -73,8 +82,8 @@ static int open_image(struct take *t, struct vm_error **err)
     guard.attach = true;
     if (begin_image(t, err) < 0)
         return -1;
-    /* A guest that stood before is nobody's to set going. */
-    if (t->s.was_running && !(t->guard = guard_start(&guard, err)))
+    /* One that was an agent's before is nobody's to set going. */
+    if (t->whose != AN_AGENTS && !(t->guard = guard_start(&guard, err)))
         return -1;
     struct memory_image_setup memory = {.vm = &t->s.vm,
                                         .session = t->s.session,
@@ -88,31 +97,33 @@ static int open_image(struct take *t, struct vm_error **err)
 
 /* ---- the instant ---- */
 
-/* From before it stands until it may run again. Whatever happens in between, clean_up sets it going. */
+/* Its user may have had it stand, or go on, since it was looked at: so it is restored, and so it stays. */
+static int look_again(struct take *t, struct vm_error **err)
+{
+    enum attach_stands stands;
+    if (t->whose == AN_AGENTS)
+        return 0;
+    if (attach_query_stands(t->attach, &stands, err) < 0)
+        return -1;
+    enum whose now = stands == ATTACH_STANDS_BORROWED ? ITS_VMMS : stands == ATTACH_STANDS_PAUSED ? RUNS : t->whose;
+    if (now == t->whose)
+        return 0;
+    log_info("the guest's user changed its run state", "runs=%d", now == RUNS);
+    t->whose = now;
+    t->s.was_running = now == RUNS;
+    t->s.vm.definition.state = now == RUNS ? GUEST_RUNNING : GUEST_PAUSED;
+    return 0;
+}
+
+/* Whatever happens from here on, clean_up gives it back. */
 static int pause_guest(struct take *t, struct vm_error **err)
 {
     t->paused_at_ns = clock_mono_ns();
-    t->paused = true;
+    t->taken = t->paused = true;
     if (guest_pause(t->s.p->guest, err) < 0)
         return -1;
     FAULT("snapshot.paused");
-    return 0;
-}
-
-static int borrow(struct take *t, struct vm_error **err)
-{
-    if (!t->is_its)
-        return 0;
-    t->borrowed = true;
-    return guest_pause(t->s.p->guest, err);
-}
-
-static int give_back(struct take *t, struct vm_error **err)
-{
-    if (t->borrowed && guest_release(t->s.p->guest, err) < 0)
-        return -1;
-    t->borrowed = false;
-    return 0;
+    return look_again(t, err);
 }
 
 static bool is_enough(const struct take *t)
@@ -129,7 +140,7 @@ static int copy_memory(struct take *t, struct vm_error **err)
         int r = memory_image_wait(t->s.memory, clock_mono_ns() + LOOK_NS, t->s.p->cancel_fd, err);
         if (r)
             return r < 0 ? -1 : 0;
-        if (t->s.was_running && !t->paused && is_enough(t) && pause_guest(t, err) < 0)
+        if (t->whose != AN_AGENTS && !t->paused && is_enough(t) && pause_guest(t, err) < 0)
             return -1;
         taking_tell(&t->s, SNAPSHOT_SWITCHING);
     }
@@ -139,43 +150,49 @@ static int copy_memory(struct take *t, struct vm_error **err)
  * A callback of the VMM may fail once, or hang: the guest must not stand because of a snapshot. That the VMM died is for
  * its job to tell, not for this.
  */
-static int set_going(struct take *t, struct vm_error **err)
+static int give_back(struct take *t, struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + RESUME_NS;
-    for (;;) {
+    while (t->taken) {
         cleanup_error struct vm_error *failed = NULL;
-        if (guest_resume(t->s.p->guest, &failed) == 0 || failed->kind == VM_ERROR_VMM_DIED)
+        if (attach_let_go(t->attach, &failed) == 0 || failed->kind == VM_ERROR_VMM_DIED)
             break;
         if (clock_mono_ns() > deadline)
-            return error_set(err, failed->kind, "the guest stands, its VMM does not let it go on: %s",
-                             error_message(failed));
+            return error_set(err, failed->kind, "the guest stands, its VMM does not %s: %s",
+                             t->whose == ITS_VMMS ? "take it back" : "let it go on", error_message(failed));
         poll(NULL, 0, RESUME_AGAIN_MS);
     }
-    t->paused = false;
+    t->taken = false;
     return 0;
 }
 
 static int go_on(struct take *t, struct vm_error **err)
 {
-    if (set_going(t, err) < 0)
+    if (give_back(t, err) < 0)
         return -1;
-    t->s.report->pause_ns = t->s.progress.pause_ns = attach_resumed_ns(t->attach) - t->paused_at_ns;
+    attach_end_copy(t->attach); /* of one that was not resumed */
+    int64_t pause = t->whose == RUNS && t->paused ? attach_resumed_ns(t->attach) - t->paused_at_ns : 0;
+    t->s.report->pause_ns = t->s.progress.pause_ns = pause > 0 ? pause : 0;
     return 0;
+}
+
+/* The source holds a guest that stands when it begins, be it that its user was faster. */
+static int start(struct take *t, struct vm_error **err)
+{
+    if (t->whose == ITS_VMMS)
+        return pause_guest(t, err) < 0 ? -1 : taking_start_memory(&t->s, false, err);
+    t->taken = t->whose == RUNS;
+    return taking_start_memory(&t->s, false, err) < 0 ? -1 : look_again(t, err);
 }
 
 static int switch_over(struct take *t, struct vm_error **err)
 {
     taking_tell(&t->s, SNAPSHOT_SWITCHING);
-    if (borrow(t, err) < 0 || taking_start_memory(&t->s, false, err) < 0 || copy_memory(t, err) < 0 ||
-        taking_stop_memory(&t->s, err) < 0)
+    if (start(t, err) < 0 || copy_memory(t, err) < 0 || taking_stop_memory(&t->s, err) < 0)
         return -1;
     FAULT("snapshot.switched");
     taking_date(&t->s);
-    if (t->s.was_running)
-        return go_on(t, err);
-    attach_end_copy(t->attach);
-    t->s.report->pause_ns = 0;
-    return give_back(t, err);
+    return go_on(t, err);
 }
 
 /* ---- after ---- */
@@ -198,12 +215,12 @@ static int run(struct take *t, struct vm_error **err)
                : taking_commit(&t->s, err);
 }
 
-/* The guest runs, whatever happened. That it does not is told before what else went wrong. */
+/* The guest is as it was, whatever happened. That it does not is told before what else went wrong. */
 static void clean_up(struct take *t, struct vm_error **err)
 {
     cleanup_error struct vm_error *stands = NULL;
     taking_stop_memory(&t->s, NULL);
-    if ((t->paused && set_going(t, &stands) < 0) || give_back(t, &stands) < 0)
+    if (give_back(t, &stands) < 0)
         error_wrap(err, "%s, after", error_message(stands));
     guard_end(t->guard);
     taking_finish(&t->s);

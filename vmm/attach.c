@@ -102,23 +102,29 @@ void attach_end_copy(struct attach *a)
         attach_order(&a->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, NULL);
 }
 
-int attach_query_held(struct attach *a, bool *ret_held, struct vm_error **err)
+int attach_query_stands(struct attach *a, enum attach_stands *ret_stands, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
     if (attach_request(&a->client, VMMIG__ATTACH__TYPE__STATUS, NULL, -1, VMMIG__ATTACH__TYPE__STATE,
                        &answer, err) < 0)
         return -1;
-    *ret_held = answer.message.state->held;
+    const Vmmig__Attach__State *m = answer.message.state;
+    *ret_stands = m->state != VMMIG__ATTACH__RUN_STATE__RUN_PAUSED     ? ATTACH_STANDS_NOT
+                  : !m->held                                           ? ATTACH_STANDS_VMMS
+                  : m->before == VMMIG__ATTACH__RUN_STATE__RUN_RUNNING ? ATTACH_STANDS_PAUSED
+                  : m->before == VMMIG__ATTACH__RUN_STATE__RUN_PAUSED  ? ATTACH_STANDS_BORROWED
+                                                                       : ATTACH_STANDS_LOADED;
     return 0;
 }
 
 int attach_let_go(struct attach *a, struct vm_error **err)
 {
-    bool held;
-    struct guest_status now;
-    if (attach_query_held(a, &held, err) < 0 || attach_query_state(a, NULL, &now, err) < 0)
+    enum attach_stands stands;
+    if (attach_query_stands(a, &stands, err) < 0)
         return -1;
-    return held && now.state == GUEST_PAUSED ? guest_resume(&a->guest, err) : 0;
+    if (stands == ATTACH_STANDS_BORROWED)
+        return guest_release(&a->guest, err);
+    return stands == ATTACH_STANDS_PAUSED || stands == ATTACH_STANDS_LOADED ? guest_resume(&a->guest, err) : 0;
 }
 
 static int announce(struct guest *g, struct vm_error **err)
@@ -209,7 +215,7 @@ bool attach_is_definition(const struct qemu_definition *d)
 }
 
 /* Slots, from the VMM's answer: nothing is mapped for that. */
-int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err)
+int attach_define_memory(struct attach *a, struct qemu_definition *d, uint64_t *ret_generation, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer answer = {.n_fds = 0};
     if (attach_memory_ask(&a->client, &answer, err) < 0)
@@ -228,6 +234,7 @@ int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_
             return error_nomem(err);
         d->memory += slot->size;
     }
+    *ret_generation = answer.message.memory->generation;
     return 0;
 }
 
@@ -253,9 +260,14 @@ int attach_define(struct attach *a, struct qemu_definition *ret_definition, stru
     cleanup_qemu_definition struct qemu_definition d = {.state = GUEST_PAUSED};
     const struct attach_info *info = attach_info(a);
     struct guest_status now;
-    if (attach_query_state(a, NULL, &now, err) < 0 || attach_define_memory(a, &d, err) < 0 ||
+    uint64_t generation; /* of no use: they may change as long as nobody copies */
+    if (attach_query_state(a, NULL, &now, err) < 0 || attach_define_memory(a, &d, &generation, err) < 0 ||
         define_argv(a, &d, err) < 0)
         return -1;
+    bool has_word = strcmp(now.detail, state_name(now.state)) != 0;
+    if (now.state == GUEST_BROKEN)
+        return error_set(err, VM_ERROR_REFUSED, "the guest is broken%s%s%s: it can be neither moved nor snapshotted",
+                         has_word ? " (" : "", has_word ? now.detail : "", has_word ? ")" : "");
     if (now.state != GUEST_RUNNING && now.state != GUEST_PAUSED)
         return error_set(err, VM_ERROR_REFUSED, "the guest is %s", now.detail);
     d.state = now.state;

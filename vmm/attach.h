@@ -91,9 +91,16 @@ struct guest *attach_guest(struct attach *a);
 struct attach *attach_from_guest(struct guest *g);
 const struct attach_info *attach_info(const struct attach *a);
 
-/* Has an agent paused the guest, and not resumed it since? */
-int attach_query_held(struct attach *a, bool *ret_held, struct vm_error **err);
-/* A guest that an agent paused, and left so, goes on. Nothing if there is none. */
+/* By whose doing does the guest stand? */
+enum attach_stands {
+    ATTACH_STANDS_NOT,
+    ATTACH_STANDS_VMMS,     /* its VMM's, or that one's user's; no agent has it */
+    ATTACH_STANDS_PAUSED,   /* an agent's, which paused it while it ran */
+    ATTACH_STANDS_BORROWED, /* an agent's, which paused it when its VMM had it stand */
+    ATTACH_STANDS_LOADED,   /* an agent's, which had it loaded; or the library is too old to say more */
+};
+int attach_query_stands(struct attach *a, enum attach_stands *ret_stands, struct vm_error **err);
+/* A guest that an agent has, and left so, goes on, or is its VMM's again if that had it stand. Nothing if there is none. */
 int attach_let_go(struct attach *a, struct vm_error **err);
 /*
  * The copy that guest_source_stop left complete is not the last thing that the guest is needed for: tracking

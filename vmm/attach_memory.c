@@ -175,6 +175,7 @@ static int map_answer(struct attach_memory_map *m, const struct attach_answer *a
     if ((size_t)a->n_fds != files + 1)
         return error_set(err, VM_ERROR_PROTOCOL, "the VMM passed %d descriptors for %zu memory slots",
                          a->n_fds, files);
+    m->generation = memory->generation;
     m->bitmap_size = memory->bitmap_size;
     int bitmap_fd = a->fds[files];
     if (check_file(bitmap_fd, m->bitmap_size, "the dirty bitmap", err) < 0)

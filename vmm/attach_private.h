@@ -78,6 +78,7 @@ struct attach_memory_map {
     unsigned n;
     void *bitmap;
     size_t bitmap_size;
+    uint64_t generation; /* of the slots, as the VMM counts them; 0: it does not */
 };
 
 /*
@@ -138,10 +139,11 @@ void attach_source_paused(struct attach *a);
 
 /* Is it the VMM of the definition, waiting? */
 int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
-/* Are its memory slots those of the definition? */
-int attach_check_slots(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
+/* Are its memory slots those of the definition? The generation is that of the slots that were looked at. */
+int attach_check_slots(struct attach *a, const struct qemu_definition *d, uint64_t *ret_generation,
+                       struct vm_error **err);
 /* Ask for the slots, and add them to a definition's `ram`. */
-int attach_define_memory(struct attach *a, struct qemu_definition *d, struct vm_error **err);
+int attach_define_memory(struct attach *a, struct qemu_definition *d, uint64_t *ret_generation, struct vm_error **err);
 /* Is it the VMM of the definition, and does it wait? Then it is a sink from now on. */
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err);
 void attach_sink_destroy(struct attach_sink *s);

@@ -54,10 +54,11 @@ int attach_check_waits(struct attach *a, const struct qemu_definition *d, struct
     return 0;
 }
 
-int attach_check_slots(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
+int attach_check_slots(struct attach *a, const struct qemu_definition *d, uint64_t *ret_generation,
+                       struct vm_error **err)
 {
     cleanup_qemu_definition struct qemu_definition has = {0};
-    if (attach_define_memory(a, &has, err) < 0)
+    if (attach_define_memory(a, &has, ret_generation, err) < 0)
         return -1;
     if (has.n_ram != d->n_ram)
         return error_set(err, VM_ERROR_REFUSED, "the VMM prepared for the guest has %u memory slots, "
@@ -101,10 +102,12 @@ static int begin(struct attach *a, struct vm_error **err)
 
 int attach_sink_make(struct attach *a, const struct qemu_definition *d, struct vm_error **err)
 {
-    return attach_check_waits(a, d, err) < 0 || begin(a, err) < 0 ||
-                   attach_check_slots(a, d, err) < 0
-               ? -1
-               : 0;
+    uint64_t checked;
+    if (attach_check_waits(a, d, err) < 0 || attach_check_slots(a, d, &checked, err) < 0 || begin(a, err) < 0)
+        return -1;
+    if (a->sink->memory.generation != checked)
+        return error_set(err, VM_ERROR_CONFLICT, "the VMM prepared for the guest changes its memory slots");
+    return 0;
 }
 
 struct attach *attach_sink_connect(const struct qemu_definition *definition, const char *path,
@@ -140,6 +143,7 @@ int attach_sink_regions(struct guest *g, const struct guest_region **ret_regions
 static int populate(struct attach *a, const Vmmig__Attach__Run *runs, unsigned n, struct vm_error **err)
 {
     Vmmig__Attach__Populate m = VMMIG__ATTACH__POPULATE__INIT;
+    m.memory = a->sink->memory.generation;
     Vmmig__Attach__Run *list[ATTACH_RUNS_MAX];
     for (unsigned i = 0; i < n; i++)
         list[i] = (Vmmig__Attach__Run *)(uintptr_t)&runs[i];
@@ -151,8 +155,11 @@ static int populate(struct attach *a, const Vmmig__Attach__Run *runs, unsigned n
 int attach_sink_populate(struct guest *g, const uint64_t *addrs, unsigned n, struct vm_error **err)
 {
     struct attach *a = attach_from_guest(g);
+    struct attach_sink *s;
     Vmmig__Attach__Run runs[ATTACH_RUNS_MAX];
     unsigned n_runs = 0;
+    if (get_sink(g, &s, err) < 0)
+        return -1;
     if (!attach_info(a)->populates)
         return error_set(err, VM_ERROR_VERSION, "the VMM links an older libvmmig-attach");
     for (unsigned i = 0; i < n; i++) {
@@ -200,6 +207,7 @@ int attach_sink_finish(struct guest *g, int64_t deadline_ns, int cancel_fd, stru
     if (get_sink(g, &s, err) < 0)
         return -1;
     m.size = s->state_size;
+    m.memory = s->memory.generation;
     s->finished = true;
     return attach_request(&a->client, VMMIG__ATTACH__TYPE__LOAD, &m.base, s->state_fd,
                           VMMIG__ATTACH__TYPE__OK, NULL, err);

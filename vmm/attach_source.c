@@ -320,6 +320,8 @@ static int harvest(struct attach_source *s, uint64_t *ret_pages, struct vm_error
         pages += take_bitmap(&s->regions[i], s->round == 0);
         worked += count_bits(s->regions[i].worked, words_of(s->regions[i].memory));
     }
+    if (s->round == 0 && pages * GUEST_PAGE_SIZE != s->progress.total)
+        return error_set(err, VM_ERROR_PROTOCOL, "the VMM's first harvest is not all of the guest's memory");
     *ret_pages = pages;
     SCOPE_LOCK(&s->lock);
     s->progress.remaining = pages * GUEST_PAGE_SIZE;
@@ -525,19 +527,21 @@ static int begin(struct attach_source *s, const struct guest_source_params *p, s
     if (p->channels < 1 || p->channels > CHANNELS_MAX)
         return error_set(err, VM_ERROR_USAGE, "%u channels", p->channels);
     s->stop_fd = io_latch_new(err);
-    if (s->stop_fd < 0 || attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 ||
-        read_private(s, err) < 0 || attach_query_state(s->attach, &state, NULL, err) < 0)
+    if (s->stop_fd < 0 || attach_query_state(s->attach, &state, NULL, err) < 0)
         return -1;
     if (state == VMMIG__ATTACH__RUN_STATE__RUN_INCOMING ||
         state == VMMIG__ATTACH__RUN_STATE__RUN_BROKEN)
         return error_set(err, VM_ERROR_REFUSED, "the VMM has no guest that could be sent");
     s->paused = state == VMMIG__ATTACH__RUN_STATE__RUN_PAUSED;
-    s->progress.remaining = s->progress.total;
     s->progress.state_bytes = attach_info(s->attach)->state_bytes;
     if (attach_order(client, VMMIG__ATTACH__TYPE__TRACK, NULL, err) < 0)
         return -1;
     s->tracks = true;
     attach_client_pin(client, true);
+    /* In this order: slots that change from here on end the tracking. Before, the bitmap would be one that is no more. */
+    if (attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 || read_private(s, err) < 0)
+        return -1;
+    s->progress.remaining = s->progress.total;
     /* Also a guest that stands already must be held, so that the VMM does not set it going. */
     if (s->paused && attach_order(client, VMMIG__ATTACH__TYPE__PAUSE, NULL, err) < 0)
         return -1;

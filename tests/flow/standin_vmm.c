@@ -12,7 +12,8 @@
  * --firmware: its memory is full of something from the start, also with --incoming. --save-writes: saving its state
  * writes to its memory, as some devices do. Its state is a hash of all its memory, which `load` compares with what
  * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew. SIGUSR2 is its
- * user's wish that the guest go on: it does unless an agent has it.
+ * user's wish that the guest stand, or go on: it does unless an agent has it. A callback `pause-late` is `pause` that has
+ * stopped the guest before it fails or hangs. SIGHUP: it breaks ("triple fault").
  */
 #include "dirtylog/vmmig-attach.h"
 
@@ -50,8 +51,9 @@ struct vmm {
     double rate; /* pages a slice */
     uint64_t working, writes;
     pthread_t writer;
-    bool running, save_writes;
-    atomic_bool held; /* an agent has the guest */
+    bool save_writes;
+    pthread_mutex_t lock; /* of what follows, and of the writer's beginning and end */
+    bool running, held;   /* held: an agent has the guest */
     atomic_bool stop, quit;
     const char *fails, *hangs; /* callbacks */
     struct vmmig_slot told[2];
@@ -118,19 +120,35 @@ static int misbehave(const struct vmm *v, const char *callback)
     return strcmp(v->fails, callback) ? 0 : -EIO;
 }
 
+static void stop_writer(struct vmm *v)
+{
+    atomic_store(&v->stop, true);
+    pthread_join(v->writer, NULL);
+    v->running = false;
+}
+
+/* 0 or an errno value. */
+static int start_writer(struct vmm *v)
+{
+    atomic_store(&v->stop, false);
+    int failed = pthread_create(&v->writer, NULL, writer_main, v);
+    v->running = !failed;
+    return failed;
+}
+
 static int on_pause(void *arg)
 {
     struct vmm *v = arg;
     if (misbehave(v, "pause") < 0)
         return -EIO;
-    atomic_store(&v->held, true);
+    pthread_mutex_lock(&v->lock);
+    v->held = true;
     if (v->running) {
-        atomic_store(&v->stop, true);
-        pthread_join(v->writer, NULL);
+        stop_writer(v);
         say("paused");
     }
-    v->running = false;
-    return 0;
+    pthread_mutex_unlock(&v->lock);
+    return misbehave(v, "pause-late");
 }
 
 static int on_resume(void *arg)
@@ -138,21 +156,22 @@ static int on_resume(void *arg)
     struct vmm *v = arg;
     if (misbehave(v, "resume") < 0)
         return -EIO;
-    atomic_store(&v->held, false);
-    if (v->running)
-        return 0;
-    atomic_store(&v->stop, false);
-    int failed = pthread_create(&v->writer, NULL, writer_main, v);
-    v->running = !failed;
-    if (!failed)
+    pthread_mutex_lock(&v->lock);
+    v->held = false;
+    bool starts = !v->running;
+    int failed = starts ? start_writer(v) : 0;
+    if (starts && !failed)
         say("running");
+    pthread_mutex_unlock(&v->lock);
     return -failed;
 }
 
 static int on_release(void *arg)
 {
     struct vmm *v = arg;
-    atomic_store(&v->held, false);
+    pthread_mutex_lock(&v->lock);
+    v->held = false;
+    pthread_mutex_unlock(&v->lock);
     say("released");
     return 0;
 }
@@ -189,7 +208,9 @@ static int on_load(void *arg, int fd)
         return -EILSEQ;
     }
     v->writes = s.writes;
-    atomic_store(&v->held, true);
+    pthread_mutex_lock(&v->lock);
+    v->held = true;
+    pthread_mutex_unlock(&v->lock);
     say("loaded");
     return 0;
 }
@@ -334,31 +355,43 @@ static struct options parse(int argc, char **argv)
 }
 
 /* SIGUSR1: the memory changed, as far as the library can tell. */
-static volatile sig_atomic_t retell, wished;
+static volatile sig_atomic_t retell, wished, breaks;
 
 static void on_signal(int signum)
 {
     if (signum == SIGUSR1)
         retell = 1;
+    else if (signum == SIGHUP)
+        breaks = 1;
     else
         wished = 1;
 }
 
 /* SIGUSR2 */
-static void go_on(struct vmm *v)
+static void pause_or_go_on(struct vmm *v)
 {
-    if (atomic_load(&v->held))
-        return say("the agent has it");
-    if (on_resume(v) == 0)
+    pthread_mutex_lock(&v->lock);
+    if (v->held) {
+        say("the agent has it");
+    } else if (v->running) {
+        stop_writer(v);
+        vmmig_set_state(v->attach, VMMIG_PAUSED, NULL);
+        say("paused"); /* what it says the library knows */
+    } else if (start_writer(v) == 0) {
         vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+        say("running");
+    }
+    pthread_mutex_unlock(&v->lock);
 }
 
 int main(int argc, char **argv)
 {
     signal(SIGUSR1, on_signal);
     signal(SIGUSR2, on_signal);
+    signal(SIGHUP, on_signal);
     struct options o = parse(argc, argv);
-    struct vmm v = {.rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
+    struct vmm v = {.lock = PTHREAD_MUTEX_INITIALIZER,
+                    .rate = (double)(number(o.rate) * MIB) / PAGE / 1000,
                     .working = number(o.working) * MIB / PAGE,
                     .save_writes = o.save_writes,
                     .fails = o.fail,
@@ -386,12 +419,18 @@ int main(int argc, char **argv)
     for (; !atomic_load(&v.quit); usleep(2000)) {
         if (wished) {
             wished = 0;
-            go_on(&v);
+            pause_or_go_on(&v);
+        }
+        if (breaks) {
+            breaks = 0;
+            vmmig_set_state(v.attach, VMMIG_BROKEN, "triple fault");
+            say("broken");
         }
         if (!retell)
             continue;
         retell = 0;
         must(vmmig_set_slots(v.attach, v.told, 2, NULL), &(struct vmmig_error){.text = "slots"});
+        say("told its memory");
     }
     vmmig_destroy(v.attach);
     return 0;

@@ -338,17 +338,19 @@ def runs_on(cluster, agent, name, vmm):
 
 @pytest.mark.parametrize('options, why', [
     ({'fail': 'pause'}, "the VMM's callback `pause` failed: Input/output error"),
+    ({'fail': 'pause-late'}, "the VMM's callback `pause` failed: Input/output error"),
+    ({'hang': 'pause-late'}, "the VMM's callback `pause` has not returned for 0.5 s"),
     ({'fail': 'save'}, "the VMM's callback `save` failed: Input/output error"),
     ({'hang': 'pause'}, "the VMM's callback `pause` has not returned for 0.5 s"),
     ({'hang': 'save'}, "the VMM's callback `save` has not returned for 0.5 s"),
-], ids=['pause fails', 'save fails', 'pause hangs', 'save hangs'])
+], ids=['pause fails', 'pause fails late', 'pause hangs late', 'save fails', 'pause hangs', 'save hangs'])
 def test_a_callback_that_fails_or_never_returns(cluster, a1, a2, options, why):
     vmm = by_hand(a1, 'web', **options)
     done = a1.vmmig('send', 'web', '--to', 'h2', check=False)
     assert done.returncode != 0 and why in done.stderr, done
     runs_on(cluster, a1, 'web', vmm)
     nothing_left(a2, 'web')
-    if 'save' in options.values():  # after the guest stood: it goes again
+    if options.get('fail', options.get('hang')) != 'pause':  # after the guest stood: it goes again
         assert 'running' in read(vmm.log).rsplit('paused', 1)[1]
 
 
@@ -368,6 +370,54 @@ def test_memory_that_changes_ends_the_job(cluster, a1, a2):
     nothing_left(a2, 'web')
     a1.json('send', 'web', '--to', 'h2')
     assert running(cluster, 'web') == ['h2']
+
+
+@pytest.mark.parametrize('point', ['attach.send.HARVEST', 'attach.send.SAVE'], ids=['while it runs', 'while it stands'])
+def test_a_guest_that_breaks_ends_the_job(cluster, a1, a2, point):
+    """A triple fault, say: the guest is where it was, as the VMM says it is, and can be forgotten."""
+    if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    a1.stop()
+    a1.start(faults=f'{point}=hold')
+    try:
+        vmm = by_hand(a1, 'web')
+        a1.vmmig('send', 'web', '--to', 'h2', '--background')
+        eventually('the step', lambda: any(p['holds'] for p in a1.json('debug', 'faults')['points']))
+        vmm.send_signal(signal.SIGHUP)
+        eventually('a broken guest', lambda: read(vmm.log).endswith('broken\n'))
+        a1.vmmig('debug', 'faults', '--arm', 'none')
+        done = a1.vmmig('watch', 'web', check=False)
+        assert done.returncode == 5 and 'the guest is broken (triple fault)' in done.stderr, done
+        assert vmm.poll() is None
+        vm = eventually('the end of it', lambda: not ((v := a1.json('status', 'web'))['handover'] or {}).get('state') and v)
+        assert (vm['state'], vm['detail']) == ('broken', 'triple fault'), vm
+        assert 'the guest is broken (triple fault): it can be neither moved' in refused(a1, 'send', 'web', '--to', 'h2')
+        a1.vmmig('detach', 'web')
+        nothing_left(a2, 'web')
+    finally:
+        a1.stop()
+        a1.start()
+
+
+def test_memory_told_again_just_before_it_is_tracked(cluster, a1, a2):
+    """After the agent has looked at it. The VMM compares all that arrives: none of it is lost."""
+    if not os.path.exists(os.path.join(fault_build(), 'agent/vmmigd')):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    a1.stop()
+    a1.start(faults='attach.send.TRACK=hold')
+    try:
+        vmm = by_hand(a1, 'web')
+        a1.vmmig('send', 'web', '--to', 'h2', '--background')
+        eventually('the step', lambda: any(p['holds'] for p in a1.json('debug', 'faults')['points']))
+        os.kill(vmm_pid(a1, 'web'), signal.SIGUSR1)
+        eventually('the same slots again', lambda: 'told its memory' in read(vmm.log))
+        a1.vmmig('debug', 'faults', '--arm', 'none')
+        a1.vmmig('watch', 'web')
+        assert running(cluster, 'web') == ['h2']
+        assert said(a2, 'web')[-2:] == ['loaded', 'running']
+    finally:
+        a1.stop()
+        a1.start()
 
 
 def test_a_destination_that_does_not_load_or_start(cluster, a1, a2):

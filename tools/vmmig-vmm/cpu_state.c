@@ -98,7 +98,7 @@ static int check_cpuid(const struct cpuid *host, const struct cpuid *guest)
     return 0;
 }
 
-/* ---- What has one ioctl each way, in the order in which it is set ---- */
+/* ---- What has one ioctl each way, in the order in which it is set; the last one is read first ---- */
 
 static const struct item {
     enum state_type type;
@@ -209,15 +209,19 @@ static int load_msrs(const struct vcpu *v, const struct state *state)
 
 /* ---- A vCPU ---- */
 
+/*
+ * To read the MP state has KVM carry out what is pending of INIT and SIPI: the vCPU is reset, or gets the registers of its
+ * start. What was read before that would be of another vCPU than the MP state says.
+ */
 static int save_vcpu(struct vmm *vmm, const struct vcpu *v, struct state *state)
 {
     struct cpuid c;
-    if (get_cpuid(v->fd, KVM_GET_CPUID2, &c) < 0)
+    if (save_item(v, &items[N_ITEMS - 1], state) < 0 || get_cpuid(v->fd, KVM_GET_CPUID2, &c) < 0)
         return -1;
     state_put(state, STATE_CPUID, v->number, c.entries, c.head.nent * sizeof(*c.entries));
     if (save_xsave(vmm, v, state) < 0 || save_msrs(vmm, v, state) < 0)
         return -1;
-    for (unsigned i = 0; i < N_ITEMS; i++)
+    for (unsigned i = 0; i < N_ITEMS - 1; i++)
         if (save_item(v, &items[i], state) < 0)
             return -1;
     return 0;

@@ -161,11 +161,12 @@ static int set_going(struct vmm *vmm)
 static void pause_or_go_on(struct vmm *vmm)
 {
     pthread_mutex_lock(&vmm->lock);
-    bool going = atomic_load(&vmm->vcpus.going);
-    if (!vmm->held && going) {
+    if (vmm->held) {
+        complain("the agent has the guest: it is not paused, or set going, by its user");
+    } else if (atomic_load(&vmm->vcpus.going)) {
         stand(vmm);
         vmmig_set_state(vmm->attach, VMMIG_PAUSED, NULL);
-    } else if (!vmm->held && run(vmm) == 0) {
+    } else if (run(vmm) == 0) {
         vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
     }
     pthread_mutex_unlock(&vmm->lock);
@@ -211,6 +212,7 @@ static int start(struct vmm *vmm)
     vmm->tracking = o->tracking;
     vmm->kvm_fd = vmm->vm_fd = -1;
     vmm->vcpus.n = o->vcpus;
+    vmm->held = o->incoming; /* vmmig: a guest that is waited for is the agent's before it is there */
     pthread_mutex_init(&vmm->lock, NULL);
     pthread_mutex_init(&vmm->vcpus.lock, NULL);
     pthread_cond_init(&vmm->vcpus.changed, NULL);

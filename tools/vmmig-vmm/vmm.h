@@ -279,7 +279,7 @@ struct vmm {
     struct events events;
     struct vmmig_attach *attach;
     pthread_mutex_t lock; /* of `held`, and of pausing and resuming */
-    bool held;            /* an agent has paused the guest, and not resumed it since */
+    bool held;            /* the guest is the agent's: waited for, loaded or paused, until `resume` or `release` */
 };
 
 #endif

@@ -152,7 +152,8 @@ CASES = [(rule, tracking) for rule in BROKEN for tracking in DRIVERS
 def test_the_guest_notices_a_broken_rule(boot, rule, tracking):
     faults, options = BROKEN[rule]
     guest = boot(busy(f'broken-{list(BROKEN).index(rule)}-{tracking}', tracking=tracking, **options), **faults)
-    with pytest.raises((AssertionError, TimeoutError), match='BAD|errors=|no line'):
+    # What is not everything at first is not even taken for a copy.
+    with pytest.raises((AssertionError, TimeoutError), match='BAD|errors=|no line|first harvest is not all'):
         guest.move()  # without its program it does not even go on
         guest.console.verify()
         guest.console.check()
@@ -221,6 +222,39 @@ def test_a_user_pauses_his_guest_by_himself(boot):
     guest.process.send_signal(signal.SIGUSR2)
     guest.console.wait_ticks(3)
     assert guest.console.pause() > 1.5
+    guest.end()
+
+
+@needs_faults
+def test_its_user_has_no_say_in_a_guest_that_is_the_agents(host, boot, tmp_path):
+    """One that is waited for, and one that is loaded, but may go on where it came from yet."""
+    guest = boot(busy('agents', vcpus=2), mover_faults='attach.send.RESUME=delay:2000')
+    socket = guest.vm.attach_path + '1'
+    other = guest.popen(guest.vm.argv(incoming=True, socket=socket))
+    eventually('a VMM that waits', lambda: os.path.exists(host.path(socket)))
+    told = tmp_path / 'told'
+
+    def wish(number):
+        other.send_signal(signal.SIGUSR2)
+        eventually('what it says', lambda: log_of(other).count('the agent has the guest') == number)
+
+    wish(1)
+    with subprocess.Popen([guest.mover, host.path(guest.socket), host.path(socket), '2'], text=True,
+                          env={**armed(guest.mover_faults), 'VMMIG_FAULTS_TOLD': str(told)},
+                          stderr=subprocess.PIPE) as mover:
+        eventually('a guest that is loaded', told.exists)
+        wish(2)
+        assert mover.wait(60) == 0, mover.stderr.read() + log_of(other)
+    guest.process.wait(10)
+    guest.process = other
+    guest.console.wait_ticks(3)
+    assert guest.console.pause() > 1.5
+    other.send_signal(signal.SIGUSR2)  # from here on it is his
+    with pytest.raises(TimeoutError):
+        while True:
+            guest.console.wait_ticks(1, timeout=2)
+    other.send_signal(signal.SIGUSR2)
+    guest.console.wait_ticks(3)
     guest.end()
 
 

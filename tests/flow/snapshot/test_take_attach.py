@@ -172,9 +172,63 @@ def test_a_guest_that_its_vmm_holds_is_its_again(agent, boot):
     vmm = standin(agent, 'still', '--still')
     assert agent.json('snapshot', 'still', 'first')['pause_ms'] == 0
     assert agent.json('status', 'still')['state'] == 'paused'
-    with open(vmm.log, encoding='utf-8') as file:
-        assert file.read().split()[-1] == 'released'
+    assert said(vmm)[-1] == 'released'
     nothing_left(agent)
+
+
+def said(vmm):
+    with open(vmm.log, encoding='utf-8') as file:
+        return file.read().splitlines()
+
+
+def wishes(vmm, state):
+    """Its user wants it to stand, or to go on."""
+    vmm.send_signal(signal.SIGUSR2)
+    eventually(f'a guest that is {state}', lambda: said(vmm)[-1] == state)
+
+
+def test_a_guest_that_its_user_pauses_meanwhile_stays_so(agent, boot):
+    """Before its memory is copied, and while it is."""
+    vmm = standin(agent, 'naps', '--rate', '20')
+    for name, point in (('early', 'attach.send.TRACK'), ('late', 'snapshot.memory')):
+        held_at(agent, point, 'naps', name)
+        wishes(vmm, 'paused')
+        arm(agent, 'none')
+        agent.vmmig('watch', 'naps')
+        assert said(vmm)[-1] == 'released'
+        assert agent.json('status', 'naps')['state'] == 'paused'
+        assert b'"state": "paused"' in export(agent, f'naps@{name}', 'vm.json')  # so are its clones
+        nothing_left(agent)
+        wishes(vmm, 'running')
+    agent.end('naps')
+    agent.vmmig('restore', 'naps@late')  # whose `load` compares its memory
+
+
+def test_a_guest_that_its_user_sets_going_meanwhile_runs(agent, boot):
+    vmm = standin(agent, 'wakes', '--still')
+    held_at(agent, 'attach.send.PAUSE', 'wakes', 'one')
+    wishes(vmm, 'running')
+    arm(agent, 'none')
+    agent.vmmig('watch', 'wakes')
+    assert said(vmm)[-1] == 'running'
+    assert agent.json('status', 'wakes')['state'] == 'running'
+    nothing_left(agent)
+
+
+def test_an_agent_that_dies_leaves_a_guest_that_its_vmm_holds_as_it_was(agent, boot):
+    """At each step: it stands, and is its user's again before any agent is there."""
+    vmm = standin(agent, 'rests', '--still')
+    for point in [point for point in BEFORE if point != 'snapshot.waiting']:
+        heard = len(said(vmm))
+        arm(agent, f'{point}=crash')
+        assert agent.vmmig('snapshot', 'rests', point.split('.')[1], check=False).returncode == 6
+        agent.process.wait(20)
+        eventually('a guest that is given back', lambda n=heard: 'released' in said(vmm)[n:])
+        restart(agent)
+        assert agent.json('status', 'rests')['state'] == 'paused'
+        assert said(vmm)[-1] == 'released'
+        wishes(vmm, 'running')
+        wishes(vmm, 'paused')
 
 
 @pytest.mark.parametrize('options, words, says', [

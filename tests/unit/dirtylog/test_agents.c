@@ -255,6 +255,49 @@ static void memory_is_got_by_a_vmm_that_waits(void **state)
     toy_vmm_destroy(v);
 }
 
+/* What an agent filled, or was about to fill, is the memory that it was told of. */
+static void slots_that_change_under_a_guest_that_arrives_are_noticed(void **state)
+{
+    struct toy_vmm *v = new_vmm(), *like = new_vmm();
+    struct vm_error *err = NULL;
+    struct vmmig_error error;
+    const struct guest_region *regions;
+    const uint64_t page = page_addr(1, 3);
+    unsigned n;
+    struct vmmig_slot slots[2] = {v->slots[0], v->slots[1]};
+    slots[1].memfd = memfd_create("other", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    assert_return_code(ftruncate(slots[1].memfd, 4 * MIB), errno);
+    slots[1].host = mmap(NULL, 4 * MIB, PROT_READ | PROT_WRITE, MAP_SHARED, slots[1].memfd, 0);
+    vmmig_set_state(like->attach, VMMIG_PAUSED, NULL);
+    CLEANUP(attach) struct attach *source = attach_connect(like->path, 10000, &err);
+    cleanup_qemu_definition struct qemu_definition d = {0};
+    assert_int_equal(attach_define(source, &d, &err), 0);
+    CLEANUP(attach) struct attach *a = attach_sink_connect(&d, v->path, 10000, &err);
+    assert_string_equal(error_message(err), "no error");
+    assert_int_equal(guest_sink_regions(attach_guest(a), &regions, &n), 0);
+    assert_int_equal(guest_sink_populate(attach_guest(a), &page, 1, &err), 0);
+    memset(regions[1].base, 1, GUEST_PAGE_SIZE);
+    assert_int_equal(vmmig_set_slots(v->attach, slots, 2, &error), 0);
+    for (int load = 0; load < 2; load++) {
+        assert_int_equal(load ? guest_sink_finish(attach_guest(a), INT64_MAX, -1, &err)
+                              : guest_sink_populate(attach_guest(a), &page, 1, &err),
+                         -1);
+        assert_int_equal(err->kind, VM_ERROR_CONFLICT);
+        assert_string_equal(error_message(err), "the VMM changed its memory slots while it waited for the guest");
+        error_clear(&err);
+    }
+    assert_int_equal(atomic_load(&v->calls[TOY_LOAD]), 0);
+    assert_int_equal(pages_of(slots[1].memfd), 0);
+    CLEANUP(attach) struct attach *again = attach_sink_connect(&d, v->path, 10000, &err);
+    assert_string_equal(error_message(err), "no error");
+    assert_int_equal(guest_sink_finish(attach_guest(again), INT64_MAX, -1, &err), 0);
+    assert_int_equal(atomic_load(&v->calls[TOY_LOAD]), 1);
+    toy_vmm_destroy(v);
+    toy_vmm_destroy(like);
+    munmap(slots[1].host, 4 * MIB);
+    close(slots[1].memfd);
+}
+
 static void other_users_are_turned_away(void **state)
 {
     if (geteuid() != 0) {
@@ -299,6 +342,7 @@ int main(void)
         cmocka_unit_test(garbage_ends_its_connection_only),
         cmocka_unit_test(versions_are_negotiated),
         cmocka_unit_test(memory_is_got_by_a_vmm_that_waits),
+        cmocka_unit_test(slots_that_change_under_a_guest_that_arrives_are_noticed),
         cmocka_unit_test(other_users_are_turned_away),
         cmocka_unit_test(no_more_than_four_agents_attach),
     };

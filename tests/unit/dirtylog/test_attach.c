@@ -460,6 +460,29 @@ static void tracking_is_its_agents_own(void **state)
     toy_vmm_destroy(v);
 }
 
+static void break_down(struct engine *e, uint64_t page)
+{
+    if (page == 7 && e->round == 2)
+        vmmig_set_state(e->source->attach, VMMIG_BROKEN, "triple fault");
+}
+
+static void a_guest_that_breaks_ends_the_copy(void **state)
+{
+    struct engine e;
+    struct guest_status status;
+    engine_begin(&e, &(struct toy_params){.kind = kind, .vcpus = 2});
+    e.copied = break_down;
+    e.pause_after = 1000000;
+    toy_vmm_run(e.source);
+    assert_int_equal(engine_start(&e, NULL), 0);
+    engine_wait(&e);
+    assert_int_equal(e.error->kind, VM_ERROR_REFUSED);
+    assert_string_equal(error_message(e.error), "the guest is broken (triple fault)");
+    assert_int_equal(guest_status(attach_guest(e.from), &status, NULL), 0);
+    assert_false(status.migrating);
+    engine_end(&e);
+}
+
 static void a_complete_copy_can_be_taken_back(void **state)
 {
     struct engine e;
@@ -610,6 +633,7 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(a_guest_that_outruns_the_copy_is_throttled),
         cmocka_unit_test(tracking_is_its_agents_own),
         cmocka_unit_test(cancelled_copies_leave_nothing),
+        cmocka_unit_test(a_guest_that_breaks_ends_the_copy),
         cmocka_unit_test(a_complete_copy_can_be_taken_back),
         cmocka_unit_test(an_agent_that_dies_leaves_a_guest_that_runs_untracked),
         cmocka_unit_test(changed_slots_end_the_copy_and_nothing_else),

@@ -3,6 +3,7 @@
 #include "tests/unit/dirtylog/library_fixture.h"
 
 #include "base/clock.h"
+#include "vmm/attach_private.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -129,6 +130,161 @@ static void a_guest_that_is_released_is_the_vmms(void **state)
     toy_vmm_destroy(v);
 }
 
+static bool is_held(struct attach *a)
+{
+    enum attach_stands stands;
+    assert_int_equal(attach_query_stands(a, &stands, NULL), 0);
+    return stands != ATTACH_STANDS_NOT && stands != ATTACH_STANDS_VMMS;
+}
+
+static void expect_failed(int result, struct vm_error **err, enum vm_error_kind kind, const char *text)
+{
+    assert_int_equal(result, -1);
+    assert_string_equal(error_message(*err), text);
+    assert_int_equal((*err)->kind, kind);
+    error_clear(err);
+}
+
+/* A VMM that did not take its guest back is told again. */
+static void a_release_that_failed_is_said_again(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    struct vm_error *err = NULL;
+    CLEANUP(attach) struct attach *a = agent_of(v);
+    struct guest *g = attach_guest(a);
+    vmmig_set_state(v->attach, VMMIG_PAUSED, NULL);
+    assert_int_equal(guest_pause(g, &err), 0);
+    v->fail[TOY_RELEASE] = -EIO;
+    expect_failed(guest_release(g, &err), &err, VM_ERROR_FAILED,
+                  "the VMM's callback `release` failed: Input/output error");
+    assert_true(is_held(a));
+    v->fail[TOY_RELEASE] = 0;
+    assert_int_equal(guest_release(g, &err), 0);
+    assert_true(atomic_load(&v->released) && !is_held(a));
+    toy_vmm_destroy(v);
+}
+
+/* Whether it took the guest back is known when it returns; asked before, the library says so, and asks no second time. */
+static void a_release_that_hangs_is_waited_for(void **state)
+{
+    for (int fails = 0; fails < 2; fails++) {
+        struct toy_vmm *v = new_impatient_vmm();
+        struct vm_error *err = NULL;
+        CLEANUP(attach) struct attach *a = agent_of(v);
+        struct guest *g = attach_guest(a);
+        vmmig_set_state(v->attach, VMMIG_PAUSED, NULL);
+        assert_int_equal(guest_pause(g, &err), 0);
+        atomic_store(&v->hang[TOY_RELEASE], true);
+        v->fail[TOY_RELEASE] = fails ? -EIO : 0;
+        expect_failed(guest_release(g, &err), &err, VM_ERROR_TIMEOUT,
+                      "the VMM's callback `release` has not returned for 0.2 s");
+        expect_failed(guest_release(g, &err), &err, VM_ERROR_CONFLICT,
+                      "the VMM's callback `release` has not returned yet");
+        assert_int_equal(atomic_load(&v->calls[TOY_RELEASE]), 1);
+        atomic_store(&v->hang[TOY_RELEASE], false);
+        int64_t deadline = clock_mono_ns() + 10 * NSEC_PER_SEC;
+        while (guest_release(g, &err) < 0) {
+            assert_true(clock_mono_ns() < deadline);
+            if (err->kind == VM_ERROR_FAILED)
+                v->fail[TOY_RELEASE] = 0; /* the late one had failed, and it was called again */
+            error_clear(&err);
+        }
+        assert_true(atomic_load(&v->released) && !is_held(a));
+        assert_int_equal(atomic_load(&v->calls[TOY_RELEASE]), fails ? 3 : 1);
+        toy_vmm_destroy(v);
+    }
+}
+
+static struct toy_vmm *new_vmm_that_pauses_first(unsigned callback_timeout_ms)
+{
+    struct toy_vmm like = {.sizes = {MIB, 4 * MIB},
+                           .params = {.callback_timeout_ms = callback_timeout_ms, .pauses_first = true}};
+    struct toy_vmm *v = toy_vmm_create_incoming(&like);
+    atomic_store(&v->running, true);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    return v;
+}
+
+static enum guest_run_state state_of(struct attach *a)
+{
+    struct guest_status status;
+    assert_int_equal(guest_status(attach_guest(a), &status, NULL), 0);
+    return status.state;
+}
+
+/* It waited for a device in vain, say, and its vCPUs stand by then. */
+static void what_a_pause_that_failed_has_stopped_goes_on(void **state)
+{
+    struct toy_vmm *v = new_vmm_that_pauses_first(10000);
+    struct vm_error *err = NULL;
+    static const char failed[] = "the VMM's callback `pause` failed: Input/output error";
+    CLEANUP(attach) struct attach *a = agent_of(v);
+    struct guest *g = attach_guest(a);
+    v->fail[TOY_PAUSE] = -EIO;
+    expect_failed(guest_pause(g, &err), &err, VM_ERROR_FAILED, failed);
+    assert_true(atomic_load(&v->running));
+    assert_int_equal(state_of(a), GUEST_RUNNING);
+    assert_false(is_held(a));
+    /* One that does not go on either is said to stand, so that somebody asks again. */
+    v->fail[TOY_RESUME] = -EIO;
+    expect_failed(guest_pause(g, &err), &err, VM_ERROR_FAILED, failed);
+    assert_false(atomic_load(&v->running));
+    assert_int_equal(state_of(a), GUEST_PAUSED);
+    v->fail[TOY_RESUME] = 0;
+    assert_int_equal(guest_resume(g, &err), 0);
+    assert_true(atomic_load(&v->running));
+    assert_int_equal(state_of(a), GUEST_RUNNING);
+    toy_vmm_destroy(v);
+}
+
+static void a_guest_whose_pause_hangs_is_not_taken_for_running(void **state)
+{
+    for (int asked = 0; asked < 2; asked++) {
+        struct toy_vmm *v = new_vmm_that_pauses_first(200);
+        struct vm_error *err = NULL;
+        CLEANUP(attach) struct attach *a = agent_of(v);
+        atomic_store(&v->hang[TOY_PAUSE], true);
+        expect_failed(guest_pause(attach_guest(a), &err), &err, VM_ERROR_TIMEOUT,
+                      "the VMM's callback `pause` has not returned for 0.2 s");
+        assert_false(atomic_load(&v->running));
+        assert_int_equal(state_of(a), GUEST_PAUSED);
+        if (asked) {
+            assert_int_equal(guest_resume(attach_guest(a), &err), 0);
+            assert_int_equal(state_of(a), GUEST_RUNNING);
+            assert_true(atomic_load(&v->running));
+        }
+        atomic_store(&v->hang[TOY_PAUSE], false);
+        int64_t deadline = clock_mono_ns() + 10 * NSEC_PER_SEC;
+        while (!atomic_load(&v->running) || state_of(a) != GUEST_RUNNING ||
+               atomic_load(&v->calls[TOY_RESUME]) < (unsigned)asked + 1)
+            assert_true(clock_mono_ns() < deadline);
+        toy_vmm_destroy(v);
+    }
+}
+
+static void a_broken_guest_is_told_as_such(void **state)
+{
+    struct toy_vmm *v = new_vmm();
+    struct vm_error *err = NULL;
+    struct guest_status status;
+    struct qemu_definition d = {0};
+    CLEANUP(attach) struct attach *a = agent_of(v);
+    struct guest *g = attach_guest(a);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    assert_int_equal(guest_pause(g, &err), 0);
+    vmmig_set_state(v->attach, VMMIG_BROKEN, "triple fault");
+    expect_failed(guest_pause(g, &err), &err, VM_ERROR_REFUSED, "the guest is broken (triple fault)");
+    expect_failed(attach_order(&a->client, VMMIG__ATTACH__TYPE__SAVE, NULL, &err), &err, VM_ERROR_REFUSED,
+                  "the guest is broken (triple fault)");
+    expect_failed(attach_define(a, &d, &err), &err, VM_ERROR_REFUSED,
+                  "the guest is broken (triple fault): it can be neither moved nor snapshotted");
+    assert_int_equal(guest_release(g, &err), 0);
+    assert_int_equal(guest_status(g, &status, &err), 0);
+    assert_int_equal(status.state, GUEST_BROKEN);
+    assert_string_equal(status.detail, "triple fault");
+    toy_vmm_destroy(v);
+}
+
 static int64_t cpu_ns(void)
 {
     struct timespec t;
@@ -160,28 +316,30 @@ static void a_vmm_out_of_descriptors_stays_calm(void **state)
     toy_vmm_destroy(v);
 }
 
+/* Be it that it runs again, be it that its user had paused it. */
 static void a_save_that_hangs_does_not_keep_the_guest(void **state)
 {
-    struct toy_vmm *v = new_impatient_vmm();
-    struct guest_status status;
-    char text[256];
-    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
-    int fd = dial(v->path);
-    hello(fd);
-    expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
-    ask(fd, VMMIG__ATTACH__TYPE__PAUSE, NULL);
-    expect_type(fd, VMMIG__ATTACH__TYPE__OK);
-    atomic_store(&v->hang[TOY_SAVE], true);
-    ask(fd, VMMIG__ATTACH__TYPE__SAVE, NULL);
-    assert_int_equal(listen_for(fd, text), VMMIG__ATTACH__TYPE__ERROR);
-    assert_string_equal(text, "timeout: the VMM's callback `save` has not returned for 0.2 s");
-    ask(fd, VMMIG__ATTACH__TYPE__RESUME, NULL);
-    expect_type(fd, VMMIG__ATTACH__TYPE__OK);
-    CLEANUP(attach) struct attach *a = agent_of(v);
-    assert_int_equal(guest_status(attach_guest(a), &status, NULL), 0);
-    assert_int_equal(status.state, GUEST_RUNNING);
-    close(fd);
-    toy_vmm_destroy(v);
+    for (int ran = 0; ran < 2; ran++) {
+        struct toy_vmm *v = new_impatient_vmm();
+        char text[256];
+        vmmig_set_state(v->attach, ran ? VMMIG_RUNNING : VMMIG_PAUSED, NULL);
+        int fd = dial(v->path);
+        hello(fd);
+        expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
+        ask(fd, VMMIG__ATTACH__TYPE__PAUSE, NULL);
+        expect_type(fd, VMMIG__ATTACH__TYPE__OK);
+        atomic_store(&v->hang[TOY_SAVE], true);
+        ask(fd, VMMIG__ATTACH__TYPE__SAVE, NULL);
+        assert_int_equal(listen_for(fd, text), VMMIG__ATTACH__TYPE__ERROR);
+        assert_string_equal(text, "timeout: the VMM's callback `save` has not returned for 0.2 s");
+        ask(fd, ran ? VMMIG__ATTACH__TYPE__RESUME : VMMIG__ATTACH__TYPE__RELEASE, NULL);
+        expect_type(fd, VMMIG__ATTACH__TYPE__OK);
+        CLEANUP(attach) struct attach *a = agent_of(v);
+        assert_int_equal(state_of(a), ran ? GUEST_RUNNING : GUEST_PAUSED);
+        assert_int_equal(atomic_load(&v->released), !ran);
+        close(fd);
+        toy_vmm_destroy(v);
+    }
 }
 
 static void a_guest_stays_paused_without_its_agent(void **state)
@@ -209,6 +367,11 @@ int main(void)
         cmocka_unit_test(a_pause_that_hangs_is_taken_back),
         cmocka_unit_test(a_late_pause_sets_no_guest_going_that_stood),
         cmocka_unit_test(a_guest_that_is_released_is_the_vmms),
+        cmocka_unit_test(a_release_that_failed_is_said_again),
+        cmocka_unit_test(a_release_that_hangs_is_waited_for),
+        cmocka_unit_test(what_a_pause_that_failed_has_stopped_goes_on),
+        cmocka_unit_test(a_guest_whose_pause_hangs_is_not_taken_for_running),
+        cmocka_unit_test(a_broken_guest_is_told_as_such),
         cmocka_unit_test(a_vmm_out_of_descriptors_stays_calm),
         cmocka_unit_test(a_save_that_hangs_does_not_keep_the_guest),
         cmocka_unit_test(a_guest_stays_paused_without_its_agent),

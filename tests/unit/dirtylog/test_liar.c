@@ -28,6 +28,7 @@ struct liar {
     int listener;
     pthread_t thread;
     uint64_t size, page_size; /* as it says */
+    bool forgets;             /* of its first harvest, a page */
     int memory, bitmap, pipe[2];
 };
 
@@ -68,6 +69,8 @@ static void answer(const struct liar *l, int fd, unsigned type)
     Vmmig__Attach__Harvested none = VMMIG__ATTACH__HARVESTED__INIT;
     Vmmig__Attach__Saved saved = VMMIG__ATTACH__SAVED__INIT;
     now.state = VMMIG__ATTACH__RUN_STATE__RUN_PAUSED;
+    uint8_t all[SIZE / 4096 / 8];
+    const size_t n = l->size / 4096 / 8;
     saved.size = 8;
     switch (type) {
     case VMMIG__ATTACH__TYPE__HELLO:
@@ -77,6 +80,9 @@ static void answer(const struct liar *l, int fd, unsigned type)
     case VMMIG__ATTACH__TYPE__GET_MEMORY:
         return tell_memory(l, fd);
     case VMMIG__ATTACH__TYPE__HARVEST:
+        memset(all, 0xff, sizeof(all));
+        all[n - 1] = l->forgets ? 0x7f : 0xff;
+        assert_int_equal(pwrite(l->bitmap, all, n, 0), n);
         return say(fd, VMMIG__ATTACH__TYPE__HARVESTED, &none.base, NULL, 0);
     case VMMIG__ATTACH__TYPE__SAVE:
         return say(fd, VMMIG__ATTACH__TYPE__SAVED, &saved.base, l->pipe, 1);
@@ -212,6 +218,31 @@ static void pages_are_as_large_as_the_files(void **state)
     end(&l, a);
 }
 
+static void end_of_copy(struct engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    while (!e->done)
+        pthread_cond_wait(&e->changed, &e->lock);
+    pthread_mutex_unlock(&e->lock);
+}
+
+/* Nothing else would tell that the copy is not whole. */
+static void a_first_harvest_that_is_not_everything_is_refused(void **state)
+{
+    struct liar l;
+    struct engine e;
+    struct vm_error *err = NULL;
+    struct attach *a = begin(&l, 4096);
+    l.forgets = true;
+    assert_int_equal(copy(a, &e, &err), 0);
+    end_of_copy(&e);
+    assert_int_equal(e.error->kind, VM_ERROR_PROTOCOL);
+    assert_string_equal(error_message(e.error), "the VMM's first harvest is not all of the guest's memory");
+    error_free(e.error);
+    assert_int_equal(guest_source_stop(attach_guest(a), NULL), 0);
+    end(&l, a);
+}
+
 /* Reading it would never end. */
 static void state_that_is_no_memory_is_not_read(void **state)
 {
@@ -220,10 +251,7 @@ static void state_that_is_no_memory_is_not_read(void **state)
     struct vm_error *err = NULL;
     struct attach *a = begin(&l, 4096);
     assert_int_equal(copy(a, &e, &err), 0);
-    pthread_mutex_lock(&e.lock);
-    while (!e.done)
-        pthread_cond_wait(&e.changed, &e.lock);
-    pthread_mutex_unlock(&e.lock);
+    end_of_copy(&e);
     assert_int_equal(e.error->kind, VM_ERROR_PROTOCOL);
     assert_string_equal(error_message(e.error), "the file with the guest's state is no memfd");
     error_free(e.error);
@@ -237,10 +265,11 @@ static void memory_at_another_place_is_another_machine(void **state)
     struct vm_error *err = NULL;
     cleanup_qemu_definition struct qemu_definition d = {0};
     struct attach *a = begin(&l, 4096);
-    assert_int_equal(attach_define_memory(a, &d, &err), 0);
-    assert_int_equal(attach_check_slots(a, &d, &err), 0);
+    uint64_t generation;
+    assert_int_equal(attach_define_memory(a, &d, &generation, &err), 0);
+    assert_int_equal(attach_check_slots(a, &d, &generation, &err), 0);
     d.ram[0].guest_address += 1ull << 32;
-    assert_int_equal(attach_check_slots(a, &d, &err), -1);
+    assert_int_equal(attach_check_slots(a, &d, &generation, &err), -1);
     assert_int_equal(err->kind, VM_ERROR_REFUSED);
     assert_string_equal(error_message(err), "memory slot low of the guest is not that of the VMM prepared for it");
     error_free(err);
@@ -278,6 +307,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(pages_are_as_large_as_the_files),
+        cmocka_unit_test(a_first_harvest_that_is_not_everything_is_refused),
         cmocka_unit_test(state_that_is_no_memory_is_not_read),
         cmocka_unit_test(memory_at_another_place_is_another_machine),
         cmocka_unit_test(a_hole_of_huge_pages_is_an_error_and_no_signal),

@@ -80,14 +80,14 @@ static void run_vcpus(struct toy_vmm *v)
 static int on_pause(void *arg)
 {
     struct toy_vmm *v = arg;
-    int r = misbehave(v, TOY_PAUSE);
+    int r = v->params.pauses_first ? 0 : misbehave(v, TOY_PAUSE);
     if (r < 0)
         return r;
     if (v->vm && atomic_load(&v->running))
         tiny_vm_stop(v->vm);
     stop_device(v);
     atomic_store(&v->running, false);
-    return 0;
+    return v->params.pauses_first ? misbehave(v, TOY_PAUSE) : 0;
 }
 
 static int on_resume(void *arg)
@@ -102,8 +102,9 @@ static int on_resume(void *arg)
 static int on_release(void *arg)
 {
     struct toy_vmm *v = arg;
-    atomic_store(&v->released, true);
-    return 0;
+    int r = misbehave(v, TOY_RELEASE);
+    atomic_store(&v->released, r == 0);
+    return r;
 }
 
 static int on_save(void *arg, int fd)

@@ -25,7 +25,7 @@
 #define TOY_QUIET_PAGE 4093u       /* written before tracking begins, and never after */
 #define TOY_STATE 300000u
 
-enum toy_step { TOY_PAUSE, TOY_RESUME, TOY_SAVE, TOY_LOAD, TOY_STEPS };
+enum toy_step { TOY_PAUSE, TOY_RESUME, TOY_RELEASE, TOY_SAVE, TOY_LOAD, TOY_STEPS };
 
 struct toy_params {
     enum dirtylog_kind kind;
@@ -34,6 +34,7 @@ struct toy_params {
     bool device, forget_marks; /* let the device run; without marking */
     bool write_on_save, forget_mark_on_save;
     bool takes_no_files;
+    bool pauses_first; /* a `pause` that fails or hangs has stopped the guest before */
     const char *socket; /* instead of a path of its own */
 };
 
