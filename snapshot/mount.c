@@ -16,6 +16,7 @@
 #include <sys/mount.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/sysmacros.h>
 #include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
@@ -177,6 +178,25 @@ static void detach_dead(struct mount *m)
     umount2(m->setup.folder, MNT_DETACH);
 }
 
+/* CONFLICT if the tree is shown elsewhere, too: there it would be dead. */
+static int check_shown_once(const char *folder, struct vm_error **err)
+{
+    struct stat st;
+    unsigned major, minor;
+    char line[2 * 4096], place[4096];
+    FILE *mounts = fopen("/proc/self/mountinfo", "re");
+    int r = 0;
+    if (!mounts || stat(folder, &st) < 0)
+        r = error_errno(err, errno, "cannot look where images are mounted");
+    while (r == 0 && fgets(line, sizeof(line), mounts))
+        if (sscanf(line, "%*u %*u %u:%u %*s %4095s", &major, &minor, place) == 3 &&
+            makedev(major, minor) == st.st_dev && strcmp(place, folder) != 0)
+            r = error_set(err, VM_ERROR_CONFLICT, "images are mounted at %s, too: unmount that first", place);
+    if (mounts)
+        fclose(mounts);
+    return r;
+}
+
 int mount_stop(struct mount *m, struct vm_error **err)
 {
     cleanup_error struct vm_error *failed = NULL;
@@ -191,7 +211,7 @@ int mount_stop(struct mount *m, struct vm_error **err)
         return 0;
     }
     cleanup_close int process = (int)syscall(SYS_pidfd_open, state.pid, 0);
-    if (ask(m, MOUNT_STOP, p, err) < 0)
+    if (check_shown_once(state.folder, err) < 0 || ask(m, MOUNT_STOP, p, err) < 0)
         return -1;
     struct pollfd ended = {.fd = process, .events = POLLIN};
     if (process >= 0 && poll(&ended, 1, ANSWER_TIMEOUT_S * 1000) <= 0)
