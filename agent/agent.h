@@ -11,6 +11,7 @@
 #include "agent/vms.h"
 #include "base/loop.h"
 
+struct makings;
 struct mount;
 struct repository;
 struct transfer;
@@ -23,6 +24,7 @@ struct agent {
     struct transfer *transfer; /* agent/transfer.h */
     struct repository *repository; /* agent/repository.h */
     struct mount *mount;           /* snapshot/mount.h */
+    struct makings *makings;       /* agent/makings.h */
     int64_t started_ns; /* wall clock */
 };
 

@@ -337,6 +337,17 @@ static int take_settings(struct cloning *c, struct vm_error **err)
     return 0;
 }
 
+/* Room for the VM's record, before anything is started. The clone's own command line differs from this one by names. */
+static int reserve(struct cloning *c, const struct qemu_definition *d, struct vm_error **err)
+{
+    struct vm_definition future = {.origin = VM_ORIGIN_RUN,
+                                   .argv = d->argv,
+                                   .driver = driver_of_definition(d),
+                                   .socket_path = c->place.socket_path};
+    strcpy(future.name, c->name);
+    return vms_reserve(c->agent->vms, &future, err);
+}
+
 /* What all launches on this host have in common. */
 static int prepare_launch(void *arg, const struct qemu_definition *d, struct qemu_launch *launch,
                           struct vm_error **err)
@@ -354,7 +365,8 @@ static int prepare_launch(void *arg, const struct qemu_definition *d, struct qem
     if (*config->vm_cgroup &&
         asprintf(&c->place.cgroup, "%s/%s", config->vm_cgroup, c->name) < 0)
         return error_nomem(err);
-    if (making_socket(&c->making, c->place.socket_path, err) < 0)
+    if (making_socket(&c->making, c->place.socket_path, err) < 0 ||
+        (c->place.cgroup && making_cgroup(&c->making, c->place.cgroup, err) < 0) || reserve(c, d, err) < 0)
         return -1;
     launch->born = making_born;
     launch->born_arg = &c->making;
@@ -384,11 +396,21 @@ static void describe(struct cloning *c, const struct clone *made, int64_t asked_
     c->list[i] = info;
 }
 
-/* Into the registry; takes the clone over. */
-static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
+/* Nothing of it is left. */
+static void end_clone(struct cloning *c, const struct vm_definition *d, struct guest *guest)
+{
+    guest_kill(guest, KILL_TIMEOUT_MS, NULL);
+    unlink(d->socket_path);
+    driver_forget_dead(d, (void *)(uintptr_t)c->agent->config);
+    snapshots_forget_frozen(c->agent->config, &d->process);
+    clone_remove_disks(c->agent->config->clone_dir, d->name);
+}
+
+/* Into the registry. */
+static int keep(struct cloning *c, const struct clone *made, struct vm_error **err)
 {
     cleanup_vm_definition struct vm_definition copy = {0};
-    struct guest *guest = made->guest;
+    struct guest *guest = guest_ref(made->guest);
     struct vm_definition d = {.origin = VM_ORIGIN_RUN,
                               .argv = made->argv,
                               .driver = driver_of(guest),
@@ -396,16 +418,10 @@ static int keep(struct cloning *c, struct clone *made, struct vm_error **err)
                               .process = guest->process,
                               .since_ns = clock_wall_ns()};
     strcpy(d.name, c->name);
-    int r = vm_definition_copy(&d, &copy, err);
-    free(steal_ptr(&made->argv));
-    if (r == 0)
-        r = vms_add(c->agent->vms, &copy, &guest, err);
-    if (r == 0)
+    if (vm_definition_copy(&d, &copy, err) == 0 && vms_add(c->agent->vms, &copy, &guest, err) == 0)
         return 0;
-    guest_kill(guest, KILL_TIMEOUT_MS, NULL);
+    end_clone(c, &d, guest);
     guest_unref(guest);
-    unlink(c->place.socket_path);
-    clone_remove_disks(c->agent->config->clone_dir, c->name);
     return -1;
 }
 
@@ -441,28 +457,35 @@ static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **
         making_begin(&c->making, c->agent->config, c->name, err) < 0 ||
         clone_start(&params, &made, err) < 0)
         return -1;
-    describe(c, &made, asked_ns);
-    if (keep(c, &made, err) < 0)
-        return -1;
-    (void)FAULT("clone.kept");
-    log_info("cloned a VM", "vm=%s template=%s pid=%d start_us=%lld", c->name, c->refs[c->n],
-             c->infos[c->n].pid, (long long)(c->infos[c->n].start_ns / 1000));
-    c->n++;
-    return 0;
+    /* It is a VM of this agent as soon as it runs: what it is told takes long, and may not cost it. */
+    CLEANUP(guest) struct guest *guest = made.guest;
+    int r = keep(c, &made, err);
+    if (r == 0) {
+        clone_tell(&params, &made);
+        describe(c, &made, asked_ns);
+        (void)FAULT("clone.kept");
+        log_info("cloned a VM", "vm=%s template=%s pid=%d start_us=%lld", c->name, c->refs[c->n],
+                 c->infos[c->n].pid, (long long)(c->infos[c->n].start_ns / 1000));
+        c->n++;
+    }
+    clone_finish(&made);
+    return r;
 }
 
 static int clone_one(struct cloning *c, int64_t asked_ns, struct vm_error **err)
 {
-    if (vm_name_check(c->name, err) < 0 || job_claim(c->agent->jobs, c->name, "clone", err) < 0)
-        return -1;
     c->making = MAKING_NONE;
     int r = clone_claimed(c, asked_ns, err);
+    if (r < 0) {
+        vms_release(c->agent->vms, c->name);
+        if (c->place.cgroup)
+            rmdir(c->place.cgroup);
+    }
     making_end(&c->making);
-    job_release(c->agent->jobs, c->name);
     return r;
 }
 
-/* One of several failed: the others go, too. */
+/* One of several failed: the others go, too. Nobody else did anything with them: they are claimed still. */
 static void undo(struct cloning *c)
 {
     for (unsigned i = 0; i < c->n; i++) {
@@ -470,28 +493,62 @@ static void undo(struct cloning *c)
         CLEANUP(guest) struct guest *guest = vm ? vm_guest(vm) : NULL;
         if (!guest || guest->process.pid != c->infos[i].pid) /* it ended, and another has its name */
             continue;
-        guest_kill(guest, KILL_TIMEOUT_MS, NULL);
-        unlink(vm_definition(vm)->socket_path);
+        end_clone(c, vm_definition(vm), guest);
         vms_remove(c->agent->vms, c->names[i], NULL);
-        clone_remove_disks(c->agent->config->clone_dir, c->names[i]);
     }
+}
+
+static unsigned count_of(const struct cloning *c)
+{
+    return c->m->count ? c->m->count : 1;
+}
+
+static void name_clone(struct cloning *c, unsigned i)
+{
+    if (c->m->count)
+        snprintf(c->name, sizeof(c->name), "%s-%u", c->m->as, i + 1);
+    else
+        snprintf(c->name, sizeof(c->name), "%s", c->m->as);
+}
+
+/* All of them, so that the first is nobody else's while the last is being made. *ret_n are. */
+static int claim(struct cloning *c, unsigned *ret_n, struct vm_error **err)
+{
+    for (*ret_n = 0; *ret_n < count_of(c); ++*ret_n) {
+        name_clone(c, *ret_n);
+        if (vm_name_check(c->name, err) < 0 || job_claim(c->agent->jobs, c->name, "clone", err) < 0)
+            return error_wrap(err, "clone %s", c->name);
+    }
+    return 0;
+}
+
+static void release(struct cloning *c, unsigned n)
+{
+    for (unsigned i = 0; i < n; i++) {
+        name_clone(c, i);
+        job_release(c->agent->jobs, c->name);
+    }
+}
+
+static int make_all(struct cloning *c, struct vm_error **err)
+{
+    for (unsigned i = 0; i < count_of(c); i++) {
+        name_clone(c, i);
+        if (clone_one(c, clock_mono_ns(), err) < 0) {
+            error_wrap(err, "clone %s", c->name);
+            undo(c);
+            return -1;
+        }
+    }
+    return 0;
 }
 
 static int clone_all(struct cloning *c, struct vm_error **err)
 {
-    unsigned count = c->m->count ? c->m->count : 1;
-    for (unsigned i = 0; i < count; i++) {
-        int64_t asked_ns = clock_mono_ns();
-        if (c->m->count)
-            snprintf(c->name, sizeof(c->name), "%s-%u", c->m->as, i + 1);
-        else
-            snprintf(c->name, sizeof(c->name), "%s", c->m->as);
-        if (clone_one(c, asked_ns, err) < 0) {
-            undo(c);
-            return error_wrap(err, "clone %s", c->name);
-        }
-    }
-    return 0;
+    unsigned claimed;
+    int r = claim(c, &claimed, err) < 0 ? -1 : make_all(c, err);
+    release(c, claimed);
+    return r;
 }
 
 int clones_handle_clone(struct control_session *s, const struct control_message *m,

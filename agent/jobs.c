@@ -9,7 +9,7 @@
 #include <pthread.h>
 #include <string.h>
 
-enum { CLAIMS_MAX = 64 };
+enum { CLAIMS_MAX = 512 }; /* a request for clones takes up to 64 */
 
 struct job {
     struct job_table *table;

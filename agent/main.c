@@ -231,9 +231,9 @@ static int run_agent(struct config *config, struct vm_error **err)
                               .repository = repository,
                               .mount = mount,
                               .started_ns = clock_wall_ns()};
-        struct makings *makings = makings_settle(&agent);
-        r = serve(&agent, err);
-        if (!makings_finish(makings))
+        agent.makings = makings_start(&agent, err);
+        r = agent.makings ? serve(&agent, err) : -1;
+        if (!makings_finish(agent.makings))
             end_with_work_under_way(config, r);
     }
     for (size_t i = 0; i < 3; i++)

@@ -157,9 +157,10 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
     struct take_job *t = arg;
     const struct config *config = t->agent->config;
     const struct vm_definition *vm = vm_definition(t->vm);
-    char note[PATH_BYTES];
+    char note[PATH_BYTES], sockets[PATH_BYTES];
     struct snapshot_report r;
     make_note_path(config, t->vm_name, note);
+    snprintf(sockets, sizeof(sockets), "%s/nbd", config->runtime_dir);
     CLEANUP(guest) struct guest *guest = vm_guest(t->vm);
     struct snapshot_params p = {.guest = guest,
                                 .vm = t->vm_name,
@@ -167,6 +168,7 @@ static int take_run(struct job *job, void *arg, struct vm_error **err)
                                 .disk_only = t->disk_only,
                                 .guest_agent = t->guest_agent,
                                 .scratch_dir = config->scratch_dir,
+                                .socket_dir = sockets,
                                 .plugin = config->nbdkit_plugin,
                                 .mount = t->agent->mount,
                                 .guard = {snapshots_thawer(config), vm->socket_path, vm->process, note, false},
@@ -460,6 +462,15 @@ static int keep_restored(struct restore_job *t, struct guest **guest, struct vm_
     return vms_add(t->agent->vms, &d, guest, err);
 }
 
+/* Whoever comes when we are gone thaws it. */
+static void expect_frozen(struct restore_job *t, const struct restore *r, const struct guest *guest)
+{
+    const struct qemu_definition *d = restore_definition(r);
+    struct thawer thawer = snapshots_thawer(t->agent->config);
+    if (restore_is_frozen(r))
+        frozen_expect(&thawer, &guest->process, d->argv, d->cwd, NULL); /* thaw says what fails */
+}
+
 static void thaw(struct restore_job *t, const struct restore *r, const struct guest *guest)
 {
     cleanup_error struct vm_error *frozen = NULL;
@@ -480,6 +491,9 @@ static void end_vm(struct restore_job *t, struct guest *guest)
     guest_kill(guest, RESTORE_KILL_MS, NULL);
     if (socket)
         unlink(socket);
+    struct vm_definition d = {.origin = VM_ORIGIN_RESTORED, .driver = driver_of(guest)};
+    strcpy(d.name, t->vm);
+    driver_forget_dead(&d, (void *)(uintptr_t)t->agent->config);
     guest_unref(guest);
 }
 
@@ -498,16 +512,33 @@ static int load(struct restore_job *t, struct restore *r, struct guest *guest,
     return restore_load(r, guest, &c, err);
 }
 
+/* Room for the VM's record, before anything is started. */
+static int reserve(struct restore_job *t, const struct qemu_definition *d, struct vm_error **err)
+{
+    struct vm_definition future = {.origin = VM_ORIGIN_RESTORED, .argv = d->argv, .driver = driver_of_definition(d)};
+    cleanup_free char *socket = driver_socket_path(t->agent->config, t->vm, future.driver);
+    if (!socket)
+        return error_nomem(err);
+    future.socket_path = socket;
+    strcpy(future.name, t->vm);
+    return vms_reserve(t->agent->vms, &future, err);
+}
+
 /* A VMM that waits, and everything into it; or one that boots from what is there. It stands. */
 static struct guest *make_vm(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
     const struct config *config = t->agent->config;
     const struct qemu_definition *d = restore_definition(r);
     struct driver_birth birth = {making_born, &t->making};
+    if (reserve(t, d, err) < 0)
+        return NULL;
+    /* Disks first: what the VMM may open, and its user own, is written by nobody else any more. */
+    if (write_disks(t, r, err) < 0 || restore_give_disks(r, config->vm_user, err) < 0)
+        return NULL;
     if (restore_boots(r))
-        return write_disks(t, r, err) < 0 ? NULL : driver_boot(config, t->vm, d, &birth, err);
+        return driver_boot(config, t->vm, d, &birth, err);
     struct guest *guest = driver_sink_start(config, t->vm, d, true, 0, &birth, err);
-    if (!guest || (write_disks(t, r, err) == 0 && load(t, r, guest, err) == 0))
+    if (!guest || load(t, r, guest, err) == 0)
         return guest;
     end_vm(t, guest);
     return NULL;
@@ -517,11 +548,9 @@ static int let_run(struct restore_job *t, const struct restore *r, struct guest 
 {
     if (job_close_cancel(t->job, "too late: the VM is restored", err) < 0)
         return -1;
+    expect_frozen(t, r, guest);
     driver_sink_release(guest);
-    if ((t->paused ? guest_release(guest, err) : guest_resume(guest, err)) < 0)
-        return -1;
-    thaw(t, r, guest);
-    return 0;
+    return t->paused ? guest_release(guest, err) : guest_resume(guest, err);
 }
 
 /* When it fails nothing of the VM is left. */
@@ -530,11 +559,15 @@ static int restore_into(struct restore_job *t, struct restore *r, struct vm_erro
     struct guest *guest = make_vm(t, r, err);
     if (!guest)
         return -1;
+    CLEANUP(guest) struct guest *held = guest_ref(guest);
+    /* It is a VM of this agent as soon as it runs: what comes then takes long, and may not cost it. */
     if (let_run(t, r, guest, err) == 0 && keep_restored(t, &guest, err) == 0) {
-        FAULT("restore.kept");
         restore_keep(r);
+        FAULT("restore.kept");
+        thaw(t, r, held);
         return 0;
     }
+    snapshots_forget_frozen(t->agent->config, &guest->process);
     end_vm(t, guest);
     return -1;
 }
@@ -550,7 +583,7 @@ static int note_disk(void *arg, const char *path, const char *image, struct vm_e
 
 static int make_disks(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
-    if (restore_make_disks(r, t->agent->config->vm_user, note_disk, t, err) < 0)
+    if (restore_make_disks(r, note_disk, t, err) < 0)
         return -1;
     FAULT("restore.made");
     return 0;
@@ -560,27 +593,45 @@ static int note_socket(struct restore_job *t, const struct restore *r, struct vm
 {
     cleanup_free char *socket = driver_socket_path(t->agent->config, t->vm,
                                                    driver_of_definition(restore_definition(r)));
+    char cgroup[PATH_BYTES];
+    snprintf(cgroup, sizeof(cgroup), "%s/%s", t->agent->config->vm_cgroup, t->vm);
+    if (*t->agent->config->vm_cgroup && making_cgroup(&t->making, cgroup, err) < 0)
+        return -1;
     return socket ? making_socket(&t->making, socket, err) : error_nomem(err);
 }
 
-static int restore_noted(struct restore_job *t, struct vm_error **err)
+static int restore_opened(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
-    char holder[IMAGE_NAME_MAX + 1];
-    struct uuid unique = uuid_new();
-    snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
-    if (making_lease(&t->making, holder, err) < 0)
-        return -1;
-    CLEANUP(restore) struct restore *r = restore_open(t->repo, t->image, holder, err);
-    if (!r || note_socket(t, r, err) < 0 || restore_place_disks(r, t->vm, t->disk_dir, err) < 0 ||
+    if (note_socket(t, r, err) < 0 || restore_place_disks(r, t->vm, t->disk_dir, t->agent->config->vm_user, err) < 0 ||
         make_disks(t, r, err) < 0 || restore_into(t, r, err) < 0)
         return -1;
     t->progress.snapshot.memory_bytes = restore_boots(r) ? 0 : restore_definition(r)->memory;
     return 0;
 }
 
+/* *ret_all: nothing is left to be taken back. */
+static int restore_noted(struct restore_job *t, bool *ret_all, struct vm_error **err)
+{
+    char holder[IMAGE_NAME_MAX + 1];
+    struct uuid unique = uuid_new();
+    snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
+    if (making_lease(&t->making, holder, err) < 0)
+        return -1;
+    struct restore *r = restore_open(t->repo, t->image, holder, err);
+    *ret_all = false; /* nobody knows whether there is a lease */
+    if (!r)
+        return -1;
+    int done = restore_opened(t, r, err);
+    *ret_all = restore_close(r);
+    if (done < 0)
+        vms_release(t->agent->vms, t->vm);
+    return done;
+}
+
 static int restore_run(struct job *job, void *arg, struct vm_error **err)
 {
     struct restore_job *t = arg;
+    bool all = true;
     t->job = job;
     t->making = MAKING_NONE;
     t->progress.predicted_pause_ns = t->progress.pause_ns = -1;
@@ -590,8 +641,11 @@ static int restore_run(struct job *job, void *arg, struct vm_error **err)
     int r = vms_check_free(t->agent->vms, t->vm, err) < 0 ||
                     making_begin(&t->making, t->agent->config, t->vm, err) < 0
                 ? -1
-                : restore_noted(t, err);
-    making_end(&t->making);
+                : restore_noted(t, &all, err);
+    if (all)
+        making_end(&t->making);
+    else
+        making_leave(&t->making, t->agent, r == 0);
     if (r < 0)
         return error_wrap(err, "restore %s", t->image);
     job_update(job, &t->progress);

@@ -12,6 +12,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/syscall.h>
 
 enum { ARGV_BYTES_MAX = 1 << 20 };
@@ -91,6 +92,20 @@ int process_identify(pid_t pid, struct process_identity *ret_id, struct vm_error
         return -1;
     id.start = stat.start;
     *ret_id = id;
+    return 0;
+}
+
+int process_user(pid_t pid, uid_t *ret_user, struct vm_error **err)
+{
+    char path[32], text[4096];
+    snprintf(path, sizeof(path), "/proc/%d/status", pid);
+    if (read_small_file(path, text, sizeof(text)) < 0)
+        return errno == ENOENT || errno == ESRCH
+                   ? error_set(err, VM_ERROR_NOT_FOUND, "no process %d is running", pid)
+                   : error_errno(err, errno, "cannot read the state of process %d", pid);
+    const char *line = strstr(text, "\nUid:");
+    if (!line || sscanf(line + 1, "Uid: %*u %u", ret_user) != 1)
+        return error_set(err, VM_ERROR_SYSTEM, "the kernel does not say whose process %d is", pid);
     return 0;
 }
 

@@ -43,6 +43,8 @@ int process_kill(const struct process_identity *id, int timeout_ms, struct vm_er
  * for one that has begun, since the kernel takes its time to take a large memory apart.
  */
 bool process_has_ended(const struct process_identity *id, int begins_ms, int timeout_ms);
+/* As whom it does what it does (its effective user). NOT_FOUND if there is none. */
+int process_user(pid_t pid, uid_t *ret_user, struct vm_error **err);
 /* Has it that very file open (device and inode; of a block device its number)? */
 bool process_has_open(pid_t pid, const struct stat *file);
 bool process_identity_equal(const struct process_identity *a, const struct process_identity *b);

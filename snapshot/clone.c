@@ -336,10 +336,10 @@ static void note(struct clone *c, const char *format, ...)
 }
 
 /* Its agent, if it is there, has the running guest take its MAC addresses over. */
-static int take_macs_over(const struct making *m, struct clone *c, struct vm_error **err)
+static int take_macs_over(const struct clone *c, struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + MACS_TIMEOUT_NS;
-    cleanup_free char *path = guest_agent_find(c->argv, m->vm.definition.cwd);
+    cleanup_free char *path = guest_agent_find(c->argv, c->cwd);
     if (!path)
         return error_set(err, VM_ERROR_NOT_FOUND, "no agent of it is known");
     CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(path, deadline, err);
@@ -351,20 +351,37 @@ static int take_macs_over(const struct making *m, struct clone *c, struct vm_err
     return 0;
 }
 
-/* The guest runs, and is told what it is. What fails is but noted. */
-static int tell_guest(const struct making *m, struct clone *c)
+void clone_tell(const struct clone_params *params, struct clone *c)
 {
     cleanup_error struct vm_error *frozen = NULL, *kept = NULL;
-    if (m->vm.frozen && frozen_thaw_restored(&m->p->thawer, &c->guest->process, c->argv, m->vm.definition.cwd,
-                                             c->running, &frozen) < 0)
+    FAULT("clone.telling");
+    if (c->frozen &&
+        frozen_thaw_restored(&params->thawer, &c->guest->process, c->argv, c->cwd, c->running, &frozen) < 0)
         note(c, "%s", error_message(frozen));
     if (!c->notes.n_macs)
-        return 0;
+        return;
     if (!c->running)
         note(c, "the guest, which is paused, has the MAC address that it had until its NIC's driver starts anew");
-    else if (take_macs_over(m, c, &kept) < 0)
+    else if (take_macs_over(c, &kept) < 0)
         note(c, "the running guest keeps its MAC address until its NIC's driver or the guest starts anew: %s",
              error_message(kept));
+}
+
+void clone_finish(struct clone *c)
+{
+    free(steal_ptr(&c->argv));
+    free(steal_ptr(&c->cwd));
+}
+
+/* What clone_tell needs; whoever comes if the agent dies before that thaws the guest. */
+static int remember(const struct making *m, struct clone *c, struct vm_error **err)
+{
+    c->cwd = strdup(m->vm.definition.cwd ? m->vm.definition.cwd : "/");
+    if (!c->cwd)
+        return error_nomem(err);
+    c->frozen = m->vm.frozen;
+    if (c->frozen)
+        frozen_expect(&m->p->thawer, &c->guest->process, c->argv, c->cwd, NULL); /* clone_tell says what fails */
     return 0;
 }
 
@@ -395,7 +412,7 @@ static int launch_qemu(struct making *m, const struct qemu_launch *common, struc
             qemu_clone_resize(q, m->disk_paths[m->grown], m->p->disk_size, err) < 0) ||
                    (m->p->memory && qemu_clone_grow(q, m->p->memory, err) < 0)
                ? -1
-               : tell_guest(m, c);
+               : remember(m, c, err);
 }
 
 /* Of such a VMM's command line only its name is known to belong to the clone. */
@@ -437,7 +454,7 @@ static int launch_attach(struct making *m, const struct qemu_launch *common, str
     (void)FAULT("clone.spawned");
     note(c, "the guest keeps what else it has of an identity: %s gets a name of its own",
          attach_info(a)->vmm);
-    return process_argv(c->guest->process.pid, &c->argv, err);
+    return process_argv(c->guest->process.pid, &c->argv, err) < 0 ? -1 : remember(m, c, err);
 }
 
 static int launch(struct making *m, struct clone *c, struct vm_error **err)
@@ -494,7 +511,7 @@ int clone_start(const struct clone_params *params, struct clone *ret_clone, stru
     struct clone c = {.guest = NULL};
     int r = make(&m, &c, err);
     if (r < 0) {
-        free(c.argv);
+        clone_finish(&c);
         if (m.folder_made)
             clone_remove_disks(params->disk_dir, params->name);
     } else {

@@ -3,7 +3,10 @@
  * clone: a running VM from a template, in a blink: its disks are qcow2 overlays upon the mounted
  * template's, its memory a private mapping of the mounted template's. One of a VMM that links libvmmig-attach has no disks: it gets its memory and a name.
  *
- *     clone_start(&params, &clone, &err)
+ *     clone_start(&params, &clone, &err)                the guest runs
+ *     ... it becomes a VM of the agent's ...
+ *     clone_tell(&params, &clone)                       it is thawed, and told its MAC addresses: may take 15 s
+ *     clone_finish(&clone)
  *
  * The template's files are opened first, which leases it: from then on it may be deleted. Overlays
  * are DIR/NAME/diskN.qcow2, with the mount's path of the version (t:NAME@DIGEST) as their backing
@@ -50,13 +53,18 @@ struct clone_params {
 struct clone {
     struct template template;
     struct guest *guest; /* the caller's */
-    char **argv;        /* free it */
+    char **argv;
+    char *cwd;
     struct qemu_clone_notes notes;
     struct clone_timing timing;
-    bool running;
+    bool running, frozen; /* frozen: its file systems, which is noted (snapshot/frozen.h) */
 };
 
 int clone_start(const struct clone_params *params, struct clone *ret_clone, struct vm_error **err);
+/* What fails is noted. */
+void clone_tell(const struct clone_params *params, struct clone *c);
+/* The guest is not touched. */
+void clone_finish(struct clone *c);
 /* Remove the models of templates that are gone. */
 void clone_sweep_models(struct repo *r, const char *model_dir);
 /* Remove the overlays of a clone that does not run (any more), and their folder. */

@@ -35,7 +35,7 @@ int disk_file_make(const char *path, const char *format, uint64_t size, disk_fil
                    struct vm_error **err)
 {
     if (rbd_image_is(path)) /* exclusive by itself */
-        return make_formatted(path, format, size, err) < 0 ? -1 : made(arg, err);
+        return make_formatted(path, format, size, err);
     /* Exclusive in either case: qemu-img would write over what is there. */
     cleanup_close int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (fd < 0)
@@ -81,7 +81,7 @@ struct disk_file *disk_file_open(const char *path, const char *format, struct vm
     f->fd = -1;
     if (strcmp(format, "raw") != 0 || rbd_image_is(path))
         return connect_server(f, format, err) < 0 ? NULL : steal_ptr(&f);
-    f->fd = open(path, O_WRONLY | O_CLOEXEC);
+    f->fd = open(path, O_WRONLY | O_NOFOLLOW | O_CLOEXEC);
     if (f->fd < 0) {
         error_errno(err, errno, "cannot write %s", path);
         return NULL;

@@ -21,7 +21,10 @@
 
 struct disk_file;
 
-/* `made` is called when there is something at the path; from then on that is the caller's, also when this fails. */
+/*
+ * `made` is called when there is something at the path; from then on that is the caller's, also when this fails. It is
+ * not for RADOS block images: of one of those there may be something as soon as this is called.
+ */
 typedef int disk_file_made(void *arg, struct vm_error **err);
 int disk_file_make(const char *path, const char *format, uint64_t size, disk_file_made *made, void *arg,
                    struct vm_error **err);

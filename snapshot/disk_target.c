@@ -3,9 +3,11 @@
 
 #include "base/fault.h"
 #include "base/io.h"
+#include "base/log.h"
 #include "snapshot/push_wire.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
 #include <pthread.h>
@@ -16,9 +18,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
-enum { AGENT_FD = 3 };
+enum { LISTENER_FD = 3, AGENT_FD = 4 }; /* of nbdkit's */
 
 struct disk_target {
     struct disk_target_params params;
@@ -79,15 +84,37 @@ static void *receive_main(void *arg)
 
 /* ---- nbdkit ---- */
 
-static int spawn_nbdkit(struct disk_target *t, int nbd, int data, struct vm_error **err)
+/* Nobody but QEMU's user may connect, from the first instant. */
+static int listen_at(const char *path, uid_t user, struct vm_error **err)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (strlen(path) >= sizeof(address.sun_path))
+        return error_set(err, VM_ERROR_USAGE, "the name of a socket is too long: %s", path);
+    strcpy(address.sun_path, path);
+    unlink(path);
+    if (fd < 0 || fchmod(fd, 0600) < 0 || bind(fd, (struct sockaddr *)&address, sizeof(address)) < 0 ||
+        listen(fd, 1) < 0)
+        return error_errno(err, errno, "cannot make the socket %s", path);
+    if (user != geteuid() && lchown(path, user, (gid_t)-1) < 0)
+        log_info("a disk's target stays the agent's own", "path=%s errno=%d", log_q(path), errno);
+    return steal_fd(&fd);
+}
+
+/*
+ * nbdkit takes a socket that listens if the environment says that it is for this very process, whose number nobody knows
+ * before it is there: so a shell, which becomes nbdkit, says it.
+ */
+static int spawn_nbdkit(struct disk_target *t, int listener, int data, struct vm_error **err)
 {
     extern char **environ;
     char size[32], fd[16], plugin[4096];
     snprintf(plugin, sizeof(plugin), "%s", t->params.plugin);
     snprintf(size, sizeof(size), "size=%" PRIu64, t->params.size);
     snprintf(fd, sizeof(fd), "fd=%d", AGENT_FD);
-    char name[] = "nbdkit", single[] = "-s", parent[] = "--exit-with-parent";
-    char *argv[] = {name, single, parent, plugin, fd, size, NULL};
+    char shell[] = "sh", word[] = "-c", script[] = "LISTEN_PID=$$ LISTEN_FDS=1 exec nbdkit \"$@\"";
+    char name[] = "nbdkit", foreground[] = "-f", parent[] = "--exit-with-parent";
+    char *argv[] = {shell, word, script, name, foreground, parent, plugin, fd, size, NULL};
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attr;
     sigset_t none;
@@ -96,11 +123,11 @@ static int spawn_nbdkit(struct disk_target *t, int nbd, int data, struct vm_erro
     posix_spawnattr_init(&attr);
     posix_spawnattr_setsigmask(&attr, &none);
     posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK);
-    /* In this order: neither descriptor is below 3. */
-    posix_spawn_file_actions_adddup2(&actions, nbd, 0);
-    posix_spawn_file_actions_adddup2(&actions, nbd, 1);
+    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
+    /* Neither descriptor is one of these two (start). */
+    posix_spawn_file_actions_adddup2(&actions, listener, LISTENER_FD);
     posix_spawn_file_actions_adddup2(&actions, data, AGENT_FD);
-    int rc = posix_spawnp(&t->nbdkit, name, &actions, &attr, argv, environ);
+    int rc = posix_spawnp(&t->nbdkit, shell, &actions, &attr, argv, environ);
     posix_spawn_file_actions_destroy(&actions);
     posix_spawnattr_destroy(&attr);
     if (!rc)
@@ -109,39 +136,42 @@ static int spawn_nbdkit(struct disk_target *t, int nbd, int data, struct vm_erro
     return error_errno(err, rc, "cannot run nbdkit, which takes disks out of QEMU");
 }
 
-static int make_pair(int ret_fds[2], struct vm_error **err)
+/* Above those that the child has. */
+static int move_up(int *fd, struct vm_error **err)
 {
-    return socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ret_fds) < 0
-               ? error_errno(err, errno, "cannot make a socket")
-               : 0;
+    int moved = fcntl(*fd, F_DUPFD_CLOEXEC, AGENT_FD + 1);
+    if (moved < 0)
+        return error_errno(err, errno, "cannot copy a descriptor");
+    close_fd(fd);
+    *fd = moved;
+    return 0;
 }
 
-static int start(struct disk_target *t, int *ret_qemu_fd, struct vm_error **err)
+static int start(struct disk_target *t, struct vm_error **err)
 {
-    int nbd[2], data[2];
-    if (make_pair(nbd, err) < 0)
+    int data[2];
+    cleanup_close int listener = listen_at(t->params.socket_path, t->params.user, err);
+    if (listener < 0)
         return -1;
-    cleanup_close int qemus = nbd[0], nbdkits = nbd[1];
-    if (make_pair(data, err) < 0)
-        return -1;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, data) < 0)
+        return error_errno(err, errno, "cannot make a socket");
     t->data = data[0];
     cleanup_close int plugins = data[1];
     t->over = io_latch_new(err);
     t->buffer = malloc(PUSH_WRITE_MAX);
     if (!t->buffer)
         return error_nomem(err);
-    if (t->over < 0 || spawn_nbdkit(t, nbdkits, plugins, err) < 0)
+    if (t->over < 0 || move_up(&listener, err) < 0 || move_up(&plugins, err) < 0 ||
+        spawn_nbdkit(t, listener, plugins, err) < 0)
         return -1;
     int rc = pthread_create(&t->thread, NULL, receive_main, t);
     if (rc)
         return error_errno(err, rc, "cannot start a thread");
     t->started = true;
-    *ret_qemu_fd = steal_fd(&qemus);
     return 0;
 }
 
-struct disk_target *disk_target_create(const struct disk_target_params *params, int *ret_qemu_fd,
-                                       struct vm_error **err)
+struct disk_target *disk_target_create(const struct disk_target_params *params, struct vm_error **err)
 {
     struct disk_target *t = calloc(1, sizeof(*t));
     if (!t) {
@@ -153,7 +183,7 @@ struct disk_target *disk_target_create(const struct disk_target_params *params, 
     pthread_mutex_init(&t->lock, NULL);
     if (access(params->plugin, R_OK) < 0)
         error_errno(err, errno, "cannot read nbdkit's plugin %s", params->plugin);
-    else if (start(t, ret_qemu_fd, err) == 0)
+    else if (start(t, err) == 0)
         return t;
     disk_target_destroy(t);
     return NULL;
@@ -194,6 +224,7 @@ void disk_target_destroy(struct disk_target *t)
         pthread_join(t->thread, NULL);
     close_fd(&t->data);
     close_fd(&t->over);
+    unlink(t->params.socket_path); /* if QEMU never came */
     error_free(t->error);
     free(t->buffer);
     pthread_mutex_destroy(&t->lock);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * disk_target: the far end of a disk that QEMU pushes: an nbdkit with our plugin serves one socket, and what
- * it is given arrives here and goes into an image's file.
+ * disk_target: the far end of a disk that QEMU pushes: an nbdkit with our plugin listens at a socket for one client, and
+ * what it is given arrives here and goes into an image's file.
  *
- *     t = disk_target_create(&params, &qemu_fd, &err)    give qemu_fd to QEMU, as its NBD server
+ *     t = disk_target_create(&params, &err)              QEMU's NBD server listens at params.socket_path
  *     ... QEMU writes, and disconnects ...
  *     disk_target_finish(t, deadline, cancel_fd, &err)   everything has arrived
  *     disk_target_destroy(t)                             always: nbdkit is gone
@@ -18,6 +18,8 @@
 
 #include "snapshot/gather.h"
 
+#include <sys/types.h>
+
 struct disk_target;
 
 struct disk_target_params {
@@ -25,10 +27,11 @@ struct disk_target_params {
     struct image_file *file;
     uint64_t size;
     const char *plugin; /* path of nbdkit-vmmig-plugin.so */
+    const char *socket_path; /* one that a dead agent left there is replaced */
+    uid_t user;              /* who may connect, beside us */
 };
 
-struct disk_target *disk_target_create(const struct disk_target_params *params, int *ret_qemu_fd,
-                                       struct vm_error **err);
+struct disk_target *disk_target_create(const struct disk_target_params *params, struct vm_error **err);
 int disk_target_finish(struct disk_target *t, int64_t deadline_ns, int cancel_fd,
                        struct vm_error **err);
 /* Why it takes nothing more; NULL if it does. Valid as long as t. */

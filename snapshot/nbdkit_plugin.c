@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * An nbdkit plugin: a disk that can be written once, front to back or not, and never read. What a client writes
- * goes to the agent (snapshot/push_wire.h) over the socket that it was started with.
+ * goes to the agent (snapshot/push_wire.h) over the socket that it was started with. It has one client in its life.
  *
- *     nbdkit -s nbdkit-vmmig-plugin.so fd=3 size=BYTES
+ *     nbdkit -f nbdkit-vmmig-plugin.so fd=4 size=BYTES
  */
 #define NBDKIT_API_VERSION 2
 #include "snapshot/push_wire.h"
@@ -40,9 +40,16 @@ static int push_config_complete(void)
     return -1;
 }
 
+/* nbdkit calls this for one client at a time. */
 static void *push_open(int readonly)
 {
+    static bool had_one;
     (void)readonly;
+    if (had_one) {
+        nbdkit_error("this disk has had its client");
+        return NULL;
+    }
+    had_one = true;
     return NBDKIT_HANDLE_NOT_NEEDED;
 }
 

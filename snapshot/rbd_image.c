@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/rbd_image.h"
 
+#include "base/cleanup.h"
 #include "base/clock.h"
+#include "base/uuid.h"
 #include "snapshot/run_tool.h"
-#include "vmm/rbd_name.h"
 
 #include <jansson.h>
 #include <poll.h>
@@ -19,20 +20,31 @@ bool rbd_image_is(const char *name)
     return !strncmp(name, "rbd:", 4);
 }
 
-/* What `rbd` says to a command about the image. */
-static char *ask(const char *name, const char *command, const char *option, const char *what, struct vm_error **err)
+static int parse(const char *name, struct rbd_name *ret, struct vm_error **err)
+{
+    return rbd_name_parse(name, ret) ? 0
+                                     : error_set(err, VM_ERROR_USAGE, "%s is no name of a RADOS block image", name);
+}
+
+static void make_spec(const struct rbd_name *n, char out[SPEC_MAX])
+{
+    snprintf(out, SPEC_MAX, "%s/%s%s%s", n->pool, n->space, *n->space ? "/" : "", n->image);
+}
+
+/* What `rbd` says to a command about the image. more: a further argument, or NULL. */
+static char *ask(const char *name, const char *command, const char *more, const char *what, struct vm_error **err)
 {
     struct rbd_name n;
     char spec[SPEC_MAX], said[64 + SPEC_MAX];
-    const char *argv[ARGS] = {"rbd", command, option};
-    unsigned k = 3;
-    if (!rbd_name_parse(name, &n)) {
-        error_set(err, VM_ERROR_USAGE, "%s is no name of a RADOS block image", name);
+    const char *argv[ARGS] = {"rbd", command};
+    unsigned k = 2;
+    if (parse(name, &n, err) < 0)
         return NULL;
-    }
-    snprintf(spec, sizeof(spec), "%s/%s%s%s", n.pool, n.space, *n.space ? "/" : "", n.image);
+    make_spec(&n, spec);
     snprintf(said, sizeof(said), "%s the image %s", what, spec);
     argv[k++] = spec;
+    if (more)
+        argv[k++] = more;
     if (*n.conf) {
         argv[k++] = "--conf";
         argv[k++] = n.conf;
@@ -61,19 +73,53 @@ int rbd_image_id(const char *name, char ret_id[RBD_IMAGE_ID_MAX], struct vm_erro
     return r;
 }
 
+int rbd_image_draft(const char *name, char ret_draft[RBD_NAME_TEXT_MAX], struct vm_error **err)
+{
+    struct rbd_name n;
+    struct uuid unique = uuid_new();
+    if (parse(name, &n, err) < 0)
+        return -1;
+    snprintf(n.image, sizeof(n.image), "vmmig-making-%s", uuid_text(&unique));
+    return rbd_name_format(&n, ret_draft) ? 0 : error_set(err, VM_ERROR_USAGE, "the name %s is too long", name);
+}
+
+int rbd_image_rename(const char *from, const char *to, struct vm_error **err)
+{
+    struct rbd_name n;
+    char spec[SPEC_MAX];
+    if (parse(to, &n, err) < 0)
+        return -1;
+    make_spec(&n, spec);
+    cleanup_free char *said = ask(from, "rename", spec, "rename", err);
+    return said ? 0 : -1;
+}
+
+/* 1: it is that one, or may be; 0: it is not, or there is none. */
+static int is_that(const char *name, const char *id, struct vm_error **err)
+{
+    struct vm_error *failed = NULL;
+    char now[RBD_IMAGE_ID_MAX];
+    if (!strcmp(id, RBD_IMAGE_ANY)) /* one that is not whole may have no id */
+        return 1;
+    if (rbd_image_id(name, now, &failed) == 0)
+        return !strcmp(now, id);
+    if (failed->kind != VM_ERROR_NOT_FOUND)
+        return error_propagate(err, failed);
+    error_free(failed);
+    return 0;
+}
+
 int rbd_image_remove(const char *name, const char *id, struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + REMOVE_NS;
     for (;;) {
         cleanup_error struct vm_error *failed = NULL;
-        char now[RBD_IMAGE_ID_MAX];
-        if (rbd_image_id(name, now, &failed) < 0)
-            return failed->kind == VM_ERROR_NOT_FOUND ? 0 : error_propagate(err, error_copy(failed));
-        if (strcmp(now, id))
-            return 0;
+        int r = is_that(name, id, err);
+        if (r <= 0)
+            return r;
         char *said = ask(name, "rm", "--no-progress", "remove", &failed);
         free(said);
-        if (said)
+        if (said || failed->kind == VM_ERROR_NOT_FOUND)
             return 0;
         if (clock_mono_ns() > deadline)
             return error_propagate(err, error_copy(failed));

@@ -9,17 +9,27 @@
 #define VMMIG_SNAPSHOT_RBD_IMAGE_H
 
 #include "base/error.h"
+#include "vmm/rbd_name.h"
 
 #include <stdbool.h>
 
 #define RBD_IMAGE_ID_MAX 128
+/* Whatever its id is: for a name that nobody else can have. */
+#define RBD_IMAGE_ANY "-"
 
 /* "rbd:" at its beginning. */
 bool rbd_image_is(const char *name);
 /* NOT_FOUND if there is none of that name. */
 int rbd_image_id(const char *name, char ret_id[RBD_IMAGE_ID_MAX], struct vm_error **err);
 /*
- * Remove it if its id is that one. One that is not there is fine. Whoever had it open and died counts as a user
+ * A name in the same pool and namespace that nobody else has or will have: what is made under it is known to be ours
+ * before it has an id.
+ */
+int rbd_image_draft(const char *name, char ret_draft[RBD_NAME_TEXT_MAX], struct vm_error **err);
+/* The image keeps its id. Fails if there is one of the other name. */
+int rbd_image_rename(const char *from, const char *to, struct vm_error **err);
+/*
+ * Remove it if its id is that one, or whatever there is of it, if RBD_IMAGE_ANY. One that is not there is fine. Whoever had it open and died counts as a user
  * for half a minute: that long it is tried.
  */
 int rbd_image_remove(const char *name, const char *id, struct vm_error **err);

@@ -14,6 +14,7 @@
 #include "vmm/rbd_name.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <pwd.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,7 +28,7 @@ enum { PIECE = 1 << 20, BLOCK = 65536 };
 struct restore {
     struct repo *repo;
     struct lease lease;
-    bool leased, keep, boots;
+    bool leased, keep, boots, draft_stays;
     struct qemu_json vm;
     bool made[QEMU_DISKS_MAX]; /* by us */
     char (*ids)[RBD_IMAGE_ID_MAX]; /* of those that are images in Ceph, else "" */
@@ -130,32 +131,46 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
     return NULL;
 }
 
-static void remove_disk(const struct restore *r, unsigned i)
+/* False: it stays. */
+static bool remove_disk(const struct restore *r, unsigned i)
 {
     const char *file = r->vm.definition.disks[i].file;
     cleanup_error struct vm_error *failed = NULL;
-    if (!rbd_image_is(file))
+    if (!rbd_image_is(file)) {
         unlink(file);
-    else if (rbd_image_remove(file, r->ids[i], &failed) < 0)
-        log_warn("an image of a VM that was not restored stays there", "error=%s",
-                 log_q(error_message(failed)));
+        return true;
+    }
+    if (rbd_image_remove(file, r->ids[i], &failed) == 0)
+        return true;
+    log_warn("an image of a VM that was not restored stays there for now", "error=%s", log_q(error_message(failed)));
+    return false;
 }
 
-void restore_close(struct restore *r)
+static int drop_lease(const struct restore *r, struct vm_error **err)
+{
+    return FAULT("restore.lease") == FAULT_ERROR ? error_errno(err, fault_errno(), "restore.lease")
+                                                 : catalogue_lease_drop(repo_store(r->repo), &r->lease, err);
+}
+
+bool restore_close(struct restore *r)
 {
     cleanup_error struct vm_error *failed = NULL;
     if (!r)
-        return;
+        return true;
+    bool all = !r->draft_stays;
     for (unsigned i = 0; i < r->vm.definition.n_disks && !r->keep; i++)
         if (r->made[i])
-            remove_disk(r, i);
-    if (r->leased && catalogue_lease_drop(repo_store(r->repo), &r->lease, &failed) < 0)
-        log_warn("a lease stays in the repository", "image=%s error=%s",
+            all = remove_disk(r, i) && all;
+    if (r->leased && drop_lease(r, &failed) < 0) {
+        log_warn("a lease stays in the repository for now", "image=%s error=%s",
                  log_q(r->lease.image.name), log_q(error_message(failed)));
+        all = false;
+    }
     qemu_json_finish(&r->vm);
     free(r->ids);
     free(r->buffer);
     free(r);
+    return all;
 }
 
 const struct qemu_definition *restore_definition(const struct restore *r)
@@ -163,11 +178,16 @@ const struct qemu_definition *restore_definition(const struct restore *r)
     return &r->vm.definition;
 }
 
+bool restore_is_frozen(const struct restore *r)
+{
+    return r->vm.frozen && !r->boots;
+}
+
 int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer, bool runs,
                  struct vm_error **err)
 {
     const struct qemu_definition *d = &r->vm.definition;
-    return r->vm.frozen && !r->boots
+    return restore_is_frozen(r)
                ? frozen_thaw_restored(thawer, &guest->process, d->argv, d->cwd, runs, err)
                : 0;
 }
@@ -240,7 +260,49 @@ static int keep_in_ceph(struct qemu_disk *k, struct vm_error **err)
     return check_nothing_there(k, err);
 }
 
-static int place_disk(struct restore *r, unsigned i, const char *vm, const char *folder,
+/* Ours, if there is none. */
+static int find_user(const char *user, uid_t *ret_uid, gid_t *ret_gid, struct vm_error **err)
+{
+    struct passwd entry_of, *found = NULL;
+    char text[4096];
+    *ret_uid = geteuid();
+    *ret_gid = getegid();
+    if (!user || !*user)
+        return 0;
+    if (getpwnam_r(user, &entry_of, text, sizeof(text), &found) || !found)
+        return error_set(err, VM_ERROR_NOT_FOUND, "there is no user %s", user);
+    *ret_uid = found->pw_uid;
+    *ret_gid = found->pw_gid;
+    return 0;
+}
+
+/*
+ * Where the snapshot says, which whoever may write to the repository has written: so nothing is made there that the VM
+ * itself might not make.
+ */
+static int check_is_its(const char *path, const char *user, const char *disk, struct vm_error **err)
+{
+    struct stat st;
+    uid_t uid;
+    gid_t gid;
+    char folder[PATH_MAX];
+    const char *slash = strrchr(path, '/');
+    if (find_user(user, &uid, &gid, err) < 0)
+        return -1;
+    snprintf(folder, sizeof(folder), "%.*s/", slash ? (int)(slash - path) : 0, path);
+    if (uid == geteuid())
+        return 0;
+    if (stat(folder, &st) < 0)
+        return error_errno(err, errno, "disk %s: %s", disk, folder);
+    return (st.st_uid == uid && st.st_mode & S_IWUSR) || (st.st_gid == gid && st.st_mode & S_IWGRP) ||
+                   st.st_mode & S_IWOTH
+               ? 0
+               : error_set(err, VM_ERROR_REFUSED,
+                           "disk %s was %s, where the user of VMs (%s) may make nothing: say --disk-dir", disk, path,
+                           user);
+}
+
+static int place_disk(struct restore *r, unsigned i, const char *vm, const char *folder, const char *user,
                       struct vm_error **err)
 {
     struct qemu_disk *k = &r->vm.definition.disks[i];
@@ -249,6 +311,8 @@ static int place_disk(struct restore *r, unsigned i, const char *vm, const char 
     cleanup_free char *to = place_of(r, i, vm, folder);
     if (!to)
         return error_nomem(err);
+    if (!folder && check_is_its(to, user, k->name, err) < 0)
+        return -1;
     return qemu_disk_move(&r->vm.definition, i, to, err) < 0 ? -1 : check_nothing_there(k, err);
 }
 
@@ -262,28 +326,29 @@ static int check_folder(const char *folder, struct vm_error **err)
     return S_ISDIR(st.st_mode) ? 0 : error_set(err, VM_ERROR_USAGE, "--disk-dir %s is not a folder", folder);
 }
 
-int restore_place_disks(struct restore *r, const char *vm, const char *folder,
+int restore_place_disks(struct restore *r, const char *vm, const char *folder, const char *user,
                         struct vm_error **err)
 {
     if (check_folder(folder, err) < 0)
         return -1;
     for (unsigned i = 0; i < r->vm.definition.n_disks; i++)
-        if (*r->vm.disk_files[i] && place_disk(r, i, vm, folder, err) < 0)
+        if (*r->vm.disk_files[i] && place_disk(r, i, vm, folder, user, err) < 0)
             return -1;
     return 0;
 }
 
-static int give_to(const char *path, const char *user, struct vm_error **err)
+int restore_give_disks(const struct restore *r, const char *user, struct vm_error **err)
 {
-    struct passwd entry_of, *found;
-    char text[4096];
-    if (!user || !*user)
-        return 0;
-    if (getpwnam_r(user, &entry_of, text, sizeof(text), &found) || !found)
-        return error_set(err, VM_ERROR_NOT_FOUND, "there is no user %s", user);
-    return chown(path, found->pw_uid, found->pw_gid) < 0
-               ? error_errno(err, errno, "cannot give %s to %s", path, user)
-               : 0;
+    uid_t uid;
+    gid_t gid;
+    if (find_user(user, &uid, &gid, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
+        const char *file = r->vm.definition.disks[i].file;
+        if (r->made[i] && !rbd_image_is(file) && lchown(file, uid, gid) < 0)
+            return error_errno(err, errno, "cannot give %s to its user", file);
+    }
+    return 0;
 }
 
 struct disk_making {
@@ -297,26 +362,58 @@ struct disk_making {
 static int disk_is_there(void *arg, struct vm_error **err)
 {
     struct disk_making *m = arg;
-    struct restore *r = m->restore;
-    const char *file = r->vm.definition.disks[m->i].file;
-    bool ceph = rbd_image_is(file);
-    if (ceph && rbd_image_id(file, r->ids[m->i], err) < 0)
-        return -1;
-    r->made[m->i] = true;
-    return m->note(m->arg, file, ceph ? r->ids[m->i] : NULL, err);
+    m->restore->made[m->i] = true;
+    return m->note(m->arg, m->restore->vm.definition.disks[m->i].file, NULL, err);
 }
 
-int restore_make_disks(struct restore *r, const char *user, restore_note *note, void *arg,
+static int make_file(struct disk_making *m, const char *format, uint64_t size, struct vm_error **err)
+{
+    return disk_file_make(m->restore->vm.definition.disks[m->i].file, format, size, disk_is_there, m, err);
+}
+
+/*
+ * An image has an id only when it is there, and until then nobody could tell whose it is: so it is made under a name that
+ * says so, and gets its own when its id is noted.
+ */
+static int draft_image(struct disk_making *m, const char *draft, const char *format, uint64_t size,
                        struct vm_error **err)
+{
+    struct restore *r = m->restore;
+    const char *name = r->vm.definition.disks[m->i].file;
+    if (m->note(m->arg, draft, RBD_IMAGE_ANY, err) < 0 || disk_file_make(draft, format, size, NULL, NULL, err) < 0)
+        return -1;
+    FAULT("restore.drafted");
+    if (rbd_image_id(draft, r->ids[m->i], err) < 0 || m->note(m->arg, name, r->ids[m->i], err) < 0)
+        return -1;
+    r->made[m->i] = true;
+    return rbd_image_rename(draft, name, err);
+}
+
+static int make_image(struct disk_making *m, const char *format, uint64_t size, struct vm_error **err)
+{
+    const char *name = m->restore->vm.definition.disks[m->i].file;
+    char draft[RBD_NAME_TEXT_MAX];
+    cleanup_error struct vm_error *stays = NULL;
+    if (rbd_image_draft(name, draft, err) < 0)
+        return -1;
+    if (draft_image(m, draft, format, size, err) == 0)
+        return 0;
+    if (rbd_image_remove(draft, RBD_IMAGE_ANY, &stays) < 0) {
+        log_warn("an image of a VM that was not restored stays there for now", "error=%s", log_q(error_message(stays)));
+        m->restore->draft_stays = true;
+    }
+    return error_wrap(err, "cannot make %s", name);
+}
+
+int restore_make_disks(struct restore *r, restore_note *note, void *arg, struct vm_error **err)
 {
     for (unsigned i = 0; i < r->vm.definition.n_disks; i++) {
         const struct qemu_disk *k = &r->vm.definition.disks[i];
+        const char *format = *k->format ? k->format : "raw";
         const struct image_entry *e = entry(r, r->vm.disk_files[i], NULL);
         struct disk_making making = {r, i, note, arg};
-        if (!e)
-            continue;
-        if (disk_file_make(k->file, *k->format ? k->format : "raw", e->size, disk_is_there, &making, err) < 0 ||
-            (!rbd_image_is(k->file) && give_to(k->file, user, err) < 0))
+        if (e && (rbd_image_is(k->file) ? make_image(&making, format, e->size, err)
+                                        : make_file(&making, format, e->size, err)) < 0)
             return -1;
     }
     return 0;

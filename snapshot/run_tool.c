@@ -6,30 +6,49 @@
 #include "proto/fields.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/close_range.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 enum { NOT_THERE = 2, REASON_MAX = 256 };
 
-extern char **environ;
+/* Between fork and exec: only what is safe there. */
+static _Noreturn void become(const char *const *argv, int out, int errors, int report, pid_t agent)
+{
+    int null = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && getppid() == agent && null >= 0 && dup2(null, 0) == 0 &&
+        dup2(out, 1) == 1 && dup2(errors, 2) == 2 && syscall(SYS_close_range, 3u, ~0u, CLOSE_RANGE_CLOEXEC) == 0)
+        execvp(argv[0], (char *const *)(uintptr_t)argv);
+    int failed = errno;
+    _exit(write(report, &failed, sizeof(failed)) == sizeof(failed) ? 127 : 126);
+}
 
+/* 0, or why it is not run. */
 static int start(const char *const *argv, int out, int errors, pid_t *ret_pid)
 {
-    posix_spawn_file_actions_t actions;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", 0, 0);
-    posix_spawn_file_actions_adddup2(&actions, out, 1);
-    posix_spawn_file_actions_adddup2(&actions, errors, 2);
-    posix_spawn_file_actions_addclosefrom_np(&actions, 3);
-    int failed = posix_spawnp(ret_pid, argv[0], &actions, NULL, (char **)(uintptr_t)argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
+    int reports[2], failed = 0;
+    if (pipe2(reports, O_CLOEXEC) < 0)
+        return errno;
+    cleanup_close int from = reports[0], to = reports[1];
+    pid_t agent = getpid();
+    *ret_pid = _Fork();
+    if (*ret_pid == 0)
+        become(argv, out, errors, to, agent);
+    if (*ret_pid < 0)
+        return errno;
+    close_fd(&to); /* exec closes the other copy */
+    if (read(from, &failed, sizeof(failed)) != sizeof(failed))
+        return 0;
+    while (waitpid(*ret_pid, NULL, 0) < 0 && errno == EINTR)
+        ;
     return failed;
 }
 
@@ -76,7 +95,7 @@ static enum vm_error_kind kind_of(int status, const char *reason)
 
 char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
 {
-    pid_t pid;
+    pid_t pid = 0;
     cleanup_close int out = memfd_create("output", MFD_CLOEXEC), errors = memfd_create("errors", MFD_CLOEXEC);
     if (out < 0 || errors < 0) {
         error_errno(err, errno, "cannot run %s", argv[0]);

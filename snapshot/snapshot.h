@@ -13,7 +13,8 @@
  *
  * Where QEMU cannot write-protect memory (no userfaultfd, or the guest is paused, and QEMU would let it run) memory is
  * copied before the instant, into a file without a name in scratch_dir, which must have room for all of it; file
- * systems are frozen for as long as that takes, if there is an agent in the guest. A paused guest stays paused, in
+ * systems are frozen for as long as that takes, if there is an agent in the guest, but for 20 s at most: then they are thawed,
+ * and `note` says so; or the snapshot fails, if the agent was named. A paused guest stays paused, in
  * QEMU's run state `postmigrate`: it goes on with `cont`, but QEMU cannot give its memory away again before.
  *
  * VMMs that link libvmmig-attach: snapshot/take_attach.h.
@@ -74,6 +75,7 @@ struct snapshot_params {
     bool disk_only;
     const char *guest_agent; /* its socket; NULL: that of the command line, if there is one */
     const char *scratch_dir; /* a folder of the agent's */
+    const char *socket_dir;  /* another, for sockets; made if it is missing */
     const char *plugin;      /* path of nbdkit-vmmig-plugin.so */
     const struct mount *mount; /* where clones' templates are; NULL: nowhere */
     struct guard_params guard;

@@ -3,7 +3,9 @@
 
 #include "base/clock.h"
 #include "base/fault.h"
+#include "base/io.h"
 #include "base/log.h"
+#include "base/process.h"
 #include "repo/template.h"
 #include "snapshot/chain.h"
 #include "snapshot/disk_target.h"
@@ -21,6 +23,7 @@
 #include <string.h>
 
 #define GUEST_AGENT_NS (10 * NSEC_PER_SEC)
+#define STILL_NS (20 * NSEC_PER_SEC)
 #define FORMER_NS (120 * NSEC_PER_SEC)
 #define RESUME_NS (30 * NSEC_PER_SEC)
 #define PRECOPY_LOOK_NS (5 * NSEC_PER_MSEC)
@@ -41,7 +44,7 @@ struct take {
     struct vm_error *stands;      /* why they could not be thawed */
     struct guard *guard;
     bool precopy; /* memory is copied before the instant, since it cannot be write-protected */
-    int nbd_fds[QEMU_SNAPSHOT_DISKS_MAX]; /* QEMU's ends, until it has them */
+    char *sockets[QEMU_SNAPSHOT_DISKS_MAX]; /* at which targets wait for QEMU */
     char prefix[QEMU_SNAPSHOT_PREFIX_MAX], parent_prefix[QEMU_SNAPSHOT_PREFIX_MAX];
     bool layers[QEMU_SNAPSHOT_DISKS_MAX]; /* disks that are overlays upon the parent's, and read as such */
 };
@@ -223,15 +226,25 @@ static int choose_parent(struct take *t, struct image *parent,
 static int open_targets(struct take *t, struct vm_error **err)
 {
     unsigned n;
+    uid_t user = 0;
     const struct qemu_snapshot_disk *disks = qemu_snapshot_disks(t->disks, &n);
+    if (n && (process_user(t->s.p->guest->process.pid, &user, err) < 0 ||
+              io_make_folders(t->s.p->socket_dir, 0711, err) < 0))
+        return -1;
     for (unsigned i = 0; i < n; i++) {
         const char *name = t->s.vm.disk_files[disks[i].number];
+        if (asprintf(&t->sockets[i], "%s/%s-%u", t->s.p->socket_dir, t->s.p->vm, i) < 0) {
+            t->sockets[i] = NULL;
+            return error_nomem(err);
+        }
         struct disk_target_params p = {.gather = t->s.gather,
                                        .file =
                                            image_session_file(t->s.session, name, disks[i].size, err),
                                        .size = disks[i].size,
-                                       .plugin = t->s.p->plugin};
-        if (!p.file || !(t->targets[i] = disk_target_create(&p, &t->nbd_fds[i], err)))
+                                       .plugin = t->s.p->plugin,
+                                       .socket_path = t->sockets[i],
+                                       .user = user};
+        if (!p.file || !(t->targets[i] = disk_target_create(&p, err)))
             return -1;
         t->s.report->disk_bytes += disks[i].size;
     }
@@ -240,17 +253,11 @@ static int open_targets(struct take *t, struct vm_error **err)
 
 static struct qemu_snapshot_params disk_params(const struct take *t)
 {
-    return (struct qemu_snapshot_params){.nbd_fds = t->nbd_fds,
+    return (struct qemu_snapshot_params){.nbd_sockets = t->sockets,
                                          .scratch_dir = t->s.p->scratch_dir,
                                          .bitmap = t->prefix,
                                          .layers = t->layers,
                                          .parent = *t->parent_prefix ? t->parent_prefix : NULL};
-}
-
-/* Hand the sockets over: who prepares the disks closes them. */
-static void forget_fds(struct take *t)
-{
-    memset(t->nbd_fds, -1, sizeof(t->nbd_fds));
 }
 
 static int begin_image(struct take *t, struct vm_error **err)
@@ -277,9 +284,7 @@ static int prepare_disks(struct take *t, struct vm_error **err)
     if (t->precopy)
         return qemu_snapshot_mark(t->disks, err);
     struct qemu_snapshot_params disks = disk_params(t);
-    int r = qemu_snapshot_prepare(t->disks, &disks, err);
-    forget_fds(t);
-    return r;
+    return qemu_snapshot_prepare(t->disks, &disks, err);
 }
 
 static int open_image(struct take *t, struct vm_error **err)
@@ -397,12 +402,30 @@ static bool is_enough(const struct guest_source_progress *p)
            (p->remaining <= PRECOPY_REST || p->round > PRECOPY_ROUNDS);
 }
 
+/* Whatever writes in the guest waits: for that long it may, and then a snapshot without that is better. */
+static int limit_stillness(struct take *t, int64_t since_ns, struct vm_error **err)
+{
+    if (!t->guest_agent || clock_mono_ns() < since_ns + STILL_NS)
+        return 0;
+    if (t->s.p->guest_agent)
+        return error_set(err, VM_ERROR_TIMEOUT, "file systems would stand still for longer than %d s, until memory is copied",
+                         (int)(STILL_NS / NSEC_PER_SEC));
+    thaw(t);
+    t->s.vm.frozen = frozen_is_noted(t->frozen);
+    t->s.report->frozen = 0;
+    note(t, "file systems did not stand still: memory took too long to copy");
+    return 0;
+}
+
 /* Until QEMU gave all memory away and the guest stands. */
 static int copy_before(struct take *t, struct vm_error **err)
 {
     bool paused = !t->s.was_running;
+    int64_t since_ns = clock_mono_ns();
     for (;;) {
         struct guest_source_progress p;
+        if (limit_stillness(t, since_ns, err) < 0)
+            return -1;
         int r = memory_image_wait(t->s.memory, clock_mono_ns() + PRECOPY_LOOK_NS, t->s.p->cancel_fd, err);
         if (r)
             return r < 0 ? -1 : 0;
@@ -423,9 +446,9 @@ static int switch_copied(struct take *t, struct vm_error **err)
         copy_before(t, err) < 0 || taking_stop_memory(&t->s, err) < 0)
         return -1;
     struct qemu_snapshot_params disks = disk_params(t);
-    int r = qemu_snapshot_switch_migrated(t->disks, &disks, err);
-    forget_fds(t);
-    return r < 0 ? -1 : t->s.was_running ? guest_resume(t->s.p->guest, err) : 0;
+    if (qemu_snapshot_switch_migrated(t->disks, &disks, err) < 0)
+        return -1;
+    return t->s.was_running ? guest_resume(t->s.p->guest, err) : 0;
 }
 
 static int switch_over(struct take *t, struct vm_error **err)
@@ -528,10 +551,10 @@ static void clean_up(struct take *t, bool committed, struct vm_error **err)
         error_wrap(err, "%s, after", error_message(t->stands));
     error_clear(&t->stands);
     guard_end(t->guard);
-    for (unsigned i = 0; i < QEMU_SNAPSHOT_DISKS_MAX; i++)
-        close_fd(&t->nbd_fds[i]);
-    for (unsigned i = 0; i < t->n_disks; i++)
+    for (unsigned i = 0; i < t->n_disks; i++) {
         disk_target_destroy(t->targets[i]);
+        free(t->sockets[i]);
+    }
     taking_finish(&t->s);
 }
 
@@ -541,7 +564,6 @@ static int take_qemu(struct qemu *q, const struct snapshot_params *params, struc
     struct snapshot_report report = {.pause_ns = -1};
     struct take t = {.s = {.p = params, .report = &report, .progress = {.pause_ns = -1}}, .qemu = q};
     struct vm_error *failed = NULL;
-    forget_fds(&t);
     frozen_path(&params->guard.thawer, &params->guard.process, t.frozen);
     int r = run(&t, &failed);
     clean_up(&t, r == 0, &failed);

@@ -303,7 +303,9 @@ static const struct cli_command commands[] = {
      "own, if its command line has one. Its disks are NAME/diskN.qcow2 in clone-dir, and are yours to "
      "remove when it has ended: until then no other clone gets that name.\n\n"
      "    vmmig clone debian12:v3 --as web2\n"
-     "    vmmig clone debian12:v3 --as worker --count 8",
+     "    vmmig clone debian12:v3 --as worker --count 8\n\n"
+     "Its disks are in clone-dir/NAME, and stay there when it has ended: remove that folder before another "
+     "clone is to have the name.",
      run_clone},
     {"mount", "DIR", 1, 1, false, NULL, "show all images as files",
      "Make DIR, an empty folder of yours, show every image of the agent's repository as a folder of plain "
@@ -312,7 +314,8 @@ static const struct cli_command commands[] = {
      "on a host without an agent: `vmmig image export --repo URL`.",
      run_mount},
     {"unmount", "DIR", 1, 1, false, NULL, "end a mount",
-     "End a mount that `vmmig mount` made. Refused while somebody uses it.", run_unmount},
+     "End a mount that `vmmig mount` made. Refused while somebody uses it, and for the agent's own while "
+     "another is there.", run_unmount},
     {NULL}};
 
 static const struct cli_object objects[] = {

@@ -185,7 +185,7 @@ static const struct option restore_options[] = {
      .text = "What the VM is to be called. As it was, if it is not given"},
     {"disk-dir", "DIR", option_parse_text, MEMBER(disk_dir),
      .text = "Where its disks go, as NAME-diskN.FORMAT (a raw one in Ceph: NAME-diskN): a folder, or a pool of Ceph as "
-             "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if it is not given"},
+             "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if it is not given and the user of VMs may make files there"},
     {"paused", NULL, option_parse_flag, MEMBER(paused), .text = "Do not let it run yet: QEMU's command cont, in a monitor of your own, does"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
@@ -226,10 +226,12 @@ static const struct cli_command commands[] = {
      "only what changed is read.\n\n"
      "    vmmig snapshot web1 nightly\n\n"
      "Where QEMU cannot write-protect the guest's memory (it may not use userfaultfd) memory is "
-     "copied first, as for a migration, into scratch-dir; the answer says so. Meanwhile the guest may be slowed down, and file systems that its agent "
-     "froze stand still. So is that of a "
-     "paused guest, which stays paused, in QEMU's state postmigrate: it goes on when you "
-     "resume it (QEMU's command cont, in a monitor of your own), and has to be before its memory can be taken again.\n\n"
+     "copied first, as for a migration, into scratch-dir; the answer says so. Meanwhile the guest may be slowed down. "
+     "So is that of a paused guest, which stays paused, in QEMU's state postmigrate: it goes on when you "
+     "resume it (QEMU's command cont, in a monitor of your own), and has to be before its memory can be taken again. "
+     "File systems, if an agent in the guest freezes them, stand for as long as memory is copied, but not "
+     "for more than 20 s: then they are thawed, and the answer says so, or the snapshot fails, if "
+     "--guest-agent was given.\n\n"
      "Memory of a VMM that links libvmmig-attach is copied into scratch-dir while the guest runs, "
      "and it is paused for what it wrote meanwhile.\n\n"
      "File systems that are not thawed at once, since the guest's agent does not answer, are tried "

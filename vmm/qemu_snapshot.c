@@ -4,6 +4,7 @@
 #include "base/clock.h"
 #include "base/fault.h"
 #include "base/io.h"
+#include "base/log.h"
 #include "vmm/qemu_internal.h"
 #include "vmm/qemu_snapshot_sweep.h"
 #include "vmm/rbd_name.h"
@@ -11,13 +12,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/statvfs.h>
 #include <sys/un.h>
 
-enum { GRANULARITY = 65536, CBW_TIMEOUT_S = 30, NAME_MAX_TEXT = 96 };
+enum { GRANULARITY = 65536, CBW_TIMEOUT_S = 30, NAME_MAX_TEXT = 96, SOCKET_PATH_MAX = 300, SCRATCH_FULL = 1 << 20 };
 #define LOOK_AGAIN_NS (50 * NSEC_PER_MSEC)
 
 struct disk {
@@ -35,6 +38,7 @@ struct qemu_snapshot {
     struct qemu_snapshot_disk disks[QEMU_SNAPSHOT_DISKS_MAX];
     struct disk places[QEMU_SNAPSHOT_DISKS_MAX];
     json_t *nodes; /* as query-named-block-nodes said at first */
+    char scratch_dir[PATH_MAX];
 };
 
 static const char *number(char out[NAME_MAX_TEXT], const char *prefix, unsigned i)
@@ -203,39 +207,108 @@ bool qemu_snapshot_has_bitmap(const struct qemu_snapshot *s, const char *prefix)
 
 /* ---- before the instant ---- */
 
+/* Into a set of descriptors: its number, and that of the descriptor within QEMU. */
+static int lend_fd(struct qemu_snapshot *s, int fd, int64_t *ret_set, int64_t *ret_number, struct vm_error **err)
+{
+    CLEANUP(json) json_t *set = NULL;
+    if (qmp_execute_fd(s->q->qmp, "add-fd", NULL, fd, QMP_TIMEOUT_MS, &set, err) < 0)
+        return qemu_explain(s->q, err);
+    *ret_set = qmp_integer(set, "fdset-id");
+    *ret_number = qmp_integer(set, "fd");
+    return 0;
+}
+
+/* What QEMU has opened through it stays open. */
+static void take_fd_back(struct qemu_snapshot *s, int64_t set)
+{
+    qmp_execute(s->q->qmp, "remove-fd", json_pack("{s:I}", "fdset-id", (json_int_t)set), QMP_TIMEOUT_MS, NULL, NULL);
+}
+
 /* Where the filter keeps old data: a sparse file without a name. */
 static int add_scratch(struct qemu_snapshot *s, unsigned i, const char *folder,
                        struct vm_error **err)
 {
-    CLEANUP(json) json_t *set = NULL;
     char path[48];
+    int64_t set, within;
     cleanup_close int fd = open(folder, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     if (fd < 0 || ftruncate(fd, (off_t)s->disks[i].size) < 0)
         return error_errno(err, errno, "cannot make a file for a snapshot's old data in %s", folder);
-    if (qmp_execute_fd(s->q->qmp, "add-fd", NULL, fd, QMP_TIMEOUT_MS, &set, err) < 0)
-        return qemu_explain(s->q, err);
-    json_int_t number_of_set = qmp_integer(set, "fdset-id");
-    snprintf(path, sizeof(path), "/dev/fdset/%" PRId64, (int64_t)number_of_set);
+    if (lend_fd(s, fd, &set, &within, err) < 0)
+        return -1;
+    snprintf(path, sizeof(path), "/dev/fdset/%" PRId64, set);
     json_t *node = json_pack("{s:s, s:s, s:{s:s, s:s, s:s, s:s}}", "driver", "raw", "node-name",
                              NAME(SCRATCH, i), "file", "driver", "file", "filename", path,
                              "locking", "off", "discard", "unmap");
     int r = qemu_command(s->q, "blockdev-add", node, NULL, err);
-    qmp_execute(s->q->qmp, "remove-fd", json_pack("{s:I}", "fdset-id", number_of_set),
-                QMP_TIMEOUT_MS, NULL, NULL);
+    take_fd_back(s, set);
     return r;
 }
 
-static int add_target(struct qemu_snapshot *s, unsigned i, int *fd, struct vm_error **err)
+/* type and key: of QEMU's SocketAddress. */
+static int add_target_at(struct qemu_snapshot *s, unsigned i, const char *type, const char *key, const char *value,
+                         struct vm_error **err)
 {
-    if (qemu_give_fd(s->q, NAME(TARGET, i), *fd, err) < 0)
-        return -1;
-    close_fd(fd);
     json_t *node = json_pack("{s:s, s:s, s:{s:s, s:s}}", "driver", "nbd", "node-name",
-                             NAME(TARGET, i), "server", "type", "fd", "str", NAME(TARGET, i));
-    if (qemu_command(s->q, "blockdev-add", node, NULL, err) == 0)
+                             NAME(TARGET, i), "server", "type", type, key, value);
+    return qemu_command(s->q, "blockdev-add", node, NULL, err);
+}
+
+static int add_target_by_folder(struct qemu_snapshot *s, unsigned i, int folder, const char *name,
+                                struct vm_error **err)
+{
+    char path[SOCKET_PATH_MAX];
+    int64_t set, within;
+    if (FAULT("snapshot.path") == FAULT_ERROR)
+        return error_errno(err, fault_errno(), "snapshot.path");
+    if (lend_fd(s, folder, &set, &within, err) < 0)
+        return -1;
+    snprintf(path, sizeof(path), "/proc/self/fd/%" PRId64 "/%s", within, name);
+    int r = add_target_at(s, i, "unix", "path", path, err);
+    take_fd_back(s, set);
+    return r;
+}
+
+static int connect_there(int folder, const char *name, struct vm_error **err)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    cleanup_close int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    int n = snprintf(address.sun_path, sizeof(address.sun_path), "/proc/self/fd/%d/%s", folder, name);
+    if (n >= (int)sizeof(address.sun_path))
+        return error_set(err, VM_ERROR_USAGE, "the name of a socket is too long: %s", name);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) < 0)
+        return error_errno(err, errno, "cannot connect to nbdkit, which takes disks out of QEMU");
+    return steal_fd(&fd);
+}
+
+static int add_target_by_connection(struct qemu_snapshot *s, unsigned i, int folder, const char *name,
+                                    struct vm_error **err)
+{
+    cleanup_close int fd = connect_there(folder, name, err);
+    if (fd < 0 || qemu_give_fd(s->q, NAME(TARGET, i), fd, err) < 0)
+        return -1;
+    if (add_target_at(s, i, "fd", "str", NAME(TARGET, i), err) == 0)
         return 0;
     qemu_forget_fd(s->q, NAME(TARGET, i));
     return -1;
+}
+
+static int add_target(struct qemu_snapshot *s, unsigned i, const char *socket_path, struct vm_error **err)
+{
+    cleanup_error struct vm_error *cannot_go = NULL;
+    char folder_path[PATH_MAX];
+    const char *name = strrchr(socket_path, '/') + 1;
+    snprintf(folder_path, sizeof(folder_path), "%.*s", (int)(name - socket_path), socket_path);
+    cleanup_close int folder = open(folder_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (folder < 0)
+        return error_errno(err, errno, "cannot open %s", folder_path);
+    int r = add_target_by_folder(s, i, folder, name, &cannot_go);
+    if (r < 0) {
+        log_info("QEMU cannot go to a disk's target by a path, and gets a connection", "error=%s",
+                 log_q(error_message(cannot_go)));
+        r = add_target_by_connection(s, i, folder, name, err);
+    }
+    unlinkat(folder, name, 0);
+    return r;
 }
 
 /* It does nothing until the device is put above it. */
@@ -255,10 +328,10 @@ static json_t *bitmap_args(const char *node, const char *name, bool disabled)
 }
 
 static int prepare_disk(struct qemu_snapshot *s, unsigned i, const struct qemu_snapshot_params *p,
-                        int *fd, struct vm_error **err)
+                        struct vm_error **err)
 {
     s->disks[i].incremental = p->parent && has_bitmap(s, i, p->parent);
-    if (add_target(s, i, fd, err) < 0 || add_scratch(s, i, p->scratch_dir, err) < 0 ||
+    if (add_target(s, i, p->nbd_sockets[i], err) < 0 || add_scratch(s, i, p->scratch_dir, err) < 0 ||
         add_filter(s, i, err) < 0 ||
         /* What it notes before the instant is read once too often, and not missed. */
         qemu_command(s->q, "block-dirty-bitmap-add",
@@ -284,18 +357,15 @@ int qemu_snapshot_mark(struct qemu_snapshot *s, struct vm_error **err)
 int qemu_snapshot_prepare(struct qemu_snapshot *s, const struct qemu_snapshot_params *p,
                           struct vm_error **err)
 {
-    int fds[QEMU_SNAPSHOT_DISKS_MAX];
-    memcpy(fds, p->nbd_fds, s->n * sizeof(*fds));
     s->prepared = true;
+    snprintf(s->scratch_dir, sizeof(s->scratch_dir), "%s", p->scratch_dir);
     snprintf(s->bitmap, sizeof(s->bitmap), "%s", p->bitmap);
     snprintf(s->parent, sizeof(s->parent), "%s", p->parent ? p->parent : "");
     if (p->layers)
         memcpy(s->layers, p->layers, s->n * sizeof(*s->layers));
     int r = qemu_snapshot_mark(s, err);
     for (unsigned i = 0; i < s->n && r == 0; i++)
-        r = prepare_disk(s, i, p, &fds[i], err);
-    for (unsigned i = 0; i < s->n; i++)
-        close_fd(&fds[i]);
+        r = prepare_disk(s, i, p, err);
     FAULT("snapshot.prepared");
     return r;
 }
@@ -404,6 +474,18 @@ int qemu_snapshot_push(struct qemu_snapshot *s, struct vm_error **err)
     return 0;
 }
 
+/* A filter that could not keep what the guest overwrote lets nobody read the former data any more. */
+static int fail_job(const struct qemu_snapshot *s, const char *disk, const char *said, struct vm_error **err)
+{
+    struct statvfs room;
+    if (strcmp(said, strerror(EACCES)) != 0)
+        return error_set(err, VM_ERROR_FAILED, "QEMU cannot push disk %s: %.300s", disk, said);
+    bool full = statvfs(s->scratch_dir, &room) == 0 && room.f_bavail * room.f_frsize < SCRATCH_FULL;
+    return error_set(err, full ? VM_ERROR_NO_SPACE : VM_ERROR_FAILED,
+                     "disk %s: what the guest overwrote meanwhile could not be kept in %s%s", disk, s->scratch_dir,
+                     full ? ", which is full" : "");
+}
+
 /* 1: all jobs are over, 0: not yet. */
 static int look(struct qemu_snapshot *s, struct qemu_snapshot_progress *p, struct vm_error **err)
 {
@@ -421,8 +503,7 @@ static int look(struct qemu_snapshot *s, struct qemu_snapshot_progress *p, struc
             continue;
         unsigned k = (unsigned)strtoul(id + strlen(SNAPSHOT_JOB), NULL, 10);
         if (*failed)
-            return error_set(err, VM_ERROR_FAILED, "QEMU cannot push disk %s: %.300s",
-                             k < s->n ? s->places[k].name : id, failed);
+            return fail_job(s, k < s->n ? s->places[k].name : id, failed, err);
         over += !strcmp(qmp_string(job, "status"), "concluded");
         seen++;
         p->done += (uint64_t)qmp_integer(job, "current-progress");

@@ -22,8 +22,10 @@
  *
  * How. Below each disk's device comes a copy-before-write filter, whose old data goes to a file without a name
  * in `scratch_dir`. If that fails (no space), the filter gives up (on-cbw-error=break-snapshot): the snapshot
- * fails, the guest notices nothing. QEMU is the client of an NBD server at the other end of a socket that it is
- * given (`nbd_fds`), and never a server.
+ * fails, the guest notices nothing. QEMU is the client of an NBD server (`nbd_sockets`), and never a server. It gets
+ * there by a path through the folder of the socket, which it is given: when the server dies QEMU connects again, and that
+ * path leads to nothing then. A QEMU that may not (LSMs, no /proc) is given a connection, and would connect to the number
+ * of that descriptor again, whatever it has there by then (7.2): so targets are the first to go (qemu_snapshot_sweep.c).
  *
  * Incremental. From the instant on a bitmap "PREFIX-NUMBER" (that of the disk in the definition) at each disk
  * notes what is written. When the snapshot was committed, the bitmaps of all others go, else this one's do. A later snapshot that names it as
@@ -59,7 +61,7 @@ struct qemu_snapshot_disk {
 };
 
 struct qemu_snapshot_params {
-    const int *nbd_fds;      /* a socket per disk, QEMU's end; closed by prepare, also when it fails */
+    char *const *nbd_sockets; /* per disk: a path at which its server listens. It is gone when QEMU has connected */
     const char *scratch_dir; /* a folder on a file system with O_TMPFILE */
     const char *bitmap;      /* prefix of the new bitmaps' names */
     const char *parent;      /* prefix of the former ones'; NULL: whole disks are read */

@@ -169,9 +169,9 @@ static int sweep_nodes(struct qemu *q, struct vm_error **err)
 }
 
 /*
- * A target whose server is gone is connected again by QEMU (7.2), after 0, 1, 3 ... seconds, at the number of the
- * descriptor that it was given, whatever QEMU has there by then: it would close that. So targets go at once, and what
- * hinders that is met again by sweep_nodes.
+ * A target whose server is gone is connected again by QEMU (7.2), after 0, 1, 3 ... seconds. One that was given as a
+ * descriptor is at the number of that, whatever QEMU has there by then: it would close that. So targets go at once, and
+ * what hinders that is met again by sweep_nodes.
  */
 static void end_targets(struct qemu *q, const json_t *nodes)
 {

@@ -134,5 +134,6 @@ bool rbd_name_equal(const struct rbd_name *a, const struct rbd_name *b)
 bool rbd_name_same_file(const char *a, const char *b)
 {
     struct rbd_name x, y;
-    return !strcmp(a, b) || (rbd_name_parse(a, &x) && rbd_name_parse(b, &y) && rbd_name_equal(&x, &y));
+    return !strcmp(a, b) || (rbd_name_parse(a, &x) && rbd_name_parse(b, &y) && rbd_name_equal(&x, &y) &&
+                             (!*x.conf || !*y.conf || !strcmp(x.conf, y.conf)));
 }

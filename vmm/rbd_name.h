@@ -33,7 +33,7 @@ bool rbd_name_format(const struct rbd_name *name, char out[RBD_NAME_TEXT_MAX]);
 bool rbd_name_equal(const struct rbd_name *a, const struct rbd_name *b);
 /*
  * Two file names of QEMU's: the same text, or the same image: QEMU has one name for the node that has it open, and
- * another for the format upon that.
+ * another for the format upon that. Two that name configuration files name the same one: else it is another cluster.
  */
 bool rbd_name_same_file(const char *a, const char *b);
 

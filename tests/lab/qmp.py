@@ -50,6 +50,14 @@ class Qmp:
             else:
                 return answer['return']
 
+    def give_fd(self, fd, name):
+        """As `getfd`: from now on QEMU has a copy of that descriptor, under that name."""
+        command = json.dumps({'execute': 'getfd', 'arguments': {'fdname': name}}) + '\n'
+        socket.send_fds(self._socket, [command.encode()], [fd])
+        while 'return' not in (answer := self._read()):
+            if 'error' in answer:
+                raise QmpError(f'getfd: {answer["error"]["desc"]}')
+
     def hmp(self, line):
         return self('human-monitor-command', command_line=line)
 

@@ -26,9 +26,16 @@ def repository(agent):
     return agent.options.get('repository') or 'dir:' + agent.host.path(REPO)
 
 
+def beside(agent, program, *words):
+    """What a program of the build says; where the repository is in Ceph, on the agent's host."""
+    command = [built(program), *words]
+    if repository(agent).startswith('rados:'):
+        command = inside(agent.host.pid, command)
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def tool(agent, *words):
-    return subprocess.run([built('tests/unit/repo/repo_tool'), repository(agent), *words],
-                          check=True, capture_output=True, text=True).stdout
+    return beside(agent, 'tests/unit/repo/repo_tool', repository(agent), *words)
 
 
 def export(agent, image, name):
@@ -41,10 +48,8 @@ def export(agent, image, name):
 
 
 def leases(agent):
-    url = repository(agent)
-    done = subprocess.run([built('tests/unit/snapshot/mount_tool'), 'leases', url], check=True,
-                          capture_output=True, text=True)
-    return [line.split(' ')[0] for line in done.stdout.splitlines()]
+    said = beside(agent, 'tests/unit/snapshot/mount_tool', 'leases', repository(agent))
+    return [line.split(' ')[0] for line in said.splitlines()]
 
 
 def start_agent(agent, folder=None):
@@ -423,7 +428,24 @@ def test_a_clone_runs_as_the_user_of_vms(agent):
     write(agent, 'n1', '-P 0x77 8M 64k')
     assert content(agent, agent.host.path('/var/lib/vmmig/clones/n1/disk0.qcow2'))[8 * MIB:][:64 << 10] == b'\x77' * 65536
     assert os.stat(f'/proc/{made["pid"]}').st_uid == pwd.getpwnam('nobody').pw_uid
+    # It reaches the targets of its snapshot, which are nobody else's.
+    assert agent.json('snapshot', 'n1', 'one')['snapshot']['disk_read_bytes'] == 64 << 10
+    assert 'gets a connection' not in agent.log()
     kill(agent, made)
+    # Where a disk was is what the snapshot says: nothing is made there that this user may not make.
+    others = os.stat(agent.cluster.shared).st_mode
+    os.chmod(agent.cluster.shared, 0o755)
+    refused = agent.vmmig('restore', 'slow@first', '--as', 'n2', check=False)
+    os.chmod(agent.cluster.shared, others)
+    assert refused.returncode == 5 and 'say --disk-dir' in refused.stderr.splitlines()[-1], refused
+    folder = os.path.join(agent.cluster.shared, 'n2')
+    os.mkdir(folder)
+    console = agent.cluster.console('slow')
+    mark = console.mark()
+    agent.vmmig('restore', 'slow@first', '--as', 'n2', '--disk-dir', folder)
+    console.wait_for('^hb ', after=mark)
+    assert os.stat(f'{folder}/n2-disk0.raw').st_uid == pwd.getpwnam('nobody').pw_uid
+    kill(agent, {'vm': 'n2', 'pid': agent.json('status', 'n2')['pid']})
     cold(agent)
     agent.stop()
     del agent.options['vm-user']
@@ -435,6 +457,8 @@ def test_the_images_at_one_more_place(agent, template):
     path = agent.host.path('/run/more')
     os.makedirs(path)
     agent.vmmig('mount', '/run/more')
+    refused = agent.vmmig('unmount', '/run/vmmig/images', check=False)
+    assert refused.returncode == 4 and '/run/more' in refused.stderr, refused  # where it would be dead
     assert f't:debian12@{template["digest"]}' in agent.host.run(['ls', '/run/more']).split()
     agent.vmmig('unmount', '/run/more')
     assert agent.host.run(['ls', '-A', '/run/more']) == ''

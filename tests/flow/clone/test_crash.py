@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent is killed while it makes a clone, restores a VM or publishes a template: all of it is there, or nothing."""
+import contextlib
 import json
 import os
 import shutil
@@ -10,7 +11,9 @@ import pytest
 from agents import Cluster, eventually, fault_build
 from lab import BareGuest
 
-from .test_clone import kill, leases, make_agent, tool
+from repo.conftest import ceph_with
+
+from .test_clone import content, kill, leases, make_agent, tool
 
 
 def restart(agent):
@@ -31,10 +34,15 @@ def crash(agent, point, *words):
     agent.process.wait(20)
 
 
-@pytest.fixture(scope='module')
-def agent():
+@pytest.fixture(scope='module', params=['dir', pytest.param('rados', marks=pytest.mark.full)])
+def agent(request, tmp_path_factory):
     """With the snapshot web1@first, the template debian12:v1, and a clone of that, `old`, which runs through all of it."""
-    with Cluster(hosts=1, start=False, plain=True) as cluster:
+    with contextlib.ExitStack() as ends:
+        cluster = ends.enter_context(Cluster(hosts=1, start=False, plain=True))
+        if request.param == 'rados':
+            ceph = ends.enter_context(ceph_with('images', tmp_path_factory.mktemp('ceph'), osds=2,
+                                                network_of=cluster.hosts[0].pid))
+            cluster.agents[0].options['repository'] = f'rados:images?conf={ceph.conf}'
         agent = make_agent(cluster, fault_build())
         restart(agent)
         disk = os.path.join(cluster.shared, 'web1.raw')
@@ -106,8 +114,6 @@ def test_a_clone_that_was_being_made(agent, point):
 
 @pytest.mark.parametrize('name, point, words', [
     ('c1', 'clone.spawned', ['clone', 'debian12:v1', '--as', 'c1']),
-    pytest.param('back', 'restore.filled', ['restore', 'web1@first', '--as', 'back', '--disk-dir'],
-                 marks=pytest.mark.full),
     ('back', 'restore.memory', ['restore', 'web1@first', '--as', 'back', '--disk-dir'])])
 def test_qemu_dies_while_its_vm_is_made(agent, name, point, words):
     """What there was of it goes; the next one comes."""
@@ -170,9 +176,11 @@ def test_its_template_is_deleted_before_a_clone_has_it(agent):
     nothing_is_left(agent, 'c1')
 
 
-def test_a_clone_that_was_there(agent):
+@pytest.mark.parametrize('point', ['clone.telling', 'clone.kept'])
+def test_a_clone_that_was_there(agent, point):
+    """From the moment it runs, also while it is told what it is."""
     console = agent.cluster.console('c1')
-    crash(agent, 'clone.kept', 'clone', 'debian12:v1', '--as', 'c1')
+    crash(agent, point, 'clone', 'debian12:v1', '--as', 'c1')
     restart(agent)
     eventually('the VM', lambda: agent.json('status', 'c1')['presence'] == 'present')
     console.wait_ticks(3)
@@ -193,6 +201,51 @@ def test_several_clones_are_all_or_those_that_are_whole(agent):
     kill(agent, {'vm': 'many-1', 'pid': agent.json('status', 'many-1')['pid']})
 
 
+def test_none_of_several_is_anybodys_before_all_are_there(agent):
+    for i in (1, 2):
+        agent.cluster.console(f'many-{i}')
+    agent.vmmig('debug', 'faults', '--arm', 'clone.spawn=hold@2')
+    cloning = agent.popen('clone', 'debian12:v1', '--as', 'many', '--count', '2')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    for words in (['snapshot', 'many-1', 'early'], ['send', 'many-1', '--to', 'h2'], ['detach', 'many-1']):
+        refused = agent.vmmig(*words, check=False)
+        assert refused.returncode == 4 and 'clone is under way' in refused.stderr, refused
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = cloning.communicate(timeout=60)
+    assert cloning.returncode == 0, out
+    kill(agent, *({'vm': name, 'pid': agent.json('status', name)['pid']} for name in ('many-1', 'many-2')))
+
+
+def test_the_first_disk_gets_larger(agent):
+    """The first of the command line, which is raw in web1."""
+    console = agent.cluster.console('c1')
+    made, = agent.json('clone', 'debian12:v1', '--as', 'c1', '--disk-size', '32M')['clones']
+    console.wait_ticks(3)
+    folder = '/var/lib/vmmig/clones/c1'
+    found = {}
+    for name in os.listdir(agent.host.path(folder)):
+        data = content(agent, f'{folder}/{name}')
+        found[len(data) >> 20] = data[1 << 20:4 << 20]
+    assert found == {32: b'\x11' * (3 << 20), 16: bytes(3 << 20)}
+    kill(agent, made)
+
+
+def test_the_agent_dies_and_a_group_of_its_own_goes_with_a_clone(agent):
+    group = agent.cluster.cgroup('vms')
+    agent.stop()
+    agent.options['vm-cgroup'] = group
+    restart(agent)
+    agent.cluster.console('c1')
+    crash(agent, 'clone.spawned', 'clone', 'debian12:v1', '--as', 'c1')
+    assert os.path.exists(f'{group}/c1')
+    restart(agent)
+    assert not os.path.exists(f'{group}/c1')
+    nothing_is_left(agent, 'c1')
+    agent.stop()
+    del agent.options['vm-cgroup']
+    restart(agent)
+
+
 @pytest.mark.parametrize('point', ['restore.disk', 'restore.format', 'restore.format@2', 'restore.made', 'restore.filled', 'restore.memory'])
 def test_a_vm_that_was_being_restored(agent, point):
     folder = os.path.join(agent.cluster.shared, 'restored')
@@ -211,6 +264,25 @@ def test_a_vm_that_was_being_restored(agent, point):
     eventually('its end', lambda: agent.json('status', 'back')['state'] == 'ended')
     agent.vmmig('detach', 'back')
     shutil.rmtree(folder)
+
+
+def test_what_makes_a_disk_ends_with_the_agent(agent, tmp_path):
+    """Else it would make it after the next agent has taken back what there was."""
+    slow = tmp_path / 'qemu-img'
+    slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/began\nsleep 3\nexec /usr/bin/qemu-img "$@"\n')
+    slow.chmod(0o755)
+    folder = os.path.join(agent.cluster.shared, 'slowly')
+    os.makedirs(folder)
+    agent.stop()
+    agent.start(build=fault_build(), wrapper=['env', f'PATH={tmp_path}:{os.environ["PATH"]}'])
+    restoring = agent.popen('restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    eventually('qemu-img', (tmp_path / 'began').exists)
+    agent.kill()
+    restart(agent)
+    restoring.communicate(timeout=60)
+    nothing_is_left(agent, 'back')
+    eventually('its end', lambda: not [argv for argv in agent.host.processes().values() if str(slow) in argv])
+    assert os.listdir(folder) == []
 
 
 def test_a_restored_vm_that_was_there(agent):
@@ -246,19 +318,92 @@ def test_an_agent_ends_whose_repository_does_not_answer(agent):
     shutil.rmtree(folder)
 
 
-def test_what_somebody_else_put_there_is_not_removed(agent):
-    """Where a disk that was being restored lay there is another file when the agent comes back."""
-    folder = os.path.join(agent.cluster.shared, 'precious')
+@pytest.mark.parametrize('agent', ['dir'], indirect=True)
+def test_what_a_restore_left_is_decided_upon_once(agent):
+    """The VM that came of it is its user's, however long its lease stays since the repository is away."""
+    folder = os.path.join(agent.cluster.shared, 'theirs')
+    os.makedirs(folder)
+    agent.cluster.console('web1')
+    crash(agent, 'restore.kept', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    repo = agent.host.path('/var/lib/vmmig/repo')
+    os.rename(repo, f'{repo}.away')
+    try:
+        restart(agent)
+        eventually('the VM', lambda: agent.json('status', 'back')['presence'] == 'present')
+        agent.end('back')
+        for _ in range(2):
+            restart(agent)
+            assert sorted(os.listdir(folder)) == ['back-disk0.qcow2', 'back-disk1.raw']
+    finally:
+        os.rename(f'{repo}.away', repo)
+    assert len(os.listdir(agent.host.path('/var/lib/vmmig/making'))) == 1
+    restart(agent)
+    eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    shutil.rmtree(folder)
+
+
+def test_a_lease_that_a_failed_restore_cannot_drop_is_dropped_later(agent):
+    folder = os.path.join(agent.cluster.shared, 'fails')
+    os.makedirs(folder)
+    agent.vmmig('debug', 'faults', '--arm', 'restore.made=hold,restore.lease=error')
+    restoring = agent.popen('restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    agent.vmmig('cancel', 'back')
+    agent.vmmig('debug', 'faults', '--arm', 'restore.lease=error')
+    out, _ = restoring.communicate(timeout=60)
+    assert restoring.returncode == 14, out
+    assert 'a lease stays' in agent.log() and os.listdir(folder) == []
+    eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    nothing_is_left(agent, 'back')
+
+
+@pytest.mark.parametrize('renamed', [True, False])
+def test_what_somebody_else_put_there_is_not_removed(agent, renamed):
+    """Where a disk that was being restored lay there is another file when the agent comes back: also one that got the
+    number of the former."""
+    folder = os.path.join(agent.cluster.shared, f'precious-{renamed}')
     os.makedirs(folder)
     crash(agent, 'restore.made', 'restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
     path = os.path.join(folder, 'back-disk1.raw')
-    with open(f'{path}.new', 'w', encoding='ascii') as file:
-        file.write('precious')
-    os.rename(f'{path}.new', path)
+    former = os.stat(path).st_ino
+    other = f'{path}.new' if renamed else path
+    if not renamed:
+        os.unlink(path)
+    for _ in range(1 if renamed else 50):
+        with open(other, 'w', encoding='ascii') as file:
+            file.write('precious')
+        if renamed or os.stat(other).st_ino == former:
+            break
+        os.rename(other, f'{other}.{os.stat(other).st_ino}')
+    if not os.path.exists(other):  # this file system gives no number again
+        os.rename(f'{path}.{max(os.stat(entry.path).st_ino for entry in os.scandir(folder))}', path)
+    os.replace(other, path)
     restart(agent)
     nothing_is_left(agent, 'back')
     with open(path, encoding='ascii') as file:
         assert file.read() == 'precious'
+
+
+def test_a_disk_that_becomes_a_link_is_not_written_through(agent):
+    folder = os.path.join(agent.cluster.shared, 'linked')
+    os.makedirs(folder)
+    target = os.path.join(folder, 'target')
+    with open(target, 'w', encoding='ascii') as file:
+        file.write('precious')
+    agent.vmmig('debug', 'faults', '--arm', 'restore.made=hold')
+    restoring = agent.popen('restore', 'web1@first', '--as', 'back', '--disk-dir', folder)
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    os.unlink(f'{folder}/back-disk1.raw')
+    os.symlink(target, f'{folder}/back-disk1.raw')
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = restoring.communicate(timeout=60)
+    assert restoring.returncode not in (0, 6) and 'back-disk1.raw' in out.splitlines()[-1], out
+    with open(target, encoding='ascii') as file:
+        assert file.read() == 'precious'
+    nothing_is_left(agent, 'back')
 
 
 @pytest.mark.parametrize('point, there', [

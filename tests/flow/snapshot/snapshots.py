@@ -10,6 +10,7 @@ import threading
 from agents import UNPRIVILEGED, fault_build
 from lab import BareGuest
 from lab.guests import built
+from lab.hosts import inside
 
 REPO = '/var/lib/vmmig/repo'
 THAW = 'guest-fsfreeze-thaw'
@@ -27,9 +28,11 @@ def make_agent(cluster, faults=None):
 
 
 def tool(agent, *words):
-    url = 'dir:' + agent.host.path(REPO)
-    return subprocess.run([built('tests/unit/repo/repo_tool'), url, *words], check=True,
-                          capture_output=True, text=True)
+    """Upon its repository; where that is in Ceph, on its host."""
+    url = agent.options.get('repository')
+    command = [built('tests/unit/repo/repo_tool'), url or 'dir:' + agent.host.path(REPO), *words]
+    return subprocess.run(inside(agent.host.pid, command) if url else command, check=True, capture_output=True,
+                          text=True)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,9 @@ def left_in_qemu(monitor):
 def untouched(vm, agent):
     """Nothing of a snapshot is left, in QEMU or on the host."""
     assert left_in_qemu(vm.qmp(agent.host)) == []
-    assert [line for line in agent.host.processes() if 'nbdkit' in str(line)] == []
+    assert [argv for argv in agent.host.processes().values() if 'nbdkit' in str(argv)] == []
+    sockets = agent.host.path('/run/vmmig/nbd')
+    assert not os.path.exists(sockets) or os.listdir(sockets) == []
     assert [name for name in os.listdir(agent.host.path('/run/vmmig')) if name.endswith(('.snapshot', '.frozen'))] == []
     assert os.listdir(agent.host.path('/var/lib/vmmig/scratch')) == []
 

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Something dies or fails while a snapshot is taken: the guest runs on, no half snapshot is visible, nothing is left."""
+import contextlib
 import datetime
 import os
+import select
 import signal
+import socket
 import time
 
 import pytest
 from agents import Cluster, eventually
 from lab import BareGuest, judge
-from snapshots import GuestAgent, disks, make_agent, start, untouched
+from snapshots import GuestAgent, disks, left_in_qemu, make_agent, start, untouched
+
+from repo.conftest import ceph_with
 
 # Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
 BEFORE = ['snapshot.prepared', 'snapshot.waiting', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting',
@@ -17,9 +22,14 @@ AFTER = ['snapshot.committed', 'snapshot.swept']
 GOES_ON = 3  # seconds after which a guest whose agent died has said something again
 
 
-@pytest.fixture(scope='module')
-def agent():
-    with Cluster(hosts=1, start=False, plain=True) as cluster:
+@pytest.fixture(scope='module', params=['dir', pytest.param('rados', marks=pytest.mark.full)])
+def agent(request, tmp_path_factory):
+    with contextlib.ExitStack() as ends:
+        cluster = ends.enter_context(Cluster(hosts=1, start=False, plain=True))
+        if request.param == 'rados':
+            ceph = ends.enter_context(ceph_with('images', tmp_path_factory.mktemp('ceph'), osds=2,
+                                                network_of=cluster.hosts[0].pid))
+            cluster.agents[0].options['repository'] = f'rados:images?conf={ceph.conf}'
         yield make_agent(cluster, faults='snapshot.arrived=delay:0')
 
 
@@ -234,6 +244,52 @@ def test_storing_fails(agent, guest):
     assert 'full' not in names(agent)
 
 
+def test_no_room_for_what_the_guest_overwrites(agent, guest):
+    """The snapshot is given up; the guest notices nothing."""
+    vm, console = guest
+    scratch = '/var/lib/vmmig/small'
+    os.makedirs(agent.host.path(scratch))
+    agent.host.run(['mount', '-t', 'tmpfs', '-o', 'size=1M', 'small', scratch])
+    agent.options['scratch-dir'] = scratch
+    try:
+        restart(agent, 'snapshot.protecting=hold')
+        monitor = vm.qmp(agent.host)
+        monitor.hmp('qemu-io d1 "write -P 0x59 8M 8M"')
+        agent.vmmig('snapshot', 'web1', 'cramped', '--background')
+        eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+        monitor.hmp('qemu-io d1 "write -P 0x5a 8M 8M"')
+        monitor.close()
+        arm(agent, 'none')
+        failed = agent.vmmig('watch', 'web1', check=False)
+        assert failed.returncode == 11 and f'in {scratch}' in failed.stderr.strip().splitlines()[-1], failed
+        assert 'cramped' not in names(agent)
+        assert agent.host.run(['ls', '-A', scratch]) == ''
+        console.wait_ticks(5)
+        console.verify()
+    finally:
+        del agent.options['scratch-dir']
+        restart(agent, 'snapshot.arrived=delay:0')
+        agent.host.run(['umount', scratch])
+    assert left_in_qemu(vm.qmp(agent.host)) == []
+
+
+@pytest.mark.full
+def test_file_systems_do_not_stand_for_as_long_as_a_copy_takes(agent, unprivileged):
+    """For 20 s at most: then the snapshot fails, whose user asked for that."""
+    vm, console = unprivileged
+    path = os.path.join(agent.cluster.shared, 'qga-copied')
+    inside = GuestAgent(path)
+    arm(agent, 'snapshot.memory=hold@9')
+    agent.vmmig('snapshot', vm.name, 'long', '--guest-agent', path, '--background')
+    eventually('frozen file systems', lambda: inside.frozen)
+    eventually('that are thawed', lambda: not inside.frozen, 40)
+    arm(agent, 'none')
+    failed = agent.vmmig('watch', vm.name, check=False)
+    assert failed.returncode == 10 and 'stand still' in failed.stderr.strip().splitlines()[-1], failed
+    console.wait_ticks(3)
+    untouched(vm, agent)
+
+
 def test_a_cancelled_one(agent, guest):
     vm, console = guest
     restart(agent, 'snapshot.memory=delay:300@*')
@@ -265,6 +321,50 @@ def test_nbdkit_dies(agent, guest):
     assert failed.returncode in (1, 5, 6) and 'web1@nbdkit' in failed.stderr.strip().splitlines()[-1], failed
     runs_on(agent, vm, console)
     assert 'nbdkit' not in names(agent)
+
+
+CONNECTS_AGAIN = 2.5  # seconds within which QEMU has tried so at least twice (after 0 and 1 s)
+
+
+def test_a_dead_nbdkit_costs_qemus_user_no_descriptor(agent, guest):
+    """QEMU connects to it again, and again, as long as its node is there; nothing else of QEMU's is touched."""
+    vm, console = guest
+    restart(agent, 'snapshot.arrived=hold')
+    monitor = vm.qmp(agent.host)
+    monitor.hmp('qemu-io d1 "write -P 0x57 4M 48M"')  # more than QEMU asks NBD servers for at once: what waits tries again
+    agent.vmmig('snapshot', 'web1', 'numbers', '--background')
+    eventually('data of a disk', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    os.kill(agent.process.pid, signal.SIGSTOP)  # so that the nodes stay
+    with contextlib.ExitStack() as ends:
+        ends.callback(os.kill, agent.process.pid, signal.SIGCONT)
+        for pid in nbdkits(agent):
+            os.kill(pid, signal.SIGKILL)
+        eventually('a job that noticed', lambda: all(job['status'] == 'concluded' for job in monitor('query-jobs')))
+        theirs = []
+        for number in range(16):  # at whatever numbers are free now
+            ours, qemus = socket.socketpair()
+            ends.enter_context(ours).sendall(b'not for NBD' * 8)  # whoever takes it for a server reads that, and closes it
+            with qemus:
+                monitor.give_fd(qemus.fileno(), f'user-{number}')
+            theirs.append(ours)
+        assert select.select(theirs, [], [], CONNECTS_AGAIN)[0] == []
+        for number in range(16):
+            monitor('closefd', fdname=f'user-{number}')
+    monitor.close()
+    arm(agent, 'none')
+    failed = agent.vmmig('watch', 'web1', check=False)
+    assert failed.returncode in (1, 5, 6) and 'web1@numbers' in failed.stderr.strip().splitlines()[-1], failed
+    runs_on(agent, vm, console)
+
+
+def test_a_qemu_that_may_not_use_paths(agent, guest):
+    """As one that a security module confines: it is given connections."""
+    vm, console = guest
+    restart(agent, 'snapshot.path=error@*')
+    vm.qmp(agent.host).hmp('qemu-io d1 "write -P 0x58 4M 64k"')
+    assert agent.json('snapshot', 'web1', 'confined')['state'] == 'done'
+    assert 'gets a connection' in agent.log()
+    runs_on(agent, vm, console)
 
 
 @pytest.mark.parametrize('way, point', [

@@ -2,10 +2,11 @@
 """File systems that were frozen for a snapshot, in a guest that does not let itself be thawed at once: it is not left so."""
 import os
 import signal
+import subprocess
 
 import pytest
-from agents import Cluster, eventually
-from snapshots import THAW, FrozenGuest, make_agent, notes, thawing, untouched
+from agents import Cluster, eventually, fault_build
+from snapshots import THAW, FrozenGuest, GuestAgent, make_agent, notes, thawing, untouched
 
 NONE = 'snapshot.arrived=delay:0'
 
@@ -127,6 +128,35 @@ def test_a_restored_guest_is_thawed_at_last(agent, guest):
     assert guest.inside.frozen and len(thawing(agent)) == 1
     os.kill(agent.json('status', 'back')['pid'], signal.SIGKILL)
     eventually('the end of who tried', lambda: agent.host.reap() or not thawing(agent) and not notes(agent), 60)
+
+
+@pytest.mark.parametrize('words, point', [
+    (['restore', 'web1@still', '--as', 'told'], 'restore.kept'),
+    (['clone', 'still:v1', '--as', 'told', '--set', 'mac=keep'], 'clone.telling')])
+def test_the_agent_dies_before_it_has_thawed_it(agent, guest, words, point):
+    """It is a VM already, runs on, and the next agent sees that it is thawed."""
+    agent.stop()
+    agent.start(build=fault_build())  # whose fetchers know no point of a snapshot
+    inside = guest.inside
+    if words[0] == 'clone':
+        inside = GuestAgent(guest.path.replace('web1', 'told'))  # a clone has sockets of its own
+        agent.vmmig('template', 'publish', 'web1@still', 'still:v1')
+        agent.cluster.console('told')
+    inside.refuses.clear()
+    inside.frozen = True
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=crash')
+    assert agent.vmmig(*words, check=False).returncode == 6
+    agent.process.wait(20)
+    assert inside.frozen
+    agent.start(build=fault_build())
+    eventually('the VM', lambda: agent.json('status', 'told')['state'] == 'running')
+    eventually('file systems that are thawed', lambda: not inside.frozen)
+    eventually('the end of who tried', lambda: not thawing(agent) and not notes(agent))
+    agent.end('told')
+    if words[0] == 'clone':
+        subprocess.run(['rm', '-rf', agent.host.path('/var/lib/vmmig/clones/told')], check=True)
+    agent.stop()
+    agent.start(faults=NONE)
 
 
 def test_one_that_is_restored_paused_is_thawed_when_it_runs(agent, guest):

@@ -140,15 +140,34 @@ def test_a_pool_that_is_not_there(agent, ceph, web1, pool, says):
 
 
 # Ceph counts the dead VMM that had the images open as a user for half a minute.
-@pytest.mark.parametrize('point', ['restore.made', pytest.param('restore.filled', marks=pytest.mark.full)])
-def test_the_agent_dies(agent, ceph, web1, point):
-    """Its images are removed when the next agent is there."""
+@pytest.mark.parametrize('point, there', [
+    ('restore.drafted', 1), ('restore.disk=crash@2', 1), ('restore.drafted=crash@2', 2), ('restore.made', 2),
+    pytest.param('restore.filled', 2, marks=pytest.mark.full)])
+def test_the_agent_dies(agent, ceph, web1, point, there):
+    """Its images are removed when the next agent is there: also one that no note could name yet."""
     before = images(agent, ceph)
-    agent.vmmig('debug', 'faults', '--arm', f'{point}=crash')
+    agent.vmmig('debug', 'faults', '--arm', point if '=' in point else f'{point}=crash')
     words = ['restore', 'web1@first', '--as', 'dies', '--disk-dir', f'rbd:vms:conf={ceph.conf}']
     assert agent.vmmig(*words, check=False).returncode == 6
     agent.process.wait(20)
-    assert len(images(agent, ceph)) == len(before) + 2
+    assert len(images(agent, ceph)) == len(before) + there
     agent.start(build=fault_build())
     eventually('no image of it', lambda: images(agent, ceph) == before, 60)
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
     assert agent.json('list')['vms'] == []
+
+
+def test_somebody_elses_image_of_that_name_stays(agent, ceph, web1):
+    """It was made while ours was: the restore fails, and so does nothing else."""
+    before = images(agent, ceph)
+    agent.vmmig('debug', 'faults', '--arm', 'restore.drafted=hold')
+    restoring = agent.popen('restore', 'web1@first', '--as', 'late', '--disk-dir', f'rbd:vms:conf={ceph.conf}')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    rbd(agent, ceph, 'create', '--size', '1M', 'vms/late-disk0')
+    rbd(agent, ceph, 'create', '--size', '1M', 'vms/late-disk0.qcow2')
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = restoring.communicate(timeout=60)
+    assert restoring.returncode == 1 and 'late-disk0' in out.splitlines()[-1], out
+    eventually('no image of ours', lambda: images(agent, ceph) == sorted([*before, 'late-disk0', 'late-disk0.qcow2']))
+    for image in ('late-disk0', 'late-disk0.qcow2'):
+        rbd(agent, ceph, 'rm', '--no-progress', f'vms/{image}')

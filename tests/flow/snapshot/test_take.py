@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots of running QEMU guests, as their user sees them."""
+import importlib.util
 import json
 import os
+import statistics
 import subprocess
 
 import pytest
 from agents import Cluster, eventually
 from lab import BareGuest, judge
-from snapshots import GuestAgent, disks, export, export_file, image_file, left_in_qemu, make_agent, start, untouched
+from lab.guests import ROOT
+from snapshots import GuestAgent, disks, export, export_file, image_file, left_in_qemu, make_agent, start, tool, untouched
 
 MIB = 1 << 20
 
@@ -125,6 +128,40 @@ def test_deletion_of_any_and_retention(agent, web1):
     assert after['parent'] == f'web1@{kept[-1]}' and after['disk_read_bytes'] == 0
 
 
+def test_any_member_of_a_chain_can_go(agent):
+    """Each of the others is what it was, and the next one is what the disk is."""
+    vm = BareGuest('chain', mem_mib=64, dirty_mib=4, rate_mbps=1)
+    _, qcow2 = disks(agent.cluster, vm)
+    start(agent, vm)
+    monitor = vm.qmp(agent.host)
+
+    def take(number):
+        monitor.hmp(f'qemu-io d1 "write -P {0x60 + number} {number}M 1M"')
+        return agent.json('snapshot', 'chain', f's{number}')
+
+    def contents(number):
+        image = f'chain@s{number}'
+        return [export(agent, image, name) for name in ('memory.raw', image_file(agent, image, qcow2))]
+    for number in range(4):
+        take(number)
+    former = {number: contents(number) for number in range(4)}
+    for gone in (1, 0, 3):  # one amid the others, the first, and the last, of which QEMU has its note of what was written
+        agent.vmmig('snapshot', 'delete', f'chain@s{gone}')
+        tool(agent, 'collect', '1000')
+        del former[gone]
+        assert [s['name'] for s in agent.json('snapshot', 'list', 'chain')['snapshots']] == [f's{n}' for n in former]
+        assert {number: contents(number) for number in former} == former
+    again = take(4)
+    assert again['snapshot']['parent'] == 'chain@s2' and 'read whole' in again['note'], again
+    disk = contents(4)[1]
+    assert [disk[n << 20:(n + 1) << 20] for n in range(5)] == [bytes([0x60 + n]) * MIB for n in range(5)]
+    assert take(5)['snapshot']['disk_read_bytes'] == MIB
+    kept = agent.json('snapshot', 'prune', 'chain', '--keep-daily', '1', '--keep-weekly', '1')['snapshots']
+    assert [s['name'] for s in kept] == ['s2', 's4']  # those that went: of a day and a week the newest stays
+    assert [s['name'] for s in agent.json('snapshot', 'list', 'chain')['snapshots']] == ['s5']
+    monitor('quit')
+
+
 @pytest.mark.parametrize('words, status, says', [
     (['snapshot', 'web1', 'a/b'], 2, 'cannot be a snapshot'),
     (['snapshot', 'web1', '-a'], 2, ''),
@@ -201,13 +238,14 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
     agent.vmmig('template', 'publish', 'still@one', 'still:v1')
     vm.qmp(agent.host)('quit')
     agent.cluster.console('still-c')
-    for words in (['restore', 'still@one', '--as', 'still-b'], ['clone', 'still:v1', '--as', 'still-c']):
+    for words in (['restore', 'still@one', '--as', 'still-b'],
+                  ['clone', 'still:v1', '--as', 'still-c', '--set', 'mac=auto']):
         inside.frozen = True
         done = agent.json(*words)
         assert not inside.frozen, done
-        eventually('the guest', lambda name=words[-1]: agent.json('status', name)['state'] == 'running')
+        eventually('the guest', lambda name=words[3]: agent.json('status', name)['state'] == 'running')
         if words[0] == 'restore':
-            os.kill(agent.json('status', words[-1])['pid'], 9)
+            os.kill(agent.json('status', words[3])['pid'], 9)
     # A clone's NIC has another MAC than the guest knows: it is told.
     made, = done['clones']
     with open(f'/proc/{made["pid"]}/cmdline', encoding='utf-8') as file:
@@ -220,6 +258,11 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
     assert [note for note in made['notes'] if 'keeps its MAC' in note and 'not allowed' in note], made
     os.kill(made['pid'], 9)
     inside.refuses.clear()
+    agent.cluster.console('still-k')
+    made, = agent.json('clone', 'still:v1', '--as', 'still-k', '--set', 'mac=keep')['clones']
+    assert BareGuest('still-k', mem_mib=64).qmp(agent.host)('query-rx-filter')[0]['main-mac'] == former
+    assert not [note for note in made['notes'] if 'MAC' in note]
+    os.kill(made['pid'], 9)
     for name in ('still-m-1', 'still-m-2'):
         agent.cluster.console(name)
     said = agent.vmmig('clone', 'still:v1', '--as', 'still-m', '--count', '2').stdout.splitlines()
@@ -228,6 +271,20 @@ def test_a_guest_that_goes_on_from_frozen_file_systems_is_thawed(agent):
     assert 'keeps its MAC' in said[-1] and len([line for line in said if 'MAC' in line]) == 1, said
     for name in ('still-m-1', 'still-m-2'):
         os.kill(agent.json('status', name)['pid'], 9)
+
+
+@pytest.mark.full
+def test_the_pause_of_a_guest_of_1_gib(agent):
+    """At most 30 ms beyond what QEMU takes to stop, save devices' state, and go on; of incremental ones, too."""
+    spec = importlib.util.spec_from_file_location('bench_snapshot', os.path.join(ROOT, 'tests/bench/snapshot.py'))
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    vm = BareGuest('large', mem_mib=1024, dirty_mib=64, rate_mbps=20)
+    disks(agent.cluster, vm)
+    start(agent, vm)
+    seen = bench.measure(agent, vm, 5)
+    assert statistics.median(seen['vmmig']) - statistics.median(seen['state']) <= 30, seen
+    vm.qmp(agent.host)('quit')
 
 
 @pytest.mark.parametrize('tcg', [False, True])
