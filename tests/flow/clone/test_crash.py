@@ -78,23 +78,15 @@ def old_clone_runs_on(agent):
     assert agent.old.check(mark) == ['h1']
 
 
-def processes(name):
-    """QEMUs with that name on their command line."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir('/proc')):
-        try:
-            with open(f'/proc/{pid}/cmdline', 'rb') as file:
-                words = file.read().decode(errors='replace').split('\0')
-        except OSError:
-            continue
-        if 'qemu-system' in words[0] and any(name == word or word.startswith(f'{name},') for word in words):
-            found.append(int(pid))
-    return found
+def processes(agent, name):
+    """QEMUs of the agent's host with that name on their command line."""
+    return [pid for pid, argv in agent.host.processes().items()
+            if 'qemu-system' in argv[0] and any(name == word or word.startswith(f'{name},') for word in argv)]
 
 
 def nothing_is_left(agent, name):
     assert [vm['vm'] for vm in agent.json('list')['vms'] if vm['vm'] == name] == []
-    assert processes(name) == []
+    assert processes(agent, name) == []
     folder = agent.host.path('/var/lib/vmmig/clones')
     assert not os.path.exists(os.path.join(folder, name))
     assert os.listdir(agent.host.path('/var/lib/vmmig/making')) == []
@@ -124,7 +116,7 @@ def test_qemu_dies_while_its_vm_is_made(agent, name, point, words):
     agent.vmmig('debug', 'faults', '--arm', f'{point}=hold')
     making = agent.popen(*words)
     eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
-    pid, = processes('c1' if name == 'c1' else 'web1')
+    pid, = processes(agent, 'c1' if name == 'c1' else 'web1')
     os.kill(pid, signal.SIGKILL)
     agent.vmmig('debug', 'faults', '--arm', 'none')
     out, _ = making.communicate(timeout=60)
