@@ -393,9 +393,9 @@ bool makings_finish(struct makings *m)
     if (!m)
         return true;
     io_latch_set(m->stop);
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += END_S;
-    if (pthread_timedjoin_np(m->thread, NULL, &until) != 0)
+    if (pthread_clockjoin_np(m->thread, NULL, CLOCK_MONOTONIC, &until) != 0)
         return false;
     close_fd(&m->stop);
     close_fd(&m->poke);
