@@ -50,8 +50,9 @@ def test_the_other_agent_dies_when_it_has_it(agents):
     first, second = agents
     guest = left_frozen(first, 'web2')
     assert first.json('send', 'web2', '--to', 'h2')['state'] == 'done'
-    second.kill()
     tries, = eventually('who tries', lambda: thawing(second))
+    second.kill()
+    assert thawing(second) == [tries]
     os.kill(tries, signal.SIGKILL)
     second.start()
     eventually('another one', lambda: [pid for pid in thawing(second) if pid != tries])
