@@ -232,10 +232,12 @@ void disk_identity_withdraw(struct disk_offer *offer)
 
 /* What a host sees of a disk. Both sides describe, the source compares. */
 
-/* A name may mean another file than when QEMU opened it. */
-static int check_open(const struct disk_view *view, const char *path, const struct stat *st,
-                      struct vm_error **err)
+/* What is behind a name, which may mean another file than when QEMU opened it. */
+static int look_at_open(const struct disk_view *view, const char *path, int fd, struct stat *st,
+                        struct vm_error **err)
 {
+    if (fstat(fd, st) < 0)
+        return error_errno(err, errno, "cannot look at %s", path);
     if (!view->user || process_has_open(view->user, st))
         return 0;
     return error_set(err, VM_ERROR_REFUSED,
@@ -248,11 +250,7 @@ static int describe_file(const struct disk_view *view, const char *path, struct 
 {
     struct stat st;
     cleanup_close int fd = io_look_at(view->root, path, S_IFREG, err);
-    if (fd < 0)
-        return -1;
-    if (fstat(fd, &st) < 0)
-        return error_errno(err, errno, "cannot look at %s", path);
-    if (check_open(view, path, &st, err) < 0)
+    if (fd < 0 || look_at_open(view, path, fd, &st, err) < 0)
         return -1;
     snprintf(a->text, sizeof(a->text), "%.511s", path);
     a->inode = st.st_ino;
@@ -292,11 +290,7 @@ static int describe_content(const struct disk_view *view, const char *path,
 {
     struct stat st;
     cleanup_close int fd = io_open_type(view->root, path, S_IFREG, err);
-    if (fd < 0)
-        return -1;
-    if (fstat(fd, &st) < 0)
-        return error_errno(err, errno, "cannot look at %s", path);
-    if (check_open(view, path, &st, err) < 0)
+    if (fd < 0 || look_at_open(view, path, fd, &st, err) < 0)
         return -1;
     XXH3_state_t *sum = XXH3_createState();
     if (!sum)
@@ -358,12 +352,10 @@ static int describe_device(const struct disk_view *view, const char *path, struc
 {
     struct stat st;
     cleanup_close int fd = io_open_type(view->root, path, S_IFBLK, err);
-    if (fd < 0)
+    if (fd < 0 || look_at_open(view, path, fd, &st, err) < 0)
         return -1;
-    if (fstat(fd, &st) < 0 || ioctl(fd, BLKGETSIZE64, &a->size) < 0)
+    if (ioctl(fd, BLKGETSIZE64, &a->size) < 0)
         return error_errno(err, errno, "cannot ask the size of %s", path);
-    if (check_open(view, path, &st, err) < 0)
-        return -1;
     a->device = st.st_rdev;
     device_identifier(st.st_rdev, a->text);
     return 0;

@@ -121,15 +121,17 @@ static void damage(enum store_area area, const char *prefix, enum damage how, si
     assert_ok(err);
 }
 
+struct damage_case {
+    enum store_area area;
+    const char *prefix;
+    enum damage how;
+    size_t at;
+    const char *says;
+};
+
 static void damage_is_named_and_never_returned(void **state)
 {
-    static const struct {
-        enum store_area area;
-        const char *prefix;
-        enum damage how;
-        size_t at;
-        const char *says;
-    } cases[] = {
+    static const struct damage_case cases[] = {
         {STORE_PACK, "pack.", FLIP, 5000, "its checksum is wrong"},
         {STORE_PACK, "pack.", CUT, 5000, "it ends too early"},
         {STORE_PACK, "pack.", CUT, 40, "it ends within its header"},
@@ -195,13 +197,7 @@ static void a_scrub_of_a_sound_repository_finds_nothing(void **state)
 
 static void a_scrub_names_damage_and_the_images_it_touches(void **state)
 {
-    static const struct {
-        enum store_area area;
-        const char *prefix;
-        enum damage how;
-        size_t at;
-        const char *says;
-    } cases[] = {
+    static const struct damage_case cases[] = {
         {STORE_PACK, "pack.", FLIP, 5000, "its checksum is wrong\n"},
         {STORE_PACK, "pack.", FLIP, 20, "its header is not that of this pack"},
         {STORE_PACK, "pack.", CUT, 5000, "it does not end as a pack does\n"},
