@@ -173,8 +173,12 @@ static int read_messages(struct qmp *q, struct vm_error **err)
                              q->name, QMP_LINE_MAX);
         ssize_t n = io_read_some(q->fd, to, READ_CHUNK, INT64_MAX, -1, err);
         in.len -= READ_CHUNK - (size_t)(n > 0 ? n : 0);
+        if (n < 0 && (*err)->sys_errno == ECONNRESET) { /* it was killed, and had more to read */
+            error_clear(err);
+            n = 0;
+        }
         if (n < 0)
-            return -1;
+            return error_wrap(err, "%s", q->name);
         if (n == 0)
             return error_set(err, VM_ERROR_VMM_DIED, "%s: QEMU closed the connection", q->name);
         if (take_lines(q, &in, &scanned, err) < 0)
@@ -187,7 +191,6 @@ static void *reader_main(void *arg)
     struct qmp *q = arg;
     struct vm_error *why = NULL;
     read_messages(q, &why);
-    /* A reset is as good as an end. */
     if (why->kind == VM_ERROR_UNREACHABLE || why->kind == VM_ERROR_SYSTEM)
         error_set_kind(&why, VM_ERROR_VMM_DIED);
     close_with(q, why);

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <inttypes.h>
+#include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -259,6 +260,15 @@ static void script_gone(struct peer *p)
     shutdown(p->fd, SHUT_RDWR);
 }
 
+/* As a QEMU that is killed: what it was asked it never read. */
+static void script_killed(struct peer *p)
+{
+    say(p, GREETING);
+    poll(&(struct pollfd){p->fd, POLLIN, 0}, 1, -1);
+    close(p->fd);
+    p->fd = -1;
+}
+
 static void test_not_qmp(void **state)
 {
     struct peer p;
@@ -277,6 +287,9 @@ static void test_not_qmp(void **state)
     err = NULL;
     q = open_with(&p, script_gone, 5000, &err);
     expect_failure(&p, q, err, VM_ERROR_VMM_DIED, "closed the connection");
+    err = NULL;
+    q = open_with(&p, script_killed, 5000, &err);
+    expect_failure(&p, q, err, VM_ERROR_VMM_DIED, "test.qmp: QEMU closed the connection");
 }
 
 static void script_mute(struct peer *p)
