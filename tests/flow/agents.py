@@ -31,6 +31,9 @@ def fault_build():
     return os.environ.get('VMMIG_FAULTS_BUILD', os.path.join(ROOT, 'build-faults'))
 
 
+STARTED = []  # the agents of the cluster that was used last: the end of their logs is told when a wait ends in vain
+
+
 def eventually(what, condition, timeout=20):
     """Waits until the condition holds, and returns what it returned."""
     deadline = time.monotonic() + timeout
@@ -39,7 +42,8 @@ def eventually(what, condition, timeout=20):
         if found:
             return found
         if time.monotonic() > deadline:
-            raise TimeoutError(f'{what}: not within {timeout} s')
+            raise TimeoutError('\n'.join([f'{what}: not within {timeout} s',
+                                          *(line for agent in STARTED for line in agent.last_words())]))
         time.sleep(0.01)
 
 
@@ -92,6 +96,7 @@ class Agent:
         environment = {**os.environ, **({'VMMIG_FAULTS': faults} if faults else {})}
         self.may_end = set()
         self.process = self.host.popen([*wrapper, binary], name='vmmigd', env=environment)
+        STARTED[:] = [agent for agent in STARTED if agent.cluster is self.cluster and agent is not self] + [self]
         eventually(f'vmmigd on {self.host.name}', self.answers)
         return self
 
@@ -124,6 +129,11 @@ class Agent:
     def log(self):
         with open(self.process.log, encoding='utf-8', errors='replace') as file:
             return file.read()
+
+    def last_words(self):
+        if not os.path.exists(self.process.log):  # the cluster is no more
+            return []
+        return [f'{self.host.name}: {line[:300]}' for line in self.log().splitlines()[-12:]]
 
     def vmmig(self, *words, check=True, timeout=120):
         done = subprocess.run(inside(self.host.pid, [built('tools/vmmig'), *words]), text=True,
