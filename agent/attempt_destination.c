@@ -39,15 +39,6 @@ static int remember_birth(const struct process_identity *process, void *arg, str
     return 0;
 }
 
-/* Of ordinary memory: huge pages are the kernel's to promise. */
-static uint64_t memory_of(const struct qemu_definition *d)
-{
-    uint64_t sum = 0;
-    for (unsigned i = 0; i < d->n_ram; i++)
-        sum += d->ram[i].page_size == GUEST_PAGE_SIZE ? d->ram[i].size : 0;
-    return sum;
-}
-
 /* What it will still take. Under the table's lock. */
 static uint64_t outstanding(struct attempt *a)
 {
@@ -66,7 +57,8 @@ static uint64_t claim_memory(struct attempt *a)
     struct transfer *t = a->transfer;
     uint64_t promised = 0;
     SCOPE_LOCK(&t->lock);
-    a->destination.claim = memory_of(&a->destination.definition);
+    /* Of ordinary memory: huge pages are the kernel's to promise. */
+    a->destination.claim = qemu_definition_memory(&a->destination.definition, GUEST_PAGE_SIZE);
     for (struct attempt *other = t->attempts; other; other = other->next)
         if (other != a && other->role == &attempt_destination_role)
             promised += outstanding(other);

@@ -73,6 +73,21 @@ int qemu_query_run_state(struct qemu *q, char ret_state[32], struct vm_error **e
     return 0;
 }
 
+int qemu_check_can_move(struct qemu *q, enum guest_run_state *ret_state, struct vm_error **err)
+{
+    struct guest_status status;
+    if (guest_status(&q->guest, &status, err) < 0)
+        return -1;
+    if (status.migrating)
+        return error_set(err, VM_ERROR_CONFLICT, "QEMU is already migrating this VM elsewhere");
+    if (status.state != GUEST_RUNNING && status.state != GUEST_PAUSED)
+        return error_set(err, VM_ERROR_REFUSED, "a VM in run state '%s' cannot be migrated",
+                         status.detail);
+    if (ret_state)
+        *ret_state = status.state;
+    return 0;
+}
+
 int qemu_give_fd(struct qemu *q, const char *name, int fd, struct vm_error **err)
 {
     if (qmp_execute_fd(q->qmp, "getfd", json_pack("{s:s}", "fdname", name), fd, QMP_TIMEOUT_MS,

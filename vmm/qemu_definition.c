@@ -178,6 +178,14 @@ int qemu_definition_validate(const struct qemu_definition *d, struct vm_error **
     return attach_is_definition(d) ? 0 : qemu_argv_check_memory(d, err);
 }
 
+uint64_t qemu_definition_memory(const struct qemu_definition *d, uint64_t page_size)
+{
+    uint64_t sum = 0;
+    for (unsigned i = 0; i < d->n_ram; i++)
+        sum += d->ram[i].page_size == page_size ? d->ram[i].size : 0;
+    return sum;
+}
+
 int qemu_definition_regions(const struct qemu_definition *d, struct guest_region **ret_regions,
                             unsigned *ret_n, struct vm_error **err)
 {

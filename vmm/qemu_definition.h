@@ -101,6 +101,9 @@ static inline void qemu_definition_cleanup(struct qemu_definition *d)
  */
 int qemu_definition_validate(const struct qemu_definition *d, struct vm_error **err);
 
+/* Bytes of its memory that lie in pages of that size. */
+uint64_t qemu_definition_memory(const struct qemu_definition *d, uint64_t page_size);
+
 /* The regions of both sides: an allocated array (free it) of n_ram, unmapped. */
 int qemu_definition_regions(const struct qemu_definition *d, struct guest_region **ret_regions,
                             unsigned *ret_n, struct vm_error **err);

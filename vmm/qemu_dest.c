@@ -92,15 +92,6 @@ static int read_number(const char *path, const char *key, uint64_t *ret, struct 
     return 0;
 }
 
-static uint64_t memory_of_page_size(const struct qemu_definition *d, uint64_t page_size)
-{
-    uint64_t sum = 0;
-    for (unsigned i = 0; i < d->n_ram; i++)
-        if (d->ram[i].page_size == page_size)
-            sum += d->ram[i].size;
-    return sum;
-}
-
 static int read_huge_pages(uint64_t page_size, const char *file, uint64_t *ret)
 {
     char path[128];
@@ -112,7 +103,7 @@ static int read_huge_pages(uint64_t page_size, const char *file, uint64_t *ret)
 static int check_huge_pages(const struct qemu_definition *d, uint64_t page_size,
                             struct vm_error **err)
 {
-    uint64_t free_pages, promised, needed = memory_of_page_size(d, page_size);
+    uint64_t free_pages, promised, needed = qemu_definition_memory(d, page_size);
     if (read_huge_pages(page_size, "free_hugepages", &free_pages) < 0 ||
         read_huge_pages(page_size, "resv_hugepages", &promised) < 0)
         return error_set(err, VM_ERROR_REFUSED, "this host has no huge pages of %" PRIu64 " KiB",
@@ -130,7 +121,7 @@ static int check_huge_pages(const struct qemu_definition *d, uint64_t page_size,
 static int check_memory(const struct qemu_definition *d, const struct qemu_host *host,
                         struct vm_error **err)
 {
-    uint64_t available_kib, needed = memory_of_page_size(d, GUEST_PAGE_SIZE);
+    uint64_t available_kib, needed = qemu_definition_memory(d, GUEST_PAGE_SIZE);
     if (read_number("/proc/meminfo", "MemAvailable:", &available_kib, err) < 0)
         return -1;
     if (available_kib < needed >> 10)

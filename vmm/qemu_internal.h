@@ -59,6 +59,8 @@ int qemu_query_migration(struct qemu *q, char ret_status[32], json_t **ret, stru
 bool qemu_migration_is_under_way(const char *status);
 /* Name of the run state. */
 int qemu_query_run_state(struct qemu *q, char ret_state[32], struct vm_error **err);
+/* RUNNING or PAUSED, and not migrating already: else CONFLICT or REFUSED. ret_state may be NULL. */
+int qemu_check_can_move(struct qemu *q, enum guest_run_state *ret_state, struct vm_error **err);
 /* Give a descriptor to QEMU under a name; fd stays the caller's. */
 int qemu_give_fd(struct qemu *q, const char *name, int fd, struct vm_error **err);
 void qemu_forget_fd(struct qemu *q, const char *name);

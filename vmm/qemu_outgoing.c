@@ -204,19 +204,6 @@ static void *watch_main(void *arg)
 
 /* Beginning. */
 
-static int check_can_start(struct qemu *q, struct vm_error **err)
-{
-    struct guest_status status;
-    if (guest_status(&q->guest, &status, err) < 0)
-        return -1;
-    if (status.migrating)
-        return error_set(err, VM_ERROR_CONFLICT, "QEMU is already migrating this VM elsewhere");
-    if (status.state != GUEST_RUNNING && status.state != GUEST_PAUSED)
-        return error_set(err, VM_ERROR_REFUSED, "a VM in run state '%s' cannot be migrated",
-                         status.detail);
-    return 0;
-}
-
 /*
  * Before QEMU 9.0 TCG does not notice that the dirty log was read: a page that its TLB knows as
  * dirty is written on and never marked again. So what is written after the second reading is lost,
@@ -381,7 +368,7 @@ int qemu_source_start(struct guest *g, const struct guest_source_params *params,
         return error_nomem(err);
     /* For a background snapshot qemu_snapshot_can_protect has asked. */
     if (!params->background &&
-        (check_can_start(q, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
+        (qemu_check_can_move(q, NULL, err) < 0 || loses_writes(q, &one_round, err) < 0 ||
          set_parameters(q, params, one_round, err) < 0))
         return -1;
     struct outgoing *o = steal_ptr(&made);

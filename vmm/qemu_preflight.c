@@ -13,20 +13,6 @@
 #include <stdio.h>
 #include <string.h>
 
-static int check_state(struct qemu *q, struct qemu_definition *d, struct vm_error **err)
-{
-    struct guest_status status;
-    if (guest_status(&q->guest, &status, err) < 0)
-        return -1;
-    if (status.migrating)
-        return error_set(err, VM_ERROR_CONFLICT, "QEMU is already migrating this VM elsewhere");
-    if (status.state != GUEST_RUNNING && status.state != GUEST_PAUSED)
-        return error_set(err, VM_ERROR_REFUSED, "a VM in run state '%s' cannot be migrated",
-                         status.detail);
-    d->state = status.state;
-    return 0;
-}
-
 /* A link of /proc/PID, without what the kernel appends when the file was replaced. */
 static int read_link(struct qemu *q, const char *name, char out[QEMU_STRING_MAX],
                      struct vm_error **err)
@@ -428,7 +414,7 @@ int qemu_preflight(struct qemu *q, bool prepared, struct qemu_definition *ret_de
 {
     cleanup_qemu_definition struct qemu_definition d = {0};
     cleanup_qemu_argv struct qemu_argv argv = {0};
-    if (check_state(q, &d, err) < 0 || read_process(q, &d, &argv, err) < 0 ||
+    if (qemu_check_can_move(q, &d.state, err) < 0 || read_process(q, &d, &argv, err) < 0 ||
         qemu_argv_check_movable(&argv, !prepared, err) < 0 || check_blockers(q, err) < 0 ||
         qemu_inspect_machine(q, &d, err) < 0 || qemu_inspect_cpus(q, &d, err) < 0 ||
         qemu_inspect_devices(q, &d, err) < 0 || check_devices_movable(&d, err) < 0)
