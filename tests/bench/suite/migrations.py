@@ -21,7 +21,7 @@ post-copy begins once memory went over once, unless QEMU is done by then.
     cpu_s       both agents and both VMMs, vCPUs left out; source_cpu_s and destination_cpu_s each side's
     others_pct  what everything else on the machine took of the cores meanwhile, its own host included
     finished    1 if it came to an end within the limit of this program and the guest's memory was whole; one that did
-                not has no other figures
+                not has no other figures, and is not tried again in that case
     within_limit    1 if the pause was no longer than the limit
 """
 import sys
@@ -72,6 +72,8 @@ def take_turns(case, races, rounds):
     found = {tool: [] for tool in races}
     for _ in range(rounds):
         for tool, (contest, name) in races.items():
+            if found[tool] and not found[tool][-1]['finished']:
+                continue
             contest.let_run(True)
             contest.console.wait_ticks(20)
             found[tool].append(once(contest, name))

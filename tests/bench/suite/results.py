@@ -7,8 +7,8 @@
     results.end()           # the same, once all of the part was run
 
 A run that was interrupted is gone on with by Results(..., go_on=True): what the file has of this part, of the same
-commit and the same kind of run, is kept, results.complete says that nothing is left to do, and results.has(case) which
-cases are there already.
+commit() and the same kind of run, is kept, results.complete says that nothing is left to do, and results.has(case)
+which cases are there already.
 
 The file is {"machine": {...}, "results": [{"part", "case", "tool", "metric", "unit", "runs", "median"}]}. A run that
 did not come to an end is null in "runs"; a row of nothing else has the median null. Under "machine", "parts" says for
@@ -58,9 +58,18 @@ def describe(m):
     return f'{m["cpus"]} cores of {m["cpu"]}, {m["memory_bytes"] / 2**30:.0f} GiB, Linux {m["kernel"]}'
 
 
+# What the figures do not depend on. (The results themselves are written there.)
+BESIDE = ['docs', 'README.md', *(f'tests/{name}' for name in ('fault', 'flow', 'fuzz', 'soak', 'unit'))]
+
+
 def commit():
-    return subprocess.run(['git', '-C', os.path.dirname(__file__), 'describe', '--always', '--dirty'],
-                          capture_output=True, text=True, check=True).stdout.strip()
+    """The last one that changed what is measured or how, and whether it was changed since."""
+    measured = [':/', *(f':(top,exclude){path}' for path in BESIDE)]
+
+    def git(*words):
+        return subprocess.run(['git', '-C', os.path.dirname(__file__), *words, '--', *measured], capture_output=True,
+                              text=True, check=True).stdout.strip()
+    return git('log', '-1', '--format=%h') + ('-dirty' if git('status', '--porcelain') else '')
 
 
 def row_key(row):
