@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 
-from agents import Cluster
+from agents import Cluster, install
 from lab import BareGuest, VmmGuest
 from lab.guests import ROOT, built
 
@@ -87,7 +87,8 @@ def test_what_is_installed(tmp_path):
     subprocess.run([folder if word == 'build' else word for word in setup], cwd=ROOT, check=True, capture_output=True)
     places = json.loads(subprocess.run(['meson', 'introspect', folder, '--installed'], check=True,
                                        capture_output=True).stdout)
-    assert {'/usr/bin/vmmig', '/usr/sbin/vmmigd', '/etc/vmmig/vmmigd.conf.sample'} <= set(places.values())
+    assert {'/usr/bin/vmmig', '/usr/sbin/vmmigd', '/etc/vmmig/vmmigd.conf.sample', '/usr/share/man/man1/vmmig.1',
+            '/usr/share/man/man8/vmmigd.8'} <= set(places.values())
     unit, = (made for made, place in places.items() if place.endswith('/vmmigd.service'))
     with open(unit, encoding='ascii') as file:
         assert 'ExecStart=/usr/sbin/vmmigd\n' in file.read()
@@ -97,6 +98,22 @@ def test_what_is_installed(tmp_path):
     rules, = (made for made, place in places.items() if place.endswith('tmpfiles.d/vmmig.conf'))
     with open(rules, encoding='ascii') as file:
         assert re.search('^d /run/vmmig/vms 0770 vmmig-vm ', file.read(), re.M)
+
+
+def test_systemd_takes_the_unit_that_is_installed(tmp_path):
+    """Without a complaint; one that it does not understand would be left out in silence, KillMode=, say, and with it VMs."""
+    install(tmp_path, 'libvmmig-client.so')
+    unit, = tmp_path.rglob('vmmigd.service')
+    text = unit.read_text(encoding='ascii').replace('ExecStart=', f'ExecStart={tmp_path}')
+    assert 'KillMode=process\n' in text
+
+    def complaints(name, text):
+        (tmp_path / name).write_text(text, encoding='ascii')
+        return subprocess.run(['systemd-analyze', 'verify', '--man=no', tmp_path / name], capture_output=True, text=True,
+                              check=False).stderr
+
+    assert 'Failed to parse kill mode' in complaints('bad.service', text.replace('=process', '=proces'))
+    assert not complaints('vmmigd.service', text)
 
 
 def test_every_command_of_the_manuals_exists():
