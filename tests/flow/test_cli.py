@@ -8,19 +8,17 @@ import fcntl
 import json
 import os
 import pathlib
-import pty
 import pwd
 import re
-import select
 import signal
 import socket
 import struct
 import subprocess
-import termios
 import time
 
 import pytest
 from lab.guests import ROOT, built
+from terminal import in_terminal, until_closed
 
 QEMU = 'qemu-system-x86_64'
 MACHINE = ['-machine', 'pc,accel=tcg', '-nodefaults', '-display', 'none']
@@ -481,26 +479,16 @@ def test_an_agent_stops_while_a_job_runs(h1):
 
 
 def test_the_progress_line_of_a_terminal(h1, h2):
+    """It is cut where the line ends, and wiped at the end."""
     h1.boot('web1', memory=256)
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
-    command = subprocess.Popen(h1.argv('send', 'web1', '--to', f'127.0.0.1:{h2.port}',
-                                       '--max-bandwidth', '256KiB'), stdin=slave, stdout=slave, stderr=slave)
-    os.close(slave)
-    text = b''
-    while select.select([master], [], [], 20)[0]:
-        try:
-            text += os.read(master, 65536)
-        except OSError:  # the other end is closed
-            break
+    command, terminal = in_terminal(60, h1.argv('send', 'web1', '--to', f'127.0.0.1:{h2.port}', '--max-bandwidth', '256KiB'))
+    text = until_closed(terminal)
     assert command.wait(20) == 0
-    os.close(master)
-    text = text.decode()
     assert text.count('\x1b[K') > 3
     assert re.search(r'\r(copying|paused) round \d+, ', text)
     for line in text.split('\r'):
         assert len(line.split('\n')[0].replace('\x1b[K', '')) < 60
-    assert text.rsplit('\x1b[K', 1)[1].startswith('web1 runs at')  # progress was wiped
+    assert text.rsplit('\x1b[K', 1)[1].startswith('web1 runs at')
 
 
 # ---- bad input
@@ -508,7 +496,7 @@ def test_the_progress_line_of_a_terminal(h1, h2):
 BAD_INPUT = [
     ([], 2, 'a command is missing; see vmmig --help'),
     (['lst'], 2, "there is no command 'lst'; did you mean 'list'?"),
-    (['pki'], 2, 'vmmig pki needs one of: init, issue'),
+    (['pki'], 2, 'vmmig pki needs one of: init, issue, revoke'),
     (['list', '--jsn'], 2, 'there is no option --jsn; did you mean --json?'),
     (['list', '-j'], 2, 'there is no option -j; options begin with --'),
     (['list', 'x'], 2, "unexpected argument 'x'; usage: vmmig list"),
@@ -556,9 +544,11 @@ def test_bad_input_gets_one_clear_line(h1, words, status, message):
 
 @pytest.mark.parametrize('greeting, status, said', [
     (b'', 10, 'does not greet: not QMP, or another client holds this monitor'), (b'HTTP/1.1 400 Bad Request\r\n\r\n', 9, 'QMP: '),
-], ids=['silent', 'http'])
-def test_a_socket_that_is_no_qmp(h1, tmp_path, greeting, status, said):
-    """Somebody listens there, and says nothing, or something else."""
+    (b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 1, "micro": 9}}, "capabilities": []}}\r\n{"return": {}, "id": 1}\r\n',
+     5, 'QEMU 7.1.9 is too old: vmmig needs 7.2 or later'),
+], ids=['silent', 'http', 'old'])
+def test_a_socket_that_is_no_qmp_of_ours(h1, tmp_path, greeting, status, said):
+    """Somebody listens there, and says nothing, or something else; or it is a QEMU that is too old."""
     path = str(tmp_path / 'qmp')
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)

@@ -2,6 +2,7 @@
 """A QEMU guest moves between two agents, as its user, its console and its own self-check see it."""
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,10 @@ import time
 import pytest
 from agents import Cluster, eventually
 from lab import (HEARTBEAT_PORT, BareGuest, LinuxGuest, check_disk, huge_pages, judge, linux_guest, make_disk, make_vars)
+from lab.guests import built
+from lab.hosts import inside
+from lab.linux import OVMF
+from terminal import in_terminal, until_closed
 
 MIB = 1 << 20
 
@@ -158,13 +163,21 @@ def test_what_its_user_does_meanwhile_holds(cluster, guests):
 
 
 def test_a_guest_faster_than_the_link_is_throttled(cluster, guests):
-    """What it writes does not compress, so that the link takes less than it writes."""
+    """What it writes does not compress, so that the link takes less than it writes. Its user sees how it goes."""
     vm = BareGuest('fast', mem_mib=512, dirty_mib=64, rate_mbps=200, pattern='random', fill='random')
     console = boot(cluster, vm)
     mark = console.mark()
+    a1, _ = cluster.agents
     with at_rate(cluster, '1gbit'):
-        job = send(cluster.agents[0], 'h2', 'fast', '--downtime-limit', '300')
+        command, terminal = in_terminal(200, inside(a1.host.pid, [
+            built('tools/vmmig'), 'send', 'fast', '--to', 'h2', '--downtime-limit', '300']))
+        text = until_closed(terminal)
+        assert command.wait(20) == 0, text
         console.wait_ticks(5)
+    job = a1.json('watch', 'fast')
+    size = r'\d[\d.]* [KMGT]?i?B'
+    assert re.search(rf'\rcopying round \d+, {size} left, dirty {size}/s, link {size}/s, pause ~\d[\d.]* m?s, '
+                     r'(throttle \d+%, )?saved (\w+ )?\d+%', text), text
     assert console.check(after=mark) == ['h1', 'h2']
     console.verify()
     assert job['throttle_max_percent'] > 0
@@ -329,6 +342,29 @@ def test_the_agents_memory_is_bounded(cluster, guests, mib, options, connections
     console.verify()
 
 
+# ---- what it is asked to do
+
+def test_pages_are_compressed_as_asked(cluster, guests):
+    """A memory of text, to and fro: none sends nothing that is compressed, the others nothing of the other kind, and all
+    of it is on the wire."""
+    vm = BareGuest('asked', mem_mib=128, dirty_mib=8, rate_mbps=5)
+    console = boot(cluster, vm)
+    here, there = cluster.agents
+    wire = {}
+    for compress, never in (('none', ('lz4', 'zstd', 'delta')), ('lz4', ('zstd',)), ('zstd', ('lz4',))):
+        job = send(here, there.host.name, 'asked', '--compress', compress)
+        used = {encoding for encoding in job['pages'] if saved(job, encoding)}
+        assert not used.intersection(never), (compress, job['pages'])
+        assert ('raw' if compress == 'none' else compress) in used, (compress, job['pages'])
+        assert job['wire_bytes'] >= sum(pages['wire_bytes'] for pages in job['pages'].values())
+        wire[compress] = job['wire_bytes'] / sum(pages['pages'] for name, pages in job['pages'].items() if name not in
+                                                 ('zero', 'same'))
+        here, there = there, here
+    assert wire['none'] >= 4096 > 2 * wire['lz4'] > 2 * wire['zstd'], wire
+    console.wait_ticks(3)
+    console.verify()
+
+
 # ---- a real Linux
 
 @pytest.fixture(scope='module')
@@ -360,15 +396,33 @@ def test_linux_goes_back_and_forth(cluster, guests, linux, full):
             agent.vmmig('detach', 'linux')
 
 
+def variables_of(vm, host, variables):
+    """What the guest finds where its firmware keeps its variables: at the beginning of the flash that ends at 4 GiB."""
+    code = os.path.getsize(f'{OVMF}/OVMF_CODE_4M.fd')
+    size = os.path.getsize(variables)
+    vm.qmp(host)('pmemsave', val=(4 << 30) - code - size, size=size, filename='/run/vmlab/read')
+    with open(host.path('/run/vmlab/read'), 'rb') as file:
+        return file.read()
+
+
 def test_a_guest_with_firmware_moves(cluster, guests, linux):
+    """And finds the variables that its firmware wrote as it booted."""
     kernel, initrd = linux
     variables = make_vars(f'{cluster.shared}/vars.fd')
+    with open(variables, 'rb') as file:
+        empty = file.read()
     vm = LinuxGuest('ovmf', kernel=kernel, initrd=initrd, firmware='ovmf', vars=variables)
     console = boot(cluster, vm)
+    h1, h2 = cluster.hosts
+    written = variables_of(vm, h1, variables)
+    assert written != empty
     mark = console.mark()
     send(cluster.agents[0], 'h2', 'ovmf')
     console.wait_ticks(3)
     assert console.check(after=mark) == ['h1', 'h2']
+    assert variables_of(vm, h2, variables) == written
+    with open(variables, 'rb') as file:
+        assert file.read() == written
 
 
 # Says so when a guest that just came there announces itself (RARP) to the network.
