@@ -70,14 +70,21 @@ static struct guest *make_sink(struct attempt *a, struct vm_error **err)
     struct destination_part *d = &a->destination;
     const Vmmig__Peer__Prepare *p = d->prepare->prepare;
     struct driver_birth birth = {remember_birth, a};
+    struct vm_error *failed = NULL;
     if (*p->dest_socket)
         return driver_sink_adopt(&d->definition, p->dest_socket, err);
     if (FAULT("attempt.spawn") == FAULT_ERROR) {
         error_errno(err, fault_errno(), "attempt.spawn");
         return NULL;
     }
-    return driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition,
-                             p->assume_shared, claim_memory(a), &birth, err);
+    struct guest *guest = driver_sink_start(a->transfer->agent->config, a->vm_name, &d->definition,
+                                            p->assume_shared, claim_memory(a), &birth, &failed);
+    /* No VM has died, though a VMM ended: this host lacks what the command line asks for. */
+    if (!guest && failed->kind == VM_ERROR_VMM_DIED)
+        error_set_kind(&failed, VM_ERROR_REFUSED);
+    if (!guest)
+        error_propagate(err, failed);
+    return guest;
 }
 
 /* `here`: the disks that this host has as those of the definition. */

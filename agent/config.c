@@ -169,7 +169,11 @@ static const struct option config_options[] = {
     {"cert", "FILE", parse_path, MEMBER(cert_file), .def = "/etc/vmmig/pki/host.crt",
      .text = "This host's certificate"},
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
-     .text = "Its private key"},
+     .text = "Its private key. An agent without these three works for its own host alone; they are read when they are "
+             "there, and again when they change"},
+    {"crl", "FILE", parse_path, MEMBER(crl_file),
+     .text = "The authority's list of revoked certificates (`vmmig pki revoke` makes it): a peer that is in it gets "
+             "nothing. It is read again when it changes. Every certificate counts if this is not set"},
     {"insecure-plain", "yes|no", option_parse_flag, MEMBER(insecure_plain), .def = "no",
      .text = "Talk to peers in plain TCP, without certificates: whoever reaches the port can take "
              "and give VMs. For benchmarks and tests in networks that nobody else is in"},
@@ -319,9 +323,9 @@ static int parse_text_lines(struct config *c, const char *name, const char *text
 /* Plain TCP has no use for certificates; whoever names both has misunderstood one of them. */
 static int settle_security(struct config *c, const bool *seen, struct vm_error **err)
 {
-    char **files[] = {&c->ca_file, &c->cert_file, &c->key_file};
-    static const char *const names[] = {"ca", "cert", "key"};
-    for (int i = 0; c->insecure_plain && i < 3; i++) {
+    char **files[] = {&c->ca_file, &c->cert_file, &c->key_file, &c->crl_file};
+    static const char *const names[] = {"ca", "cert", "key", "crl"};
+    for (int i = 0; c->insecure_plain && i < 4; i++) {
         if (seen[option_find(config_options, "", names[i], err) - config_options])
             return error_set(err, VM_ERROR_USAGE,
                              "insecure-plain and %s exclude each other: leave one out", names[i]);
@@ -396,7 +400,7 @@ void config_destroy(struct config *c)
                      c->ca_file, c->cert_file, c->key_file,    c->vm_user,    c->log_dir,
                      c->vm_cgroup,  c->repository, c->scratch_dir, c->nbdkit_plugin,
                      c->mount_dir,  c->cache_dir,  c->clone_dir,  c->libexec_dir,
-                     c->publish_group};
+                     c->publish_group, c->crl_file};
     for (size_t i = 0; i < sizeof(texts) / sizeof(*texts); i++)
         free(texts[i]);
     for (unsigned i = 0; i < c->vmms.n; i++)

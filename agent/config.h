@@ -54,6 +54,7 @@ struct config {
     char *control_group;   /* its members may drive the agent; "": root and the agent's user */
     struct endpoint listen; /* host "": none, this agent takes no VMs */
     char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_plain */
+    char *crl_file;      /* NULL: no certificate was revoked */
     bool insecure_plain; /* plain TCP with peers */
     struct config_vmms vmms; /* QEMUs that may be run as a VM */
     struct config_vmms attach_vmms; /* and VMMs that link libvmmig-attach */

@@ -429,6 +429,7 @@ static int open_parts(struct transfer *t, struct vm_error **err)
     struct conn_settings settings = {.ca_file = c->ca_file,
                                      .cert_file = c->cert_file,
                                      .key_file = c->key_file,
+                                     .crl_file = c->crl_file,
                                      .insecure_plain = c->insecure_plain};
     if (asprintf(&path, "%s/journal", c->state_dir) < 0) {
         path = NULL;

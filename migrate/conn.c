@@ -53,7 +53,7 @@ struct conn {
 struct conn_context *conn_context_create(const struct conn_settings *settings,
                                          struct vm_error **err)
 {
-    bool files = settings->ca_file || settings->cert_file || settings->key_file;
+    bool files = settings->ca_file || settings->cert_file || settings->key_file || settings->crl_file;
     if (settings->insecure_plain && files) {
         error_set(err, VM_ERROR_USAGE, "insecure-plain and certificates exclude each other");
         return NULL;
@@ -73,7 +73,9 @@ struct conn_context *conn_context_create(const struct conn_settings *settings,
         log_warn("connections between agents are NOT ENCRYPTED (insecure-plain)");
         return ctx;
     }
-    ctx->tls = tls_context_create(settings->ca_file, settings->cert_file, settings->key_file, err);
+    struct tls_files names = {settings->ca_file, settings->cert_file, settings->key_file,
+                              settings->crl_file};
+    ctx->tls = tls_context_create(&names, err);
     if (!ctx->tls) {
         free(ctx);
         return NULL;
@@ -498,14 +500,14 @@ struct conn *conn_dial(struct conn_context *ctx, const char *address, enum conn_
  * Before a refused connection is closed: let the peer read why. Closing while it still sends would
  * reset the connection, and the reset overtakes the alert.
  */
-static void linger(struct conn *conn, int cancel_fd)
+static void linger(int fd, int cancel_fd)
 {
     int64_t deadline = clock_mono_ns() + LINGER_MS * NSEC_PER_MSEC;
     char waste[4096];
     size_t drained = 0;
-    shutdown(conn->fd, SHUT_WR);
+    shutdown(fd, SHUT_WR);
     while (drained < (64 << 10)) {
-        ssize_t got = io_read_some(conn->fd, waste, sizeof(waste), deadline, cancel_fd, NULL);
+        ssize_t got = io_read_some(fd, waste, sizeof(waste), deadline, cancel_fd, NULL);
         if (got <= 0)
             return;
         drained += (size_t)got;
@@ -555,11 +557,18 @@ static int accept_handshake(struct conn *conn, int64_t deadline_ns, int cancel_f
 struct conn *conn_accept(struct conn_context *ctx, int fd, int64_t deadline_ns, int cancel_fd,
                          struct vm_error **err)
 {
+    if (ctx->tls && tls_context_check(ctx->tls, err) < 0) {
+        io_write_full(fd, tls_alert_no_certificate, sizeof(tls_alert_no_certificate), deadline_ns,
+                      cancel_fd, NULL);
+        linger(fd, cancel_fd);
+        close(fd);
+        return NULL;
+    }
     CLEANUP(conn) struct conn *conn = new_conn(ctx, fd, NULL, err);
     if (!conn)
         return NULL;
     if (accept_handshake(conn, deadline_ns, cancel_fd, err) < 0) {
-        linger(conn, cancel_fd);
+        linger(conn->fd, cancel_fd);
         return NULL;
     }
     return steal_ptr(&conn);

@@ -16,9 +16,12 @@
  * is refused on either side, and no code path falls back. TLS is 1.3 only. Both sides show a
  * certificate of the cluster's CA; the dialling side also verifies that the listener's certificate
  * names the host that it dialled (DNS name or IP address in the SAN). There is no session
- * resumption, so each connection verifies certificates anew. The three files are read again when
+ * resumption, so each connection verifies certificates anew. The files are read again when
  * they change; while the new ones do not load (half written), the old ones stay in use and a
- * warning is logged.
+ * warning is logged. A context may be made before there are files: with another warning; until they
+ * exist each conn_dial and conn_accept is DENIED, and the peer that dials is told.
+ *
+ * With crl_file a peer whose certificate is in that list is DENIED.
  *
  * When conn_dial or conn_accept returns, both sides have verified each other: after TLS each sends
  * a preamble (docs/migration-wire.md) with the protocol's version and the connection's purpose.
@@ -31,7 +34,7 @@
  *
  *     UNREACHABLE  name unknown, no route, port closed, the peer closed or reset the connection
  *     TIMEOUT      no answer within the deadline, or TCP gave up (CONN_USER_TIMEOUT_MS)
- *     DENIED       certificate missing, expired, of another CA, not for that host; or a plain peer
+ *     DENIED       certificate missing, expired, revoked, of another CA, not for that host; or a plain peer
  *     VERSION      the peer speaks another version of the protocol
  *     PROTOCOL     the peer is no vmmig agent
  *     USAGE        a malformed address, credentials missing
@@ -64,7 +67,8 @@ struct conn_settings {
     const char *ca_file;   /* PEM; certificates of the cluster's CA */
     const char *cert_file; /* PEM; this host's certificate, intermediates behind it */
     const char *key_file;  /* PEM */
-    bool insecure_plain;   /* see above; excludes the three files */
+    const char *crl_file;  /* PEM; the CA's list of revoked certificates; NULL: none */
+    bool insecure_plain;   /* see above; excludes the files */
 };
 
 /* What the dialling side wants; the number is on the wire. */

@@ -23,8 +23,12 @@ enum {
     OUT_SLACK = 64 << 10,  /* a record's overhead, a handshake's flight */
     IN_MAX = 64 << 10,     /* read ahead from the socket */
     READ_STEP = 256 << 10, /* at most, under the lock */
-    FILES = 3,
 };
+
+enum { CA, CERT, KEY, CRL, FILES };
+
+/* A fatal handshake_failure, as a record of its own. */
+const uint8_t tls_alert_no_certificate[7] = {0x15, 0x03, 0x03, 0x00, 0x02, 0x02, 0x28};
 
 /* ---- Context ---- */
 
@@ -37,7 +41,7 @@ struct file_state {
 
 struct tls_context {
     pthread_mutex_t lock;
-    char *files[FILES]; /* CA, certificate, key */
+    char *files[FILES]; /* the CRL's may be NULL */
     struct file_state states[FILES];
     SSL_CTX *ssl_ctx;
     BIO_METHOD *bio_method;
@@ -57,7 +61,7 @@ static void read_file_states(const struct tls_context *ctx, struct file_state st
     memset(states, 0, sizeof(*states) * FILES);
     for (int i = 0; i < FILES; i++) {
         struct stat st;
-        if (stat(ctx->files[i], &st) == 0)
+        if (ctx->files[i] && stat(ctx->files[i], &st) == 0)
             states[i] = (struct file_state){st.st_dev, st.st_ino, st.st_size, st.st_mtim};
     }
 }
@@ -86,27 +90,54 @@ static bool cpu_has_aes(void)
 #endif
 }
 
-static int load_files(SSL_CTX *c, char *const files[FILES], struct vm_error **err)
+/* What makes each of the files. */
+static const char *const makers[FILES] = {
+    [CA] = "this host has no certificates; `vmmig pki init` and `vmmig pki issue` make them",
+    [CERT] = "this host has no certificate; `vmmig pki issue` makes it",
+    [KEY] = "this host has no key; `vmmig pki issue` makes it",
+    [CRL] = "no list of revoked certificates; `vmmig pki revoke` makes it",
+};
+
+static int check_readable(char *const files[FILES], struct vm_error **err)
 {
     for (int i = 0; i < FILES; i++) {
-        cleanup_close int fd = open(files[i], O_RDONLY | O_CLOEXEC);
-        if (fd < 0)
-            return error_errno(err, errno,
-                               errno == ENOENT ? "no certificates (`vmmig pki init` and `vmmig pki issue` make them): cannot read %s"
-                                               : "cannot read %s",
-                               files[i]);
+        cleanup_close int fd = files[i] ? open(files[i], O_RDONLY | O_CLOEXEC) : -1;
+        int why = errno;
+        if (fd >= 0 || !files[i])
+            continue;
+        error_errno(err, why, "cannot read %s", files[i]);
+        return why == ENOENT ? error_wrap(err, "%s", makers[i]) : -1;
     }
-    if (SSL_CTX_load_verify_file(c, files[0]) != 1)
-        return error_set(err, VM_ERROR_DENIED, "%s holds no CA certificate in PEM form (%s)",
-                         files[0], last_reason());
-    if (SSL_CTX_use_certificate_chain_file(c, files[1]) != 1)
-        return error_set(err, VM_ERROR_DENIED, "%s holds no certificate in PEM form (%s)", files[1],
-                         last_reason());
-    if (SSL_CTX_use_PrivateKey_file(c, files[2], SSL_FILETYPE_PEM) != 1 ||
-        SSL_CTX_check_private_key(c) != 1)
-        return error_set(err, VM_ERROR_DENIED, "%s is not the key of %s (%s)", files[2], files[1],
-                         last_reason());
     return 0;
+}
+
+/* From then on a certificate counts only if the list of its CA does not have it. */
+static int load_crl(SSL_CTX *c, const char *file, struct vm_error **err)
+{
+    X509_LOOKUP *lookup = X509_STORE_add_lookup(SSL_CTX_get_cert_store(c), X509_LOOKUP_file());
+    if (!lookup || X509_load_crl_file(lookup, file, X509_FILETYPE_PEM) < 1)
+        return error_set(err, VM_ERROR_DENIED,
+                         "%s holds no list of revoked certificates in PEM form (%s)", file,
+                         last_reason());
+    X509_VERIFY_PARAM_set_flags(SSL_CTX_get0_param(c), X509_V_FLAG_CRL_CHECK);
+    return 0;
+}
+
+static int load_files(SSL_CTX *c, char *const files[FILES], struct vm_error **err)
+{
+    if (check_readable(files, err) < 0)
+        return -1;
+    if (SSL_CTX_load_verify_file(c, files[CA]) != 1)
+        return error_set(err, VM_ERROR_DENIED, "%s holds no CA certificate in PEM form (%s)",
+                         files[CA], last_reason());
+    if (SSL_CTX_use_certificate_chain_file(c, files[CERT]) != 1)
+        return error_set(err, VM_ERROR_DENIED, "%s holds no certificate in PEM form (%s)",
+                         files[CERT], last_reason());
+    if (SSL_CTX_use_PrivateKey_file(c, files[KEY], SSL_FILETYPE_PEM) != 1 ||
+        SSL_CTX_check_private_key(c) != 1)
+        return error_set(err, VM_ERROR_DENIED, "%s is not the key of %s (%s)", files[KEY],
+                         files[CERT], last_reason());
+    return files[CRL] ? load_crl(c, files[CRL], err) : 0;
 }
 
 static SSL_CTX *make_ssl_ctx(char *const files[FILES], struct vm_error **err)
@@ -147,6 +178,7 @@ static SSL_CTX *present_ssl_ctx(struct tls_context *ctx, struct vm_error **err)
         SSL_CTX *fresh = make_ssl_ctx(ctx->files, &why);
         if (!fresh && !ctx->ssl_ctx) {
             error_propagate(err, steal_ptr(&why));
+            error_set_kind(err, VM_ERROR_DENIED);
             return NULL;
         }
         if (!fresh) {
@@ -164,8 +196,39 @@ static SSL_CTX *present_ssl_ctx(struct tls_context *ctx, struct vm_error **err)
 
 static BIO_METHOD *make_bio_method(void);
 
-struct tls_context *tls_context_create(const char *ca_file, const char *cert_file,
-                                       const char *key_file, struct vm_error **err)
+int tls_context_check(struct tls_context *ctx, struct vm_error **err)
+{
+    SSL_CTX *c = present_ssl_ctx(ctx, err);
+    SSL_CTX_free(c);
+    return c ? 0 : -1;
+}
+
+static int copy_names(const struct tls_files *files, char *ret_files[FILES], struct vm_error **err)
+{
+    const char *const names[FILES] = {files->ca, files->cert, files->key, files->crl};
+    for (int i = 0; i < FILES; i++) {
+        ret_files[i] = names[i] ? strdup(names[i]) : NULL;
+        if (names[i] && !ret_files[i])
+            return error_nomem(err);
+    }
+    return 0;
+}
+
+/* Whoever has no other host yet needs no certificates: they may come later. */
+static int look_at_files(struct tls_context *ctx, struct vm_error **err)
+{
+    struct vm_error *why = NULL;
+    if (tls_context_check(ctx, &why) == 0)
+        return 0;
+    if (why->sys_errno != ENOENT)
+        return error_propagate(err, why);
+    log_warn("no VM is sent to another host, and none is taken, until there are certificates",
+             "error=%s", log_q(error_message(why)));
+    error_free(why);
+    return 0;
+}
+
+struct tls_context *tls_context_create(const struct tls_files *files, struct vm_error **err)
 {
     struct tls_context *ctx = calloc(1, sizeof(*ctx));
     if (!ctx) {
@@ -173,18 +236,11 @@ struct tls_context *tls_context_create(const char *ca_file, const char *cert_fil
         return NULL;
     }
     pthread_mutex_init(&ctx->lock, NULL);
-    ctx->files[0] = strdup(ca_file);
-    ctx->files[1] = strdup(cert_file);
-    ctx->files[2] = strdup(key_file);
     ctx->bio_method = make_bio_method();
-    if (!ctx->files[0] || !ctx->files[1] || !ctx->files[2] || !ctx->bio_method) {
+    if (!ctx->bio_method)
         error_nomem(err);
-    } else {
-        SSL_CTX *c = present_ssl_ctx(ctx, err);
-        SSL_CTX_free(c);
-        if (c)
-            return ctx;
-    }
+    else if (copy_names(files, ctx->files, err) == 0 && look_at_files(ctx, err) == 0)
+        return ctx;
     tls_context_destroy(ctx);
     return NULL;
 }
@@ -208,7 +264,7 @@ struct tls_stream {
     SSL *ssl;
     int fd;
     char *host, *peer; /* host: NULL on the listening side */
-    char *ca_file;     /* for messages */
+    char *ca_file, *crl_file; /* for messages; crl_file may be NULL */
     char *peer_name;
     bool established;        /* the handshake is over */
     char refused_names[512]; /* of the certificate that was not accepted */
@@ -364,11 +420,13 @@ struct tls_stream *tls_stream_create(struct tls_context *ctx, int fd, const char
         s->ssl = SSL_new(c);
         s->peer = strdup(peer);
         s->host = host ? strdup(host) : NULL;
-        s->ca_file = strdup(ctx->files[0]);
+        s->ca_file = strdup(ctx->files[CA]);
+        s->crl_file = ctx->files[CRL] ? strdup(ctx->files[CRL]) : NULL;
     }
     SSL_CTX_free(c);
     BIO *bio = BIO_new(ctx->bio_method);
-    if (!s || !s->ssl || !bio || !s->peer || !s->ca_file || (host && !s->host)) {
+    if (!s || !s->ssl || !bio || !s->peer || !s->ca_file || (host && !s->host) ||
+        (ctx->files[CRL] && !s->crl_file)) {
         error_nomem(err);
         BIO_free(bio);
         tls_stream_destroy(s);
@@ -401,6 +459,7 @@ void tls_stream_destroy(struct tls_stream *s)
     free(s->host);
     free(s->peer);
     free(s->ca_file);
+    free(s->crl_file);
     free(s->peer_name);
     pthread_mutex_destroy(&s->lock);
     free(s);
@@ -438,6 +497,19 @@ static int set_untrusted(struct tls_stream *s, long verify, struct vm_error **er
                          "the certificate of %s is of another CA than %s; both hosts need "
                          "certificates of the same cluster",
                          s->peer, s->ca_file);
+    case X509_V_ERR_CERT_REVOKED:
+        return error_set(err, VM_ERROR_DENIED,
+                         "the certificate of %s was revoked (%s); `vmmig pki issue --replace` makes "
+                         "another, if that host is to be trusted again",
+                         s->peer, s->crl_file);
+    case X509_V_ERR_UNABLE_TO_GET_CRL:
+    case X509_V_ERR_CRL_SIGNATURE_FAILURE:
+    case X509_V_ERR_CRL_HAS_EXPIRED:
+    case X509_V_ERR_CRL_NOT_YET_VALID:
+        return error_set(err, VM_ERROR_DENIED,
+                         "whether the certificate of %s was revoked is not known: %s is no valid list "
+                         "of the CA in %s (%s)",
+                         s->peer, s->crl_file, s->ca_file, X509_verify_cert_error_string(verify));
     default:
         return error_set(err, VM_ERROR_DENIED, "the certificate of %s is not accepted: %s", s->peer,
                          X509_verify_cert_error_string(verify));
@@ -460,6 +532,10 @@ static const struct {
     {SSL_R_SSLV3_ALERT_CERTIFICATE_EXPIRED, VM_ERROR_DENIED, false,
      " does not accept this host's certificate: it has expired; issue a new one with "
      "`vmmig pki issue`, or set the clocks right"},
+    {SSL_R_SSLV3_ALERT_CERTIFICATE_REVOKED, VM_ERROR_DENIED, false,
+     " does not accept this host's certificate: it was revoked"},
+    {SSL_R_SSLV3_ALERT_HANDSHAKE_FAILURE, VM_ERROR_DENIED, true,
+     " has no certificates yet; `vmmig pki issue` makes them, and its log says which"},
     {SSL_R_SSLV3_ALERT_BAD_CERTIFICATE, VM_ERROR_DENIED, false,
      " does not accept this host's certificate; its log says why"},
     {SSL_R_SSLV3_ALERT_CERTIFICATE_UNKNOWN, VM_ERROR_DENIED, false,
@@ -480,9 +556,11 @@ static int set_tls_error(struct tls_stream *s, struct vm_error **err)
 {
     unsigned long code = ERR_peek_error();
     int reason = ERR_GET_LIB(code) == ERR_LIB_SSL ? ERR_GET_REASON(code) : 0;
-    if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED) {
+    long verify = SSL_get_verify_result(s->ssl);
+    /* What the verification met on its way may have been put before its own reason. */
+    if (reason == SSL_R_CERTIFICATE_VERIFY_FAILED || (!s->established && verify != X509_V_OK)) {
         ERR_clear_error();
-        return set_untrusted(s, SSL_get_verify_result(s->ssl), err);
+        return set_untrusted(s, verify, err);
     }
     for (size_t i = 0; i < sizeof(reasons) / sizeof(*reasons); i++) {
         if (reasons[i].reason != reason || (s->established && reasons[i].before_only))

@@ -2,7 +2,8 @@
 /*
  * tls: mutual TLS 1.3 over a connected socket, for migrate/conn.c alone. Nothing here waits.
  *
- * A context holds the credentials and reads the files again when they change. A stream is one
+ * A context holds the credentials and reads the files again when they change. Files that are not
+ * there (yet) are no error of the context: no stream can be made until they are. A stream is one
  * connection's state; its calls return TLS_AGAIN when the socket must become ready first (POLLIN,
  * and POLLOUT while tls_has_output). Encrypted bytes are gathered in a buffer of TLS_OUT_MAX, so
  * that many records leave with one system call; tls_flush pushes what the kernel did not take yet.
@@ -29,9 +30,18 @@
 struct tls_context;
 struct tls_stream;
 
-struct tls_context *tls_context_create(const char *ca_file, const char *cert_file,
-                                       const char *key_file, struct vm_error **err);
+struct tls_files {
+    const char *ca, *cert, *key; /* PEM */
+    const char *crl;             /* PEM, certificates of the CA that were revoked; NULL: none was */
+};
+
+struct tls_context *tls_context_create(const struct tls_files *files, struct vm_error **err);
 void tls_context_destroy(struct tls_context *ctx);
+/* Can streams be made? DENIED while the files are missing. */
+int tls_context_check(struct tls_context *ctx, struct vm_error **err);
+
+/* A listening side that has no certificates says this and closes: the dialling side's error tells of it. */
+extern const uint8_t tls_alert_no_certificate[7];
 
 /*
  * host: whom the dialling side expects at the other end; NULL: the listening side. peer: how

@@ -77,3 +77,9 @@ int cli_local_pki_issue(const struct cli *c, const char *dir, const struct pki_h
     (void)c;
     return pki_issue(dir, host, err);
 }
+
+int cli_local_pki_revoke(const struct cli *c, const char *dir, const char *host, struct vm_error **err)
+{
+    (void)c;
+    return pki_revoke(dir, host, err);
+}

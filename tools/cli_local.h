@@ -27,5 +27,6 @@ int cli_local_repo(const struct cli *c, struct cli_repo_view *view, int64_t *ret
 int cli_local_pki_init(const struct cli *c, const char *dir, struct vm_error **err);
 int cli_local_pki_issue(const struct cli *c, const char *dir, const struct pki_host *host,
                         struct vm_error **err);
+int cli_local_pki_revoke(const struct cli *c, const char *dir, const char *host, struct vm_error **err);
 
 #endif

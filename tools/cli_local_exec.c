@@ -44,3 +44,9 @@ int cli_local_pki_issue(const struct cli *c, const char *dir, const struct pki_h
     (void)dir, (void)host;
     return cli_local_enter(c, err);
 }
+
+int cli_local_pki_revoke(const struct cli *c, const char *dir, const char *host, struct vm_error **err)
+{
+    (void)dir, (void)host;
+    return cli_local_enter(c, err);
+}

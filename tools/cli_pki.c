@@ -34,6 +34,19 @@ static int run_pki_issue(const struct cli *c, struct vm_error **err)
     return cli_local_pki_issue(c, c->args.list[0], &host, err) < 0 ? -1 : say_pki(c, host.name, err);
 }
 
+static int run_pki_revoke(const struct cli *c, struct vm_error **err)
+{
+    const char *dir = c->args.list[0], *host = c->args.list[1];
+    char list[FIELD_PATH_MAX + 1];
+    if (cli_local_pki_revoke(c, dir, host, err) < 0)
+        return -1;
+    snprintf(list, sizeof(list), "%s/ca.crl", dir);
+    if (c->json)
+        return cli_print_json(json_pack("{s:s}", "list", list), err);
+    printf("wrote %s; it holds once each host has it where its `crl` says\n", list);
+    return 0;
+}
+
 static int parse_ip(const struct option *o, const char *value, void *member, struct vm_error **err)
 {
     struct cli_ips *ips = member;
@@ -63,10 +76,17 @@ static const struct cli_command commands[] = {
      "them and ca.crt to the host.\n\n"
      "    vmmig pki issue pki host2 --ip 10.0.0.2 --ip fd00::2",
      run_pki_issue},
+    {"pki revoke", "DIR HOST", 2, 2, false, NULL, "shut a host out of the cluster",
+     "Add HOST.crt to the list of revoked certificates, ca.crl in DIR: of a host that was stolen or taken out of "
+     "service. Copy the list to each host, where `crl` in vmmigd.conf names it: agents read it again when it changes, "
+     "and refuse that host from then on. Revoke before the certificate is replaced.\n\n"
+     "    vmmig pki revoke pki host2",
+     run_pki_revoke},
     {NULL}};
 
 static const struct cli_object objects[] = {
     {"pki init, pki issue", "certificate, key"},
+    {"pki revoke", "list"},
     {NULL}};
 
 const struct cli_family cli_family_pki = {"Certificates", commands, objects};

@@ -42,9 +42,15 @@ static void bio_free(BIO **bio)
     BIO_free(*bio);
 }
 
+static void crl_free(X509_CRL **crl)
+{
+    X509_CRL_free(*crl);
+}
+
 #define cleanup_key __attribute__((cleanup(key_free)))
 #define cleanup_cert __attribute__((cleanup(cert_free)))
 #define cleanup_bio __attribute__((cleanup(bio_free)))
+#define cleanup_crl __attribute__((cleanup(crl_free)))
 
 struct authority {
     X509 *cert;
@@ -132,7 +138,7 @@ static int load_authority(const char *dir, struct authority *ret_ca, struct vm_e
         return error_wrap(err, "no CA in %s; make one with `vmmig pki init`", dir);
     cleanup_bio BIO *key_bio = open_pem(key_path, &key_pem, err);
     if (!key_bio)
-        return error_wrap(err, "the CA's key is needed to issue a certificate");
+        return error_wrap(err, "the CA's key is needed");
     ret_ca->cert = PEM_read_bio_X509(cert_bio, NULL, no_pass_phrase, NULL);
     ret_ca->key = PEM_read_bio_PrivateKey(key_bio, NULL, no_pass_phrase, NULL);
     ERR_clear_error();
@@ -269,13 +275,20 @@ static bool is_dns_name(const char *name)
     return *name != '.' && *name != '-' && name[len - 1] != '.' && !strstr(name, "..");
 }
 
+static int check_name(const char *name, struct vm_error **err)
+{
+    if (!is_ip(name) && !is_dns_name(name))
+        return error_set(err, VM_ERROR_USAGE, "\"%s\" is neither a host name nor an IP address",
+                         name);
+    if (!strcmp(name, "ca"))
+        return error_set(err, VM_ERROR_USAGE, "a host cannot be named \"ca\" here");
+    return 0;
+}
+
 static int check_host(const struct pki_host *host, struct vm_error **err)
 {
-    if (!is_ip(host->name) && !is_dns_name(host->name))
-        return error_set(err, VM_ERROR_USAGE, "\"%s\" is neither a host name nor an IP address",
-                         host->name);
-    if (!strcmp(host->name, "ca"))
-        return error_set(err, VM_ERROR_USAGE, "a host cannot be named \"ca\" here");
+    if (check_name(host->name, err) < 0)
+        return -1;
     if (host->days > PKI_CA_DAYS)
         return error_set(err, VM_ERROR_USAGE, "%u days is too long; at most %d", host->days,
                          PKI_CA_DAYS);
@@ -334,4 +347,95 @@ int pki_issue(const char *dir, const struct pki_host *host, struct vm_error **er
     if (!cert || write_key(key_path, key, err) < 0)
         return -1;
     return write_cert(cert_path, cert, err);
+}
+
+/* ---- Revocation ---- */
+
+static X509 *load_host_cert(const char *dir, const char *host, struct vm_error **err)
+{
+    cleanup_free char *path = NULL, *pem = NULL;
+    if (make_path(dir, host, ".crt", &path, err) < 0)
+        return NULL;
+    cleanup_bio BIO *bio = open_pem(path, &pem, err);
+    if (!bio)
+        return NULL;
+    X509 *cert = PEM_read_bio_X509(bio, NULL, no_pass_phrase, NULL);
+    ERR_clear_error();
+    if (!cert)
+        error_set(err, VM_ERROR_CORRUPT, "%s is no certificate in PEM form", path);
+    return cert;
+}
+
+/* The list at `path`, or a new one of the CA if there is none. */
+static X509_CRL *load_list(const char *path, const struct authority *ca, struct vm_error **err)
+{
+    cleanup_free char *pem = NULL;
+    cleanup_error struct vm_error *why = NULL;
+    cleanup_crl X509_CRL *crl = NULL;
+    cleanup_bio BIO *bio = open_pem(path, &pem, &why);
+    if (!bio && why->kind != VM_ERROR_NOT_FOUND) {
+        error_propagate(err, steal_ptr(&why));
+        return NULL;
+    }
+    crl = bio ? PEM_read_bio_X509_CRL(bio, NULL, no_pass_phrase, NULL) : X509_CRL_new();
+    ERR_clear_error();
+    if (bio && (!crl || X509_CRL_verify(crl, ca->key) != 1)) {
+        ERR_clear_error();
+        error_set(err, VM_ERROR_CORRUPT, "%s is no list of this CA's", path);
+        return NULL;
+    }
+    if (!crl || X509_CRL_set_version(crl, X509_CRL_VERSION_2) != 1 ||
+        X509_CRL_set_issuer_name(crl, X509_get_subject_name(ca->cert)) != 1 ||
+        X509_CRL_set1_nextUpdate(crl, X509_get0_notAfter(ca->cert)) != 1) {
+        set_openssl_error("cannot make a list of revoked certificates", err);
+        return NULL;
+    }
+    return steal_ptr(&crl);
+}
+
+static int add_to_list(X509_CRL *crl, X509 *cert, struct vm_error **err)
+{
+    ASN1_TIME *now = X509_gmtime_adj(NULL, -BACKDATED_S);
+    X509_REVOKED *entry = X509_REVOKED_new();
+    bool added = now && entry &&
+                 X509_REVOKED_set_serialNumber(entry, X509_get_serialNumber(cert)) == 1 &&
+                 X509_REVOKED_set_revocationDate(entry, now) == 1 &&
+                 X509_CRL_set1_lastUpdate(crl, now) == 1 && X509_CRL_add0_revoked(crl, entry) == 1;
+    ASN1_TIME_free(now);
+    if (added)
+        return 0;
+    X509_REVOKED_free(entry);
+    return set_openssl_error("cannot add to a list of revoked certificates", err);
+}
+
+static int write_list(const char *path, X509_CRL *crl, EVP_PKEY *key, struct vm_error **err)
+{
+    cleanup_bio BIO *bio = BIO_new(BIO_s_mem());
+    if (!bio || X509_CRL_sort(crl) != 1 || X509_CRL_sign(crl, key, EVP_sha256()) <= 0 ||
+        PEM_write_bio_X509_CRL(bio, crl) != 1)
+        return set_openssl_error("cannot encode a list of revoked certificates", err);
+    return write_bio(path, bio, 0644, err);
+}
+
+int pki_revoke(const char *dir, const char *host, struct vm_error **err)
+{
+    cleanup_free char *path = NULL;
+    __attribute__((cleanup(authority_finish))) struct authority ca = {0};
+    if (check_name(host, err) < 0 || load_authority(dir, &ca, err) < 0 ||
+        make_path(dir, "ca", ".crl", &path, err) < 0)
+        return -1;
+    cleanup_cert X509 *cert = load_host_cert(dir, host, err);
+    if (!cert)
+        return -1;
+    if (X509_verify(cert, ca.key) != 1) {
+        ERR_clear_error();
+        return error_set(err, VM_ERROR_REFUSED, "the certificate of %s is of another CA", host);
+    }
+    cleanup_crl X509_CRL *crl = load_list(path, &ca, err);
+    X509_REVOKED *entry;
+    if (!crl)
+        return -1;
+    if (X509_CRL_get0_by_cert(crl, &entry, cert) != 0)
+        return error_set(err, VM_ERROR_CONFLICT, "the certificate of %s is revoked already", host);
+    return add_to_list(crl, cert, err) < 0 ? -1 : write_list(path, crl, ca.key, err);
 }

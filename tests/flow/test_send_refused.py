@@ -304,6 +304,51 @@ def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certific
         a1.start()
 
 
+@pytest.mark.parametrize('which, pattern', [
+    (0, f'this host has no certificates; `vmmig pki init` and `vmmig pki issue` make them: cannot read {PKI}/ca.crt'),
+    (1, 'h2 has no certificates yet; `vmmig pki issue` makes them')], ids=['source', 'destination'])
+def test_a_host_without_certificates_works_alone(cluster, guest, which, pattern):
+    """Until they are there; its agent need not be started again then."""
+    agent = cluster.agents[which]
+    here = agent.host.path(PKI)
+    agent.stop()
+    os.rename(here, f'{here}.aside')
+    try:
+        agent.start()
+        assert re.search('level=warn msg="no VM is sent to another host, and none is taken.*vmmig pki issue', agent.log())
+        agent.vmmig('repo', 'init')
+        agent.vmmig('image', 'import', built('tests/guest/bare/bare_pc.bin'), 'guest')
+        assert [image['image'] for image in agent.json('image', 'list')['images']] == ['guest']
+        refused(cluster, guest, 'h2', 7, pattern)
+    finally:
+        os.rename(f'{here}.aside', here)
+    test_a_destination_without_the_disk(cluster, guest)
+
+
+@pytest.mark.parametrize('which, stolen, pattern', [
+    (0, 'h2', rf'the certificate of h2 was revoked \({PKI}/ca.crl\); '),
+    (1, 'h1', "h2 does not accept this host's certificate: it was revoked")], ids=['destination', 'source'])
+def test_a_host_whose_certificate_was_revoked(cluster, guest, certificates, which, stolen, pattern):
+    """It gets nothing from the moment that the list says so."""
+    agent = cluster.agents[which]
+    pki = os.path.join(cluster.folder, 'pki')
+
+    def revoke(host):
+        subprocess.run([built('tools/vmmig'), 'pki', 'revoke', pki, host], check=True, capture_output=True)
+        shutil.copy(f'{pki}/ca.crl', agent.host.path(f'{PKI}/ca.crl.new'))
+        os.rename(agent.host.path(f'{PKI}/ca.crl.new'), agent.host.path(f'{PKI}/ca.crl'))
+
+    revoke('h7')
+    restart(agent, crl=f'{PKI}/ca.crl')
+    try:
+        test_a_destination_without_the_disk(cluster, guest)
+        revoke(stolen)
+        refused(cluster, guest, 'h2', 7, pattern)
+    finally:
+        os.unlink(f'{pki}/ca.crl')
+        restart(agent)
+
+
 @pytest.mark.parametrize('lie, pattern', [
     ('ahead', r'the receiver of channel \d is at frame 1000, but 0 is sent'),
     ('beyond', r'the receiver acknowledges frame 1\d\d\d of channel \d, but \d+ is sent'),
@@ -440,7 +485,7 @@ def test_a_destination_without_kvm(cluster, guest, disk):
     h2 = cluster.hosts[1]
     h2.run(['mount', '--bind', '/dev/null', '/dev/kvm'])
     try:
-        refused(cluster, guest, 'h2', 13, 'the peer: cannot start .*-accel kvm: failed to initialize kvm', '--assume-shared',
+        refused(cluster, guest, 'h2', 5, 'the peer: cannot start .*-accel kvm: failed to initialize kvm', '--assume-shared',
                 but=SOCKETS)
     finally:
         h2.run(['umount', '/dev/kvm'])
@@ -555,7 +600,7 @@ def test_a_destination_with_another_cpu(cluster, guest, disk, what):
 
 def test_a_destination_whose_vmm_ends_at_once(cluster, guest, disk):
     with other_vmm(cluster, b'#!/bin/sh\nexit 1\n'):
-        refused(cluster, guest, 'h2', 13, 'the peer: cannot start .*: QEMU ended and said nothing', '--assume-shared')
+        refused(cluster, guest, 'h2', 5, 'the peer: cannot start .*: QEMU ended and said nothing', '--assume-shared')
 
 
 def test_a_destination_where_somebody_has_the_vms_socket(cluster, guest, disk):

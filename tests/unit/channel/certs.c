@@ -39,6 +39,7 @@ static void make_cluster(const char *name)
     must(pki_issue(dir, &(struct pki_host){.name = "localhost", .ips = ips, .n_ips = 2}, &err),
          err);
     must(pki_issue(dir, &(struct pki_host){.name = "elsewhere"}, &err), err);
+    must(pki_issue(dir, &(struct pki_host){.name = "stolen", .ips = ips, .n_ips = 2}, &err), err);
     must(pki_issue(dir, &(struct pki_host){.name = "old", .ips = ips, .n_ips = 2}, &err), err);
     must(pki_issue(dir, &(struct pki_host){.name = "early", .ips = ips, .n_ips = 2}, &err), err);
 }

@@ -7,6 +7,7 @@
 #include "base/io.h"
 #include "migrate/address.h"
 #include "migrate/tls.h"
+#include "tools/pki.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -320,11 +321,11 @@ static void test_settings(void **state)
         enum vm_error_kind kind;
         const char *text;
     } bad[] = {
-        {{NULL, NULL, NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
-        {{"/x", "/x", NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
-        {{"/x", "/x", "/x", true}, VM_ERROR_USAGE, "exclude each other"},
-        {{"/no/ca", "/x", "/x", false}, VM_ERROR_NOT_FOUND, "`vmmig pki issue` make them): cannot read /no/ca"},
-        {{"/dev/null", "/dev/null", "/dev/null", false}, VM_ERROR_DENIED, "holds no CA"},
+        {{NULL, NULL, NULL, NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
+        {{"/x", "/x", NULL, NULL, false}, VM_ERROR_USAGE, "CA, certificate and key are needed"},
+        {{"/x", "/x", "/x", NULL, true}, VM_ERROR_USAGE, "exclude each other"},
+        {{NULL, NULL, NULL, "/x", true}, VM_ERROR_USAGE, "exclude each other"},
+        {{"/dev/null", "/dev/null", "/dev/null", NULL, false}, VM_ERROR_DENIED, "holds no CA"},
     };
     for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
         struct vm_error *err = NULL;
@@ -363,6 +364,112 @@ static void test_files_are_read_again(void **state)
     part(&m);
     conn_context_destroy(near);
     conn_context_destroy(far);
+}
+
+static void remove_file(const char *name)
+{
+    char path[128];
+    snprintf(path, sizeof(path), "%s/%s", certs_dir, name);
+    assert_int_equal(unlink(path), 0);
+}
+
+/* The context of a host that has no certificate yet. */
+static struct conn_context *bare_context(void)
+{
+    copy_file("a/localhost.crt", "a/mine.crt");
+    copy_file("a/localhost.key", "a/mine.key");
+    remove_file("a/mine.crt");
+    return certs_context("a", "a", "mine");
+}
+
+/* Either end may be without certificates; both say so. Once they are there they are used. */
+static void test_certificates_that_come_later(void **state)
+{
+    struct conn_context *near = certs_context("a", "a", "elsewhere"), *far = bare_context();
+    struct meeting m;
+    meet(&m, near, far);
+    assert_null(m.dialled);
+    assert_null(m.accepted);
+    assert_error(m.dial_err, VM_ERROR_DENIED, "127.0.0.1 has no certificates yet");
+    assert_error(m.accept_err, VM_ERROR_DENIED, "`vmmig pki issue` makes it: cannot read ");
+    part(&m);
+    meeting_open(&m, near, accept_thread);
+    assert_null(conn_dial(far, m.address, CONN_CONTROL, in_ms(5000), -1, &m.dial_err));
+    assert_error(m.dial_err, VM_ERROR_DENIED, "this host has no certificate; `vmmig pki issue` makes it");
+    pthread_join(m.thread, NULL);
+    part(&m);
+    copy_file("a/localhost.crt", "a/mine.crt");
+    meet(&m, near, far);
+    assert_non_null(m.dialled);
+    part(&m);
+    conn_context_destroy(near);
+    conn_context_destroy(far);
+}
+
+static void revoke_host(const char *cluster, const char *host)
+{
+    struct vm_error *err = NULL;
+    char dir[128];
+    snprintf(dir, sizeof(dir), "%s/%s", certs_dir, cluster);
+    if (pki_revoke(dir, host, &err) < 0)
+        fail_msg("%s", error_message(err));
+}
+
+/* The context of a host of cluster a that heeds the list of revoked certificates in `crl`. */
+static struct conn_context *heeding_context(const char *host, const char *crl)
+{
+    char files[4][128];
+    snprintf(files[0], 128, "%s/a/ca.crt", certs_dir);
+    snprintf(files[1], 128, "%s/a/%s.crt", certs_dir, host);
+    snprintf(files[2], 128, "%s/a/%s.key", certs_dir, host);
+    snprintf(files[3], 128, "%s/%s", certs_dir, crl);
+    struct vm_error *err = NULL;
+    struct conn_context *ctx = conn_context_create(
+        &(struct conn_settings){files[0], files[1], files[2], files[3], false}, &err);
+    if (!ctx)
+        fail_msg("%s", error_message(err));
+    return ctx;
+}
+
+/* From the moment that its certificate is in the list of the other side, whoever dials. */
+static void test_a_host_that_was_revoked(void **state)
+{
+    struct conn_context *trusted = heeding_context("localhost", "a/ca.crl");
+    struct conn_context *stolen = certs_context("a", "a", "stolen");
+    struct meeting m;
+    revoke_host("a", "old"); /* anybody: there is a list now */
+    meet(&m, stolen, trusted);
+    assert_non_null(m.dialled);
+    part(&m);
+    revoke_host("a", "stolen");
+    meet(&m, stolen, trusted);
+    assert_error(m.dial_err, VM_ERROR_DENIED, "does not accept this host's certificate: it was revoked");
+    assert_error(m.accept_err, VM_ERROR_DENIED, " was revoked (");
+    part(&m);
+    meet(&m, trusted, stolen);
+    assert_error(m.dial_err, VM_ERROR_DENIED, "the certificate of 127.0.0.1 was revoked (");
+    part(&m);
+    conn_context_destroy(trusted);
+    conn_context_destroy(stolen);
+}
+
+/* No list, or another CA's, is not taken for an empty one. */
+static void test_a_list_that_is_missing_or_anothers(void **state)
+{
+    struct conn_context *near = certs_context("a", "a", "elsewhere");
+    struct conn_context *without = heeding_context("localhost", "a/nowhere.crl");
+    struct meeting m;
+    meet(&m, near, without);
+    assert_error(m.accept_err, VM_ERROR_DENIED, "no list of revoked certificates; `vmmig pki revoke` makes it");
+    part(&m);
+    conn_context_destroy(without);
+    revoke_host("b", "old");
+    struct conn_context *others = heeding_context("localhost", "b/ca.crl");
+    meet(&m, near, others);
+    assert_error(m.accept_err, VM_ERROR_DENIED, "was revoked is not known: ");
+    part(&m);
+    conn_context_destroy(others);
+    conn_context_destroy(near);
 }
 
 /* ---- Addresses ---- */
@@ -684,7 +791,7 @@ static struct tls_context *tls_context_of(const char *host)
     snprintf(files[0], 128, "%s/a/ca.crt", certs_dir);
     snprintf(files[1], 128, "%s/a/%s.crt", certs_dir, host);
     snprintf(files[2], 128, "%s/a/%s.key", certs_dir, host);
-    return tls_context_create(files[0], files[1], files[2], NULL);
+    return tls_context_create(&(struct tls_files){files[0], files[1], files[2], NULL}, NULL);
 }
 
 /* A connection goes on over a change of its key. */
@@ -742,6 +849,9 @@ int main(void)
         cmocka_unit_test(test_a_listener_of_another_version),
         cmocka_unit_test(test_settings),
         cmocka_unit_test(test_files_are_read_again),
+        cmocka_unit_test(test_certificates_that_come_later),
+        cmocka_unit_test(test_a_host_that_was_revoked),
+        cmocka_unit_test(test_a_list_that_is_missing_or_anothers),
         cmocka_unit_test(test_addresses),
         cmocka_unit_test(test_a_listener_of_both_families),
         cmocka_unit_test(test_a_closed_port),

@@ -220,6 +220,79 @@ static void test_a_ca_that_is_none(void **state)
     assert_issue_fails("broken", VM_ERROR_CORRUPT, "is no certificate in PEM form");
 }
 
+static int revoke_host(const char *cluster, const char *host, struct vm_error **err)
+{
+    return pki_revoke(PATH(cluster, ""), host, err);
+}
+
+static X509_CRL *load_list(const char *cluster)
+{
+    FILE *f = fopen(PATH(cluster, "ca.crl"), "r");
+    assert_non_null(f);
+    X509_CRL *crl = PEM_read_X509_CRL(f, NULL, NULL, NULL);
+    fclose(f);
+    assert_non_null(crl);
+    return crl;
+}
+
+/* The list names what was revoked, the one of a name that was issued again too, and is the CA's. */
+static void test_certificates_that_are_revoked(void **state)
+{
+    struct vm_error *err = NULL;
+    X509_REVOKED *entry;
+    init("revoke");
+    assert_int_equal(issue("revoke", (struct pki_host){.name = "a"}, NULL), 0);
+    assert_int_equal(issue("revoke", (struct pki_host){.name = "b"}, NULL), 0);
+    X509 *first = load("revoke", "a.crt"), *good = load("revoke", "b.crt"), *ca = load("revoke", "ca.crt");
+    assert_int_equal(revoke_host("revoke", "a", NULL), 0);
+    assert_int_equal(revoke_host("revoke", "a", &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_CONFLICT);
+    error_clear(&err);
+    assert_int_equal(issue("revoke", (struct pki_host){.name = "a", .replace = true}, NULL), 0);
+    X509 *second = load("revoke", "a.crt");
+    X509_CRL *crl = load_list("revoke");
+    assert_int_equal(X509_CRL_get0_by_cert(crl, &entry, first), 1);
+    assert_int_equal(X509_CRL_get0_by_cert(crl, &entry, second), 0);
+    X509_CRL_free(crl);
+    assert_int_equal(revoke_host("revoke", "a", NULL), 0);
+    crl = load_list("revoke");
+    assert_int_equal(X509_CRL_get0_by_cert(crl, &entry, first), 1);
+    assert_int_equal(X509_CRL_get0_by_cert(crl, &entry, second), 1);
+    assert_int_equal(X509_CRL_get0_by_cert(crl, &entry, good), 0);
+    assert_int_equal(X509_CRL_verify(crl, X509_get0_pubkey(ca)), 1);
+    assert_int_equal(ASN1_TIME_compare(X509_CRL_get0_nextUpdate(crl), X509_get0_notAfter(ca)), 0);
+    X509_CRL_free(crl);
+    X509_free(first);
+    X509_free(second);
+    X509_free(good);
+    X509_free(ca);
+}
+
+static void assert_revoke_fails(const char *cluster, const char *host, enum vm_error_kind kind, const char *text)
+{
+    struct vm_error *err = NULL;
+    assert_int_equal(revoke_host(cluster, host, &err), -1);
+    if (!strstr(err->message, text))
+        fail_msg("\"%s\" does not say \"%s\"", err->message, text);
+    assert_int_equal(err->kind, kind);
+    error_free(err);
+}
+
+static void test_what_cannot_be_revoked(void **state)
+{
+    init("ours");
+    init("theirs");
+    assert_int_equal(issue("theirs", (struct pki_host){.name = "host"}, NULL), 0);
+    assert_int_equal(revoke_host("theirs", "host", NULL), 0);
+    assert_revoke_fails("ours", "host", VM_ERROR_NOT_FOUND, "host.crt");
+    assert_revoke_fails("ours", "../x", VM_ERROR_USAGE, "neither a host name");
+    assert_int_equal(rename(PATH("theirs", "host.crt"), PATH("ours", "host.crt")), 0);
+    assert_revoke_fails("ours", "host", VM_ERROR_REFUSED, "the certificate of host is of another CA");
+    assert_int_equal(issue("ours", (struct pki_host){.name = "other"}, NULL), 0);
+    assert_int_equal(rename(PATH("theirs", "ca.crl"), PATH("ours", "ca.crl")), 0);
+    assert_revoke_fails("ours", "other", VM_ERROR_CORRUPT, "ca.crl is no list of this CA's");
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -230,6 +303,8 @@ int main(void)
         cmocka_unit_test(test_what_is_no_host),
         cmocka_unit_test(test_the_end_of_the_ca),
         cmocka_unit_test(test_a_ca_that_is_none),
+        cmocka_unit_test(test_certificates_that_are_revoked),
+        cmocka_unit_test(test_what_cannot_be_revoked),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
