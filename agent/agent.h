@@ -11,6 +11,7 @@
 #include "agent/vms.h"
 #include "base/loop.h"
 
+struct control;
 struct makings;
 struct mount;
 struct repository;
@@ -22,6 +23,7 @@ struct agent {
     struct job_table *jobs;
     struct vms *vms;
     struct transfer *transfer; /* agent/transfer.h */
+    _Atomic(struct control *) control; /* agent/control.h; NULL: not yet */
     struct repository *repository; /* agent/repository.h */
     struct mount *mount;           /* snapshot/mount.h */
     struct makings *makings;       /* agent/makings.h */

@@ -109,6 +109,23 @@ static int parse_vmm(const struct option *o, const char *value, void *member,
     return 0;
 }
 
+static int parse_peer(const struct option *o, const char *value, void *member, struct vm_error **err)
+{
+    (void)o;
+    struct config_peers *peers = member;
+    struct endpoint e;
+    if (peers->n == CONFIG_LIST_MAX)
+        return error_set(err, VM_ERROR_USAGE, "at most %d may be listed", CONFIG_LIST_MAX);
+    if (endpoint_parse(value, DEFAULT_PEER_PORT, &e, err) < 0)
+        return -1;
+    if (strcmp(e.host, value))
+        return error_set(err, VM_ERROR_USAGE, "the name of a host is expected, as in its certificate");
+    if (copy_text(value, &peers->list[peers->n], err) < 0)
+        return -1;
+    peers->n++;
+    return 0;
+}
+
 static bool is_device_name(const char *name)
 {
     size_t n = strlen(name);
@@ -171,6 +188,9 @@ static const struct option config_options[] = {
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
      .text = "Its private key. An agent without these three works for its own host alone; they are read when they are "
              "there, and again when they change"},
+    {"control-peer", "HOST", parse_peer, MEMBER(control_peers), .repeatable = true,
+     .text = "Root of that host, as its certificate names it first, may drive this agent as root of this one may, with "
+             "`vmmig --agent` there. Nobody else is obeyed over the network"},
     {"crl", "FILE", parse_path, MEMBER(crl_file),
      .text = "The authority's list of revoked certificates (`vmmig pki revoke` makes it): a peer that is in it gets "
              "nothing. It is read again when it changes. Every certificate counts if this is not set"},
@@ -407,6 +427,8 @@ void config_destroy(struct config *c)
         free(c->vmms.list[i]);
     for (unsigned i = 0; i < c->attach_vmms.n; i++)
         free(c->attach_vmms.list[i]);
+    for (unsigned i = 0; i < c->control_peers.n; i++)
+        free(c->control_peers.list[i]);
     for (unsigned i = 0; i < c->maps.n; i++) {
         free(c->maps.list[i].from);
         free(c->maps.list[i].to);
@@ -441,6 +463,14 @@ const char *config_find_vmm(const struct config *c, const char *argv0)
 const char *config_find_attach_vmm(const struct config *c, const char *argv0)
 {
     return find_binary(&c->attach_vmms, argv0);
+}
+
+bool config_obeys(const struct config *c, const char *host)
+{
+    for (unsigned i = 0; i < c->control_peers.n; i++)
+        if (!strcasecmp(c->control_peers.list[i], host))
+            return true;
+    return false;
 }
 
 void config_print_help(FILE *out)

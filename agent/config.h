@@ -46,6 +46,11 @@ struct config_vmms {
     unsigned n;
 };
 
+struct config_peers {
+    char *list[CONFIG_LIST_MAX];
+    unsigned n;
+};
+
 struct config {
     char *host;            /* what this host calls itself, in logs and towards peers */
     char *state_dir;       /* durable: VM records, journal */
@@ -55,6 +60,7 @@ struct config {
     struct endpoint listen; /* host "": none, this agent takes no VMs */
     char *ca_file, *cert_file, *key_file; /* NULL, all three, with insecure_plain */
     char *crl_file;      /* NULL: no certificate was revoked */
+    struct config_peers control_peers; /* hosts whose root may drive this agent */
     bool insecure_plain; /* plain TCP with peers */
     struct config_vmms vmms; /* QEMUs that may be run as a VM */
     struct config_vmms attach_vmms; /* and VMMs that link libvmmig-attach */
@@ -92,6 +98,8 @@ const char *config_map_name(const struct config *c, const char *name);
 /* The listed binary that `argv0` (a path, or a bare name) means, or NULL: not allowed. */
 const char *config_find_vmm(const struct config *c, const char *argv0);
 const char *config_find_attach_vmm(const struct config *c, const char *argv0);
+/* May the root of that host, as its certificate names it, drive this agent? */
+bool config_obeys(const struct config *c, const char *host);
 
 /* For --help, the sample configuration and the manual. 80 columns. */
 void config_print_help(FILE *out);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "agent/control.h"
 
+#include "agent/attempt.h"
 #include "agent/requests.h"
 #include "base/acceptor.h"
 #include "base/clock.h"
@@ -26,6 +27,7 @@ struct control_session {
     struct control *control;
     int fd;
     uid_t uid;
+    char peer[CONTROL_WORD_MAX + 1]; /* host of the client; "": this one */
     struct frame_decoder decoder;
     struct cursor in; /* of `bytes`, what is not decoded yet */
     uint8_t bytes[READ_SIZE];
@@ -134,6 +136,42 @@ static int read_frame(struct control_session *s, struct frame *ret, int64_t dead
     }
 }
 
+static int check_host(const struct control_session *s, const Vmmig__Control__Hello *m, struct vm_error **err)
+{
+    if (*s->peer && !config_obeys(s->control->agent->config, s->peer))
+        return error_set(err, VM_ERROR_DENIED,
+                         "host %s may not drive this agent: it is no control-peer in the configuration here", s->peer);
+    if (*s->peer && *m->agent)
+        return error_set(err, VM_ERROR_DENIED, "an agent passes on what is said on its own host only");
+    if (*m->agent && !control_peer_is_owner(s))
+        return error_set(err, VM_ERROR_DENIED, "the agents of other hosts are for root to drive");
+    return 0;
+}
+
+/* What follows is said to another agent. 0 when that is over. */
+static int pass_on(struct control_session *s, Vmmig__Control__Hello *m, struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    cleanup_free char *to = strdup(m->agent);
+    cleanup_buffer struct buffer hello = {0};
+    if (!to)
+        return error_nomem(err);
+    int64_t deadline = clock_mono_ns() + (int64_t)agent->config->connect_timeout_ms * NSEC_PER_MSEC;
+    CLEANUP(conn) struct conn *conn = conn_dial(agent->transfer->context, to, CONN_AGENT, deadline, s->control->stop_fd, err);
+    if (!conn)
+        return -1;
+    *m->agent = 0;
+    if (frame_put_message(&hello, VMMIG__CONTROL__TYPE__HELLO, &m->base, err) < 0 ||
+        conn_write_full(conn, hello.data, hello.len, deadline, s->control->stop_fd, err) < 0)
+        return -1;
+    log_info("a client drives another agent", "agent=%s uid=%u", log_q(to), s->uid);
+    /* Whatever ends it, the client may have half an answer: nothing more is said. */
+    cleanup_error struct vm_error *lost = NULL;
+    if (conn_relay(conn, s->fd, s->control->stop_fd, &lost) < 0)
+        log_warn("the other agent was lost", "agent=%s error=%s", log_q(to), log_q(error_message(lost)));
+    return 0;
+}
+
 /* HELLO and its answer; 0 at an end of the stream before anything was said. */
 static int greet(struct control_session *s, struct vm_error **err)
 {
@@ -154,6 +192,10 @@ static int greet(struct control_session *s, struct vm_error **err)
                          "%u to %u",
                          CONTROL_VERSION_MIN, CONTROL_VERSION_MAX, m.hello->version_min,
                          m.hello->version_max);
+    if (check_host(s, m.hello, err) < 0)
+        return -1;
+    if (*m.hello->agent)
+        return pass_on(s, m.hello, err);
     char software[] = "vmmig " VMMIG_VERSION;
     Vmmig__Control__Welcome w = VMMIG__CONTROL__WELCOME__INIT;
     w.version = version;
@@ -314,18 +356,44 @@ static void admit(struct control_session *s)
     free(s);
 }
 
-static void on_connection(int client, void *arg)
+/* Takes fd over, also on failure. */
+static struct control_session *new_session(struct control *c, int client)
 {
-    struct control *c = arg;
     cleanup_close int fd = client;
     struct control_session *s = calloc(1, sizeof(*s));
     if (!s)
-        return;
+        return NULL;
     s->control = c;
     s->fd = steal_fd(&fd);
     s->passed_fd = -1;
     s->in = cursor_init(s->bytes, 0);
+    return s;
+}
+
+static void on_connection(int client, void *arg)
+{
+    struct control_session *s = new_session(arg, client);
+    if (s)
+        admit(s);
+}
+
+void control_serve_peer(struct control *c, struct conn *conn, int stop_fd)
+{
+    int ends[2];
+    cleanup_error struct vm_error *err = NULL;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0) {
+        log_warn("no socket for the client of another host", "errno=%d", errno);
+        return;
+    }
+    cleanup_close int near = ends[0];
+    struct control_session *s = new_session(c, ends[1]);
+    if (!s)
+        return;
+    snprintf(s->peer, sizeof(s->peer), "%s", conn_peer_name(conn));
+    log_info("a client of another host", "peer=%s", log_q(s->peer));
     admit(s);
+    if (conn_relay(conn, near, stop_fd, &err) < 0)
+        log_warn("the client of another host was lost", "error=%s", log_q(error_message(err)));
 }
 
 /* A file that nobody listens at may go. */

@@ -8,7 +8,9 @@
  *
  * Each connection has a thread of its own, in which requests are handled one after the other
  * (agent/requests.h). Who may connect: root, the agent's own user, and members of control-group; by
- * the file's mode and, independently, by the credentials that the kernel gives for the peer.
+ * the file's mode and, independently, by the credentials that the kernel gives for the peer. And root of the hosts
+ * that control-peer lists, through the agents of both: a HELLO that names another agent makes its session pass
+ * everything on.
  * A socket file left by a dead agent is replaced; that of a living one is CONFLICT.
  * A request may carry one descriptor, with its first byte; one that nobody takes is closed.
  * Bound: max-clients connections, and CONTROL_PLACES_OF_ROOT more that only root takes; one more is told so and closed.
@@ -19,6 +21,7 @@
 #define VMMIG_AGENT_CONTROL_H
 
 #include "agent/agent.h"
+#include "migrate/conn.h"
 #include "proto/control.h"
 
 enum { CONTROL_PLACES_OF_ROOT = 4 };
@@ -32,6 +35,12 @@ bool control_stop(struct control *c, int timeout_ms);
 /* After control_stop said true. Removes the socket file. */
 void control_destroy(struct control *c);
 DEFINE_CLEANUP(control, struct control *, control_destroy)
+
+/*
+ * Root of another host, whose agent shows a certificate of that name, talks through `conn` from here on: as root
+ * of this one, if control-peer lists that host; else he is told that it does not. Returns when he has gone.
+ */
+void control_serve_peer(struct control *c, struct conn *conn, int stop_fd);
 
 /* For the handlers of requests, in the session's thread. */
 struct agent *control_agent(struct control_session *s);

@@ -21,6 +21,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -189,6 +190,7 @@ static int serve(struct agent *agent, struct vm_error **err)
         transfer_stop(transfer);
         return -1;
     }
+    atomic_store(&agent->control, control);
     log_info("ready", "host=%s version=" VMMIG_VERSION " socket=%s", log_q(agent->config->host),
              log_q(agent->config->control_socket));
     notify_supervisor("READY=1");

@@ -3,6 +3,7 @@
 
 #include "agent/attempt.h"
 #include "agent/attempt_jobs.h"
+#include "agent/control.h"
 #include "base/acceptor.h"
 #include "base/cond.h"
 #include "base/io.h"
@@ -11,6 +12,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #define ASK_OTHERS_NS (2 * NSEC_PER_SEC)
@@ -293,6 +295,12 @@ static void serve(const struct incoming *in)
     CLEANUP(conn) struct conn *conn = welcome(in, deadline, &err);
     if (conn && conn_purpose(conn) == CONN_CHANNEL) {
         destination_serve_channel(t, conn);
+        return;
+    }
+    if (conn && conn_purpose(conn) == CONN_AGENT) {
+        struct control *control = atomic_load(&t->agent->control);
+        if (control) /* else it is for another second that the agent is not ready */
+            control_serve_peer(control, conn, t->stop);
         return;
     }
     CLEANUP(peer_session)

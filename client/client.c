@@ -17,6 +17,7 @@ enum { READ_SIZE = 16384 };
 
 struct client {
     int fd;
+    bool is_remote;
     struct frame_decoder decoder;
     struct cursor in; /* of `bytes`, what is not decoded yet */
     uint8_t bytes[READ_SIZE];
@@ -44,20 +45,22 @@ static int connect_to(struct client *c, const char *path, struct vm_error **err)
                      "no agent answers on %s; start vmmigd or pass --socket", path);
 }
 
-static int greet(struct client *c, struct vm_error **err)
+static int greet(struct client *c, const char *agent, struct vm_error **err)
 {
     char software[] = "vmmig " VMMIG_VERSION;
     Vmmig__Control__Hello hello = VMMIG__CONTROL__HELLO__INIT;
     hello.version_min = CONTROL_VERSION_MIN;
     hello.version_max = CONTROL_VERSION_MAX;
     hello.software = software;
+    if (agent)
+        hello.agent = client_word(agent);
     /* An agent that refuses closes at once, and its reason is worth more than a failed write. */
     client_send(c, VMMIG__CONTROL__TYPE__HELLO, &hello.base, NULL);
-    return client_receive(c, VMMIG__CONTROL__TYPE__WELCOME, clock_mono_ns() + HELLO_TIMEOUT_NS,
-                              -1, &c->welcome, err);
+    return client_receive(c, VMMIG__CONTROL__TYPE__WELCOME,
+                          clock_mono_ns() + (agent ? CLIENT_CALL_NS : HELLO_TIMEOUT_NS), -1, &c->welcome, err);
 }
 
-struct client *client_open(const char *socket_path, struct vm_error **err)
+struct client *client_open(const struct client_target *target, struct vm_error **err)
 {
     CLEANUP(client) struct client *c = calloc(1, sizeof(*c));
     if (!c) {
@@ -66,10 +69,11 @@ struct client *client_open(const char *socket_path, struct vm_error **err)
     }
     c->fd = -1;
     c->in = cursor_init(c->bytes, 0);
-    if (connect_to(c, socket_path, err) < 0)
+    c->is_remote = target->agent;
+    if (connect_to(c, target->socket, err) < 0)
         return NULL;
-    if (greet(c, err) < 0) {
-        error_wrap(err, "%s", socket_path);
+    if (greet(c, target->agent, err) < 0) {
+        error_wrap(err, "%s", target->agent ? target->agent : target->socket);
         return NULL;
     }
     return steal_ptr(&c);
@@ -95,6 +99,9 @@ int client_send_fd(struct client *c, unsigned type, const ProtobufCMessage *requ
                        int fd, struct vm_error **err)
 {
     cleanup_buffer struct buffer out = {0};
+    if (fd >= 0 && c->is_remote)
+        return error_set(err, VM_ERROR_REFUSED,
+                         "a file of this host cannot be given to the agent of another; do this there");
     if (control_check(type, request, err) < 0 ||
         frame_put_message(&out, (uint16_t)type, request, err) < 0)
         return -1;
@@ -159,10 +166,10 @@ const char *client_software(const struct client *c)
     return c->welcome.welcome->software;
 }
 
-int client_ask(const char *socket_path, unsigned type, const ProtobufCMessage *request, unsigned want,
+int client_ask(const struct client_target *target, unsigned type, const ProtobufCMessage *request, unsigned want,
             struct control_message *ret_answer, struct vm_error **err)
 {
-    CLEANUP(client) struct client *c = client_open(socket_path, err);
+    CLEANUP(client) struct client *c = client_open(target, err);
     return c ? client_call(c, type, request, want, ret_answer, err) : -1;
 }
 

@@ -28,7 +28,7 @@ struct vmmig_client *vmmig_client_open(const char *socket_path, struct vmmig_fai
     struct vmmig_client *c = calloc(1, sizeof(*c));
     if (!c)
         error_nomem(&err);
-    else if ((c->client = client_open(socket_path, &err)))
+    else if ((c->client = client_open(&(struct client_target){.socket = socket_path}, &err)))
         return c;
     free(c);
     fail(failure, err);

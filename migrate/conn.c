@@ -29,6 +29,7 @@ enum {
     STATUS_REFUSED = 2,
     STATUS_NEEDS_TLS = 3,
     LINGER_MS = 1000,
+    RELAY_SIZE = 16384,
     KEEPALIVE_IDLE_S = 10,
     KEEPALIVE_INTERVAL_S = 5,
     KEEPALIVE_COUNT = 4,
@@ -384,6 +385,103 @@ int conn_shutdown_write(struct conn *conn, int64_t deadline_ns, int cancel_fd,
     return 0;
 }
 
+/* ---- Passing on ---- */
+
+/* Bytes on their way from one end to the other. */
+struct passage {
+    size_t begin, end;
+    bool closed; /* by the end that they come from */
+    uint8_t bytes[RELAY_SIZE];
+};
+
+static bool is_empty(const struct passage *p)
+{
+    return p->begin == p->end;
+}
+
+/* `got`: what a read returned. */
+static void fill(struct passage *p, ssize_t got)
+{
+    p->begin = 0;
+    p->end = got > 0 ? (size_t)got : 0;
+    p->closed = got == 0;
+}
+
+/* What the peer has sent, as far as the socket takes it. */
+static int relay_in(struct conn *conn, int fd, struct passage *p, struct vm_error **err)
+{
+    for (;;) {
+        if (is_empty(p)) {
+            ssize_t got = p->closed ? CONN_AGAIN : conn_try_read(conn, p->bytes, sizeof(p->bytes), err);
+            if (got == -1)
+                return -1;
+            if (got == CONN_AGAIN)
+                return 0;
+            fill(p, got);
+            continue;
+        }
+        ssize_t put = send(fd, p->bytes + p->begin, p->end - p->begin, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (put < 0 && (errno == EAGAIN || errno == EINTR))
+            return 0;
+        if (put < 0) { /* nobody reads there any more */
+            fill(p, 0);
+            return 0;
+        }
+        p->begin += (size_t)put;
+    }
+}
+
+/* And the other way. */
+static int relay_out(struct conn *conn, int fd, struct passage *p, struct vm_error **err)
+{
+    for (;;) {
+        if (is_empty(p)) {
+            ssize_t got = p->closed ? -1 : recv(fd, p->bytes, sizeof(p->bytes), MSG_DONTWAIT);
+            if (got < 0 && (p->closed || errno == EAGAIN || errno == EINTR))
+                return 0;
+            fill(p, got < 0 ? 0 : got);
+            continue;
+        }
+        struct iovec iov = {p->bytes + p->begin, p->end - p->begin};
+        ssize_t taken = conn_try_writev(conn, &iov, 1, err);
+        if (taken < 0)
+            return taken == CONN_AGAIN ? 0 : -1;
+        p->begin += (size_t)taken;
+    }
+}
+
+static int wait_for_either(struct conn *conn, int fd, const struct passage *in, const struct passage *out,
+                           int cancel_fd, struct vm_error **err)
+{
+    struct pollfd fds[] = {
+        {conn->fd, conn_poll_events(conn, !is_empty(out)), 0},
+        {fd, (short)((is_empty(out) ? POLLIN : 0) | (is_empty(in) ? 0 : POLLOUT)), 0},
+        {cancel_fd, POLLIN, 0},
+    };
+    if (!is_empty(in))
+        fds[0].events &= ~POLLIN; /* there is no room for more */
+    if (poll(fds, 3, -1) < 0 && errno != EINTR)
+        return error_errno(err, errno, "poll");
+    return fds[2].revents ? error_set(err, VM_ERROR_CANCELLED, "cancelled") : 0;
+}
+
+int conn_relay(struct conn *conn, int fd, int cancel_fd, struct vm_error **err)
+{
+    cleanup_free struct passage *in = calloc(1, sizeof(*in)), *out = calloc(1, sizeof(*out));
+    if (!in || !out)
+        return error_nomem(err);
+    for (;;) {
+        if (relay_in(conn, fd, in, err) < 0 || relay_out(conn, fd, out, err) < 0)
+            return -1;
+        if (in->closed && is_empty(in))
+            return 0;
+        if (out->closed && is_empty(out))
+            return conn_shutdown_write(conn, clock_mono_ns() + LINGER_MS * NSEC_PER_MSEC, cancel_fd, err);
+        if (wait_for_either(conn, fd, in, out, cancel_fd, err) < 0)
+            return -1;
+    }
+}
+
 /* ---- Becoming a connection ---- */
 
 static int shake_hands(struct conn *conn, int64_t deadline_ns, int cancel_fd, struct vm_error **err)
@@ -545,7 +643,7 @@ static int accept_handshake(struct conn *conn, int64_t deadline_ns, int cancel_f
                        NULL);
         return -1;
     }
-    if (in[5] != CONN_CONTROL && in[5] != CONN_CHANNEL) {
+    if (in[5] < CONN_CONTROL || in[5] > CONN_AGENT) {
         write_preamble(conn, STATUS_REFUSED, deadline_ns, cancel_fd, NULL);
         return error_set(err, VM_ERROR_PROTOCOL, "%s opened a connection of unknown purpose %u",
                          conn->address, in[5]);

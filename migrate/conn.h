@@ -75,6 +75,7 @@ struct conn_settings {
 enum conn_purpose {
     CONN_CONTROL = 1, /* protobuf messages */
     CONN_CHANNEL = 2, /* a data channel, migrate/channel.h */
+    CONN_AGENT = 3,   /* the listening agent's own control protocol, proto/control.proto */
 };
 
 /* Reads the files. `settings` is copied. */
@@ -157,6 +158,12 @@ int64_t conn_rtt_ns(const struct conn *conn);
  * whose kernel had room for more. Counted in ticks of the kernel (1-10 ms). Where it does not count, all time.
  */
 int64_t conn_carrying_ns(const struct conn *conn);
+
+/*
+ * Pass everything on between the connection and a stream socket, both ways, until either end closes its own: 0. What
+ * came before that arrives.
+ */
+int conn_relay(struct conn *conn, int fd, int cancel_fd, struct vm_error **err);
 
 /* No more will be written; the peer reads up to here, then 0. Reading goes on. */
 int conn_shutdown_write(struct conn *conn, int64_t deadline_ns, int cancel_fd,

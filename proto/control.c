@@ -23,13 +23,6 @@ static int check_word(const char *what, const char *text, struct vm_error **err)
     return field_check_text(what, text, 0, CONTROL_WORD_MAX, err);
 }
 
-static int check_hello(const Vmmig__Control__Hello *m, struct vm_error **err)
-{
-    if (!m->version_min || m->version_min > m->version_max)
-        return out_of_range("the range of versions", err);
-    return check_word("the software's name", m->software, err);
-}
-
 static int check_welcome(const Vmmig__Control__Welcome *m, struct vm_error **err)
 {
     if (m->version < CONTROL_VERSION_MIN || m->version > CONTROL_VERSION_MAX)
@@ -101,6 +94,15 @@ static int check_host(const char *what, const char *text, struct vm_error **err)
         return error_set_kind(err, VM_ERROR_PROTOCOL);
     }
     return 0;
+}
+
+static int check_hello(const Vmmig__Control__Hello *m, struct vm_error **err)
+{
+    if (!m->version_min || m->version_min > m->version_max)
+        return out_of_range("the range of versions", err);
+    if (*m->agent && check_host("agent", m->agent, err) < 0)
+        return -1;
+    return check_word("the software's name", m->software, err);
 }
 
 static int check_send(const Vmmig__Control__Send *m, struct vm_error **err)

@@ -12,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/options.h"
+#include "client/client.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -26,7 +27,7 @@ enum { CLI_IPS_MAX = 32 };
 struct cli {
     char **argv; /* as it came, with the command's own name */
     struct positionals args;
-    const char *socket;
+    struct client_target at; /* the agent */
     bool json, help;
     const char *qmp;
     const char *vmm_socket;
@@ -83,7 +84,7 @@ extern const struct cli_family cli_family_vm, cli_family_snapshot, cli_family_im
 /* In the order of the help, ended by NULL. A new family is declared above and listed in
  * tools/cli_commands.c. */
 extern const struct cli_family *const cli_families[];
-/* --json, --socket, --help: what every command takes. */
+/* --json, --socket, --agent, --help: what every command takes. */
 extern const struct option cli_common_options[];
 
 /*
@@ -93,6 +94,8 @@ extern const struct option cli_common_options[];
  */
 int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
               struct vm_error **err);
+/* A path of the user's as the agent is to be told it, allocated; NULL and errno. That of another host stays as it is. */
+char *cli_resolve(const struct cli *c, const char *path);
 void cli_print_usage(FILE *out);
 void cli_print_command_help(FILE *out, const struct cli_command *command);
 void cli_print_manual(FILE *out);

@@ -44,7 +44,7 @@ static int ask_templates(const struct cli *c, unsigned type, const ProtobufCMess
                          bool list, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__TEMPLATES, &answer, err) < 0)
+    if (client_ask(&c->at, type, request, VMMIG__CONTROL__TYPE__TEMPLATES, &answer, err) < 0)
         return -1;
     const Vmmig__Control__Templates *m = answer.templates;
     if (c->json && !list)
@@ -91,7 +91,7 @@ static int run_template_delete(const struct cli *c, struct vm_error **err)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__TemplateDelete m = VMMIG__CONTROL__TEMPLATE_DELETE__INIT;
     m.template_ = word(c->args.list[0]);
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__TEMPLATE_DELETE, &m.base, VMMIG__CONTROL__TYPE__OK,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__TEMPLATE_DELETE, &m.base, VMMIG__CONTROL__TYPE__OK,
                 &answer, err) < 0)
         return -1;
     if (c->json)
@@ -184,7 +184,7 @@ static int run_clone(const struct cli *c, struct vm_error **err)
     m.sets = s.pointers;
     m.n_sets = s.n;
     if (r == 0)
-        r = client_ask(c->socket, VMMIG__CONTROL__TYPE__CLONE, &m.base, VMMIG__CONTROL__TYPE__CLONES,
+        r = client_ask(&c->at, VMMIG__CONTROL__TYPE__CLONE, &m.base, VMMIG__CONTROL__TYPE__CLONES,
                     &answer, err);
     free(s.text);
     return r < 0 ? -1 : say_clones(c, answer.clones, err);
@@ -220,9 +220,9 @@ static char *resolve_parent(const char *dir)
     return parent && asprintf(&path, "%s/%s", parent, basename(again)) >= 0 ? path : NULL;
 }
 
-static int absolute(const char *dir, char out[FIELD_PATH_MAX + 1], struct vm_error **err)
+static int absolute(const struct cli *c, const char *dir, char out[FIELD_PATH_MAX + 1], struct vm_error **err)
 {
-    cleanup_free char *path = realpath(dir, NULL);
+    cleanup_free char *path = cli_resolve(c, dir);
     if (!path && errno == ENOTCONN) /* a mount whose process has died */
         path = resolve_parent(dir);
     if (!path)
@@ -236,10 +236,10 @@ static int run_mount(const struct cli *c, struct vm_error **err)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Mount m = VMMIG__CONTROL__MOUNT__INIT;
     char dir[FIELD_PATH_MAX + 1];
-    if (absolute(c->args.list[0], dir, err) < 0)
+    if (absolute(c, c->args.list[0], dir, err) < 0)
         return -1;
     m.dir = dir;
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__MOUNT, &m.base, VMMIG__CONTROL__TYPE__MOUNTED,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__MOUNT, &m.base, VMMIG__CONTROL__TYPE__MOUNTED,
                 &answer, err) < 0)
         return -1;
     return say_mounted(c, answer.mounted, err);
@@ -250,10 +250,10 @@ static int run_unmount(const struct cli *c, struct vm_error **err)
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Unmount m = VMMIG__CONTROL__UNMOUNT__INIT;
     char dir[FIELD_PATH_MAX + 1];
-    if (absolute(c->args.list[0], dir, err) < 0)
+    if (absolute(c, c->args.list[0], dir, err) < 0)
         return -1;
     m.dir = dir;
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__UNMOUNT, &m.base, VMMIG__CONTROL__TYPE__OK,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__UNMOUNT, &m.base, VMMIG__CONTROL__TYPE__OK,
                 &answer, err) < 0)
         return -1;
     if (c->json)

@@ -5,7 +5,7 @@
 
 static int run_version(const struct cli *c, struct vm_error **err)
 {
-    CLEANUP(client) struct client *client = client_open(c->socket, NULL);
+    CLEANUP(client) struct client *client = client_open(&c->at, NULL);
     const char *agent = client ? client_software(client) : NULL;
     if (c->json)
         return cli_print_json(json_pack("{s:s, s:s?}", "vmmig", VMMIG_VERSION, "agent", agent),

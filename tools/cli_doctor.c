@@ -12,7 +12,7 @@ static int run_doctor(const struct cli *c, struct vm_error **err)
         if (vm_name_check(m.vm, err) < 0)
             return error_wrap(err, "'%.80s'", m.vm);
     }
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__DOCTOR, &m.base, VMMIG__CONTROL__TYPE__DIAGNOSIS,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__DOCTOR, &m.base, VMMIG__CONTROL__TYPE__DIAGNOSIS,
                 &answer, err) < 0)
         return -1;
     if (c->json)
@@ -29,7 +29,7 @@ static int run_debug_faults(const struct cli *c, struct vm_error **err)
         m.set = true;
         m.arm = client_word(c->arm);
     }
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__FAULTS, &m.base,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__FAULTS, &m.base,
                 VMMIG__CONTROL__TYPE__FAULT_POINTS, &answer, err) < 0)
         return -1;
     if (c->json)

@@ -84,7 +84,7 @@ static const char *subject(const struct follow *f)
 static void cancel(struct follow *f)
 {
     cleanup_error struct vm_error *err = NULL;
-    CLEANUP(client) struct client *c = client_open(f->cli->socket, &err);
+    CLEANUP(client) struct client *c = client_open(&f->cli->at, &err);
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Cancel m = VMMIG__CONTROL__CANCEL__INIT;
     m.vm = (char *)(uintptr_t)f->vm;

@@ -9,11 +9,20 @@
 
 enum { COMMANDS_MAX = 96, COMMAND_COLUMN = 19 };
 
+static int parse_agent(const struct option *o, const char *value, void *member, struct vm_error **err)
+{
+    struct endpoint e;
+    return endpoint_parse(value, DEFAULT_PEER_PORT, &e, err) < 0 ? -1 : option_parse_text(o, value, member, err);
+}
+
 const struct option cli_common_options[] = {
     {"json", NULL, option_parse_flag, .offset = offsetof(struct cli, json),
      .text = "Print one JSON object instead of text, also for an error"},
-    {"socket", "PATH", option_parse_text, .offset = offsetof(struct cli, socket),
+    {"socket", "PATH", option_parse_text, .offset = offsetof(struct cli, at.socket),
      .def = CLI_DEFAULT_SOCKET, .text = "The agent's control socket"},
+    {"agent", "HOST[:PORT]", parse_agent, .offset = offsetof(struct cli, at.agent),
+     .text = "Drive the agent of that host, through the one of this host, as root; a `control-peer` line there "
+             "has to name this host. Paths are that host's"},
     {"help", NULL, option_parse_flag, .offset = offsetof(struct cli, help),
      .text = "Print the help of this command"},
     {NULL}};
@@ -97,6 +106,12 @@ static bool join_options(const struct cli_command *command, struct option rows[O
     return hides;
 }
 
+/* Of the options that may stand before the command. */
+static bool takes_value(const char *word)
+{
+    return !strcmp(word, "--socket") || !strcmp(word, "--agent");
+}
+
 static int check_arguments(const struct cli_command *command, const struct cli *c,
                            struct vm_error **err)
 {
@@ -124,7 +139,7 @@ static int find_rest(const struct cli_command *command, int argc, char **argv)
     for (int i = 0; i < argc; i++) {
         if (!strcmp(argv[i], "--"))
             return i;
-        if (!strcmp(argv[i], "--socket"))
+        if (takes_value(argv[i]))
             i++;
         else if (argv[i][0] != '-' && seen++ == command->max_args)
             return i;
@@ -168,13 +183,18 @@ static int parse_command(const struct cli_command *command, int argc, char **arg
     return check_arguments(command, c, err);
 }
 
+char *cli_resolve(const struct cli *c, const char *path)
+{
+    return c->at.agent ? strdup(path) : realpath(path, NULL);
+}
+
 int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
               struct vm_error **err)
 {
     struct cli c = {0};
     int lead = 0; /* options that stand before the command */
     while (lead < argc && !strncmp(argv[lead], "--", 2))
-        lead += !strcmp(argv[lead], "--socket") ? 2 : 1;
+        lead += takes_value(argv[lead]) ? 2 : 1;
     *ret_command = NULL;
     if (lead >= argc) {
         struct positionals none;

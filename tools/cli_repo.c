@@ -71,11 +71,13 @@ int cli_repo_run(const struct cli *c, const Vmmig__Control__Repo *request, int f
     int result = -1;
     if (control_check(VMMIG__CONTROL__TYPE__REPO, &request->base, err) < 0)
         return error_set_kind(err, VM_ERROR_USAGE);
+    if (c->repo && c->at.agent)
+        return error_set(err, VM_ERROR_USAGE, "--repo works without an agent: leave it or --agent out");
     if (c->repo) {
         int64_t elapsed_ns = -1;
         result = cli_local_repo(c, &view, &elapsed_ns, err) < 0 ? -1 : end(&view, elapsed_ns, err);
     } else {
-        CLEANUP(client) struct client *client = client_open(c->socket, err);
+        CLEANUP(client) struct client *client = client_open(&c->at, err);
         if (!client)
             return error_wrap(err, "without --repo URL");
         result = repo_service_is_long(request->verb) ? run_job(c, client, &view, err)

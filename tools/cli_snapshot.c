@@ -43,7 +43,7 @@ static int ask(const struct cli *c, unsigned type, const ProtobufCMessage *reque
                const char *word, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__SNAPSHOTS, &answer, err) < 0)
+    if (client_ask(&c->at, type, request, VMMIG__CONTROL__TYPE__SNAPSHOTS, &answer, err) < 0)
         return -1;
     const Vmmig__Control__Snapshots *list = answer.snapshots;
     json_t *json = json_array();
@@ -77,7 +77,7 @@ static int follow(const struct cli *c, unsigned type, const ProtobufCMessage *re
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
         return -1;
-    CLEANUP(client) struct client *client = client_open(c->socket, err);
+    CLEANUP(client) struct client *client = client_open(&c->at, err);
     if (!client || client_call(client, type, request, VMMIG__CONTROL__TYPE__JOB, &answer, err) <
                        0)
         return -1;
@@ -96,7 +96,7 @@ static int run_take(const struct cli *c, struct vm_error **err)
     char *path = NULL;
     if (vm_name_check(c->args.list[0], err) < 0)
         return error_wrap(err, "'%.80s'", c->args.list[0]);
-    if (c->guest_agent && !(path = realpath(c->guest_agent, NULL)))
+    if (c->guest_agent && !(path = cli_resolve(c, c->guest_agent)))
         return error_errno(err, errno, "--guest-agent %s", c->guest_agent);
     m.vm = client_word(c->args.list[0]);
     m.name = client_word(c->args.list[1]);
@@ -141,7 +141,7 @@ static int run_restore(const struct cli *c, struct vm_error **err)
     bool in_ceph = c->disk_dir && !strncmp(c->disk_dir, "rbd:", 4);
     if (in_ceph)
         m.disk_dir = client_word(c->disk_dir);
-    else if (c->disk_dir && !(folder = realpath(c->disk_dir, NULL)))
+    else if (c->disk_dir && !(folder = cli_resolve(c, c->disk_dir)))
         return error_errno(err, errno, "--disk-dir %s", c->disk_dir);
     m.image = client_word(c->args.list[0]);
     m.as = client_word(c->as ? c->as : "");

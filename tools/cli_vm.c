@@ -23,7 +23,7 @@ static int ask_vm(const struct cli *c, unsigned type, const ProtobufCMessage *re
                   const char *done, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
-    if (client_ask(c->socket, type, request, VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
+    if (client_ask(&c->at, type, request, VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_vm(answer.vm), err);
@@ -37,7 +37,9 @@ static int run_run(const struct cli *c, struct vm_error **err)
     char cwd[FIELD_PATH_MAX + 1];
     if (check_vm_name(c, err) < 0)
         return -1;
-    if (!getcwd(cwd, sizeof(cwd)))
+    if (c->at.agent)
+        strcpy(cwd, "/"); /* that of this command is another host's */
+    else if (!getcwd(cwd, sizeof(cwd)))
         return error_errno(err, errno, "cannot tell the current directory");
     m.vm = client_word(c->args.list[0]);
     m.argv = c->args.rest;
@@ -55,7 +57,7 @@ static int run_attach(const struct cli *c, struct vm_error **err)
         return error_set(err, VM_ERROR_USAGE, c->qmp ? "--qmp and --socket exclude each other"
                                                      : "--qmp PATH or --socket PATH is required");
     const char *given = c->qmp ? c->qmp : c->vmm_socket;
-    char *path = realpath(given, NULL);
+    char *path = cli_resolve(c, given);
     if (!path)
         return error_errno(err, errno, "--%s %s", c->qmp ? "qmp" : "socket", given);
     m.vm = client_word(c->args.list[0]);
@@ -69,7 +71,7 @@ static int run_list(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__List m = VMMIG__CONTROL__LIST__INIT;
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__LIST, &m.base, VMMIG__CONTROL__TYPE__VMS, &answer, err) < 0)
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__LIST, &m.base, VMMIG__CONTROL__TYPE__VMS, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_vms(answer.vms), err);
@@ -81,7 +83,7 @@ static int status_of_agent(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Info m = VMMIG__CONTROL__INFO__INIT;
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__INFO, &m.base, VMMIG__CONTROL__TYPE__AGENT, &answer, err) < 0)
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__INFO, &m.base, VMMIG__CONTROL__TYPE__AGENT, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_agent(answer.agent), err);
@@ -96,7 +98,7 @@ static int run_status(const struct cli *c, struct vm_error **err)
     if (!c->args.n)
         return status_of_agent(c, err);
     m.vm = client_word(c->args.list[0]);
-    if (check_vm_name(c, err) < 0 || client_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base,
+    if (check_vm_name(c, err) < 0 || client_ask(&c->at, VMMIG__CONTROL__TYPE__STATUS, &m.base,
                                          VMMIG__CONTROL__TYPE__VM, &answer, err) < 0)
         return -1;
     if (c->json)
@@ -150,7 +152,7 @@ static int run_send(const struct cli *c, struct vm_error **err)
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
         return -1;
-    CLEANUP(client) struct client *client = client_open(c->socket, err);
+    CLEANUP(client) struct client *client = client_open(&c->at, err);
     if (!client || client_call(client, VMMIG__CONTROL__TYPE__SEND, &m.base,
                                    VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
         return -1;
@@ -164,7 +166,7 @@ static int run_watch(const struct cli *c, struct vm_error **err)
     cleanup_close int signal_fd = cli_follow_prepare(err);
     if (signal_fd < 0)
         return -1;
-    CLEANUP(client) struct client *client = client_open(c->socket, err);
+    CLEANUP(client) struct client *client = client_open(&c->at, err);
     return client ? cli_follow(c, client, c->args.list[0], NULL, signal_fd, err) : -1;
 }
 
@@ -172,7 +174,7 @@ static int run_jobs(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__Jobs m = VMMIG__CONTROL__JOBS__INIT;
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__JOBS, &m.base, VMMIG__CONTROL__TYPE__JOB_LIST, &answer, err) <
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__JOBS, &m.base, VMMIG__CONTROL__TYPE__JOB_LIST, &answer, err) <
         0)
         return -1;
     if (c->json)
@@ -189,7 +191,7 @@ static bool names_job(const struct cli *c, struct uuid *ret_id)
     Vmmig__Control__Status m = VMMIG__CONTROL__STATUS__INIT;
     m.vm = client_word(c->args.list[0]);
     return uuid_parse(c->args.list[0], ret_id) &&
-           client_ask(c->socket, VMMIG__CONTROL__TYPE__STATUS, &m.base, VMMIG__CONTROL__TYPE__VM,
+           client_ask(&c->at, VMMIG__CONTROL__TYPE__STATUS, &m.base, VMMIG__CONTROL__TYPE__VM,
                    &answer, &ignored) < 0;
 }
 
@@ -204,7 +206,7 @@ static int run_cancel(const struct cli *c, struct vm_error **err)
         m.job = (ProtobufCBinaryData){sizeof(id.bytes), id.bytes};
     else
         m.vm = client_word(c->args.list[0]);
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(cli_json_job(answer.job), err);
@@ -231,7 +233,7 @@ static int run_resolve(const struct cli *c, struct vm_error **err)
     m.verdict = c->here ? VMMIG__CONTROL__VERDICT__HERE : VMMIG__CONTROL__VERDICT__GONE;
     m.fenced_host = client_word(c->fenced ? c->fenced : "");
     cleanup_control_message struct control_message answer = {0};
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__RESOLVE, &m.base, VMMIG__CONTROL__TYPE__OK, &answer, err) < 0)
         return -1;
     if (c->json)
         return cli_print_json(json_pack("{s:s, s:s}", "vm", m.vm, "decided",

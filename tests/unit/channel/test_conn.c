@@ -472,6 +472,118 @@ static void test_a_list_that_is_missing_or_anothers(void **state)
     conn_context_destroy(near);
 }
 
+/* ---- Passing on ---- */
+
+struct relay {
+    struct conn *conn;
+    int fd, cancel_fd, result;
+    struct vm_error *err;
+    pthread_t thread;
+};
+
+static void *relay_thread(void *arg)
+{
+    struct relay *r = arg;
+    r->result = conn_relay(r->conn, r->fd, r->cancel_fd, &r->err);
+    close(r->fd);
+    conn_shutdown(r->conn);
+    return NULL;
+}
+
+/* Two sockets, `ends`, with a connection between them that both sides pass on. */
+static void open_way(struct meeting *m, struct relay relays[2], int ends[2], const int cancel_fds[2])
+{
+    struct conn_context *near = certs_context("a", "a", "elsewhere"), *far = certs_context("a", "a", "localhost");
+    meet(m, near, far);
+    assert_non_null(m->dialled);
+    conn_context_destroy(near);
+    conn_context_destroy(far);
+    for (int i = 0; i < 2; i++) {
+        int pair[2];
+        assert_int_equal(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
+        ends[i] = pair[0];
+        relays[i] = (struct relay){.conn = i ? m->accepted : m->dialled, .fd = pair[1], .cancel_fd = cancel_fds[i]};
+        pthread_create(&relays[i].thread, NULL, relay_thread, &relays[i]);
+    }
+}
+
+enum { WAY_BYTES = 3 << 20 };
+
+struct load {
+    int fd;
+    unsigned seed;
+    pthread_t thread;
+};
+
+static void *write_load(void *arg)
+{
+    struct load *l = arg;
+    for (unsigned done = 0; done < WAY_BYTES; done += 4096) {
+        uint8_t bytes[4096];
+        memset(bytes, (int)(l->seed + done / 4096), sizeof(bytes));
+        assert_int_equal(io_write_full(l->fd, bytes, sizeof(bytes), in_ms(20000), -1, NULL), 0);
+    }
+    return NULL;
+}
+
+static void read_load(int fd, unsigned seed)
+{
+    uint8_t bytes[4096], expected[4096];
+    for (unsigned done = 0; done < WAY_BYTES; done += 4096) {
+        memset(expected, (int)(seed + done / 4096), sizeof(expected));
+        assert_int_equal(io_read_full(fd, bytes, sizeof(bytes), in_ms(20000), -1, NULL), 0);
+        assert_memory_equal(bytes, expected, sizeof(bytes));
+    }
+}
+
+/* All of it, both ways at once; then the end. */
+static void test_everything_is_passed_on(void **state)
+{
+    struct meeting m;
+    struct relay relays[2];
+    int ends[2];
+    char byte;
+    open_way(&m, relays, ends, (const int[2]){-1, -1});
+    struct load loads[2] = {{ends[0], 1, 0}, {ends[1], 7, 0}};
+    for (int i = 0; i < 2; i++)
+        pthread_create(&loads[i].thread, NULL, write_load, &loads[i]);
+    read_load(ends[1], 1);
+    read_load(ends[0], 7);
+    for (int i = 0; i < 2; i++)
+        pthread_join(loads[i].thread, NULL);
+    assert_int_equal(io_write_full(ends[0], "last", 4, in_ms(1000), -1, NULL), 0);
+    close(ends[0]);
+    char last[4];
+    assert_int_equal(io_read_full(ends[1], last, 4, in_ms(10000), -1, NULL), 0);
+    assert_memory_equal(last, "last", 4);
+    assert_int_equal(io_read_some(ends[1], &byte, 1, in_ms(10000), -1, NULL), 0);
+    for (int i = 0; i < 2; i++) {
+        pthread_join(relays[i].thread, NULL);
+        assert_int_equal(relays[i].result, 0);
+    }
+    close(ends[1]);
+    part(&m);
+}
+
+static void test_passing_on_is_cancelled(void **state)
+{
+    struct meeting m;
+    struct relay relays[2];
+    int ends[2], latches[2] = {io_latch_new(NULL), -1};
+    open_way(&m, relays, ends, latches);
+    io_latch_set(latches[0]);
+    for (int i = 0; i < 2; i++) {
+        pthread_join(relays[i].thread, NULL);
+        close(ends[i]);
+    }
+    assert_int_equal(relays[0].result, -1);
+    assert_error(relays[0].err, VM_ERROR_CANCELLED, "cancelled");
+    error_free(relays[0].err);
+    error_free(relays[1].err); /* it was cut off, or not: that is the other's affair */
+    close(latches[0]);
+    part(&m);
+}
+
 /* ---- Addresses ---- */
 
 static void test_addresses(void **state)
@@ -852,6 +964,8 @@ int main(void)
         cmocka_unit_test(test_certificates_that_come_later),
         cmocka_unit_test(test_a_host_that_was_revoked),
         cmocka_unit_test(test_a_list_that_is_missing_or_anothers),
+        cmocka_unit_test(test_everything_is_passed_on),
+        cmocka_unit_test(test_passing_on_is_cancelled),
         cmocka_unit_test(test_addresses),
         cmocka_unit_test(test_a_listener_of_both_families),
         cmocka_unit_test(test_a_closed_port),

@@ -47,7 +47,7 @@ static void a_send_with_everything(void **state)
     assert_int_equal(c.connections, 4);
     assert_int_equal(c.compress, VMMIG__CONTROL__COMPRESS__COMPRESS_ZSTD);
     assert_true(c.assume_shared && c.background && c.json);
-    assert_string_equal(c.socket, CLI_DEFAULT_SOCKET);
+    assert_string_equal(c.at.socket, CLI_DEFAULT_SOCKET);
 }
 
 /* The words of --compress are numbered as the protocol's enum. */
@@ -105,7 +105,8 @@ static void options_may_stand_before_the_command(void **state)
     assert_int_equal(parse("--socket /x --json pki issue dir host --days 5", &command, &c, NULL),
                      0);
     assert_string_equal(command->name, "pki issue");
-    assert_string_equal(c.socket, "/x");
+    assert_string_equal(c.at.socket, "/x");
+    assert_null(c.at.agent);
     assert_true(c.json);
     assert_int_equal(c.args.n, 2);
     assert_string_equal(c.args.list[1], "host");
@@ -113,6 +114,20 @@ static void options_may_stand_before_the_command(void **state)
     assert_int_equal(parse("--help", &command, &c, NULL), 0);
     assert_null(command);
     assert_true(c.help);
+}
+
+static void the_agent_of_another_host_may_be_named_anywhere(void **state)
+{
+    const struct cli_command *command;
+    struct cli c;
+    (void)state;
+    assert_int_equal(parse("--agent host2:1 list", &command, &c, NULL), 0);
+    assert_string_equal(command->name, "list");
+    assert_string_equal(c.at.agent, "host2:1");
+    assert_int_equal(parse("send web1 --to host3 --agent host2", &command, &c, NULL), 0);
+    assert_string_equal(c.at.agent, "host2");
+    assert_string_equal(c.at.socket, CLI_DEFAULT_SOCKET);
+    assert_rest("run --agent host2 web1 qemu --agent x", "web1", false, "qemu --agent x ");
 }
 
 /* `attach` has a --socket of its own: the agent's can only stand before the command. */
@@ -123,11 +138,11 @@ static void a_commands_own_option_hides_the_common_one(void **state)
     struct cli c;
     cleanup_error struct vm_error *err = NULL;
     assert_int_equal(parse("--json --socket /agent attach web1 --socket /vmm", &command, &c, NULL), 0);
-    assert_string_equal(c.socket, "/agent");
+    assert_string_equal(c.at.socket, "/agent");
     assert_string_equal(c.vmm_socket, "/vmm");
     assert_true(c.json);
     assert_int_equal(parse("attach web1 --socket /vmm --json", &command, &c, NULL), 0);
-    assert_string_equal(c.socket, CLI_DEFAULT_SOCKET);
+    assert_string_equal(c.at.socket, CLI_DEFAULT_SOCKET);
     assert_string_equal(c.vmm_socket, "/vmm");
     assert_true(c.json);
     assert_int_equal(parse("attach web1 --socket /vmm --socket /agent", &command, &c, &err), -1);
@@ -250,6 +265,7 @@ int main(void)
         cmocka_unit_test(compressions_have_the_protocols_numbers),
         cmocka_unit_test(a_command_line_is_not_looked_into),
         cmocka_unit_test(options_may_stand_before_the_command),
+        cmocka_unit_test(the_agent_of_another_host_may_be_named_anywhere),
         cmocka_unit_test(a_commands_own_option_hides_the_common_one),
         cmocka_unit_test(help_needs_no_arguments),
         cmocka_unit_test(bad_lines_get_one_clear_line),
