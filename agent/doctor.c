@@ -384,7 +384,9 @@ int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_di
     if (d.n)
         qsort(d.list, d.n, sizeof(*d.list), by_name);
     vmmig__control__diagnosis__init(&d.message);
+    int64_t end;
     d.message.host = word(agent->config->host);
+    transfer_complain(agent->transfer, d.certificate, &end);
     d.message.findings = calloc(d.n + 1, sizeof(*d.message.findings));
     if (!d.message.findings)
         return error_nomem(err);
@@ -396,6 +398,7 @@ int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_di
     }
     d.message.n_findings = d.n;
     *ret_diagnosis = d;
+    ret_diagnosis->message.certificate = ret_diagnosis->certificate;
     d = (struct diagnosis){0};
     return 0;
 }

@@ -17,6 +17,7 @@
 #define VMMIG_AGENT_DOCTOR_H
 
 #include "agent/agent.h"
+#include "migrate/conn.h"
 #include "proto/control.h"
 
 /* What the message points to lives as long as the diagnosis. */
@@ -24,6 +25,7 @@ struct diagnosis {
     Vmmig__Control__Diagnosis message;
     struct finding **list;
     size_t n;
+    char certificate[CONN_COMPLAINT_MAX];
 };
 
 int doctor_examine(struct agent *agent, const char *vm, struct diagnosis *ret_diagnosis,

@@ -28,6 +28,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#define CERTIFICATE_INTERVAL_NS (24 * 3600 * NSEC_PER_SEC)
 enum { STOP_TIMEOUT_MS = 10000, LOCK_WAIT_MS = 2000 };
 
 struct command_line {
@@ -171,6 +172,17 @@ static struct vms *open_vms(struct config *config, struct vm_error **err)
     return vms_open(&params, err);
 }
 
+/* Who reads the log learns in time that the other hosts will not talk to this one any more. */
+static void look_at_certificate(void *arg)
+{
+    struct agent *agent = arg;
+    char complaint[CONN_COMPLAINT_MAX];
+    int64_t end;
+    transfer_complain(agent->transfer, complaint, &end);
+    if (*complaint && end)
+        log_warn("the certificate of this host", "complaint=%s", log_q(complaint));
+}
+
 /* Its threads use what would be freed now. Ending here is what the state directory is for. */
 static void end_with_work_under_way(const struct config *config, int result)
 {
@@ -190,11 +202,19 @@ static int serve(struct agent *agent, struct vm_error **err)
         transfer_stop(transfer);
         return -1;
     }
+    struct loop_watch *daily =
+        loop_watch_timer(agent->loop, CERTIFICATE_INTERVAL_NS, look_at_certificate, agent, err);
+    if (!daily) {
+        transfer_stop(transfer);
+        return -1;
+    }
+    look_at_certificate(agent);
     atomic_store(&agent->control, control);
     log_info("ready", "host=%s version=" VMMIG_VERSION " socket=%s", log_q(agent->config->host),
              log_q(agent->config->control_socket));
     notify_supervisor("READY=1");
     int r = loop_run(agent->loop, err);
+    loop_watch_destroy(daily);
     notify_supervisor("STOPPING=1");
     bool jobs_ended = job_table_stop(agent->jobs, STOP_TIMEOUT_MS);
     bool transfers_ended = transfer_stop(transfer);

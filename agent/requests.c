@@ -281,6 +281,11 @@ static int handle_info(struct control_session *s, const struct control_message *
     a.n_vms = n;
     a.n_jobs = running;
     a.rss_anon = read_rss_anon();
+    char certificate[CONN_COMPLAINT_MAX];
+    int64_t end;
+    transfer_complain(agent->transfer, certificate, &end);
+    a.certificate = certificate;
+    a.certificate_ends_ns = end * NSEC_PER_SEC;
     return control_reply(s, VMMIG__CONTROL__TYPE__AGENT, &a.base, err);
 }
 

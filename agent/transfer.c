@@ -261,6 +261,12 @@ void transfer_get_state(struct transfer *t, const char *vm, struct transfer_stat
     snprintf(ret_state->peer, sizeof(ret_state->peer), "%s", a->record.peer);
 }
 
+void transfer_complain(struct transfer *t, char out[CONN_COMPLAINT_MAX], int64_t *ret_end)
+{
+    conn_context_complain(t->context, clock_wall_ns() / NSEC_PER_SEC, out, ret_end);
+    field_make_text(out, CONN_COMPLAINT_MAX - 1);
+}
+
 /* ---- Peers that connect ---- */
 
 struct incoming {

@@ -21,6 +21,7 @@
 #include "agent/agent.h"
 #include "base/cleanup.h"
 #include "base/error.h"
+#include "migrate/conn.h"
 #include "migrate/policy.h"
 
 #include <stdbool.h>
@@ -84,6 +85,8 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
  */
 int transfer_resolve(struct transfer *t, const char *vm, bool here, const char *fenced,
                      struct vm_error **err);
+/* conn_context_complain() about what this host shows to its peers. */
+void transfer_complain(struct transfer *t, char out[CONN_COMPLAINT_MAX], int64_t *ret_end);
 /* The newest attempt of a VM that is not finished. */
 void transfer_get_state(struct transfer *t, const char *vm, struct transfer_state *ret_state);
 /*

@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
+#include <time.h>
 
 _Static_assert(CONN_AGAIN == TLS_AGAIN, "one value for both");
 
@@ -29,6 +30,7 @@ enum {
     STATUS_REFUSED = 2,
     STATUS_NEEDS_TLS = 3,
     LINGER_MS = 1000,
+    SECONDS_PER_DAY = 86400,
     RELAY_SIZE = 16384,
     KEEPALIVE_IDLE_S = 10,
     KEEPALIVE_INTERVAL_S = 5,
@@ -90,6 +92,27 @@ void conn_context_destroy(struct conn_context *ctx)
         return;
     tls_context_destroy(ctx->tls);
     free(ctx);
+}
+
+void conn_context_complain(struct conn_context *ctx, int64_t now, char out[CONN_COMPLAINT_MAX], int64_t *ret_end)
+{
+    cleanup_error struct vm_error *err = NULL;
+    *out = 0;
+    *ret_end = 0;
+    if (!ctx->tls)
+        return;
+    if (tls_context_check(ctx->tls, ret_end, &err) < 0) {
+        snprintf(out, CONN_COMPLAINT_MAX, "%s", error_message(err));
+        return;
+    }
+    if (*ret_end - now > CONN_CERTIFICATE_DAYS * SECONDS_PER_DAY)
+        return;
+    char day[32] = "";
+    time_t end = (time_t)*ret_end;
+    struct tm tm;
+    strftime(day, sizeof(day), "%Y-%m-%d", gmtime_r(&end, &tm));
+    snprintf(out, CONN_COMPLAINT_MAX, "this host's certificate %s on %s; `vmmig pki issue --replace` makes another",
+             *ret_end > now ? "ends" : "has expired", day);
 }
 
 /* ---- Sockets ---- */
@@ -655,7 +678,8 @@ static int accept_handshake(struct conn *conn, int64_t deadline_ns, int cancel_f
 struct conn *conn_accept(struct conn_context *ctx, int fd, int64_t deadline_ns, int cancel_fd,
                          struct vm_error **err)
 {
-    if (ctx->tls && tls_context_check(ctx->tls, err) < 0) {
+    int64_t end;
+    if (ctx->tls && tls_context_check(ctx->tls, &end, err) < 0) {
         io_write_full(fd, tls_alert_no_certificate, sizeof(tls_alert_no_certificate), deadline_ns,
                       cancel_fd, NULL);
         linger(fd, cancel_fd);

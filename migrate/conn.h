@@ -83,6 +83,13 @@ struct conn_context *conn_context_create(const struct conn_settings *settings,
                                          struct vm_error **err);
 /* After the last of its connections. */
 void conn_context_destroy(struct conn_context *ctx);
+/*
+ * What is wrong with this host's certificate, or soon will be: it is missing, has expired, or does within
+ * CONN_CERTIFICATE_DAYS of `now` (as time(2) counts). "": nothing. *ret_end: when it ends; 0: there is none.
+ */
+#define CONN_CERTIFICATE_DAYS 30
+#define CONN_COMPLAINT_MAX 512
+void conn_context_complain(struct conn_context *ctx, int64_t now, char out[CONN_COMPLAINT_MAX], int64_t *ret_end);
 
 /*
  * Connect, verify, exchange preambles. `address` is HOST, HOST:PORT, IPv4, IPv6, [IPv6]:PORT, or

@@ -196,11 +196,16 @@ static SSL_CTX *present_ssl_ctx(struct tls_context *ctx, struct vm_error **err)
 
 static BIO_METHOD *make_bio_method(void);
 
-int tls_context_check(struct tls_context *ctx, struct vm_error **err)
+int tls_context_check(struct tls_context *ctx, int64_t *ret_end, struct vm_error **err)
 {
+    struct tm end = {0};
     SSL_CTX *c = present_ssl_ctx(ctx, err);
+    if (!c)
+        return -1;
+    ASN1_TIME_to_tm(X509_get0_notAfter(SSL_CTX_get0_certificate(c)), &end);
     SSL_CTX_free(c);
-    return c ? 0 : -1;
+    *ret_end = timegm(&end);
+    return 0;
 }
 
 static int copy_names(const struct tls_files *files, char *ret_files[FILES], struct vm_error **err)
@@ -218,7 +223,8 @@ static int copy_names(const struct tls_files *files, char *ret_files[FILES], str
 static int look_at_files(struct tls_context *ctx, struct vm_error **err)
 {
     struct vm_error *why = NULL;
-    if (tls_context_check(ctx, &why) == 0)
+    int64_t end;
+    if (tls_context_check(ctx, &end, &why) == 0)
         return 0;
     if (why->sys_errno != ENOENT)
         return error_propagate(err, why);

@@ -37,8 +37,11 @@ struct tls_files {
 
 struct tls_context *tls_context_create(const struct tls_files *files, struct vm_error **err);
 void tls_context_destroy(struct tls_context *ctx);
-/* Can streams be made? DENIED while the files are missing. */
-int tls_context_check(struct tls_context *ctx, struct vm_error **err);
+/*
+ * Can streams be made? DENIED while the files are missing. *ret_end: when the certificate ends, as time(2) counts; one
+ * that has ended is none of this call's errors.
+ */
+int tls_context_check(struct tls_context *ctx, int64_t *ret_end, struct vm_error **err);
 
 /* A listening side that has no certificates says this and closes: the dialling side's error tells of it. */
 extern const uint8_t tls_alert_no_certificate[7];

@@ -200,7 +200,9 @@ static int check_diagnosis(const Vmmig__Control__Diagnosis *m, struct vm_error *
     for (size_t i = 0; i < m->n_findings; i++)
         if (check_finding(m->findings[i], err) < 0)
             return -1;
-    return check_word("the host's name", m->host, err);
+    return field_check_text("the complaint about a certificate", m->certificate, 0, CONTROL_TEXT_MAX, err) < 0
+               ? -1
+               : check_word("the host's name", m->host, err);
 }
 
 static int check_fault_points(const Vmmig__Control__FaultPoints *m, struct vm_error **err)
@@ -433,7 +435,9 @@ static int check_agent(const Vmmig__Control__Agent *m, struct vm_error **err)
     if (check_word("the software's name", m->software, err) < 0 ||
         check_word("the host's name", m->host, err) < 0)
         return -1;
-    return field_check_text("the agent's address", m->listen, 0, ENDPOINT_TEXT_MAX, err);
+    return field_check_text("the agent's address", m->listen, 0, ENDPOINT_TEXT_MAX, err) < 0
+               ? -1
+               : field_check_text("the complaint about a certificate", m->certificate, 0, CONTROL_TEXT_MAX, err);
 }
 
 static int check_job_list(const Vmmig__Control__JobList *m, struct vm_error **err)

@@ -48,7 +48,7 @@ static const struct option faults_options[] = {
 static const struct cli_command commands[] = {
     {"doctor", "[NAME]", 0, 1, false, NULL, "which host owns each VM, and why",
      "Tell, for every VM that the agent or its journal knows, which host owns it, why, and what an "
-     "operator can do. What is undecided the agents settle as soon as they reach each other; run "
+     "operator can do; and whether this host's certificate is missing or about to expire. What is undecided the agents settle as soon as they reach each other; run "
      "it on both hosts to see both journals.",
      run_doctor},
     {"debug faults", "", 0, 0, false, faults_options, "fault points of a test build",
@@ -61,7 +61,7 @@ static const struct cli_object objects[] = {
     {"doctor",
      "host, findings (an array: vm, owner (here, peer, undecided, nobody, unknown), owner_host, "
      "why, advice, attempt, role (source, destination), record, state, peer, changed, pid, "
-     "vmm_runs)"},
+     "vmm_runs), certificate (what is wrong with this host's, or soon will be; null: nothing)"},
     {"debug faults", "points (an array: name, armed, acted, holds)"},
     {NULL}};
 

@@ -175,11 +175,13 @@ json_t *cli_json_vms(const Vmmig__Control__Vms *vms)
 
 json_t *cli_json_agent(const Vmmig__Control__Agent *a)
 {
-    return json_pack("{s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o}", "software", string(a->software),
+    return json_pack("{s:o, s:o, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "software", string(a->software),
                      "host", string(a->host), "pid", (int)a->pid, "started",
                      cli_json_instant(a->started_ns), "listen", *a->listen ? string(a->listen) : json_null(), "vms",
                      number(a->n_vms), "jobs_running", number(a->n_jobs), "rss_anon_bytes",
-                     number(a->rss_anon));
+                     number(a->rss_anon), "certificate_ends",
+                     a->certificate_ends_ns ? cli_json_instant(a->certificate_ends_ns) : json_null(), "certificate",
+                     *a->certificate ? string(a->certificate) : json_null());
 }
 
 static const char *owner_name(Vmmig__Control__Owner owner)
@@ -211,7 +213,8 @@ json_t *cli_json_diagnosis(const Vmmig__Control__Diagnosis *d)
     json_t *list = json_array();
     for (size_t i = 0; i < d->n_findings; i++)
         json_array_append_new(list, finding(d->findings[i]));
-    return json_pack("{s:o, s:o}", "host", string(d->host), "findings", list);
+    return json_pack("{s:o, s:o, s:o}", "host", string(d->host), "findings", list, "certificate",
+                     *d->certificate ? string(d->certificate) : json_null());
 }
 
 json_t *cli_json_faults(const Vmmig__Control__FaultPoints *points)

@@ -354,6 +354,8 @@ void cli_print_diagnosis(FILE *out, const Vmmig__Control__Diagnosis *d)
         fputs("no VMs here, and none in the journal\n", out);
     for (size_t i = 0; i < d->n_findings; i++)
         print_finding(out, d->findings[i], d->host);
+    if (*d->certificate)
+        fprintf(out, "%s: %s\n", d->host, d->certificate);
 }
 
 void cli_print_faults(FILE *out, const Vmmig__Control__FaultPoints *points)
@@ -372,6 +374,8 @@ void cli_print_agent(FILE *out, const Vmmig__Control__Agent *a)
     fprintf(out, "%s\n  agent      %s, process %d, since %s\n", a->host, a->software, a->pid,
             local_time_text(a->started_ns));
     fprintf(out, "  peers      %s\n", *a->listen ? a->listen : "none: it takes no VMs");
+    if (*a->certificate)
+        fprintf(out, "  NOTE       %s\n", a->certificate);
     fprintf(out, "  VMs        %u\n  jobs       %u under way\n", a->n_vms, a->n_jobs);
     fprintf(out, "  memory     %s of its own\n", text_size(a->rss_anon));
 }

@@ -377,7 +377,8 @@ static const struct cli_object objects[] = {
      "zstd, raw: each with pages and wire_bytes), throttle_percent, throttle_max_percent, connections, reconnects, "
      "predicted_pause_ms, pause_ms, note, stored_bytes"},
     {"the agent (status)",
-     "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes"},
+     "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes, certificate_ends (null: it has none), "
+     "certificate (what is wrong with it, or soon will be; null: nothing)"},
     {"resolve", "vm, decided (here, gone)"},
     {NULL}};
 

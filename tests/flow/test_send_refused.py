@@ -259,8 +259,9 @@ def certificates(cluster):
     openssl('x509', '-req', '-in', 'request', '-CA', f'{ca}/ca.crt', '-CAkey', f'{ca}/ca.key', '-days', '-1',
             '-extfile', 'ext', '-out', 'expired.crt')
     pki('issue', ca, 'h7', '--ip', '192.0.2.7')
+    pki('issue', f'{folder}/stranger', 'soon', '--days', '20')
     return {'stranger': f'{folder}/stranger/h2', 'expired': f'{folder}/expired', 'other-name': f'{ca}/h7',
-            'own': f'{PKI}/host'}
+            'soon': f'{folder}/stranger/soon', 'own': f'{PKI}/host'}
 
 
 @pytest.mark.parametrize('which, status, pattern, answer', [
@@ -285,9 +286,11 @@ def test_peers_that_are_none(cluster, guest, certificates, which, status, patter
         peer.wait()
 
 
-@pytest.mark.parametrize('which, pattern', [('stranger', "does not accept this host's certificate"),
-                                            ('expired', "does not accept this host's certificate")])
-def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certificates, which, pattern):
+@pytest.mark.parametrize('which, pattern, told', [
+    ('stranger', "does not accept this host's certificate", 'None'),
+    ('soon', "does not accept this host's certificate", "this host's certificate ends on 20"),
+    ('expired', "does not accept this host's certificate", "this host's certificate has expired on 20")])
+def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certificates, which, pattern, told):
     a1, _ = cluster.agents
     kept = {name: open(a1.host.path(f'{PKI}/host.{name}'), 'rb').read() for name in ('crt', 'key')}
     a1.stop()
@@ -296,6 +299,8 @@ def test_a_certificate_of_our_own_that_the_peer_refuses(cluster, guest, certific
     a1.start()
     try:
         refused(cluster, guest, 'h2', 7, pattern)
+        assert str(a1.json('status')['certificate']).startswith(told)
+        assert told == 'None' or re.search(f'level=warn msg="the certificate of this host" complaint="{told}', a1.log())
     finally:
         a1.stop()
         for name, content in kept.items():
@@ -316,12 +321,17 @@ def test_a_host_without_certificates_works_alone(cluster, guest, which, pattern)
     try:
         agent.start()
         assert re.search('level=warn msg="no VM is sent to another host, and none is taken.*vmmig pki issue', agent.log())
+        told = agent.json('status')
+        assert told['certificate_ends'] is None and told['certificate'] == agent.json('doctor')['certificate']
+        assert told['certificate'].startswith('this host has no certificates; `vmmig pki init` and')
+        assert told['certificate'] in agent.vmmig('status').stdout and told['certificate'] in agent.vmmig('doctor').stdout
         agent.vmmig('repo', 'init')
         agent.vmmig('image', 'import', built('tests/guest/bare/bare_pc.bin'), 'guest')
         assert [image['image'] for image in agent.json('image', 'list')['images']] == ['guest']
         refused(cluster, guest, 'h2', 7, pattern)
     finally:
         os.rename(f'{here}.aside', here)
+    assert agent.json('status')['certificate'] is None and agent.json('doctor')['certificate'] is None
     test_a_destination_without_the_disk(cluster, guest)
 
 

@@ -21,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -404,6 +405,38 @@ static void test_certificates_that_come_later(void **state)
     part(&m);
     conn_context_destroy(near);
     conn_context_destroy(far);
+}
+
+/* What there is to say of a host's certificate, so many days before it ends. */
+static void assert_complaint(struct conn_context *ctx, int64_t end, int days_before, const char *text)
+{
+    char complaint[CONN_COMPLAINT_MAX];
+    int64_t told;
+    conn_context_complain(ctx, end - days_before * 86400, complaint, &told);
+    if (text && !strstr(complaint, text))
+        fail_msg("\"%s\" does not say \"%s\"", complaint, text);
+    if (!text)
+        assert_string_equal(complaint, "");
+    assert_int_equal(told, end);
+}
+
+static void test_a_certificate_that_is_about_to_end(void **state)
+{
+    struct conn_context *ctx = certs_context("a", "a", "localhost"), *plain = plain_context();
+    char complaint[CONN_COMPLAINT_MAX];
+    int64_t end;
+    conn_context_complain(ctx, time(NULL), complaint, &end);
+    assert_string_equal(complaint, "");
+    assert_in_range(end, time(NULL) + 824 * 86400, time(NULL) + 826 * 86400);
+    assert_complaint(ctx, end, 31, NULL);
+    assert_complaint(ctx, end, 29, "this host's certificate ends on 20");
+    assert_complaint(ctx, end, 0, "this host's certificate has expired on 20");
+    assert_complaint(plain, 0, 0, NULL);
+    conn_context_destroy(ctx);
+    conn_context_destroy(plain);
+    struct conn_context *bare = bare_context();
+    assert_complaint(bare, 0, 0, "this host has no certificate; `vmmig pki issue` makes it");
+    conn_context_destroy(bare);
 }
 
 static void revoke_host(const char *cluster, const char *host)
@@ -962,6 +995,7 @@ int main(void)
         cmocka_unit_test(test_settings),
         cmocka_unit_test(test_files_are_read_again),
         cmocka_unit_test(test_certificates_that_come_later),
+        cmocka_unit_test(test_a_certificate_that_is_about_to_end),
         cmocka_unit_test(test_a_host_that_was_revoked),
         cmocka_unit_test(test_a_list_that_is_missing_or_anothers),
         cmocka_unit_test(test_everything_is_passed_on),
