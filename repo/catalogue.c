@@ -9,6 +9,9 @@
 
 #include <stdlib.h>
 
+enum { RAISE_BATCH = 64 };
+_Static_assert(CATALOGUE_SHARDS % RAISE_BATCH == 0, "epochs are raised by whole batches");
+
 #define NUMBER_KEY "number" /* of map "repository": the next number */
 
 int catalogue_init(struct store *s, struct vm_error **err)
@@ -389,33 +392,75 @@ int catalogue_drop_pins(struct store *s, struct vm_error **err)
     return shard_scan_all(s, SHARD_PINS, drop_pin, s, err);
 }
 
-static int raise_epoch(struct store *s, unsigned shard, uint64_t target, struct vm_error **err)
+/* The epochs of some shards, from the first on, as they are; for store_ops_finish. */
+static int read_epochs(struct store *s, unsigned first, struct store_op ops[RAISE_BATCH],
+                       char names[RAISE_BATCH][SHARD_NAME_SIZE],
+                       struct store_pair epochs[RAISE_BATCH], struct vm_error **err)
 {
+    for (unsigned i = 0; i < RAISE_BATCH; i++) {
+        epochs[i] = (struct store_pair){.key = SHARD_EPOCH};
+        ops[i] = (struct store_op){.kind = STORE_GET, .area = STORE_MAP,
+                                   .name = shard_name(first + i, names[i]), .pairs = &epochs[i],
+                                   .n_pairs = 1};
+    }
+    if (store_run(s, ops, RAISE_BATCH, err) < 0)
+        return -1;
+    for (unsigned i = 0; i < RAISE_BATCH; i++) {
+        if (ops[i].result == STORE_MISSING)
+            return shard_lost(names[i], err);
+        if (epochs[i].len != 8)
+            return error_set(err, VM_ERROR_CORRUPT,
+                             "part %s of the catalogue has lost its epoch", names[i]);
+    }
+    return 0;
+}
+
+/* Those that are lower than the target, once; *ret_left is set if some had changed meanwhile. */
+static int raise_lower(struct store *s, const struct store_op reads[RAISE_BATCH],
+                       const struct store_pair epochs[RAISE_BATCH], uint64_t target, bool *ret_left,
+                       struct vm_error **err)
+{
+    struct store_op ops[RAISE_BATCH];
+    uint8_t is[8];
+    size_t n = 0;
+    put_le64(is, target);
+    const struct store_pair set = {SHARD_EPOCH, is, sizeof(is)};
+    for (unsigned i = 0; i < RAISE_BATCH; i++)
+        if (get_le64(epochs[i].value) < target)
+            ops[n++] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                         .name = reads[i].name, .compares = &epochs[i],
+                                         .n_compares = 1, .sets = &set, .n_sets = 1};
+    if (store_run(s, ops, n, err) < 0)
+        return -1;
+    for (size_t i = 0; i < n; i++) {
+        if (ops[i].result == STORE_MISSING)
+            return shard_lost(ops[i].name, err);
+        *ret_left |= ops[i].result == STORE_MISMATCH;
+    }
+    return 0;
+}
+
+static int raise_some(struct store *s, unsigned first, uint64_t target, struct vm_error **err)
+{
+    struct store_op reads[RAISE_BATCH] = {0};
+    char names[RAISE_BATCH][SHARD_NAME_SIZE];
+    struct store_pair epochs[RAISE_BATCH];
     for (int i = 0; i < CATALOGUE_TRIES; i++) {
-        cleanup_buffer struct buffer was = {0};
-        uint8_t is[8];
-        if (shard_get(s, shard, SHARD_EPOCH, &was, err) < 0)
-            return -1;
-        if (was.len != 8)
-            return error_set(err, VM_ERROR_CORRUPT, "an epoch of the catalogue is lost");
-        if (get_le64(was.data) >= target)
-            return 0;
-        put_le64(is, target);
-        struct shard_change c = {.shard = shard,
-                                 .n_compares = 1,
-                                 .compares = {shard_pair(SHARD_EPOCH, &was)},
-                                 .set = {SHARD_EPOCH, is, sizeof(is)}};
-        enum store_result done = shard_apply(s, &c, err);
-        if (done != STORE_MISMATCH)
-            return done == STORE_DONE ? 0 : -1;
+        bool left = false;
+        int result = read_epochs(s, first, reads, names, epochs, err);
+        if (!result)
+            result = raise_lower(s, reads, epochs, target, &left, err);
+        store_ops_finish(reads, RAISE_BATCH);
+        if (result < 0 || !left)
+            return result;
     }
     return error_set(err, VM_ERROR_CONFLICT, "the catalogue changes all the time; try again");
 }
 
 int catalogue_raise_epochs(struct store *s, uint64_t target, struct vm_error **err)
 {
-    for (unsigned i = 0; i < CATALOGUE_SHARDS; i++)
-        if (raise_epoch(s, i, target, err) < 0)
+    for (unsigned i = 0; i < CATALOGUE_SHARDS; i += RAISE_BATCH)
+        if (raise_some(s, i, target, err) < 0)
             return -1;
     return 0;
 }

@@ -99,31 +99,30 @@ int shard_erase(struct store *s, unsigned shard, const char *key, const struct b
 }
 
 struct scan {
-    unsigned shard;
     shard_pair_fn *visit;
     void *arg;
 };
 
-static int scan_pair(const struct store_pair *pair, void *arg, struct vm_error **err)
+static int scan_pair(size_t shard, const struct store_pair *pair, void *arg, struct vm_error **err)
 {
     struct scan *scan = arg;
-    return scan->visit(scan->shard, pair, scan->arg, err);
+    return scan->visit((unsigned)shard, pair, scan->arg, err);
 }
 
 int shard_scan_all(struct store *s, const char *prefix, shard_pair_fn *visit, void *arg,
                    struct vm_error **err)
 {
-    struct scan scan = {.visit = visit, .arg = arg};
-    for (; scan.shard < CATALOGUE_SHARDS; scan.shard++) {
-        char name[SHARD_NAME_SIZE];
-        enum store_result r =
-            store_scan(s, shard_name(scan.shard, name), prefix, scan_pair, &scan, err);
-        if (r == STORE_MISSING)
-            return shard_lost(name, err);
-        if (r != STORE_DONE)
-            return -1;
-    }
-    return 0;
+    char text[CATALOGUE_SHARDS][SHARD_NAME_SIZE];
+    const char *names[CATALOGUE_SHARDS];
+    struct scan scan = {visit, arg};
+    size_t missing;
+    for (unsigned i = 0; i < CATALOGUE_SHARDS; i++)
+        names[i] = shard_name(i, text[i]);
+    enum store_result r =
+        store_scan_many(s, names, CATALOGUE_SHARDS, prefix, scan_pair, &scan, &missing, err);
+    if (r == STORE_MISSING)
+        return shard_lost(names[missing], err);
+    return r == STORE_DONE ? 0 : -1;
 }
 
 void shard_put_image(struct buffer *out, const struct image *image)

@@ -125,9 +125,22 @@ struct loading {
     size_t prefix;
 };
 
-static int load_pair(const struct store_pair *pair, void *arg, struct vm_error **err)
+/* The names of the first n maps. */
+struct map_names {
+    char text[MAPS][MAP_NAME_SIZE];
+    const char *names[MAPS];
+};
+
+static void name_maps(struct map_names *m, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        m->names[i] = map_name(i, m->text[i]);
+}
+
+static int load_pair(size_t map, const struct store_pair *pair, void *arg, struct vm_error **err)
 {
     const struct loading *l = arg;
+    (void)map;
     const char *object = pair->key + l->prefix;
     uint64_t number;
     if (object_number(PACK_PREFIX, object, &number))
@@ -140,14 +153,16 @@ static int load_pair(const struct store_pair *pair, void *arg, struct vm_error *
 int condemned_load(struct store *s, const struct condemned_list *list, struct object_set *set,
                    struct vm_error **err)
 {
-    char prefix[KEY_SIZE], map[MAP_NAME_SIZE];
+    char prefix[KEY_SIZE];
     struct loading l = {set, list_prefix(list, prefix)};
-    for (uint64_t i = 0; i < list->maps; i++) {
-        enum store_result r = store_scan(s, map_name(i, map), prefix, load_pair, &l, err);
-        if (r != STORE_DONE)
-            return r == STORE_FAILED ? -1 : map_lost(map, err);
-    }
-    return 0;
+    struct map_names maps;
+    size_t lost;
+    name_maps(&maps, list->maps);
+    enum store_result r =
+        store_scan_many(s, maps.names, list->maps, prefix, load_pair, &l, &lost, err);
+    if (r == STORE_MISSING)
+        return map_lost(maps.names[lost], err);
+    return r == STORE_DONE ? 0 : -1;
 }
 
 int condemned_load_open(struct store *s, struct condemned_state *ret_state, struct object_set *set,
@@ -403,22 +418,26 @@ int condemned_close(struct store *s, const struct condemned_state *state, struct
 
 struct sweep {
     struct store *store;
-    const char *map;
+    struct map_names maps;
     char open[KEY_SIZE]; /* what the keys of the open list begin with; "": none is open */
     size_t n;
-    char keys[BATCH][KEY_SIZE];
+    struct {
+        size_t map;
+        char key[KEY_SIZE];
+    } entries[BATCH];
 };
 
 /* Should the list have been opened meanwhile, its entries are spared. */
-static int sweep_keys(struct sweep *w, struct vm_error **err)
+static int sweep_entries(struct sweep *w, struct vm_error **err)
 {
     struct store_op ops[BATCH];
     struct store_pair compares[BATCH];
     const char *keys[BATCH];
     for (size_t i = 0; i < w->n; i++) {
-        keys[i] = w->keys[i];
+        keys[i] = w->entries[i].key;
         compares[i] = (struct store_pair){keys[i], "c", 1};
-        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP, .name = w->map,
+        ops[i] = (struct store_op){.kind = STORE_UPDATE, .area = STORE_MAP,
+                                   .name = w->maps.names[w->entries[i].map],
                                    .compares = &compares[i], .n_compares = 1,
                                    .erases = &keys[i], .n_erases = 1};
     }
@@ -427,31 +446,29 @@ static int sweep_keys(struct sweep *w, struct vm_error **err)
     return store_run(w->store, ops, n, err);
 }
 
-static int sweep_one(const struct store_pair *pair, void *arg, struct vm_error **err)
+static int sweep_one(size_t map, const struct store_pair *pair, void *arg, struct vm_error **err)
 {
     struct sweep *w = arg;
     if (w->open[0] && !strncmp(pair->key, w->open, strlen(w->open)))
         return 0;
-    snprintf(w->keys[w->n++], KEY_SIZE, "%s", pair->key);
-    return w->n == BATCH ? sweep_keys(w, err) : 0;
+    w->entries[w->n].map = map;
+    snprintf(w->entries[w->n++].key, KEY_SIZE, "%s", pair->key);
+    return w->n == BATCH ? sweep_entries(w, err) : 0;
 }
 
 int condemned_sweep(struct store *s, struct vm_error **err)
 {
     struct condemned_state state;
     struct sweep w = {.store = s};
+    size_t lost;
     if (condemned_read_state(s, &state, err) < 0)
         return -1;
     if (state.is_open)
         list_prefix(&state.list, w.open);
-    for (unsigned i = 0; i < MAPS; i++) {
-        char map[MAP_NAME_SIZE];
-        w.map = map_name(i, map);
-        enum store_result r = store_scan(s, map, NULL, sweep_one, &w, err);
-        if (r != STORE_DONE)
-            return r == STORE_FAILED ? -1 : map_lost(map, err);
-        if (sweep_keys(&w, err) < 0)
-            return -1;
-    }
-    return 0;
+    name_maps(&w.maps, MAPS);
+    enum store_result r =
+        store_scan_many(s, w.maps.names, MAPS, NULL, sweep_one, &w, &lost, err);
+    if (r == STORE_MISSING)
+        return map_lost(w.maps.names[lost], err);
+    return r == STORE_DONE ? sweep_entries(&w, err) : -1;
 }

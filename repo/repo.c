@@ -270,7 +270,8 @@ static int session_checkpoint(void *arg, const struct object_set *shared, bool *
     int64_t now = clock_mono_ns();
     if (now < s->next_checkpoint_ns)
         return 0;
-    s->next_checkpoint_ns = now + CHECKPOINT_MS * NSEC_PER_MSEC;
+    unsigned ms = s->repo->tuning.checkpoint_ms;
+    s->next_checkpoint_ns = now + (ms ? ms : CHECKPOINT_MS) * NSEC_PER_MSEC;
     return registration_checkpoint(s->registration, shared, ret_changed, err);
 }
 

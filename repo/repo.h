@@ -45,10 +45,11 @@ struct store *repo_store(struct repo *r);
 struct index *repo_index(struct repo *r);
 const struct uuid *repo_uuid(const struct repo *r);
 
-/* For measurements, before the first writer: what is 0 is as always. */
+/* For measurements and tests, before the first writer: what is 0 is as always. */
 struct repo_tuning {
     size_t cache_bytes;   /* of a writer's footer cache */
     unsigned records_max; /* that a MiB of an image may refer to */
+    unsigned checkpoint_ms; /* how often a writer at work looks whether a collection has begun */
 };
 void repo_tune(struct repo *r, const struct repo_tuning *tuning);
 

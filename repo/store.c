@@ -326,26 +326,107 @@ enum store_result store_get(struct store *s, const char *name, const char *key, 
     return result;
 }
 
+/* ---- scans ---- */
+
+enum { SCANS_MAX = 64 };
+
+/* How far the scan of one map has come. */
+struct place {
+    size_t map;
+    bool begun;
+    char after[STORE_KEY_MAX + 1];
+};
+
+struct scan {
+    struct store *store;
+    const char *const *names;
+    size_t n_names, next; /* the first that has not begun */
+    const char *prefix;
+    store_pairs_fn *visit;
+    void *arg;
+    size_t *ret_missing;
+    size_t n; /* of the maps that are being read */
+    struct place places[SCANS_MAX];
+    struct store_op ops[SCANS_MAX];
+};
+
+static void begin_scans(struct scan *scan)
+{
+    for (; scan->n < SCANS_MAX && scan->next < scan->n_names; scan->next++)
+        scan->places[scan->n++] = (struct place){.map = scan->next};
+    for (size_t i = 0; i < scan->n; i++) {
+        const struct place *p = &scan->places[i];
+        scan->ops[i] = (struct store_op){.kind = STORE_SCAN, .area = STORE_MAP,
+                                         .name = scan->names[p->map], .prefix = scan->prefix,
+                                         .after = p->begun ? p->after : NULL,
+                                         .max = STORE_KEYS_MAX / scan->n};
+    }
+}
+
+static enum store_result take_scan(struct scan *scan, size_t i, struct vm_error **err)
+{
+    struct place *p = &scan->places[i];
+    const struct store_op *op = &scan->ops[i];
+    if (op->result == STORE_MISSING && scan->ret_missing) {
+        *scan->ret_missing = p->map;
+        return STORE_MISSING;
+    }
+    for (size_t k = 0; k < op->n_ret_pairs; k++)
+        if (scan->visit(p->map, &op->ret_pairs[k], scan->arg, err) < 0)
+            return STORE_FAILED;
+    p->begun = true;
+    if (op->n_ret_pairs)
+        strcpy(p->after, op->ret_pairs[op->n_ret_pairs - 1].key);
+    return STORE_DONE;
+}
+
+/* One step of all maps that are being read; those that have ended make room for others. */
+static enum store_result scan_step(struct scan *scan, struct vm_error **err)
+{
+    enum store_result result = STORE_DONE;
+    begin_scans(scan);
+    size_t n = scan->n;
+    if (store_run(scan->store, scan->ops, n, err) < 0)
+        result = STORE_FAILED;
+    scan->n = 0;
+    for (size_t i = 0; i < n && result == STORE_DONE; i++) {
+        result = take_scan(scan, i, err);
+        if (scan->ops[i].n_ret_pairs && scan->ops[i].ret_more)
+            scan->places[scan->n++] = scan->places[i];
+    }
+    store_ops_finish(scan->ops, n);
+    return result;
+}
+
+enum store_result store_scan_many(struct store *s, const char *const *names, size_t n,
+                                  const char *prefix, store_pairs_fn *visit, void *arg,
+                                  size_t *ret_missing, struct vm_error **err)
+{
+    struct scan scan = {.store = s, .names = names, .n_names = n, .prefix = prefix,
+                        .visit = visit, .arg = arg, .ret_missing = ret_missing};
+    enum store_result result = STORE_DONE;
+    while (result == STORE_DONE && (scan.n || scan.next < n))
+        result = scan_step(&scan, err);
+    return result;
+}
+
+struct one_map {
+    store_pair_fn *visit;
+    void *arg;
+};
+
+static int visit_one_map(size_t map, const struct store_pair *pair, void *arg,
+                         struct vm_error **err)
+{
+    struct one_map *one = arg;
+    (void)map;
+    return one->visit(pair, one->arg, err);
+}
+
 enum store_result store_scan(struct store *s, const char *name, const char *prefix,
                              store_pair_fn *visit, void *arg, struct vm_error **err)
 {
-    char after[STORE_KEY_MAX + 1];
-    struct store_op op = {.kind = STORE_SCAN, .area = STORE_MAP, .name = name, .prefix = prefix,
-                          .max = STORE_KEYS_MAX};
-    do {
-        if (run_one(s, &op, err) != STORE_DONE)
-            break;
-        for (size_t i = 0; i < op.n_ret_pairs; i++) {
-            if (visit(&op.ret_pairs[i], arg, err) < 0) {
-                op.result = STORE_FAILED;
-                break;
-            }
-        }
-        if (op.result != STORE_DONE || !op.n_ret_pairs)
-            break;
-        strcpy(after, op.ret_pairs[op.n_ret_pairs - 1].key);
-        op.after = after;
-    } while (op.ret_more);
-    store_ops_finish(&op, 1);
-    return op.result;
+    struct one_map one = {visit, arg};
+    size_t missing;
+    return store_scan_many(s, &name, 1, prefix, visit_one_map, &one, &missing, err);
 }

@@ -199,7 +199,18 @@ enum store_result store_read_all(struct store *s, enum store_area area, const ch
 enum store_result store_get(struct store *s, const char *name, const char *key, struct buffer *out,
                             struct vm_error **err);
 
-/* Call visit for every pair of a map with that prefix, in order of the keys, in bounded steps. */
+/*
+ * Call visit for every pair with that prefix (NULL: any) of n maps, in each map in order of the
+ * keys; `map` is its place in `names`. Several maps are read at once, at most STORE_KEYS_MAX pairs of
+ * all together. MISSING, with its place, for a map that is not there; where ret_missing is NULL such
+ * a map is passed over. visit may run operations of its own.
+ */
+typedef int store_pairs_fn(size_t map, const struct store_pair *pair, void *arg,
+                           struct vm_error **err);
+enum store_result store_scan_many(struct store *s, const char *const *names, size_t n,
+                                  const char *prefix, store_pairs_fn *visit, void *arg,
+                                  size_t *ret_missing, struct vm_error **err);
+/* The same of one map; MISSING if it is not there. */
 typedef int store_pair_fn(const struct store_pair *pair, void *arg, struct vm_error **err);
 enum store_result store_scan(struct store *s, const char *name, const char *prefix,
                              store_pair_fn *visit, void *arg, struct vm_error **err);

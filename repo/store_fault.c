@@ -130,20 +130,36 @@ static int run_acting(struct store_fault *f, struct store_op *op, const struct a
     return 0;
 }
 
+static void run_plain(struct store_fault *f, struct store_op *ops, size_t n,
+                      struct vm_error **first)
+{
+    struct vm_error *one = NULL;
+    if (store_run(f->inner, ops, n, &one) < 0)
+        error_propagate(*first ? NULL : first, one);
+}
+
+/* Operations that nothing happens to run together, as they would without this store. */
 static int fault_run(struct store *s, struct store_op *ops, size_t n, struct vm_error **err)
 {
     struct store_fault *f = fault_of(s);
     struct vm_error *first = NULL;
+    size_t start = 0;
     for (size_t i = 0; i < n; i++) {
         struct vm_error *one = NULL;
         char point[POINT_MAX];
-        if (f->hook)
-            f->hook(&ops[i], f->hook_arg);
+        store_fault_between_fn *between = f->hook ? f->hook(&ops[i], f->hook_arg) : NULL;
         point_of(&ops[i], point);
         struct armed a = pass(f, point, &ops[i]);
+        if (!between && a.action == NO_ACTION)
+            continue;
+        run_plain(f, ops + start, i - start, &first);
+        start = i + 1;
+        if (between)
+            between();
         if (run_acting(f, &ops[i], &a, &one) < 0)
             error_propagate(first ? NULL : &first, one);
     }
+    run_plain(f, ops + start, n - start, &first);
     return first ? error_propagate(err, first) : 0;
 }
 

@@ -33,8 +33,12 @@ int store_fault_arm(struct store *s, const char *spec, struct vm_error **err);
 /* How often a point (KIND.CLASS, KIND.any) was passed since the store was made. */
 unsigned store_fault_passages(struct store *s, const char *point);
 
-/* Called before each operation, in the calling thread: where a test lets something else happen. */
-typedef void store_fault_hook_fn(const struct store_op *op, void *arg);
+/*
+ * Called for each operation, in the calling thread: where a test lets something else happen. What it
+ * returns, if it is not NULL, runs before that operation, and after those before it in its batch.
+ */
+typedef void store_fault_between_fn(void);
+typedef store_fault_between_fn *store_fault_hook_fn(const struct store_op *op, void *arg);
 void store_fault_set_hook(struct store *s, store_fault_hook_fn *hook, void *arg);
 
 #endif

@@ -215,19 +215,21 @@ static int commit_as(struct store *s, const struct image *from, const char *to, 
     }
 }
 
-/* From the snapshot `source`, or from whatever has that content. */
+/* From the snapshot `source`, or from whatever has that content; as often as somebody deletes it. */
 static int make_version(struct store *s, const struct image *from, const char *source,
                         const struct template *t, struct image *ret_version, struct vm_error **err)
 {
-    cleanup_error struct vm_error *failed = NULL;
-    if (catalogue_find(s, t->image, ret_version, &failed) == 0)
-        return 0;
-    if (failed->kind != VM_ERROR_NOT_FOUND)
-        return error_propagate(err, steal_ptr(&failed));
-    error_clear(&failed);
-    if (commit_as(s, from, t->image, source, NULL, &failed) < 0 && failed->kind != VM_ERROR_CONFLICT)
-        return error_propagate(err, steal_ptr(&failed));
-    return catalogue_find(s, t->image, ret_version, err);
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        if (catalogue_find(s, t->image, ret_version, &failed) == 0)
+            return 0;
+        if (failed->kind != VM_ERROR_NOT_FOUND || i == TRIES)
+            return error_propagate(err, steal_ptr(&failed));
+        error_clear(&failed);
+        if (commit_as(s, from, t->image, source, NULL, &failed) < 0 &&
+            failed->kind != VM_ERROR_CONFLICT)
+            return error_propagate(err, steal_ptr(&failed));
+    }
 }
 
 static int move_tag(struct store *s, const struct template *t, struct image *version,
@@ -531,27 +533,46 @@ static int look_for_tag(struct store *s, const struct template *version, struct 
     return r;
 }
 
-/* A tag was published while its version was being deleted: it has the same content. */
+/* From the tag, which has the same content. NOT_FOUND: it does not stand for the version any more. */
 static int restore_version(struct store *s, const struct template *version, const char *source,
                            const struct template *tag, struct vm_error **err)
 {
     char name[IMAGE_NAME_MAX + 1];
-    cleanup_error struct vm_error *failed = NULL;
     cleanup_free struct image *images = calloc(2, sizeof(*images));
     if (!images)
         return error_nomem(err);
     tag_image(tag, name);
-    if (catalogue_find(s, name, &images[0], &failed) < 0)
-        return failed->kind == VM_ERROR_NOT_FOUND ? 0 : error_propagate(err, steal_ptr(&failed));
-    return strcmp(images[0].parent, version->image)
-               ? 0
-               : make_version(s, &images[0], source, version, &images[1], err);
+    if (catalogue_find(s, name, &images[0], err) < 0)
+        return -1;
+    if (strcmp(images[0].parent, version->image))
+        return error_set(err, VM_ERROR_NOT_FOUND, "tag %s:%s has moved", tag->name, tag->tag);
+    return make_version(s, &images[0], source, version, &images[1], err);
+}
+
+/*
+ * Tags that were published while their version was being deleted get it back. One that goes
+ * meanwhile needs it no more, but there may be others.
+ */
+static int restore_if_tagged(struct store *s, const struct template *version, const char *source,
+                             struct vm_error **err)
+{
+    for (int i = 0;; i++) {
+        cleanup_error struct vm_error *failed = NULL;
+        struct template tag;
+        bool tagged;
+        if (look_for_tag(s, version, &tag, &tagged, err) < 0)
+            return -1;
+        if (!tagged || restore_version(s, version, source, &tag, &failed) == 0)
+            return 0;
+        if (failed->kind != VM_ERROR_NOT_FOUND || i == TRIES)
+            return error_propagate(err, steal_ptr(&failed));
+    }
 }
 
 int template_delete(struct store *s, const char *name, struct vm_error **err)
 {
     struct template t, version, tag;
-    bool tagged, tagged_since;
+    bool tagged;
     if (split(name, &t, err) < 0)
         return -1;
     bool is_tag = *t.tag != 0;
@@ -568,7 +589,5 @@ int template_delete(struct store *s, const char *name, struct vm_error **err)
     snprintf(digest, sizeof(digest), "%s@%s", t.name, t.digest);
     const char *source = template_find(s, digest, &version, NULL, NULL) == 0 ? version.source : "";
     (void)FAULT("template.untagged");
-    if (delete_version(s, &t, err) < 0 || look_for_tag(s, &t, &tag, &tagged_since, err) < 0)
-        return -1;
-    return tagged_since ? restore_version(s, &t, source, &tag, err) : 0;
+    return delete_version(s, &t, err) < 0 ? -1 : restore_if_tagged(s, &t, source, err);
 }

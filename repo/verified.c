@@ -21,9 +21,10 @@ static unsigned map_of(uint64_t pack)
     return (unsigned)((pack / 64 + number_writer(pack)) % MAPS);
 }
 
-static int load_pair(const struct store_pair *pair, void *arg, struct vm_error **err)
+static int load_pair(size_t map, const struct store_pair *pair, void *arg, struct vm_error **err)
 {
     struct verified *v = arg;
+    (void)map;
     uint64_t pack;
     if (!object_number(PACK_PREFIX, pair->key, &pack) || pair->len != 8)
         return error_set(err, VM_ERROR_CORRUPT, "\"%.40s\" is no entry of a scrub", pair->key);
@@ -47,11 +48,13 @@ static int by_pack(const void *a, const void *b)
 
 int verified_load(struct store *s, struct verified *v, struct vm_error **err)
 {
-    char name[MAP_NAME_SIZE];
+    char text[MAPS][MAP_NAME_SIZE];
+    const char *names[MAPS];
     v->n = 0;
     for (unsigned i = 0; i < MAPS; i++)
-        if (store_scan(s, map_name(i, name), NULL, load_pair, v, err) == STORE_FAILED)
-            return -1;
+        names[i] = map_name(i, text[i]);
+    if (store_scan_many(s, names, MAPS, NULL, load_pair, v, NULL, err) == STORE_FAILED)
+        return -1;
     if (v->n)
         qsort(v->items, v->n, sizeof(*v->items), by_pack);
     return 0;

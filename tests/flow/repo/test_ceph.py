@@ -9,7 +9,8 @@ from .conftest import Failed, Repository, UNIT, build
 from .test_repository import MIB, disk, same
 
 
-@pytest.mark.parametrize('suite', ['store', 'index', 'repo', 'damage'])
+@pytest.mark.parametrize('suite', ['store', 'index', 'repo', 'damage', 'template',
+                                   *(pytest.param(suite, marks=pytest.mark.full) for suite in ('collect', 'repack'))])
 def test_the_unit_suite_over_rados(ceph, suite):
     """The same tests that run over a folder."""
     done = subprocess.run([os.path.join(build(), UNIT, f'test_repo_{suite}')], text=True, timeout=300,

@@ -112,16 +112,16 @@ struct between {
     _Atomic unsigned passed;
 };
 
-static inline void run_between(const struct store_op *op, void *arg)
+static inline store_fault_between_fn *run_between(const struct store_op *op, void *arg)
 {
     struct between *b = arg;
     if (op->kind != b->kind || strncmp(op->name, b->name, strlen(b->name)) != 0 ||
         (b->prefix && (!op->prefix || strcmp(op->prefix, b->prefix) != 0)))
-        return;
+        return NULL;
     if (++b->passed != b->nth)
-        return;
+        return NULL;
     b->nth = 0;
-    b->run();
+    return b->run;
 }
 
 #endif

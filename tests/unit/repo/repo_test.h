@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -41,8 +42,8 @@ static inline const char *test_place(char out[512])
 {
     static int serial;
     if (test_on_ceph()) {
-        snprintf(out, 512, "rados:images/test-%d-%d?conf=%s", getpid(), ++serial,
-                 getenv("VMMIG_TEST_CEPH_CONF"));
+        snprintf(out, 512, "rados:images/test-%lld-%d-%d?conf=%s", (long long)time(NULL), getpid(),
+                 ++serial, getenv("VMMIG_TEST_CEPH_CONF"));
         return out;
     }
     /* Memory, where there is some to write to: what fsync does has its own test. */

@@ -635,14 +635,14 @@ static void rescue_all(void)
 }
 
 /* Before the first claim of something that was repacked: its forwarding is there. */
-static void before_claim(const struct store_op *op, void *arg)
+static store_fault_between_fn *before_claim(const struct store_op *op, void *arg)
 {
     bool *done = arg;
     if (*done || op->kind != STORE_UPDATE || strncmp(op->name, "condemned.", 10) != 0 ||
         !op->n_sets || op->sets->len != 1 || *(const char *)op->sets->value != 'd')
-        return;
+        return NULL;
     *done = true;
-    rescue_all();
+    return rescue_all;
 }
 
 /* Half of each pack is forwarded, and the packs are there: a child had begun. They are leased. */

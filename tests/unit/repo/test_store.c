@@ -300,6 +300,66 @@ static void a_scan_is_bounded_and_resumes_behind_a_key(void **state)
     store_ops_finish(&op, 1);
 }
 
+enum { SCANNED_MAPS = 150, SCANNED_KEYS = 40 };
+
+struct seen_maps {
+    unsigned n[SCANNED_MAPS], others;
+};
+
+/* Key i of map m is the ith that comes. */
+static int count_in_order(size_t map, const struct store_pair *pair, void *arg,
+                          struct vm_error **err)
+{
+    struct seen_maps *seen = arg;
+    char want[16];
+    snprintf(want, sizeof(want), "k%02u", seen->n[map]++);
+    seen->others += strcmp(want, pair->key) != 0 || pair->len != 2 ||
+                    get_le16(pair->value) != map;
+    return 0;
+}
+
+static void many_maps_are_scanned_at_once(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static char names[SCANNED_MAPS][16], keys[SCANNED_KEYS][8];
+    static const char *list[SCANNED_MAPS];
+    static struct seen_maps seen;
+    struct store_pair sets[SCANNED_KEYS];
+    size_t missing = 0;
+    memset(&seen, 0, sizeof(seen));
+    for (unsigned m = 0; m < SCANNED_MAPS; m++) {
+        uint8_t value[2];
+        put_le16(value, (uint16_t)m);
+        snprintf(names[m], sizeof(names[m]), "cat.%u", m);
+        list[m] = names[m];
+        for (unsigned i = 0; i < SCANNED_KEYS; i++) {
+            snprintf(keys[i], sizeof(keys[i]), i ? "k%02u" : "x%02u", i ? i - 1 : 0);
+            sets[i] = (struct store_pair){keys[i], value, sizeof(value)};
+        }
+        /* More than comes in one step; a few; or none of that prefix. */
+        struct store_op op = {.kind = STORE_UPDATE, .area = STORE_MAP, .name = names[m],
+                              .presence = STORE_EITHER, .sets = sets,
+                              .n_sets = m % 7 ? 1 + m % 3 : SCANNED_KEYS};
+        store_run(s, &op, 1, &err);
+        assert_ok(err);
+    }
+    assert_int_equal(store_scan_many(s, list, SCANNED_MAPS, "k", count_in_order, &seen, &missing,
+                                     &err),
+                     STORE_DONE);
+    assert_int_equal(seen.others, 0);
+    for (unsigned m = 0; m < SCANNED_MAPS; m++)
+        assert_int_equal(seen.n[m], m % 7 ? m % 3 : SCANNED_KEYS - 1);
+    assert_int_equal(store_remove(s, STORE_MAP, "cat.77", &err), STORE_DONE);
+    assert_int_equal(store_scan_many(s, list, SCANNED_MAPS, "z", count_in_order, &seen, &missing,
+                                     &err),
+                     STORE_MISSING);
+    assert_int_equal(missing, 77);
+    assert_int_equal(store_scan_many(s, list, SCANNED_MAPS, "z", count_in_order, &seen, NULL,
+                                     &err),
+                     STORE_DONE);
+    assert_ok(err);
+}
+
 static void a_map_is_removed_with_its_keys(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -468,6 +528,7 @@ int main(void)
         TEST(many_keys_come_in_one_answer),
         TEST(a_scan_goes_in_order_and_keeps_to_its_prefix),
         TEST(a_scan_is_bounded_and_resumes_behind_a_key),
+        TEST(many_maps_are_scanned_at_once),
         TEST(a_map_is_removed_with_its_keys),
         TEST(answers_of_a_batch_are_each_their_own),
         TEST(guarded_updates_of_many_lose_none),

@@ -84,17 +84,40 @@ static void a_spec_outside_the_grammar_is_refused(void **state)
     }
 }
 
-static void in_hook(const struct store_op *op, void *arg)
+static size_t before_second[2];
+
+static void look_before_second(void)
 {
-    snprintf(arg, 32, "%s", op->name);
+    before_second[0] = stored("pack.0");
+    before_second[1] = stored("pack.1");
 }
 
-static void the_hook_sees_each_operation(void **state)
+static store_fault_between_fn *at_second(const struct store_op *op, void *arg)
 {
-    char seen[32] = "";
-    store_fault_set_hook(s, in_hook, seen);
-    create("pack.7", NULL);
-    assert_string_equal(seen, "pack.7");
+    char *seen = arg;
+    if (op->kind != STORE_CREATE)
+        return NULL;
+    strcat(strcat(seen, op->name), " ");
+    return !strcmp(op->name, "pack.1") ? look_before_second : NULL;
+}
+
+static void the_hook_sees_each_operation_and_comes_between(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    char seen[64] = "";
+    static const char *const names[] = {"pack.0", "pack.1", "pack.2"};
+    struct store_op ops[3];
+    for (int i = 0; i < 3; i++)
+        ops[i] = (struct store_op){.kind = STORE_CREATE, .area = STORE_PACK, .name = names[i],
+                                   .data = "12345678", .len = 8};
+    store_fault_set_hook(s, at_second, seen);
+    store_run(s, ops, 3, &err);
+    assert_ok(err);
+    assert_string_equal(seen, "pack.0 pack.1 pack.2 ");
+    assert_int_equal(before_second[0], 8);
+    assert_int_equal(before_second[1], 0);
+    for (int i = 0; i < 3; i++)
+        assert_int_equal(stored(names[i]), 8);
 }
 
 int main(void)
@@ -103,7 +126,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(an_error_acts_at_its_passage_alone, setup, teardown),
         cmocka_unit_test_setup_teardown(the_other_actions_do_what_they_say, setup, teardown),
         cmocka_unit_test_setup_teardown(a_spec_outside_the_grammar_is_refused, setup, teardown),
-        cmocka_unit_test_setup_teardown(the_hook_sees_each_operation, setup, teardown),
+        cmocka_unit_test_setup_teardown(the_hook_sees_each_operation_and_comes_between, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
