@@ -187,22 +187,28 @@ struct template_answer {
 };
 
 struct template_list {
-    struct template_answer *list[CONTROL_TEMPLATES_MAX];
-    unsigned n;
+    struct template_answer **list;
+    size_t n;
+    const char *after; /* "": all of them */
 };
 
 static int add_template(const struct template *t, void *arg, struct vm_error **err)
 {
     struct template_list *l = arg;
-    if (l->n == CONTROL_TEMPLATES_MAX)
+    char ref[REF_BYTES];
+    snprintf(ref, sizeof(ref), "%s%c%s", t->name, *t->tag ? ':' : '@', *t->tag ? t->tag : t->digest);
+    if (strcmp(ref, l->after) <= 0)
         return 0;
     struct template_answer *a = calloc(1, sizeof(*a));
-    if (!a)
+    struct template_answer **list = a ? realloc(l->list, (l->n + 1) * sizeof(*list)) : NULL;
+    if (!list) {
+        free(a);
         return error_nomem(err);
+    }
+    l->list = list;
     vmmig__control__template_info__init(&a->info);
     a->template = *t;
-    snprintf(a->ref, sizeof(a->ref), "%s%c%s", t->name, *t->tag ? ':' : '@',
-             *t->tag ? t->tag : t->digest);
+    strcpy(a->ref, ref);
     a->info.template_ = a->ref;
     a->info.name = a->template.name;
     a->info.tag = a->template.tag;
@@ -221,21 +227,29 @@ static int by_name(const void *a, const void *b)
     return strcmp((*x)->ref, (*y)->ref);
 }
 
-/* Sends and frees the list, if r is 0. */
-static int reply_templates(struct control_session *s, struct template_list *l, int r,
-                           struct vm_error **err)
+static int send_templates(struct control_session *s, const struct template_list *l, struct vm_error **err)
 {
     Vmmig__Control__TemplateInfo *infos[CONTROL_TEMPLATES_MAX];
     Vmmig__Control__Templates m = VMMIG__CONTROL__TEMPLATES__INIT;
-    qsort(l->list, l->n, sizeof(*l->list), by_name);
-    for (unsigned i = 0; i < l->n; i++)
+    m.n_templates = l->n < CONTROL_TEMPLATES_MAX ? l->n : CONTROL_TEMPLATES_MAX;
+    for (size_t i = 0; i < m.n_templates; i++)
         infos[i] = &l->list[i]->info;
     m.templates = infos;
-    m.n_templates = l->n;
+    m.left_out = l->n - m.n_templates;
+    return control_reply(s, VMMIG__CONTROL__TYPE__TEMPLATES, &m.base, err);
+}
+
+/* Sends the list, if r is 0, and frees it. */
+static int reply_templates(struct control_session *s, struct template_list *l, int r,
+                           struct vm_error **err)
+{
+    if (l->n)
+        qsort(l->list, l->n, sizeof(*l->list), by_name);
     if (r == 0)
-        r = control_reply(s, VMMIG__CONTROL__TYPE__TEMPLATES, &m.base, err);
-    for (unsigned i = 0; i < l->n; i++)
+        r = send_templates(s, l, err);
+    for (size_t i = 0; i < l->n; i++)
         free(l->list[i]);
+    free(l->list);
     return r;
 }
 
@@ -248,7 +262,7 @@ static struct store *get_store(struct control_session *s, struct vm_error **err)
 int clones_handle_publish(struct control_session *s, const struct control_message *m,
                           struct vm_error **err)
 {
-    struct template_list list = {.n = 0};
+    struct template_list list = {.after = ""};
     struct template t;
     if (control_check_publisher(s, err) < 0)
         return -1;
@@ -265,9 +279,8 @@ int clones_handle_publish(struct control_session *s, const struct control_messag
 int clones_handle_list(struct control_session *s, const struct control_message *m,
                        struct vm_error **err)
 {
-    struct template_list list = {.n = 0};
+    struct template_list list = {.after = m->template_list->after};
     struct store *store = get_store(s, err);
-    (void)m;
     return store ? reply_templates(s, &list, template_list(store, add_template, &list, err), err)
                  : -1;
 }
@@ -275,7 +288,7 @@ int clones_handle_list(struct control_session *s, const struct control_message *
 int clones_handle_show(struct control_session *s, const struct control_message *m,
                        struct vm_error **err)
 {
-    struct template_list list = {.n = 0};
+    struct template_list list = {.after = ""};
     struct template t;
     struct store *store = get_store(s, err);
     if (!store || template_find(store, m->template_show->template_, &t, NULL, err) < 0)

@@ -602,7 +602,8 @@ static int note_socket(struct restore_job *t, const struct restore *r, struct vm
 
 static int restore_opened(struct restore_job *t, struct restore *r, struct vm_error **err)
 {
-    if (note_socket(t, r, err) < 0 || restore_place_disks(r, t->vm, t->disk_dir, t->agent->config->vm_user, err) < 0 ||
+    if (note_socket(t, r, err) < 0 || restore_name(r, t->vm, err) < 0 ||
+        restore_place_disks(r, t->vm, t->disk_dir, t->agent->config->vm_user, err) < 0 ||
         make_disks(t, r, err) < 0 || restore_into(t, r, err) < 0)
         return -1;
     t->progress.snapshot.memory_bytes = restore_boots(r) ? 0 : restore_definition(r)->memory;

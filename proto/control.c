@@ -472,9 +472,7 @@ static int check_template_publish(const Vmmig__Control__TemplatePublish *m, stru
 
 static int check_template_list(const Vmmig__Control__TemplateList *m, struct vm_error **err)
 {
-    (void)m;
-    (void)err;
-    return 0;
+    return check_word("the template", m->after, err);
 }
 
 static int check_template_show(const Vmmig__Control__TemplateShow *m, struct vm_error **err)

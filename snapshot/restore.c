@@ -8,9 +8,11 @@
 #include "snapshot/disk_file.h"
 #include "snapshot/rbd_image.h"
 #include "snapshot/snapshot.h"
+#include "vmm/attach.h"
 #include "vmm/guest_memory.h"
 #include "vmm/qemu_disk_move.h"
 #include "vmm/qemu_json.h"
+#include "vmm/qemu_own.h"
 #include "vmm/rbd_name.h"
 
 #include <errno.h>
@@ -195,6 +197,14 @@ int restore_thaw(const struct restore *r, const struct guest *guest, const struc
 void restore_keep(struct restore *r)
 {
     r->keep = true;
+}
+
+int restore_name(struct restore *r, const char *vm, struct vm_error **err)
+{
+    const struct qemu_own own = {r->vm.name, vm, false};
+    return !strcmp(own.former, vm) || attach_is_definition(&r->vm.definition)
+               ? 0
+               : qemu_own_definition(&own, &r->vm.definition, err);
 }
 
 /* ---- disks ---- */

@@ -3,6 +3,7 @@
  * restore: a VM from a snapshot, in steps between which the caller starts its VMM.
  *
  *     r = restore_open(repo, "web1@nightly", "restore web1", &err)     lease, definition
+ *     restore_name(r, "web1b", &err)                                   paths of its own, if that is another name
  *     restore_place_disks(r, "web1b", "/srv/disks" or NULL, user, &err)     where they go; CONFLICT if one is there
  *     restore_make_disks(r, note, arg, &err)                           empty ones, each told as it is made
  *     restore_fill_disks(r, &control, &err)
@@ -54,6 +55,11 @@ bool restore_is_frozen(const struct restore *r);
  */
 int restore_thaw(const struct restore *r, const struct guest *guest, const struct thawer *thawer, bool runs,
                  struct vm_error **err);
+/*
+ * The VM is called that. With another name than it had, the sockets that its QEMU makes, and the files that it writes, are
+ * its own (vmm/qemu_own.h): the former VM may run beside it. What it connects to stays.
+ */
+int restore_name(struct restore *r, const char *vm, struct vm_error **err);
 /*
  * user: whom VMs run as; "" or NULL: us. REFUSED without a folder where that user may make nothing: where a disk was is what
  * the snapshot says.

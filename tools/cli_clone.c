@@ -40,28 +40,24 @@ static void print_template(const Vmmig__Control__TemplateInfo *t)
            t->source);
 }
 
-static int ask_templates(const struct cli *c, unsigned type, const ProtobufCMessage *request,
-                         bool list, struct vm_error **err)
+static void print_head(void)
+{
+    printf("%-28s %-12s %-20s %10s  %s\n", "TEMPLATE", "DIGEST", "PUBLISHED", "SIZE", "FROM");
+}
+
+/* About one template. */
+static int ask_template(const struct cli *c, unsigned type, const ProtobufCMessage *request, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
     if (client_ask(&c->at, type, request, VMMIG__CONTROL__TYPE__TEMPLATES, &answer, err) < 0)
         return -1;
     const Vmmig__Control__Templates *m = answer.templates;
-    if (c->json && !list)
-        return m->n_templates ? cli_print_json(json_template(m->templates[0]), err)
-                              : error_set(err, VM_ERROR_PROTOCOL, "the agent names no template");
-    json_t *json = json_array();
-    if (!c->json && m->n_templates)
-        printf("%-28s %-12s %-20s %10s  %s\n", "TEMPLATE", "DIGEST", "PUBLISHED", "SIZE", "FROM");
-    for (size_t i = 0; i < m->n_templates; i++) {
-        if (c->json)
-            json_array_append_new(json, json_template(m->templates[i]));
-        else
-            print_template(m->templates[i]);
-    }
+    if (!m->n_templates)
+        return error_set(err, VM_ERROR_PROTOCOL, "the agent names no template");
     if (c->json)
-        return cli_print_json(json_pack("{s:o}", "templates", json), err);
-    json_decref(json);
+        return cli_print_json(json_template(m->templates[0]), err);
+    print_head();
+    print_template(m->templates[0]);
     return 0;
 }
 
@@ -70,20 +66,52 @@ static int run_publish(const struct cli *c, struct vm_error **err)
     Vmmig__Control__TemplatePublish m = VMMIG__CONTROL__TEMPLATE_PUBLISH__INIT;
     m.image = word(c->args.list[0]);
     m.template_ = word(c->args.list[1]);
-    return ask_templates(c, VMMIG__CONTROL__TYPE__TEMPLATE_PUBLISH, &m.base, false, err);
+    return ask_template(c, VMMIG__CONTROL__TYPE__TEMPLATE_PUBLISH, &m.base, err);
+}
+
+/* Prints, or adds to json; `after` becomes the last of them. 1: there are more. */
+static int list_some(const struct cli *c, char **after, json_t *json, struct vm_error **err)
+{
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__TemplateList m = VMMIG__CONTROL__TEMPLATE_LIST__INIT;
+    m.after = *after ? *after : word("");
+    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__TEMPLATE_LIST, &m.base, VMMIG__CONTROL__TYPE__TEMPLATES, &answer,
+                   err) < 0)
+        return -1;
+    const Vmmig__Control__Templates *found = answer.templates;
+    if (!c->json && !*after && found->n_templates)
+        print_head();
+    for (size_t i = 0; i < found->n_templates; i++)
+        if (c->json)
+            json_array_append_new(json, json_template(found->templates[i]));
+        else
+            print_template(found->templates[i]);
+    if (!found->n_templates || !found->left_out)
+        return 0;
+    free(*after);
+    *after = strdup(found->templates[found->n_templates - 1]->template_);
+    return *after ? 1 : error_nomem(err);
 }
 
 static int run_template_list(const struct cli *c, struct vm_error **err)
 {
-    Vmmig__Control__TemplateList m = VMMIG__CONTROL__TEMPLATE_LIST__INIT;
-    return ask_templates(c, VMMIG__CONTROL__TYPE__TEMPLATE_LIST, &m.base, true, err);
+    cleanup_free char *after = NULL;
+    json_t *json = json_array();
+    int more;
+    do
+        more = list_some(c, &after, json, err);
+    while (more > 0);
+    if (more == 0 && c->json)
+        return cli_print_json(json_pack("{s:o}", "templates", json), err);
+    json_decref(json);
+    return more;
 }
 
 static int run_template_show(const struct cli *c, struct vm_error **err)
 {
     Vmmig__Control__TemplateShow m = VMMIG__CONTROL__TEMPLATE_SHOW__INIT;
     m.template_ = word(c->args.list[0]);
-    return ask_templates(c, VMMIG__CONTROL__TYPE__TEMPLATE_SHOW, &m.base, false, err);
+    return ask_template(c, VMMIG__CONTROL__TYPE__TEMPLATE_SHOW, &m.base, err);
 }
 
 static int run_template_delete(const struct cli *c, struct vm_error **err)

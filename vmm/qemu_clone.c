@@ -4,6 +4,7 @@
 #include "base/cleanup.h"
 #include "base/clock.h"
 #include "vmm/qemu_internal.h"
+#include "vmm/qemu_own.h"
 #include "vmm/qemu_preflight.h"
 
 #include <errno.h>
@@ -31,68 +32,6 @@ static void note(struct making *m, const char *text)
 {
     if (m->notes->n < QEMU_CLONE_NOTES_MAX)
         snprintf(m->notes->text[m->notes->n++], QEMU_CLONE_NOTE_MAX, "%s", text);
-}
-
-/* ---- paths ---- */
-
-/* A path of the clone's own in place of `path`; NULL without memory. */
-static char *own_path(const struct making *m, const char *path, bool always)
-{
-    const char *slash = strrchr(path, '/'), *base = slash ? slash + 1 : path;
-    const char *former = m->params->vm->name, *at = *former ? strstr(base, former) : NULL;
-    char *made;
-    if (at)
-        return asprintf(&made, "%.*s%s%s", (int)(at - path), path, m->params->name,
-                        at + strlen(former)) < 0
-                   ? NULL
-                   : made;
-    if (!always)
-        return strdup(path);
-    return asprintf(&made, "%.*s%s-%s", (int)(base - path), path, m->params->name, base) < 0
-               ? NULL
-               : made;
-}
-
-static int set_path(const struct making *m, struct qemu_props *p, const char *key, bool always,
-                    bool *ret_changed, struct vm_error **err)
-{
-    const char *path = qemu_props_get(p, key);
-    if (!path)
-        return 0;
-    cleanup_free char *own = own_path(m, path, always);
-    *ret_changed = true;
-    return own ? qemu_props_set(p, key, own, err) : error_nomem(err);
-}
-
-/* "unix:PATH,server=on", "file:PATH": -qmp, -serial, -monitor and their like. */
-static int make_text_own(struct making *m, unsigned i, struct vm_error **err)
-{
-    static const char *const prefixes[] = {"unix:", "file:", "pipe:"};
-    const char *value = or_empty(m->a.options[i].value);
-    for (size_t k = 0; k < sizeof(prefixes) / sizeof(*prefixes); k++) {
-        size_t n = strlen(prefixes[k]);
-        if (strncmp(value, prefixes[k], n))
-            continue;
-        const char *end = value + n + strcspn(value + n, ",");
-        cleanup_free char *path = strndup(value + n, (size_t)(end - value) - n);
-        cleanup_free char *own = path ? own_path(m, path, true) : NULL;
-        char *made;
-        if (!own || asprintf(&made, "%s%s%s", prefixes[k], own, end) < 0)
-            return error_nomem(err);
-        qemu_argv_set(&m->a, i, made);
-        return 0;
-    }
-    return 0;
-}
-
-static int make_chardev_own(struct making *m, struct qemu_props *p, bool *ret_changed,
-                            struct vm_error **err)
-{
-    const char *backend = or_empty(qemu_props_get(p, "backend"));
-    bool server = qemu_props_is_on(p, "server");
-    if (!strcmp(backend, "socket") || !strcmp(backend, "pipe"))
-        return set_path(m, p, "path", server, ret_changed, err);
-    return strcmp(backend, "file") ? 0 : set_path(m, p, "path", true, ret_changed, err);
 }
 
 /* ---- disks ---- */
@@ -329,14 +268,11 @@ static bool is_one_of(const char *name, const char *const *list)
 
 static int place_option(struct making *m, unsigned *i, struct vm_error **err)
 {
-    static const char *const texts[] = {"qmp", "qmp-pretty", "monitor", "serial", "parallel",
-                                        "gdb", NULL};
-    static const char *const props[] = {"name", "device", "netdev", "object", "chardev", NULL};
+    static const char *const props[] = {"name", "device", "netdev", "object", NULL};
+    const struct qemu_own own = {m->params->vm->name, m->params->name, true};
     struct qemu_option *o = &m->a.options[*i];
     if (!strcmp(o->name, "drive") || !strcmp(o->name, "blockdev"))
         return place_disk(m, i, err);
-    if (is_one_of(o->name, texts))
-        return make_text_own(m, *i, err);
     if (!strcmp(o->name, "uuid")) {
         struct uuid u = uuid_new();
         char *fresh = strdup(uuid_text(&u));
@@ -346,7 +282,7 @@ static int place_option(struct making *m, unsigned *i, struct vm_error **err)
         return fresh ? 0 : error_nomem(err);
     }
     if (!is_one_of(o->name, props))
-        return 0;
+        return qemu_own_option(&own, &m->a, *i, err);
     cleanup_qemu_props struct qemu_props p = {0};
     bool changed = false;
     if (qemu_props_parse(o->value, qemu_option_implied_key(o->name), &p, err) < 0)
@@ -354,8 +290,7 @@ static int place_option(struct making *m, unsigned *i, struct vm_error **err)
     int r = !strcmp(o->name, "name")     ? place_name(m, &p, &changed, err)
             : !strcmp(o->name, "device") ? place_device(m, &p, &changed, err)
             : !strcmp(o->name, "netdev") ? place_netdev(m, &p, &changed, err)
-            : !strcmp(o->name, "object") ? place_memory(m, &p, &changed, err)
-                                         : make_chardev_own(m, &p, &changed, err);
+                                         : place_memory(m, &p, &changed, err);
     return r < 0 || !changed ? r : put_props(m, *i, &p, err);
 }
 

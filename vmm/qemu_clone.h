@@ -8,9 +8,7 @@
  *
  * The command line is the saved one with: every memory backend on its file, share=off; each disk a
  * qcow2 overlay; fresh -uuid, VM generation ID and MAC addresses; -name; paths of sockets and
- * output files of its own: the former VM's name in a path's last part becomes the clone's; where it
- * is not in it, sockets that QEMU makes and files that it writes get "NAME-" before it; NICs on taps by
- * the names that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot
+ * output files of its own (vmm/qemu_own.h, also of what it connects to); NICs on taps by the names that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot
  * share it), and what cannot move (vmm/qemu_portable.h). USAGE: a name in `taps` that no NIC on a tap has.
  *
  * USAGE: `memory` is not more than it has by a multiple of QEMU_CLONE_MEMORY_STEP. REFUSED: the command line does not

@@ -512,6 +512,27 @@ def backing(agent, name):
                            f'/var/lib/vmmig/clones/{name}/disk0.qcow2'])
 
 
+@pytest.mark.full
+def test_a_list_of_more_than_one_answer_holds(agent, tmp_path):
+    """All of them are listed, each once and in order."""
+    agent.stop()
+    agent.options['repository'] = f'dir:{tmp_path}/many'
+    try:
+        tool(agent, 'init')
+        (tmp_path / 'content').write_bytes(b'x')
+        names = [f't:many@{number:032x}' for number in range(2100)]
+        beside(agent, 'tests/unit/snapshot/mount_tool', 'store', repository(agent), ','.join(names),
+               f'device.state={tmp_path}/content')
+        agent.start()
+        assert [one['template'] for one in agent.json('template', 'list')['templates']] == [name[2:] for name in names]
+        lines = agent.vmmig('template', 'list').stdout.splitlines()
+        assert [line.split()[0] for line in lines] == ['TEMPLATE', *(name[2:] for name in names)]
+    finally:
+        agent.stop()
+        del agent.options['repository']
+        agent.start()
+
+
 def test_templates_of_one_content_and_different_names(agent, template):
     """Each clone lies on its own template, also when what is kept of overlays is damaged."""
     agent.vmmig('template', 'publish', 'web1@first', 'other:v1')

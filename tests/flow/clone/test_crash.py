@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 """The agent is killed while it makes a clone, restores a VM or publishes a template: all of it is there, or nothing."""
-import contextlib
 import json
 import os
 import shutil
@@ -8,10 +7,9 @@ import signal
 import subprocess
 
 import pytest
-from agents import Cluster, eventually, fault_build
+from agents import eventually, fault_build
 from lab import BareGuest
-
-from repo.conftest import ceph_with
+from stores import STORES, cluster_on
 
 from .test_clone import content, kill, leases, make_agent, tool
 
@@ -34,15 +32,10 @@ def crash(agent, point, *words):
     agent.process.wait(20)
 
 
-@pytest.fixture(scope='module', params=['dir', pytest.param('rados', marks=pytest.mark.full)])
+@pytest.fixture(scope='module', params=STORES)
 def agent(request, tmp_path_factory):
     """With the snapshot web1@first, the template debian12:v1, and a clone of that, `old`, which runs through all of it."""
-    with contextlib.ExitStack() as ends:
-        cluster = ends.enter_context(Cluster(hosts=1, start=False, plain=True))
-        if request.param == 'rados':
-            ceph = ends.enter_context(ceph_with('images', tmp_path_factory.mktemp('ceph'), osds=2,
-                                                network_of=cluster.hosts[0].pid))
-            cluster.agents[0].options['repository'] = f'rados:images?conf={ceph.conf}'
+    with cluster_on(request.param, tmp_path_factory.mktemp('ceph')) as cluster:
         agent = make_agent(cluster, fault_build())
         restart(agent)
         disk = os.path.join(cluster.shared, 'web1.raw')
@@ -89,7 +82,12 @@ def nothing_is_left(agent, name):
     assert processes(agent, name) == []
     folder = agent.host.path('/var/lib/vmmig/clones')
     assert not os.path.exists(os.path.join(folder, name))
-    assert os.listdir(agent.host.path('/var/lib/vmmig/making')) == []
+    no_notes(agent)
+
+
+def no_notes(agent):
+    """Of leases and images in a store, which are taken back beside everything else, as soon as that answers."""
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
 
 
 @pytest.mark.parametrize('point', ['clone.leased', 'clone.overlay', 'clone.spawn', 'clone.spawned'])
@@ -176,7 +174,7 @@ def test_a_clone_that_was_there(agent, point):
     restart(agent)
     eventually('the VM', lambda: agent.json('status', 'c1')['presence'] == 'present')
     console.wait_ticks(3)
-    assert os.listdir(agent.host.path('/var/lib/vmmig/making')) == []
+    no_notes(agent)
     kill(agent, {'vm': 'c1', 'pid': agent.json('status', 'c1')['pid']})
 
 
@@ -288,7 +286,7 @@ def test_a_restored_vm_that_was_there(agent):
     eventually('the VM', lambda: agent.json('status', 'back')['presence'] == 'present')
     console.wait_for('^hb ', after=mark)
     eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
-    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    no_notes(agent)
     assert sorted(os.listdir(folder)) == ['back-disk0.qcow2', 'back-disk1.raw']
     agent.end('back')
     shutil.rmtree(folder)
@@ -331,7 +329,7 @@ def test_what_a_restore_left_is_decided_upon_once(agent):
     assert len(os.listdir(agent.host.path('/var/lib/vmmig/making'))) == 1
     restart(agent)
     eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
-    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    no_notes(agent)
     shutil.rmtree(folder)
 
 
@@ -347,7 +345,7 @@ def test_a_lease_that_a_failed_restore_cannot_drop_is_dropped_later(agent):
     assert restoring.returncode == 14, out
     assert 'a lease stays' in agent.log() and os.listdir(folder) == []
     eventually('no lease of a restore', lambda: leases(agent) == [one for one in leases(agent) if one[:2] == 't:'])
-    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
+    no_notes(agent)
     agent.vmmig('debug', 'faults', '--arm', 'none')
     nothing_is_left(agent, 'back')
 

@@ -9,11 +9,10 @@ import socket
 import time
 
 import pytest
-from agents import Cluster, eventually
+from agents import eventually
 from lab import BareGuest, judge
 from snapshots import GuestAgent, disks, left_in_qemu, make_agent, start, untouched
-
-from repo.conftest import ceph_with
+from stores import STORES, cluster_on
 
 # Each step of a snapshot, in their order; memory is on its way from `memory` on, disks from `arrived` on.
 BEFORE = ['snapshot.prepared', 'snapshot.waiting', 'snapshot.paused', 'snapshot.switched', 'snapshot.protecting',
@@ -22,14 +21,9 @@ AFTER = ['snapshot.committed', 'snapshot.swept']
 GOES_ON = 3  # seconds after which a guest whose agent died has said something again
 
 
-@pytest.fixture(scope='module', params=['dir', pytest.param('rados', marks=pytest.mark.full)])
+@pytest.fixture(scope='module', params=STORES)
 def agent(request, tmp_path_factory):
-    with contextlib.ExitStack() as ends:
-        cluster = ends.enter_context(Cluster(hosts=1, start=False, plain=True))
-        if request.param == 'rados':
-            ceph = ends.enter_context(ceph_with('images', tmp_path_factory.mktemp('ceph'), osds=2,
-                                                network_of=cluster.hosts[0].pid))
-            cluster.agents[0].options['repository'] = f'rados:images?conf={ceph.conf}'
+    with cluster_on(request.param, tmp_path_factory.mktemp('ceph')) as cluster:
         yield make_agent(cluster, faults='snapshot.arrived=delay:0')
 
 

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import os
+import socket
 import statistics
+import struct
 import subprocess
 
 import pytest
@@ -102,6 +104,33 @@ def test_a_failed_one_loses_no_note_of_what_was_written(agent, web1):
     good = agent.json('snapshot', 'web1', 'w3')['snapshot']
     assert good['disk_read_bytes'] == 64 << 10
     assert export(agent, 'web1@w3', image_file(agent, 'web1@w3', qcow2))[8 * MIB:8 * MIB + 65536] == b'\x44' * 65536
+
+
+def listener(path):
+    """The process that listens there."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        return struct.unpack('iii', connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+
+
+def test_a_vm_is_restored_beside_the_running_one(agent):
+    """It gets sockets of its own, so that nobody loses the running one's; either goes on without the other."""
+    vm = BareGuest('twin', mem_mib=64, dirty_mib=4, rate_mbps=1)
+    vm.options = ['-chardev', 'socket,id=own,path=/run/vmlab/own,server=on,wait=off', '-serial', 'file:/run/vmlab/twin.out']
+    console = start(agent, vm)
+    agent.vmmig('snapshot', 'twin', 'first')
+    agent.vmmig('restore', 'twin@first', '--as', 'twin-2')
+    states = {one['vm']: one['state'] for one in agent.json('list')['vms']}
+    assert states['twin'] == states['twin-2'] == 'running'
+    for judged in ('twin', 'twin-2'):  # each answers at its own
+        assert listener(agent.host.path(f'/run/vmlab/{judged}.judge')) == agent.json('status', judged)['pid']
+        agent.vmmig('snapshot', judged, 'beside')
+    for path in ('own', 'twin-2-own', 'twin.out', 'twin-2.out'):
+        assert os.path.exists(agent.host.path(f'/run/vmlab/{path}')), path
+    agent.end('twin')
+    console.wait_ticks(3)  # the other one's: it connects to the same place
+    assert agent.json('status', 'twin-2')['state'] == 'running'
+    agent.end('twin-2')
 
 
 def test_disks_alone(agent, web1):
