@@ -291,7 +291,7 @@ static int remove_image(char *line, struct vm_error **err)
     if (!name)
         return 0;
     *name++ = 0;
-    return rbd_image_remove(name, line, err);
+    return rbd_image_remove(name, line, NULL, err);
 }
 
 /* The note goes when all of it is done. */

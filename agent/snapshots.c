@@ -618,7 +618,7 @@ static int restore_noted(struct restore_job *t, bool *ret_all, struct vm_error *
     snprintf(holder, sizeof(holder), "restore of %s %s", t->vm, uuid_text(&unique));
     if (making_lease(&t->making, holder, err) < 0)
         return -1;
-    struct restore *r = restore_open(t->repo, t->image, holder, err);
+    struct restore *r = restore_open(t->repo, t->image, holder, job_cancel_fd(t->job), err);
     *ret_all = false; /* nobody knows whether there is a lease */
     if (!r)
         return -1;

@@ -112,7 +112,7 @@ static int ask_systemd(const struct supervisor *s, char **ret_properties, struct
     const char *const of_user[] = {"systemctl", "--user", machine, "show",
                                    asked,       "--",     s->unit, NULL};
     *ret_properties = run_tool(s->of_user ? of_user : of_system,
-                               "say whether the unit would be started again", err);
+                               "say whether the unit would be started again", NULL, err);
     return *ret_properties ? 0 : -1;
 }
 

@@ -134,7 +134,7 @@ static int make_empty(const struct making *m, const char *backing, const char *p
                           path, NULL};
     char what[256];
     snprintf(what, sizeof(what), "make an overlay in %.180s", m->p->model_dir);
-    cleanup_free char *said = run_tool(argv, what, err);
+    cleanup_free char *said = run_tool(argv, what, NULL, err);
     if (said)
         return 0;
     unlink(path);

@@ -12,8 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ARGS = 16, SPEC_MAX = 3 * RBD_NAME_PART_MAX + 3, AGAIN_MS = 1000 };
-#define REMOVE_NS (45 * NSEC_PER_SEC)
+enum { ARGS = 16, SPEC_MAX = 3 * RBD_NAME_PART_MAX + 3, AGAIN_MS = 1000, REMOVE_SECONDS = 45 };
 
 bool rbd_image_is(const char *name)
 {
@@ -32,7 +31,8 @@ static void make_spec(const struct rbd_name *n, char out[SPEC_MAX])
 }
 
 /* What `rbd` says to a command about the image. more: a further argument, or NULL. */
-static char *ask(const char *name, const char *command, const char *more, const char *what, struct vm_error **err)
+static char *ask(const char *name, const char *command, const char *more, const char *what,
+                 const struct run_tool_limits *limits, struct vm_error **err)
 {
     struct rbd_name n;
     char spec[SPEC_MAX], said[64 + SPEC_MAX];
@@ -53,12 +53,13 @@ static char *ask(const char *name, const char *command, const char *more, const 
         argv[k++] = "--id";
         argv[k++] = n.user;
     }
-    return run_tool(argv, said, err);
+    return run_tool(argv, said, limits, err);
 }
 
-int rbd_image_id(const char *name, char ret_id[RBD_IMAGE_ID_MAX], struct vm_error **err)
+int rbd_image_id(const char *name, const struct run_tool_limits *limits, char ret_id[RBD_IMAGE_ID_MAX],
+                 struct vm_error **err)
 {
-    char *text = ask(name, "info", "--format=json", "look at", err);
+    char *text = ask(name, "info", "--format=json", "look at", limits, err);
     json_t *o = text ? json_loads(text, 0, NULL) : NULL;
     const char *id = json_string_value(json_object_get(o, "id"));
     int r = -1;
@@ -83,25 +84,25 @@ int rbd_image_draft(const char *name, char ret_draft[RBD_NAME_TEXT_MAX], struct 
     return rbd_name_format(&n, ret_draft) ? 0 : error_set(err, VM_ERROR_USAGE, "the name %s is too long", name);
 }
 
-int rbd_image_rename(const char *from, const char *to, struct vm_error **err)
+int rbd_image_rename(const char *from, const char *to, const struct run_tool_limits *limits, struct vm_error **err)
 {
     struct rbd_name n;
     char spec[SPEC_MAX];
     if (parse(to, &n, err) < 0)
         return -1;
     make_spec(&n, spec);
-    cleanup_free char *said = ask(from, "rename", spec, "rename", err);
+    cleanup_free char *said = ask(from, "rename", spec, "rename", limits, err);
     return said ? 0 : -1;
 }
 
 /* 1: it is that one, or may be; 0: it is not, or there is none. */
-static int is_that(const char *name, const char *id, struct vm_error **err)
+static int is_that(const char *name, const char *id, const struct run_tool_limits *limits, struct vm_error **err)
 {
     struct vm_error *failed = NULL;
     char now[RBD_IMAGE_ID_MAX];
     if (!strcmp(id, RBD_IMAGE_ANY)) /* one that is not whole may have no id */
         return 1;
-    if (rbd_image_id(name, now, &failed) == 0)
+    if (rbd_image_id(name, limits, now, &failed) == 0)
         return !strcmp(now, id);
     if (failed->kind != VM_ERROR_NOT_FOUND)
         return error_propagate(err, failed);
@@ -109,15 +110,16 @@ static int is_that(const char *name, const char *id, struct vm_error **err)
     return 0;
 }
 
-int rbd_image_remove(const char *name, const char *id, struct vm_error **err)
+int rbd_image_remove(const char *name, const char *id, const struct run_tool_limits *limits, struct vm_error **err)
 {
-    int64_t deadline = clock_mono_ns() + REMOVE_NS;
+    int seconds = limits && limits->seconds ? limits->seconds : REMOVE_SECONDS;
+    int64_t deadline = clock_mono_ns() + seconds * NSEC_PER_SEC;
     for (;;) {
         cleanup_error struct vm_error *failed = NULL;
-        int r = is_that(name, id, err);
+        int r = is_that(name, id, limits, err);
         if (r <= 0)
             return r;
-        char *said = ask(name, "rm", "--no-progress", "remove", &failed);
+        char *said = ask(name, "rm", "--no-progress", "remove", limits, &failed);
         free(said);
         if (said || failed->kind == VM_ERROR_NOT_FOUND)
             return 0;

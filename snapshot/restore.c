@@ -31,6 +31,7 @@ struct restore {
     struct repo *repo;
     struct lease lease;
     bool leased, keep, boots, draft_stays;
+    struct run_tool_limits limits; /* of what makes images */
     struct qemu_json vm;
     bool made[QEMU_DISKS_MAX]; /* by us */
     char (*ids)[RBD_IMAGE_ID_MAX]; /* of those that are images in Ceph, else "" */
@@ -112,7 +113,7 @@ bool restore_boots(const struct restore *r)
     return r->boots;
 }
 
-struct restore *restore_open(struct repo *repo, const char *image, const char *holder,
+struct restore *restore_open(struct repo *repo, const char *image, const char *holder, int cancel_fd,
                              struct vm_error **err)
 {
     CLEANUP(restore) struct restore *r = calloc(1, sizeof(*r));
@@ -121,6 +122,7 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
         return NULL;
     }
     r->repo = repo;
+    r->limits.cancel_fd = cancel_fd;
     if (catalogue_lease(repo_store(repo), image, holder, &r->lease, err) < 0)
         return NULL;
     r->leased = true;
@@ -133,6 +135,9 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
     return NULL;
 }
 
+/* What is left is removed later; who waits for the restore's end, perhaps since Ceph is away, does not wait for that. */
+static const struct run_tool_limits removal = {RESTORE_REMOVE_S, -1};
+
 /* False: it stays. */
 static bool remove_disk(const struct restore *r, unsigned i)
 {
@@ -142,7 +147,7 @@ static bool remove_disk(const struct restore *r, unsigned i)
         unlink(file);
         return true;
     }
-    if (rbd_image_remove(file, r->ids[i], &failed) == 0)
+    if (rbd_image_remove(file, r->ids[i], &removal, &failed) == 0)
         return true;
     log_warn("an image of a VM that was not restored stays there for now", "error=%s", log_q(error_message(failed)));
     return false;
@@ -161,7 +166,7 @@ bool restore_close(struct restore *r)
         return true;
     bool all = !r->draft_stays;
     for (unsigned i = 0; i < r->vm.definition.n_disks && !r->keep; i++)
-        if (r->made[i])
+        if (r->made[i] && (all || !rbd_image_is(r->vm.definition.disks[i].file)))
             all = remove_disk(r, i) && all;
     if (r->leased && drop_lease(r, &failed) < 0) {
         log_warn("a lease stays in the repository for now", "image=%s error=%s",
@@ -236,7 +241,7 @@ static char *place_of(const struct restore *r, unsigned i, const char *vm, const
     return n < 0 ? NULL : to;
 }
 
-static int check_nothing_there(const struct qemu_disk *k, struct vm_error **err)
+static int check_nothing_there(const struct restore *r, const struct qemu_disk *k, struct vm_error **err)
 {
     struct stat st;
     char id[RBD_IMAGE_ID_MAX];
@@ -245,7 +250,7 @@ static int check_nothing_there(const struct qemu_disk *k, struct vm_error **err)
     if (!rbd_image_is(k->file)) {
         there = lstat(k->file, &st) == 0;
     } else {
-        there = rbd_image_id(k->file, id, &absent) == 0;
+        there = rbd_image_id(k->file, &r->limits, id, &absent) == 0;
         if (!there && absent->kind != VM_ERROR_NOT_FOUND)
             return error_propagate(err, steal_ptr(&absent));
     }
@@ -255,7 +260,7 @@ static int check_nothing_there(const struct qemu_disk *k, struct vm_error **err)
 }
 
 /* One that was in Ceph and shall be there again: the command line names it, and we do as QEMU and `rbd` do. */
-static int keep_in_ceph(struct qemu_disk *k, struct vm_error **err)
+static int keep_in_ceph(const struct restore *r, struct qemu_disk *k, struct vm_error **err)
 {
     struct rbd_name name;
     char text[RBD_NAME_TEXT_MAX];
@@ -267,7 +272,7 @@ static int keep_in_ceph(struct qemu_disk *k, struct vm_error **err)
         return error_nomem(err);
     free(k->file);
     k->file = file;
-    return check_nothing_there(k, err);
+    return check_nothing_there(r, k, err);
 }
 
 /* Ours, if there is none. */
@@ -317,13 +322,13 @@ static int place_disk(struct restore *r, unsigned i, const char *vm, const char 
 {
     struct qemu_disk *k = &r->vm.definition.disks[i];
     if (!folder && !strcmp(k->driver, "rbd"))
-        return keep_in_ceph(k, err);
+        return keep_in_ceph(r, k, err);
     cleanup_free char *to = place_of(r, i, vm, folder);
     if (!to)
         return error_nomem(err);
     if (!folder && check_is_its(to, user, k->name, err) < 0)
         return -1;
-    return qemu_disk_move(&r->vm.definition, i, to, err) < 0 ? -1 : check_nothing_there(k, err);
+    return qemu_disk_move(&r->vm.definition, i, to, err) < 0 ? -1 : check_nothing_there(r, k, err);
 }
 
 static int check_folder(const char *folder, struct vm_error **err)
@@ -378,7 +383,8 @@ static int disk_is_there(void *arg, struct vm_error **err)
 
 static int make_file(struct disk_making *m, const char *format, uint64_t size, struct vm_error **err)
 {
-    return disk_file_make(m->restore->vm.definition.disks[m->i].file, format, size, disk_is_there, m, err);
+    return disk_file_make(m->restore->vm.definition.disks[m->i].file, format, size, disk_is_there, m,
+                          m->restore->limits.cancel_fd, err);
 }
 
 /*
@@ -390,13 +396,14 @@ static int draft_image(struct disk_making *m, const char *draft, const char *for
 {
     struct restore *r = m->restore;
     const char *name = r->vm.definition.disks[m->i].file;
-    if (m->note(m->arg, draft, RBD_IMAGE_ANY, err) < 0 || disk_file_make(draft, format, size, NULL, NULL, err) < 0)
+    if (m->note(m->arg, draft, RBD_IMAGE_ANY, err) < 0 ||
+        disk_file_make(draft, format, size, NULL, NULL, r->limits.cancel_fd, err) < 0)
         return -1;
     FAULT("restore.drafted");
-    if (rbd_image_id(draft, r->ids[m->i], err) < 0 || m->note(m->arg, name, r->ids[m->i], err) < 0)
+    if (rbd_image_id(draft, &r->limits, r->ids[m->i], err) < 0 || m->note(m->arg, name, r->ids[m->i], err) < 0)
         return -1;
     r->made[m->i] = true;
-    return rbd_image_rename(draft, name, err);
+    return rbd_image_rename(draft, name, &r->limits, err);
 }
 
 static int make_image(struct disk_making *m, const char *format, uint64_t size, struct vm_error **err)
@@ -408,7 +415,7 @@ static int make_image(struct disk_making *m, const char *format, uint64_t size, 
         return -1;
     if (draft_image(m, draft, format, size, err) == 0)
         return 0;
-    if (rbd_image_remove(draft, RBD_IMAGE_ANY, &stays) < 0) {
+    if (rbd_image_remove(draft, RBD_IMAGE_ANY, &removal, &stays) < 0) {
         log_warn("an image of a VM that was not restored stays there for now", "error=%s", log_q(error_message(stays)));
         m->restore->draft_stays = true;
     }
@@ -500,7 +507,7 @@ int restore_fill_disks(struct restore *r, const struct restore_control *c, struc
         if (!r->made[i])
             continue;
         CLEANUP(disk_file)
-        struct disk_file *f = disk_file_open(k->file, *k->format ? k->format : "raw", err);
+        struct disk_file *f = disk_file_open(k->file, *k->format ? k->format : "raw", c->cancel_fd, err);
         if (!f || pour(r, entry(r, r->vm.disk_files[i], NULL), BLOCK, write_disk, f, c, err) < 0 ||
             disk_file_finish(steal_ptr(&f), err) < 0)
             return -1;

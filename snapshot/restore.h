@@ -2,7 +2,7 @@
 /*
  * restore: a VM from a snapshot, in steps between which the caller starts its VMM.
  *
- *     r = restore_open(repo, "web1@nightly", "restore web1", &err)     lease, definition
+ *     r = restore_open(repo, "web1@nightly", "restore web1", cancel_fd, &err)     lease, definition
  *     restore_name(r, "web1b", &err)                                   paths of its own, if that is another name
  *     restore_place_disks(r, "web1b", "/srv/disks" or NULL, user, &err)     where they go; CONFLICT if one is there
  *     restore_make_disks(r, note, arg, &err)                           empty ones, each told as it is made
@@ -31,6 +31,8 @@
 
 struct restore;
 
+enum { RESTORE_REMOVE_S = 5 };
+
 struct restore_control {
     int cancel_fd;
     /* `done` of `total` bytes of all files. Called often. */
@@ -38,9 +40,13 @@ struct restore_control {
     void *arg;
 };
 
-struct restore *restore_open(struct repo *repo, const char *image, const char *holder,
+/* cancel_fd: a latch (base/io.h), or -1: what takes long ends then. */
+struct restore *restore_open(struct repo *repo, const char *image, const char *holder, int cancel_fd,
                              struct vm_error **err);
-/* False: the lease, or an image in Ceph, could not be taken back. NULL is fine. */
+/*
+ * False: the lease, or an image in Ceph, could not be taken back; for images that is tried for RESTORE_REMOVE_S. NULL is
+ * fine.
+ */
 bool restore_close(struct restore *r);
 DEFINE_CLEANUP(restore, struct restore *, restore_close)
 

@@ -3,6 +3,7 @@
 
 #include "base/cleanup.h"
 #include "base/clock.h"
+#include "base/io.h"
 #include "proto/fields.h"
 
 #include <errno.h>
@@ -52,18 +53,24 @@ static int start(const char *const *argv, int out, int errors, pid_t *ret_pid)
     return failed;
 }
 
-/* Its status; -1 when it had to be killed. */
-static int wait_for(pid_t pid)
+enum { LATE = -1, CANCELLED = -2 };
+
+/* Its status; LATE or CANCELLED when it had to be killed. */
+static int wait_for(pid_t pid, const struct run_tool_limits *limits)
 {
-    int status = 0;
+    int status = 0, killed = 0;
     cleanup_close int fd = (int)syscall(SYS_pidfd_open, pid, 0);
-    struct pollfd ended = {.fd = fd, .events = POLLIN};
-    bool late = fd >= 0 && poll(&ended, 1, RUN_TOOL_SECONDS * 1000) == 0;
-    if (late)
+    if (fd >= 0) {
+        cleanup_error struct vm_error *why = NULL;
+        int64_t deadline = clock_mono_ns() + limits->seconds * NSEC_PER_SEC;
+        if (io_wait(fd, POLLIN, deadline, limits->cancel_fd, &why) < 0)
+            killed = why->kind == VM_ERROR_CANCELLED ? CANCELLED : LATE;
+    }
+    if (killed)
         kill(pid, SIGKILL);
     while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
         ;
-    return late ? -1 : WIFEXITED(status) ? WEXITSTATUS(status) : 128;
+    return killed ? killed : WIFEXITED(status) ? WEXITSTATUS(status) : 128;
 }
 
 static char *read_all(int fd)
@@ -93,9 +100,12 @@ static enum vm_error_kind kind_of(int status, const char *reason)
     return status == NOT_THERE ? VM_ERROR_NOT_FOUND : VM_ERROR_FAILED;
 }
 
-char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
+char *run_tool(const char *const *argv, const char *what, const struct run_tool_limits *given,
+               struct vm_error **err)
 {
     pid_t pid = 0;
+    struct run_tool_limits limits = given ? *given : (struct run_tool_limits){0, -1};
+    limits.seconds = limits.seconds ? limits.seconds : RUN_TOOL_SECONDS;
     cleanup_close int out = memfd_create("output", MFD_CLOEXEC), errors = memfd_create("errors", MFD_CLOEXEC);
     if (out < 0 || errors < 0) {
         error_errno(err, errno, "cannot run %s", argv[0]);
@@ -106,12 +116,14 @@ char *run_tool(const char *const *argv, const char *what, struct vm_error **err)
         error_errno(err, failed, "cannot run %s, which would %s", argv[0], what);
         return NULL;
     }
-    int status = wait_for(pid);
+    int status = wait_for(pid, &limits);
     cleanup_free char *text = read_all(status ? errors : out);
     if (!text)
         error_nomem(err);
-    else if (status < 0)
-        error_set(err, VM_ERROR_TIMEOUT, "%s did not %s within %d s", argv[0], what, RUN_TOOL_SECONDS);
+    else if (status == CANCELLED)
+        error_set(err, VM_ERROR_CANCELLED, "cancelled");
+    else if (status == LATE)
+        error_set(err, VM_ERROR_TIMEOUT, "%s did not %s within %d s", argv[0], what, limits.seconds);
     else if (!status)
         return steal_ptr(&text);
     else {

@@ -114,9 +114,10 @@ class Guest:
         self.judge_path = f'{self.folder}/{self.name}.judge'
         self.console_path = f'{self.folder}/{self.name}.console'
 
-    def qmp(self, host, wait=10):
-        """A QMP client for the test, beside whoever uses the product's socket."""
-        return Qmp(host.path(self.judge_path), wait=wait)
+    def qmp(self, host, wait=10, of=None):
+        """A QMP client for the test, beside whoever uses the product's socket. of: the name by which it was restored."""
+        path = self.judge_path if of is None else f'{self.folder}/{of}.judge'
+        return Qmp(host.path(path), wait=wait)
 
     def argv(self, incoming=None):
         """The whole command line; incoming is the URI (or 'defer') for a QEMU that waits for the guest. Threads have

@@ -167,6 +167,6 @@ def test_one_that_is_restored_paused_is_thawed_when_it_runs(agent, guest):
     assert 'when' in done['note'] or 'after it goes on' in done['note'], done
     said = guest.thaws()
     eventually('another attempt', lambda: guest.thaws() > said)
-    guest.vm.qmp(agent.host)('cont')
+    guest.vm.qmp(agent.host, of='stands')('cont')
     guest.is_thawed_at_last()
     os.kill(agent.json('status', 'stands')['pid'], signal.SIGKILL)

@@ -2,6 +2,7 @@
 """VMs are restored with their disks in Ceph, from there to elsewhere in Ceph, and from there to files."""
 import json
 import os
+import signal
 import subprocess
 
 import pytest
@@ -82,11 +83,11 @@ def test_to_ceph_and_from_there(agent, ceph, web1):
     numbers = [image_file(agent, 'web1@first', path)[len('disk'):-len('.raw')] for path in (plain, qcow2)]
     assert images(agent, ceph) == sorted([f'inceph-disk{numbers[0]}', f'inceph-disk{numbers[1]}.qcow2'])
     # What the VM writes goes there, too, and its snapshot has it.
-    vm.qmp(agent.host).hmp('qemu-io d1 "write -P 0x78 8M 1M"')
+    vm.qmp(agent.host, of='inceph').hmp('qemu-io d1 "write -P 0x78 8M 1M"')
     agent.vmmig('snapshot', 'inceph', 'second')
     files = {disk['image_file']: disk for disk in definition(agent, 'inceph@second')['disks']}
     assert {disk['driver'] for disk in files.values()} == {'rbd'}
-    vm.qmp(agent.host)('quit')  # which closes its disks; Ceph counts a dead user for half a minute
+    vm.qmp(agent.host, of='inceph')('quit')  # which closes its disks; Ceph counts a dead user for half a minute
     eventually('its end', lambda: agent.json('status', 'inceph')['presence'] == 'ended')
     agent.vmmig('detach', 'inceph')
     raw, other = (f'disk{number}.raw' for number in numbers)
@@ -155,6 +156,34 @@ def test_the_agent_dies(agent, ceph, web1, point, there):
     eventually('no image of it', lambda: images(agent, ceph) == before, 60)
     eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
     assert agent.json('list')['vms'] == []
+
+
+@pytest.mark.parametrize('point', ['restore.disk', 'restore.made'])
+def test_a_restore_is_cancelled_while_ceph_is_away(agent, ceph, web1, point):
+    """While images are made, or written: it ends, and what there was of them goes when Ceph is back."""
+    before = images(agent, ceph)
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=hold')
+    restoring = agent.popen('restore', 'web1@first', '--as', 'away', '--disk-dir', f'rbd:vms:conf={ceph.conf}')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    daemons = [ceph.daemons[f'osd.{number}'] for number in range(2)]
+    for daemon in daemons:
+        daemon.send_signal(signal.SIGSTOP)
+    try:
+        agent.vmmig('debug', 'faults', '--arm', 'none')
+        program = 'qemu-nbd' if point == 'restore.made' else 'qemu-img'
+        eventually('what waits for Ceph', lambda: [argv for argv in agent.host.processes().values() if argv[0] == program])
+        agent.vmmig('cancel', 'away')
+        out, _ = restoring.communicate(timeout=40)
+        assert restoring.returncode == 14, out
+        assert agent.json('list')['vms'] == []
+    finally:
+        for daemon in daemons:
+            daemon.send_signal(signal.SIGCONT)
+    ceph.wait_osds(2)
+    ceph.wait_clean()
+    # A first attempt to remove them may have failed since; there is one each minute.
+    eventually('no image of it', lambda: images(agent, ceph) == before, 180)
+    eventually('no notes', lambda: os.listdir(agent.host.path('/var/lib/vmmig/making')) == [])
 
 
 def test_somebody_elses_image_of_that_name_stays(agent, ceph, web1):
