@@ -14,6 +14,7 @@
 
 #include <errno.h>
 #include <grp.h>
+#include <pthread.h>
 #include <pwd.h>
 #include <string.h>
 
@@ -325,6 +326,9 @@ struct cloning {
     gid_t gid;
     struct driver_place place; /* of the one that is being started */
     struct making making;
+    pthread_mutex_t lock; /* guards these three */
+    bool cancelled, done;
+    struct process_identity process; /* that makes no VM of the agent yet; pid 0: none */
     char name[VM_NAME_MAX + 16];
     unsigned n; /* that run */
     char names[CONTROL_CLONES_MAX][VM_NAME_MAX + 1];
@@ -361,6 +365,53 @@ static int reserve(struct cloning *c, const struct qemu_definition *d, struct vm
     return vms_reserve(c->agent->vms, &future, err);
 }
 
+/* ---- cancelling ---- */
+
+static const char cancelled[] = "cancelled";
+
+/* Whoever waits for the VMM that is being started learns that it has ended. */
+static int cancel(void *arg, struct vm_error **err)
+{
+    struct cloning *c = arg;
+    SCOPE_LOCK(&c->lock);
+    if (c->done)
+        return error_set(err, VM_ERROR_REFUSED, "too late: the clone runs");
+    c->cancelled = true;
+    if (c->process.pid)
+        process_kill(&c->process, 0, NULL);
+    return 0;
+}
+
+static bool is_cancelled(struct cloning *c)
+{
+    SCOPE_LOCK(&c->lock);
+    return c->cancelled;
+}
+
+/* -1: it was cancelled before. Of all that is being cloned. */
+static int close_cancel(struct cloning *c, struct vm_error **err)
+{
+    SCOPE_LOCK(&c->lock);
+    c->done = !c->cancelled;
+    return c->done ? 0 : error_set(err, VM_ERROR_CANCELLED, cancelled);
+}
+
+static int note_process(const struct process_identity *process, void *arg, struct vm_error **err)
+{
+    struct cloning *c = arg;
+    SCOPE_LOCK(&c->lock);
+    if (c->cancelled)
+        return error_set(err, VM_ERROR_CANCELLED, cancelled);
+    c->process = *process;
+    return making_born(process, &c->making, err);
+}
+
+static void forget_process(struct cloning *c)
+{
+    SCOPE_LOCK(&c->lock);
+    c->process.pid = 0;
+}
+
 /* What all launches on this host have in common. */
 static int prepare_launch(void *arg, const struct qemu_definition *d, struct qemu_launch *launch,
                           struct vm_error **err)
@@ -381,8 +432,8 @@ static int prepare_launch(void *arg, const struct qemu_definition *d, struct qem
     if (making_socket(&c->making, c->place.socket_path, err) < 0 ||
         (c->place.cgroup && making_cgroup(&c->making, c->place.cgroup, err) < 0) || reserve(c, d, err) < 0)
         return -1;
-    launch->born = making_born;
-    launch->born_arg = &c->making;
+    launch->born = note_process;
+    launch->born_arg = c;
     launch->qmp_path = c->place.socket_path;
     launch->log_path = c->place.log_path;
     launch->cgroup = c->place.cgroup;
@@ -472,6 +523,7 @@ static int clone_claimed(struct cloning *c, int64_t asked_ns, struct vm_error **
         return -1;
     /* It is a VM of this agent as soon as it runs: what it is told takes long, and may not cost it. */
     CLEANUP(guest) struct guest *guest = made.guest;
+    forget_process(c);
     int r = keep(c, &made, err);
     if (r == 0) {
         clone_tell(&params, &made);
@@ -489,6 +541,7 @@ static int clone_one(struct cloning *c, int64_t asked_ns, struct vm_error **err)
 {
     c->making = MAKING_NONE;
     int r = clone_claimed(c, asked_ns, err);
+    forget_process(c);
     if (r < 0) {
         vms_release(c->agent->vms, c->name);
         if (c->place.cgroup)
@@ -529,7 +582,7 @@ static int claim(struct cloning *c, unsigned *ret_n, struct vm_error **err)
 {
     for (*ret_n = 0; *ret_n < count_of(c); ++*ret_n) {
         name_clone(c, *ret_n);
-        if (vm_name_check(c->name, err) < 0 || job_claim(c->agent->jobs, c->name, "clone", err) < 0)
+        if (vm_name_check(c->name, err) < 0 || job_claim_cancellable(c->agent->jobs, c->name, "clone", cancel, c, err) < 0)
             return error_wrap(err, "clone %s", c->name);
     }
     return 0;
@@ -543,17 +596,26 @@ static void release(struct cloning *c, unsigned n)
     }
 }
 
+/* Why it failed is that its VMM was killed, or whatever: it was cancelled. */
+static int explain(struct cloning *c, struct vm_error **err)
+{
+    if (!is_cancelled(c))
+        return error_wrap(err, "clone %s", c->name);
+    error_clear(err);
+    return error_set(err, VM_ERROR_CANCELLED, "clone %s: %s", c->name, cancelled);
+}
+
 static int make_all(struct cloning *c, struct vm_error **err)
 {
-    for (unsigned i = 0; i < count_of(c); i++) {
+    int r = 0;
+    for (unsigned i = 0; r == 0 && i < count_of(c); i++) {
         name_clone(c, i);
-        if (clone_one(c, clock_mono_ns(), err) < 0) {
-            error_wrap(err, "clone %s", c->name);
-            undo(c);
-            return -1;
-        }
+        r = is_cancelled(c) ? error_set(err, VM_ERROR_CANCELLED, cancelled) : clone_one(c, clock_mono_ns(), err);
     }
-    return 0;
+    if (r == 0 && close_cancel(c, err) == 0)
+        return 0;
+    undo(c);
+    return explain(c, err);
 }
 
 static int clone_all(struct cloning *c, struct vm_error **err)
@@ -573,6 +635,7 @@ int clones_handle_clone(struct control_session *s, const struct control_message 
         return error_nomem(err);
     c->agent = agent;
     c->m = m->clone;
+    pthread_mutex_init(&c->lock, NULL);
     model_dir(agent->config, c->model_dir);
     c->repo = repository_get(agent->repository, err);
     int r = !c->repo || take_settings(c, err) < 0 ||
@@ -586,6 +649,7 @@ int clones_handle_clone(struct control_session *s, const struct control_message 
         r = control_reply(s, VMMIG__CONTROL__TYPE__CLONES, &answer.base, err);
     }
     driver_place_finish(&c->place);
+    pthread_mutex_destroy(&c->lock);
     free(c);
     return r;
 }

@@ -29,6 +29,8 @@ struct job {
 struct claim {
     char vm[VM_NAME_MAX + 1];
     const char *what;
+    job_claim_cancel_fn *cancel; /* NULL: it cannot be */
+    void *arg;
 };
 
 struct job_table {
@@ -187,12 +189,21 @@ static int check_free(struct job_table *t, const char *vm, struct vm_error **err
         return error_set(err, VM_ERROR_CONFLICT,
                          "%s: %s is under way; wait for it, or say `vmmig cancel %s`", vm,
                          job_kind_name(job->status.kind), vm);
+    if (claim && claim->cancel)
+        return error_set(err, VM_ERROR_CONFLICT, "%s: %s is under way; wait for it, or say `vmmig cancel %s`", vm,
+                         claim->what, vm);
     if (claim)
         return error_set(err, VM_ERROR_CONFLICT, "%s: %s is under way", vm, claim->what);
     return 0;
 }
 
 int job_claim(struct job_table *t, const char *vm, const char *what, struct vm_error **err)
+{
+    return job_claim_cancellable(t, vm, what, NULL, NULL, err);
+}
+
+int job_claim_cancellable(struct job_table *t, const char *vm, const char *what, job_claim_cancel_fn *cancel, void *arg,
+                          struct vm_error **err)
 {
     if (vm_name_check(vm, err) < 0)
         return -1;
@@ -204,7 +215,23 @@ int job_claim(struct job_table *t, const char *vm, const char *what, struct vm_e
     struct claim *c = &t->claims[t->n_claims++];
     strcpy(c->vm, vm);
     c->what = what;
+    c->cancel = cancel;
+    c->arg = arg;
     return 0;
+}
+
+static int nothing_to_cancel(const char *vm, struct vm_error **err)
+{
+    return error_set(err, VM_ERROR_NOT_FOUND, "%s: nothing is under way that could be cancelled", vm);
+}
+
+int job_cancel_claim(struct job_table *t, const char *vm, struct vm_error **err)
+{
+    SCOPE_LOCK(&t->lock);
+    const struct claim *claim = claim_of(t, vm);
+    if (!claim || !claim->cancel)
+        return nothing_to_cancel(vm, err);
+    return claim->cancel(claim->arg, err) < 0 ? error_wrap(err, "%s", vm) : 0;
 }
 
 void job_release(struct job_table *t, const char *vm)
@@ -412,8 +439,7 @@ int job_cancel(struct job_table *t, const char *vm, struct uuid *ret_id, struct 
     SCOPE_LOCK(&t->lock);
     struct job *job = running_job_of(t, vm);
     if (!job)
-        return error_set(err, VM_ERROR_NOT_FOUND,
-                         "%s: nothing is under way that could be cancelled", vm);
+        return nothing_to_cancel(vm, err);
     if (cancel(job, vm, err) < 0)
         return -1;
     if (ret_id)

@@ -174,6 +174,15 @@ int job_start(struct job_table *t, const struct job_params *params, struct uuid 
               struct vm_error **err);
 /* Keep jobs and other claims off a VM for a while. `what` ("detach") is a constant. */
 int job_claim(struct job_table *t, const char *vm, const char *what, struct vm_error **err);
+/*
+ * One that can be cancelled: `cancel` is called with arg, under the table's lock, until job_release: it does not wait, and
+ * does not call the table. -1: it is too late.
+ */
+typedef int job_claim_cancel_fn(void *arg, struct vm_error **err);
+int job_claim_cancellable(struct job_table *t, const char *vm, const char *what, job_claim_cancel_fn *cancel, void *arg,
+                          struct vm_error **err);
+/* Ask whoever claimed that VM to end. NOT_FOUND if it cannot be cancelled, or nobody did. */
+int job_cancel_claim(struct job_table *t, const char *vm, struct vm_error **err);
 void job_release(struct job_table *t, const char *vm);
 
 /* For the job itself, from any of its threads. */

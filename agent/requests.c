@@ -343,6 +343,21 @@ static int handle_resolve(struct control_session *s, const struct control_messag
     return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
 }
 
+/* There is no job of that VM, as the error says: perhaps it is being cloned. */
+static int cancel_claim(struct control_session *s, const char *name, struct vm_error **err)
+{
+    struct agent *agent = control_agent(s);
+    Vmmig__Control__Ok done = VMMIG__CONTROL__OK__INIT;
+    error_clear(err);
+    if (job_cancel_claim(agent->jobs, name, err) == 0)
+        return control_reply(s, VMMIG__CONTROL__TYPE__OK, &done.base, err);
+    CLEANUP(vm) struct vm *vm = vms_get(agent->vms, name, NULL);
+    if (vm || (*err)->kind != VM_ERROR_NOT_FOUND)
+        return -1;
+    error_clear(err);
+    return error_set(err, VM_ERROR_NOT_FOUND, "there is no VM named %s here", name);
+}
+
 static int handle_cancel(struct control_session *s, const struct control_message *m,
                          struct vm_error **err)
 {
@@ -357,13 +372,8 @@ static int handle_cancel(struct control_session *s, const struct control_message
             return -1;
         return reply_job_of(s, &status, err);
     }
-    if (job_cancel(agent->jobs, name, &id, err) < 0) {
-        CLEANUP(vm) struct vm *vm = vms_get(agent->vms, name, NULL);
-        if (vm || !err || (*err)->kind != VM_ERROR_NOT_FOUND)
-            return -1;
-        error_clear(err);
-        return error_set(err, VM_ERROR_NOT_FOUND, "there is no VM named %s here", name);
-    }
+    if (job_cancel(agent->jobs, name, &id, err) < 0)
+        return (*err)->kind == VM_ERROR_NOT_FOUND ? cancel_claim(s, name, err) : -1;
     if (job_get(agent->jobs, &id, &status, err) < 0)
         return -1;
     return reply_job_of(s, &status, err);

@@ -4,6 +4,7 @@
 #include "base/text.h"
 #include "tools/cli.h"
 #include "client/client.h"
+#include "tools/cli_follow.h"
 #include "tools/cli_print.h"
 
 #include <errno.h>
@@ -11,6 +12,7 @@
 #include <libgen.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/signalfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -75,7 +77,7 @@ static int list_some(const struct cli *c, char **after, json_t *json, struct vm_
     cleanup_control_message struct control_message answer = {0};
     Vmmig__Control__TemplateList m = VMMIG__CONTROL__TEMPLATE_LIST__INIT;
     m.after = *after ? *after : word("");
-    if (client_ask(c->socket, VMMIG__CONTROL__TYPE__TEMPLATE_LIST, &m.base, VMMIG__CONTROL__TYPE__TEMPLATES, &answer,
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__TEMPLATE_LIST, &m.base, VMMIG__CONTROL__TYPE__TEMPLATES, &answer,
                    err) < 0)
         return -1;
     const Vmmig__Control__Templates *found = answer.templates;
@@ -196,6 +198,47 @@ static int say_clones(const struct cli *c, const Vmmig__Control__Clones *m, stru
     return 0;
 }
 
+/* Over a connection of its own: the other one is busy. All clones of a request are one. */
+static void cancel_clone(const struct cli *c, const Vmmig__Control__Clone *m)
+{
+    char vm[VM_NAME_MAX + 16];
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_control_message struct control_message answer = {0};
+    Vmmig__Control__Cancel cancel = VMMIG__CONTROL__CANCEL__INIT;
+    snprintf(vm, sizeof(vm), "%s%s", m->as, m->count ? "-1" : "");
+    cancel.vm = vm;
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__CANCEL, &cancel.base, CLIENT_ANY, &answer, &err) < 0)
+        fprintf(stderr, "vmmig: %s\n", error_message(err));
+    else
+        fprintf(stderr, "vmmig: cancelling; Ctrl-C again leaves without waiting for it\n");
+}
+
+static bool was_interrupted(int signals)
+{
+    struct signalfd_siginfo info;
+    return read(signals, &info, sizeof(info)) == sizeof(info);
+}
+
+/* Ctrl-C cancels it: nothing of it is left then. */
+static int ask_clone(const struct cli *c, const Vmmig__Control__Clone *m, struct control_message *ret_answer,
+                     struct vm_error **err)
+{
+    cleanup_close int signals = cli_follow_prepare(err);
+    CLEANUP(client) struct client *client = signals < 0 ? NULL : client_open(&c->at, err);
+    if (!client || client_send(client, VMMIG__CONTROL__TYPE__CLONE, &m->base, err) < 0)
+        return -1;
+    for (bool asked = false;; asked = true) {
+        struct vm_error *failed = NULL;
+        if (client_receive(client, VMMIG__CONTROL__TYPE__CLONES, client_deadline_ns(VMMIG__CONTROL__TYPE__CLONE), signals,
+                           ret_answer, &failed) == 0)
+            return 0;
+        if (failed->kind != VM_ERROR_CANCELLED || !was_interrupted(signals) || asked)
+            return error_propagate(err, failed);
+        error_free(failed);
+        cancel_clone(c, m);
+    }
+}
+
 static int run_clone(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
@@ -212,8 +255,7 @@ static int run_clone(const struct cli *c, struct vm_error **err)
     m.sets = s.pointers;
     m.n_sets = s.n;
     if (r == 0)
-        r = client_ask(&c->at, VMMIG__CONTROL__TYPE__CLONE, &m.base, VMMIG__CONTROL__TYPE__CLONES,
-                    &answer, err);
+        r = ask_clone(c, &m, &answer, err);
     free(s.text);
     return r < 0 ? -1 : say_clones(c, answer.clones, err);
 }
@@ -332,8 +374,8 @@ static const struct cli_command commands[] = {
      "remove when it has ended: until then no other clone gets that name.\n\n"
      "    vmmig clone debian12:v3 --as web2\n"
      "    vmmig clone debian12:v3 --as worker --count 8\n\n"
-     "Its disks are in clone-dir/NAME, and stay there when it has ended: remove that folder before another "
-     "clone is to have the name.",
+     "Where storage is slow it takes as long as that needs: Ctrl-C, or `vmmig cancel NAME`, takes back what "
+     "there is of it, of all N with --count.",
      run_clone},
     {"mount", "DIR", 1, 1, false, NULL, "show all images as files",
      "Make DIR, an empty folder of yours, show every image of the agent's repository as a folder of plain "

@@ -242,8 +242,11 @@ static const struct cli_command commands[] = {
      "Make the VM of a snapshot run again, from the instant at which it was taken: its disks are "
      "written, its memory and devices loaded. It keeps its identity, MAC addresses too: do not run "
      "it beside the one that it was taken of in one network. Of a snapshot with --disk-only the VM "
-     "boots anew. Nothing is overwritten: disks that "
-     "are there already are refused.\n\n"
+     "boots anew. Nothing is overwritten: disks that are there already are refused.\n\n"
+     "With another name, the sockets at which its QEMU listens (monitors, consoles, VNC) and the files "
+     "that it writes are its own, as a clone's are: the former name in the last part of their paths is "
+     "replaced, or NAME- is put before that part. So it runs beside the VM that it was taken of. What "
+     "QEMU connects to stays the same.\n\n"
      "    vmmig restore web1@nightly --as web1b --disk-dir /srv/disks\n"
      "    vmmig restore web1@nightly --as web1c --disk-dir rbd:vms",
      run_restore},

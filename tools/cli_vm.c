@@ -195,6 +195,16 @@ static bool names_job(const struct cli *c, struct uuid *ret_id)
                    &answer, &ignored) < 0;
 }
 
+/* It is no job: the command that asked for it says what came of it. */
+static int say_clone_is_cancelled(const struct cli *c, struct vm_error **err)
+{
+    const char *vm = c->args.list[0];
+    if (c->json)
+        return cli_print_json(json_pack("{s:s, s:s, s:b}", "vm", vm, "kind", "clone", "cancelling", 1), err);
+    printf("%s: clone is being cancelled\n", vm);
+    return 0;
+}
+
 static int run_cancel(const struct cli *c, struct vm_error **err)
 {
     cleanup_control_message struct control_message answer = {0};
@@ -206,8 +216,12 @@ static int run_cancel(const struct cli *c, struct vm_error **err)
         m.job = (ProtobufCBinaryData){sizeof(id.bytes), id.bytes};
     else
         m.vm = client_word(c->args.list[0]);
-    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__CANCEL, &m.base, VMMIG__CONTROL__TYPE__JOB, &answer, err) < 0)
+    if (client_ask(&c->at, VMMIG__CONTROL__TYPE__CANCEL, &m.base, CLIENT_ANY, &answer, err) < 0)
         return -1;
+    if (answer.type == VMMIG__CONTROL__TYPE__OK)
+        return say_clone_is_cancelled(c, err);
+    if (answer.type != VMMIG__CONTROL__TYPE__JOB)
+        return error_set(err, VM_ERROR_PROTOCOL, "the agent's answer is no job");
     if (c->json)
         return cli_print_json(cli_json_job(answer.job), err);
     printf("%s: %s is being cancelled\n", *answer.job->vm ? answer.job->vm : answer.job->peer,
@@ -343,7 +357,7 @@ static const struct cli_command commands[] = {
     {"cancel", "NAME|JOB", 1, 1, false, NULL, "cancel the job of a VM, or of the repository",
      "Ask the job of a VM, or that of the repository with that id, to end early: a migration is undone and the guest runs on at the "
      "source. Once the source has committed itself only the destination decides, and the answer "
-     "is \"too late\".",
+     "is \"too late\". What there is of a clone that is being made is taken back.",
      run_cancel},
     {"resolve", "NAME --here --i-fenced HOST|--gone", 1, 1, false, resolve_options,
      "decide a hand-over that is in doubt",
@@ -380,6 +394,7 @@ static const struct cli_object objects[] = {
      "software, host, pid, started, listen, vms, jobs_running, rss_anon_bytes, certificate_ends (null: it has none), "
      "certificate (what is wrong with it, or soon will be; null: nothing)"},
     {"resolve", "vm, decided (here, gone)"},
+    {"cancel, of a clone", "vm, kind (clone), cancelling"},
     {NULL}};
 
 const struct cli_family cli_family_vm = {"Virtual machines", commands, objects};

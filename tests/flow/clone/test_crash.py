@@ -136,6 +136,53 @@ def test_qemu_dies_while_its_vm_is_made(agent, name, point, words):
     shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize('count', [0, 2])
+@pytest.mark.parametrize('point', ['clone.leased', 'clone.spawned', 'clone.telling'])
+def test_a_clone_is_cancelled(agent, point, count):
+    """By its name: all that were asked for with it go."""
+    named = ['c1-1', 'c1-2'] if count else ['c1']
+    for name in named:
+        agent.cluster.console(name)
+    agent.vmmig('debug', 'faults', '--arm', f'{point}=hold@2' if count else f'{point}=hold')
+    cloning = agent.popen('clone', 'debian12:v1', '--as', 'c1', *(['--count', str(count)] if count else []))
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    assert agent.json('cancel', named[-1]) == {'vm': named[-1], 'kind': 'clone', 'cancelling': True}
+    agent.vmmig('debug', 'faults', '--arm', 'none')
+    out, _ = cloning.communicate(timeout=60)
+    assert cloning.returncode == 14 and len(out.splitlines()) == 1 and 'cancelled' in out, out
+    for name in named:
+        nothing_is_left(agent, name)
+    assert agent.vmmig('cancel', named[0], check=False).returncode == 3
+
+
+def test_ctrl_c_cancels_a_clone_whose_memory_does_not_come(agent):
+    """Its QEMU waits for the template's memory, in the middle of loading its state."""
+    console = agent.cluster.console('c1')
+    agent.vmmig('template', 'publish', 'web1@first', 'slow:v1')
+    agent.vmmig('debug', 'faults', '--arm', 'clone.spawn=hold')
+    cloning = agent.popen('clone', 'slow:v1', '--as', 'c1')
+    eventually('the step', lambda: any(p['holds'] for p in agent.json('debug', 'faults')['points']))
+    fetchers = [pid for pid, argv in agent.host.processes().items() if 'vmmig-fetch' in argv[0]]
+    for pid in fetchers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        agent.vmmig('debug', 'faults', '--arm', 'none')
+        eventually('its QEMU', lambda: processes(agent, 'c1'))
+        cloning.send_signal(signal.SIGINT)
+        out, _ = cloning.communicate(timeout=60)
+        assert cloning.returncode == 14 and 'cancelled' in out.splitlines()[-1], out
+    finally:
+        for pid in fetchers:
+            os.kill(pid, signal.SIGCONT)
+    eventually('the end of its QEMU', lambda: agent.host.reap() or processes(agent, 'c1') == [])
+    nothing_is_left(agent, 'c1')
+    mark = console.mark()
+    made, = agent.json('clone', 'slow:v1', '--as', 'c1')['clones']
+    console.wait_for('^hb ', after=mark)
+    kill(agent, made)
+    agent.vmmig('template', 'delete', 'slow:v1')
+
+
 def test_its_template_is_deleted_while_a_clone_is_made(agent):
     """It has it, from the first of its files on."""
     agent.vmmig('template', 'publish', 'web1@first', 'short:v1')
