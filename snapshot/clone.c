@@ -342,7 +342,7 @@ static int take_macs_over(const struct clone *c, struct vm_error **err)
     cleanup_free char *path = guest_agent_find(c->argv, c->cwd);
     if (!path)
         return error_set(err, VM_ERROR_NOT_FOUND, "no agent of it is known");
-    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(path, deadline, err);
+    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(path, &c->guest->process, deadline, err);
     if (!ga)
         return -1;
     for (unsigned i = 0; i < c->notes.n_macs; i++)

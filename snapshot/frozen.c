@@ -33,9 +33,20 @@ void frozen_path(const struct thawer *t, const struct process_identity *process,
              process->start);
 }
 
+/* Before the socket's path, which is absolute: whoever listens there has to be the VMM (snapshot/guest_agent.h). */
+#define OWN "own:"
+
 int frozen_note(const char *path, const char *socket, struct vm_error **err)
 {
     return io_write_file_durably(path, socket, strlen(socket), 0600, err);
+}
+
+static int note_own(const char *path, const char *socket, struct vm_error **err)
+{
+    char text[FROZEN_PATH_MAX];
+    int n = snprintf(text, sizeof(text), OWN "%s", socket);
+    return n < (int)sizeof(text) ? frozen_note(path, text, err)
+                                 : error_set(err, VM_ERROR_USAGE, "the path of the guest's agent is too long");
 }
 
 bool frozen_is_noted(const char *path)
@@ -75,14 +86,15 @@ int frozen_expect(const struct thawer *t, const struct process_identity *process
     if (!socket)
         return error_set(err, VM_ERROR_NOT_FOUND, "the VM's command line names no socket of the guest's agent");
     frozen_path(t, process, path);
-    return frozen_note(path, socket, err);
+    return note_own(path, socket, err);
 }
 
-static int thaw_through(char *const *argv, const char *cwd, struct vm_error **err)
+static int thaw_through(const struct process_identity *process, char *const *argv, const char *cwd,
+                        struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + RESTORED_NS;
     cleanup_free char *socket = guest_agent_find(argv, cwd);
-    CLEANUP(guest_agent) struct guest_agent *ga = socket ? guest_agent_open(socket, deadline, err) : NULL;
+    CLEANUP(guest_agent) struct guest_agent *ga = socket ? guest_agent_open(socket, process, deadline, err) : NULL;
     return ga ? guest_agent_thaw(ga, deadline, err) : -1;
 }
 
@@ -93,7 +105,7 @@ int frozen_thaw_restored(const struct thawer *t, const struct process_identity *
     frozen_path(t, process, path);
     if (frozen_expect(t, process, argv, cwd, err) < 0)
         return error_wrap(err, STOOD "; thaw them by hand (guest-fsfreeze-thaw)");
-    if (runs && thaw_through(argv, cwd, err) == 0) {
+    if (runs && thaw_through(process, argv, cwd, err) == 0) {
         frozen_forget(path);
         return 0;
     }
@@ -114,10 +126,13 @@ static bool is_note(int fd, const char *path)
 }
 
 /* 1: there is nothing to thaw any more. */
-static int attempt(int note, const char *path, const char *socket, struct vm_error **err)
+static int attempt(int note, const char *path, const char *noted, const struct process_identity *process,
+                   struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + ATTEMPT_NS;
-    CLEANUP(guest_agent) struct guest_agent *ga = guest_agent_open(socket, deadline, err);
+    bool own = !strncmp(noted, OWN, strlen(OWN));
+    CLEANUP(guest_agent)
+    struct guest_agent *ga = guest_agent_open(own ? noted + strlen(OWN) : noted, own ? process : NULL, deadline, err);
     if (!ga)
         return -1;
     if (!is_note(note, path)) /* while we waited for the socket: what is frozen now is another's */
@@ -129,13 +144,13 @@ static int attempt(int note, const char *path, const char *socket, struct vm_err
     return 0;
 }
 
-static void keep_trying(int note, const char *path, const char *socket,
+static void keep_trying(int note, const char *path, const char *noted,
                         const struct process_identity *process)
 {
     bool told = false;
     for (int pause_s = 1; process_alive(process);) {
         cleanup_error struct vm_error *err = NULL;
-        if (!is_note(note, path) || attempt(note, path, socket, &err) >= 0)
+        if (!is_note(note, path) || attempt(note, path, noted, process, &err) >= 0)
             return;
         if (!told)
             log_error("the guest's file systems may still be frozen; trying to thaw them again",
@@ -149,15 +164,15 @@ static void keep_trying(int note, const char *path, const char *socket,
 
 void frozen_thaw(const char *path, const struct process_identity *process)
 {
-    cleanup_free char *socket = NULL;
+    cleanup_free char *noted = NULL;
     cleanup_error struct vm_error *err = NULL;
     size_t n;
     cleanup_close int note = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW);
     if (note < 0 || flock(note, LOCK_EX | LOCK_NB) < 0)
         return;
-    if (io_read_all(note, path, FROZEN_PATH_MAX, &socket, &n, &err) < 0)
+    if (io_read_all(note, path, FROZEN_PATH_MAX, &noted, &n, &err) < 0)
         log_error("whose file systems are frozen is not known", "error=%s",
                   log_q(error_message(err)));
     else
-        keep_trying(note, path, socket, process);
+        keep_trying(note, path, noted, process);
 }

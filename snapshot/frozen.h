@@ -10,7 +10,8 @@
  *     frozen_thaw_later(&thawer, &process, &err)    who noted it could not: another process goes on trying
  *     frozen_thaw(path, &process)                   what that process does
  *     frozen_expect(&thawer, &process, argv, cwd, &err)
- *                                                   a guest will go on in that VMM, in which they stand frozen
+ *                                                   a guest will go on in that VMM, in which they stand frozen; whoever
+ *                                                   listens at the socket must be that VMM, or its user's
  *     frozen_thaw_restored(&thawer, &process, argv, cwd, runs, &err)
  *                                                   it has come there; if it runs it is thawed at once, if that is possible
  *

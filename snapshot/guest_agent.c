@@ -193,7 +193,23 @@ static int connect_to(int fd, const char *path, int64_t deadline, struct vm_erro
     return 0;
 }
 
-struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, struct vm_error **err)
+/* Who listens there? Another VM's socket, or a program's, is not talked to because a command line from elsewhere names it. */
+static int check_owner(int fd, const char *path, const struct process_identity *vmm, struct vm_error **err)
+{
+    struct ucred owner;
+    socklen_t size = sizeof(owner);
+    uid_t user;
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &owner, &size) < 0)
+        return error_errno(err, errno, "%s", path);
+    if (owner.pid == vmm->pid || (process_user(vmm->pid, &user, err) == 0 && user == owner.uid))
+        return 0;
+    error_clear(err);
+    return error_set(err, VM_ERROR_REFUSED, "%s is not the VM's own: process %d of user %u listens there", path, owner.pid,
+                     owner.uid);
+}
+
+struct guest_agent *guest_agent_open(const char *path, const struct process_identity *vmm, int64_t deadline_ns,
+                                     struct vm_error **err)
 {
     CLEANUP(guest_agent) struct guest_agent *ga = calloc(1, sizeof(*ga));
     if (!ga) {
@@ -206,7 +222,7 @@ struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, stru
         return NULL;
     }
     if (io_set_nonblocking(ga->fd, true, err) < 0 || connect_to(ga->fd, path, deadline_ns, err) < 0 ||
-        synchronise(ga, deadline_ns, err) < 0) {
+        (vmm && check_owner(ga->fd, path, vmm, err) < 0) || synchronise(ga, deadline_ns, err) < 0) {
         error_wrap(err, "the guest's agent");
         return NULL;
     }

@@ -4,7 +4,7 @@
  * need of it.
  *
  *     path = guest_agent_find(argv, cwd)                of the command line, NULL if it has none; free it
- *     ga = guest_agent_open(path, deadline, &err)
+ *     ga = guest_agent_open(path, &process, deadline, &err)
  *     guest_agent_freeze(ga, deadline, &n, &err)        n file systems hold still from here on
  *     guest_agent_thaw(ga, deadline, &err)
  *     guest_agent_close(ga)
@@ -19,6 +19,7 @@
 
 #include "base/cleanup.h"
 #include "base/error.h"
+#include "base/process.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -28,7 +29,12 @@ enum { GUEST_AGENT_LINE = 65536 };
 struct guest_agent;
 
 char *guest_agent_find(char *const *argv, const char *cwd);
-struct guest_agent *guest_agent_open(const char *path, int64_t deadline_ns, struct vm_error **err);
+/*
+ * vmm: whose guest it is to be, of a path that a snapshot or a template names: REFUSED if a process listens there that is
+ * neither that one nor its user's. NULL: whoever's.
+ */
+struct guest_agent *guest_agent_open(const char *path, const struct process_identity *vmm, int64_t deadline_ns,
+                                     struct vm_error **err);
 int guest_agent_freeze(struct guest_agent *ga, int64_t deadline_ns, unsigned *ret_n,
                        struct vm_error **err);
 int guest_agent_thaw(struct guest_agent *ga, int64_t deadline_ns, struct vm_error **err);

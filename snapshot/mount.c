@@ -396,11 +396,20 @@ static bool is_empty(int fd)
     return d && n <= 2;
 }
 
+/* Nobody may even ask to write there: what a mapping has written the kernel would show to clones, until it drops it. */
+static int bind_read_only(const char *folder, int to)
+{
+    struct mount_attr read_only = {.attr_set = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV};
+    cleanup_close int tree = open_tree(AT_FDCWD, folder, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    return tree < 0 || mount_setattr(tree, "", AT_EMPTY_PATH, &read_only, sizeof(read_only)) < 0
+               ? -1
+               : move_mount(tree, "", to, "", MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH);
+}
+
 /* By its descriptor: what is looked at is what is mounted over, whatever becomes of the path. */
 int mount_bind(struct mount *m, const char *dir, uid_t owner, struct vm_error **err)
 {
     struct stat st;
-    char path[32];
     cleanup_close int fd = open(dir, O_PATH | O_CLOEXEC);
     if (fd < 0 || fstat(fd, &st) < 0)
         return errno == ENOTCONN ? error_set(err, VM_ERROR_CONFLICT,
@@ -412,10 +421,7 @@ int mount_bind(struct mount *m, const char *dir, uid_t owner, struct vm_error **
         return error_set(err, VM_ERROR_CONFLICT, "%s is not an empty folder", dir);
     if (mount_ensure(m, err) < 0)
         return -1;
-    snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-    if (mount(m->setup.folder, path, NULL, MS_BIND, NULL) < 0)
-        return error_errno(err, errno, "cannot mount at %s", dir);
-    return 0;
+    return bind_read_only(m->setup.folder, fd) < 0 ? error_errno(err, errno, "cannot mount at %s", dir) : 0;
 }
 
 int mount_unbind(const char *dir, struct vm_error **err)

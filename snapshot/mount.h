@@ -6,7 +6,7 @@
  *     CLEANUP(mount) struct mount *m = mount_create(&setup, &err);
  *     mount_ensure(m, &err);                    start the holder, or adopt the one that is there
  *     mount_path(m, "t:debian12@0f..", "memory.raw", path)
- *     mount_bind(m, "/mnt/images", uid, &err)   the same tree at one more place
+ *     mount_bind(m, "/mnt/images", uid, &err)   the same tree at one more place, read-only
  *
  * A holder that is adopted gets the setup's cache-size and read-timeout. One that is adopted and whose fetchers are of another version of vmmig gets new ones
  * (MOUNT_REFRESH); the holder itself stays as it is until nobody uses the mount. A dead holder

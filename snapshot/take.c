@@ -306,11 +306,15 @@ static int open_image(struct take *t, struct vm_error **err)
 
 /* ---- the instant ---- */
 
-/* What an earlier snapshot could not thaw is thawed first: what is frozen already cannot be frozen. */
+/*
+ * What an earlier snapshot could not thaw is thawed first: what is frozen already cannot be frozen. A path of the command
+ * line, which may be a snapshot's, is the VM's own; one that the user names may be anybody's.
+ */
 static int freeze_through(struct take *t, const char *path, struct vm_error **err)
 {
     int64_t deadline = clock_mono_ns() + GUEST_AGENT_NS;
-    t->guest_agent = guest_agent_open(path, deadline, err);
+    const struct process_identity *vmm = t->s.p->guest_agent ? NULL : &t->s.p->guest->process;
+    t->guest_agent = guest_agent_open(path, vmm, deadline, err);
     if (!t->guest_agent)
         return -1;
     if (frozen_is_noted(t->frozen)) {

@@ -459,7 +459,11 @@ def test_the_images_at_one_more_place(agent, template):
     agent.vmmig('mount', '/run/more')
     refused = agent.vmmig('unmount', '/run/vmmig/images', check=False)
     assert refused.returncode == 4 and '/run/more' in refused.stderr, refused  # where it would be dead
-    assert f't:debian12@{template["digest"]}' in agent.host.run(['ls', '/run/more']).split()
+    version = f't:debian12@{template["digest"]}'
+    assert version in agent.host.run(['ls', '/run/more']).split()
+    opened = subprocess.run(inside(agent.host.pid, ['sh', '-c', f'exec 3<>/run/more/{version}/memory.raw']),
+                            capture_output=True, text=True, check=False)
+    assert opened.returncode and 'Read-only file system' in opened.stderr, opened
     agent.vmmig('unmount', '/run/more')
     assert agent.host.run(['ls', '-A', '/run/more']) == ''
 

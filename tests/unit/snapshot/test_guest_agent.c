@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
@@ -13,6 +14,7 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -93,7 +95,7 @@ static int tear_down(void **state)
 static struct guest_agent *connect_to(struct inside *in)
 {
     assert_int_equal(pthread_create(&in->thread, NULL, accept_and_synchronise, in), 0);
-    struct guest_agent *ga = guest_agent_open(in->path, clock_mono_ns() + LONG_NS, NULL);
+    struct guest_agent *ga = guest_agent_open(in->path, NULL, clock_mono_ns() + LONG_NS, NULL);
     assert_non_null(ga);
     pthread_join(in->thread, NULL);
     return ga;
@@ -169,11 +171,57 @@ static void others_who_have_the_socket(void **state)
         others[n] = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
     while (connect(others[n++], (struct sockaddr *)&a, sizeof(a)) == 0 && n < 16);
     assert_true(n < 16);
-    assert_null(guest_agent_open(in->path, clock_mono_ns() + SOON_NS, &err));
+    assert_null(guest_agent_open(in->path, NULL, clock_mono_ns() + SOON_NS, &err));
     assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
     assert_non_null(strstr(error_message(err), "others"));
     while (n)
         close(others[--n]);
+}
+
+static void *accept_one(void *arg)
+{
+    struct inside *in = arg;
+    in->fd = accept(in->listener, NULL, NULL);
+    return NULL;
+}
+
+/* A VMM of another user, whose command line names the socket of ours. */
+static void a_socket_that_is_not_the_vm_s_own(void **state)
+{
+    struct inside *in = *state;
+    struct process_identity vmm;
+    cleanup_error struct vm_error *err = NULL;
+    pid_t pid = fork();
+    if (pid == 0) {
+        if (setresuid(65534, 65534, 65534) == 0)
+            pause();
+        _exit(1);
+    }
+    uid_t user = 0;
+    while (user != 65534)
+        assert_int_equal(process_user(pid, &user, NULL), 0);
+    assert_int_equal(process_identify(pid, &vmm, NULL), 0);
+    assert_int_equal(pthread_create(&in->thread, NULL, accept_one, in), 0);
+    assert_null(guest_agent_open(in->path, &vmm, clock_mono_ns() + LONG_NS, &err));
+    assert_int_equal(err->kind, VM_ERROR_REFUSED);
+    assert_non_null(strstr(error_message(err), in->path));
+    pthread_join(in->thread, NULL);
+    char byte;
+    assert_int_equal(read(in->fd, &byte, 1), 0); /* nothing was said */
+    kill(pid, SIGKILL);
+    waitpid(pid, NULL, 0);
+}
+
+static void a_socket_of_the_vm_s_own(void **state)
+{
+    struct inside *in = *state;
+    struct process_identity vmm;
+    assert_int_equal(process_identify(getpid(), &vmm, NULL), 0);
+    assert_int_equal(pthread_create(&in->thread, NULL, accept_and_synchronise, in), 0);
+    CLEANUP(guest_agent)
+    struct guest_agent *ga = guest_agent_open(in->path, &vmm, clock_mono_ns() + LONG_NS, NULL);
+    assert_non_null(ga);
+    pthread_join(in->thread, NULL);
 }
 
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, tear_down)
@@ -184,6 +232,8 @@ int main(void)
         TEST(an_answer_that_is_late_is_not_taken_for_the_next_one),
         TEST(what_is_frozen_and_what_is_not),
         TEST(others_who_have_the_socket),
+        TEST(a_socket_that_is_not_the_vm_s_own),
+        TEST(a_socket_of_the_vm_s_own),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
