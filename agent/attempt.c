@@ -703,6 +703,8 @@ int attempt_result(struct attempt *a, struct vm_error **err)
             return error_propagate(err, error_copy(a->reason));
         if (a->has_notice && a->notice == HANDOVER_NOTE_LOST)
             return error_set(err, VM_ERROR_VMM_DIED, "%s", handover_notice_text(a->notice));
+        if (a->role == &attempt_source_role && a->source.agreed)
+            return 0; /* it was to be undone */
         return error_set(err, a->cancelled ? VM_ERROR_CANCELLED : VM_ERROR_FAILED, "%s",
                          a->cancelled ? "cancelled; the VM stays at the source"
                                       : "undone; the VM stays at the source");

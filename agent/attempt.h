@@ -87,6 +87,8 @@ struct source_part {
     unsigned n_offers;
     struct sender_params params; /* of the copy, with a reference to its guest; regions when the peer answered */
     bool assume_shared;
+    bool check_only; /* once both ends agree, the attempt is undone */
+    bool agreed;     /* so they did; under lock */
     char *dest_socket;
     struct guest_region *regions;
     int copy_cancel; /* latch: the copy ends */

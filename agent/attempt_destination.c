@@ -17,6 +17,7 @@
 
 /* How much longer than the source this side waits for connections to come back, or for anything to come over them. */
 enum { IDLE_MARGIN_MS = 10000 };
+#define FORMER_JOB_TIMEOUT_NS (5 * NSEC_PER_SEC)
 
 #define NSEC(ms) ((int64_t)(ms) * NSEC_PER_MSEC)
 
@@ -271,12 +272,26 @@ static int prepare(struct attempt *a, struct vm_error **err)
 
 /* ---- The copy, from the VMM's start to a loaded guest ---- */
 
+/*
+ * A source has one attempt at a time. It knows that the one before this is undone a little sooner than the job of that
+ * has ended here.
+ */
+static void wait_for_former_job(struct attempt *a)
+{
+    struct job_table *jobs = a->transfer->agent->jobs;
+    cleanup_job_status struct job_status former = {0};
+    if (job_get_of_vm(jobs, a->vm_name, &former, NULL) == 0 && former.kind == JOB_RECEIVE &&
+        former.state == JOB_STATE_RUNNING && !strcmp(former.peer, a->peer_name))
+        job_wait(jobs, &former.id, clock_mono_ns() + FORMER_JOB_TIMEOUT_NS, a->cancel, NULL);
+}
+
 static void *work_main(void *arg)
 {
     struct attempt *a = arg;
     struct vm_error *err = NULL;
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
+    wait_for_former_job(a);
     if (attempt_job_start(a, JOB_RECEIVE, a->peer_name, &err) < 0 || prepare(a, &err) < 0) {
         attempt_fail(a, err);
         return NULL;

@@ -182,14 +182,19 @@ static void watch_for_resume(struct source_part *s, struct guest *guest)
     s->resumes = guest_resumes(guest);
 }
 
-static int copy(struct attempt *a, struct vm_error **err)
+/* The end of what is checked before a page moves. */
+static int agree(struct attempt *a, struct vm_error **err)
 {
     struct source_part *s = &a->source;
     const Vmmig__Peer__Prepared *answer = s->prepared->prepared;
     int checked = check_disks(a, answer, err);
     withdraw_offers(s);
-    if (checked < 0 || choose_regions(a, answer, err) < 0)
-        return -1;
+    return checked < 0 ? -1 : choose_regions(a, answer, err);
+}
+
+static int copy(struct attempt *a, struct vm_error **err)
+{
+    struct source_part *s = &a->source;
     struct sender *sender = sender_create(&s->params, err);
     if (!sender)
         return -1;
@@ -226,7 +231,15 @@ static void *copy_main(void *arg)
     struct vm_error *err = NULL;
     char id[UUID_TEXT_SIZE];
     log_set_thread_context(uuid_format(&a->id, id), a->vm_name);
-    int copied = copy(a, &err);
+    int agreed = agree(a, &err);
+    if (agreed == 0 && a->source.check_only) {
+        pthread_mutex_lock(&a->lock);
+        a->source.agreed = true;
+        pthread_mutex_unlock(&a->lock);
+        attempt_post(a, HANDOVER_EV_CANCEL);
+        return NULL;
+    }
+    int copied = agreed < 0 ? -1 : copy(a, &err);
     note_run_state(a);
     a->stands = copied == 0; /* read once this thread has been waited for */
     if (copied < 0)
@@ -675,6 +688,7 @@ struct attempt *attempt_source_create(struct transfer *t, const struct transfer_
         return NULL;
     }
     strcpy(a->record.peer, s->peer);
+    s->check_only = p->check;
     set_params(a, p);
     if (supervisor_check(&a->guest->process, s->note, err) < 0 || describe(a, p, err) < 0)
         return NULL;

@@ -49,6 +49,7 @@
 #define JOB_KINDS(X)                                                                               \
     X(SEND, "send")                                                                                \
     X(RECEIVE, "receive")                                                                          \
+    X(CHECK, "check")                                                                              \
     X(SNAPSHOT, "snapshot")                                                                        \
     X(RESTORE, "restore")\
     X(IMPORT, "import")                                                                            \

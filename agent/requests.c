@@ -319,6 +319,7 @@ static int handle_send(struct control_session *s, const struct control_message *
         .dest_socket = *m->send->dest_socket ? m->send->dest_socket : m->send->dest_qmp,
         .dest_driver = *m->send->dest_socket ? VM_DRIVER_ATTACH : VM_DRIVER_QEMU,
         .assume_shared = m->send->assume_shared,
+        .check = m->send->check,
     };
     /* An unknown VM is said now, not by a job that fails. */
     CLEANUP(vm) struct vm *vm = vms_get_present(agent->vms, m->send->vm, err);

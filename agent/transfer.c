@@ -67,6 +67,9 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
                   struct vm_error **err)
 {
     struct endpoint endpoint;
+    if (params->check && params->dest_socket && *params->dest_socket)
+        return error_set(err, VM_ERROR_USAGE,
+                         "a check would end the VMM that waits at the destination: leave one of them out");
     if (params->connections > SENDER_CHANNELS_MAX)
         return error_set(err, VM_ERROR_USAGE, "at most %d connections", SENDER_CHANNELS_MAX);
     if (endpoint_parse(params->to, DEFAULT_PEER_PORT, &endpoint, err) < 0 ||
@@ -80,7 +83,7 @@ int transfer_send(struct transfer *t, const struct transfer_params *params, stru
     s->params.vm = s->vm = strdup(params->vm);
     s->params.to = s->to = strdup(params->to);
     s->params.dest_socket = s->dest_socket = strdup(params->dest_socket ? params->dest_socket : "");
-    struct job_params job = {.kind = JOB_SEND,
+    struct job_params job = {.kind = params->check ? JOB_CHECK : JOB_SEND,
                              .vm = s->vm,
                              .peer = s->to,
                              .run = send_run,

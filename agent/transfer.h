@@ -42,6 +42,7 @@ struct transfer_params {
     const char *dest_socket;   /* of a VMM that waits there; "": the agent there starts one */
     enum vm_driver dest_driver; /* of what kind that is */
     bool assume_shared;
+    bool check; /* all that is checked before a page moves, and no page: a JOB_CHECK */
 };
 
 /*

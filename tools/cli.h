@@ -35,7 +35,7 @@ struct cli {
     uint64_t downtime_limit_ms, max_bandwidth, connections;
     unsigned compress; /* Vmmig__Control__Compress */
     const char *dest_qmp, *dest_socket;
-    bool assume_shared, background;
+    bool assume_shared, background, check;
     bool here, gone;
     const char *fenced;
     struct cli_ips {

@@ -169,7 +169,9 @@ static void print_snapshot(FILE *out, const Vmmig__Control__SnapshotResult *s)
 
 void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
 {
-    if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "send"))
+    if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "check"))
+        fprintf(out, "%s can be sent to %s; nothing was moved\n", j->vm, j->peer);
+    else if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "send"))
         fprintf(out, "%s runs at %s now\n", j->vm, j->peer);
     else if (j->state == VMMIG__CONTROL__JOB_STATE__DONE && !strcmp(j->kind, "snapshot"))
         fprintf(out, "%s is stored\n", j->peer);
@@ -188,7 +190,7 @@ void cli_print_summary(FILE *out, const Vmmig__Control__Job *j)
         fprintf(out, "  rounds         %u\n", j->round);
     if (j->snapshot && !strcmp(j->kind, "snapshot"))
         print_snapshot(out, j->snapshot);
-    if (!j->snapshot)
+    if (!j->snapshot && strcmp(j->kind, "check"))
         print_traffic(out, j);
     if (j->throttle_max_percent)
         fprintf(out, "  throttled      by up to %u%%\n", j->throttle_max_percent);

@@ -149,6 +149,9 @@ static int run_send(const struct cli *c, struct vm_error **err)
     m.dest_qmp = client_word(c->dest_qmp ? c->dest_qmp : "");
     m.dest_socket = client_word(c->dest_socket ? c->dest_socket : "");
     m.assume_shared = c->assume_shared;
+    m.check = c->check;
+    if (c->check && (c->dest_qmp || c->dest_socket))
+        return error_set(err, VM_ERROR_USAGE, "--check would end the VMM that waits at the destination: leave one of them out");
     cleanup_close int signal_fd = c->background ? -1 : cli_follow_prepare(err);
     if (!c->background && signal_fd < 0)
         return -1;
@@ -296,6 +299,9 @@ static const struct option send_options[] = {
     {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),
      .text = "Vouch that the disks at both ends are the same, where the agents cannot prove it. If "
              "they are not, the guest's data is destroyed"},
+    {"check", NULL, option_parse_flag, MEMBER(check),
+     .text = "Move nothing: find out whether it could be sent now, at both ends. The agent there starts a VMM for it, and "
+             "ends it again"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
 

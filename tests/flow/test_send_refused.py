@@ -471,6 +471,24 @@ def test_a_destination_with_another_disk_of_that_name(cluster, guest, disk):
     refused(cluster, guest, 'h2', 5, '/run/vmlab/web1.raw')
 
 
+def test_a_check_moves_nothing(cluster, guest, disk):
+    """It is refused as a send would be, says so of one that would not, and leaves nothing there."""
+    a1, a2 = cluster.agents
+    refused(cluster, guest, 'h2', 5, '/run/vmlab/web1.raw', '--check')
+    mark = guest.mark()
+    done = a1.vmmig('send', 'web1', '--to', 'h2', '--check', '--assume-shared')
+    assert re.fullmatch(r'web1 can be sent to h2; nothing was moved\n  total time +\d.*\n', done.stdout), done.stdout
+    job = a1.json('send', 'web1', '--to', 'h2', '--check', '--assume-shared')
+    assert (job['kind'], job['state'], job['wire_bytes'], job['pause_ms']) == ('check', 'done', 0, None)
+    guest.wait_ticks(2)
+    assert guest.check(after=mark) == ['h1']
+    assert a1.json('status', 'web1')['state'] == 'running' and a1.json('status', 'web1')['handover'] is None
+    assert [finding['owner'] for finding in a1.json('doctor', 'web1')['findings']] == ['here']
+    eventually('nothing there', lambda: a2.json('list')['vms'] == [])
+    nothing_left(cluster)
+    refused(cluster, guest, 'h2', 2, 'leave one of them out', '--check', '--dest-qmp', '/run/x')
+
+
 def test_a_destination_without_the_binary(cluster, guest):
     _, a2 = cluster.agents
     restart(a2, vmm='/usr/lib/nowhere/qemu-system-x86_64')
