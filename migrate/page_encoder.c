@@ -6,9 +6,7 @@
 #include "migrate/page_blocks.h"
 #include "migrate/page_history.h"
 
-#include <errno.h>
 #include <lz4.h>
-#include <unistd.h>
 #include <zstd.h>
 
 /* Compressed at least to this share, or raw: what saves less is not worth decompressing. */
@@ -226,53 +224,11 @@ static void scan_page(struct page_encoder *enc, uint64_t addr, uint64_t index, c
         (struct pending){addr, index, data, (uint32_t)hash.low, again};
 }
 
-/* How many of the batch's pages lie side by side in the source's memory, beginning with this one. */
-static unsigned run_at(const struct page_batch *batch, unsigned first)
-{
-    unsigned n = 1;
-    while (first + n < batch->n &&
-           batch->pages[first + n].data == batch->pages[first].data + (size_t)n * GUEST_PAGE_SIZE)
-        n++;
-    return n;
-}
-
-static int read_pages(uint8_t *to, const struct page_batch *batch, const uint8_t *from, size_t size,
-                      struct vm_error **err)
-{
-    uint64_t at = batch->file_offset + (uint64_t)(from - batch->file_start);
-    for (size_t done = 0; done < size;) {
-        ssize_t n = pread(batch->file, to + done, size - done, (off_t)(at + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return error_errno(err, n ? errno : ENODATA, "cannot read the guest's memory");
-        done += (size_t)n;
-    }
-    return 0;
-}
-
-/* Every page of the batch that has contents, once, at its place in the snapshot. */
-static int take_snapshot(struct page_encoder *enc, const struct page_batch *batch,
-                         struct vm_error **err)
-{
-    for (unsigned i = 0, run; i < batch->n; i += run) {
-        const uint8_t *from = batch->pages[i].data;
-        run = from ? run_at(batch, i) : 1;
-        size_t size = (size_t)run * GUEST_PAGE_SIZE;
-        uint8_t *to = enc->snapshot + (size_t)i * GUEST_PAGE_SIZE;
-        if (from && batch->file && read_pages(to, batch, from, size, err) < 0)
-            return -1;
-        if (from && !batch->file)
-            memcpy(to, from, size);
-    }
-    return 0;
-}
-
 static int scan(struct page_encoder *enc, const struct page_batch *batch, struct vm_error **err)
 {
     if (batch->n > PAGE_BATCH_MAX)
         return error_set(err, VM_ERROR_PROTOCOL, "a batch of %u pages", batch->n);
-    if (enc->mapped_source && take_snapshot(enc, batch, err) < 0)
+    if (enc->mapped_source && page_batch_copy(batch, enc->snapshot, err) < 0)
         return -1;
     for (unsigned i = 0; i < batch->n; i++) {
         const struct page_ref *page = &batch->pages[i];

@@ -29,6 +29,7 @@ struct memory_image {
     unsigned n;
     struct block blocks[GUEST_REGIONS_MAX];
     uint64_t total;
+    uint8_t *room; /* setup.repeats: for the pages of one batch */
     atomic_uint_fast64_t done;
     int state_fd;
     uint64_t state_bytes;
@@ -60,26 +61,42 @@ static int write_aside(struct block *b, uint64_t page, const struct iovec *run, 
                                       "cannot keep the guest's memory aside");
 }
 
-/* Pages that follow each other in one write. What was never written reads as zeros. */
+static const uint8_t zeros[GUEST_PAGE_SIZE];
+
+/* The page's contents; NULL: there is nothing to be written, since what was never written reads as zeros. */
+static const uint8_t *contents(struct memory_image *m, const struct page_batch *batch, unsigned i)
+{
+    const struct page_ref *p = &batch->pages[i];
+    const uint8_t *data = p->data && batch->file ? m->room + (size_t)i * GUEST_PAGE_SIZE : p->data;
+    bool first = note_page(m, &m->blocks[page_addr_region(p->addr)], page_addr_number(p->addr));
+    if (data && memcmp(data, zeros, GUEST_PAGE_SIZE))
+        return data;
+    return first ? NULL : zeros;
+}
+
+/*
+ * Pages that follow each other in one write. A guest's memory that has a file is read from there: to read its holes
+ * through the mapping would fill them, at this process's expense.
+ */
 static int keep_aside(struct memory_image *m, const struct page_batch *batch, struct vm_error **err)
 {
-    static const uint8_t zeros[GUEST_PAGE_SIZE];
     struct iovec run[PAGE_BATCH_MAX];
     uint64_t start = 0;
     int n = 0;
+    if (batch->file && page_batch_copy(batch, m->room, err) < 0)
+        return -1;
     for (unsigned i = 0; i < batch->n; i++) {
         const struct page_ref *p = &batch->pages[i];
-        bool first = note_page(m, &m->blocks[page_addr_region(p->addr)], page_addr_number(p->addr));
-        bool kept = p->data || !first;
-        if (n && (!kept || p->addr != start + (uint64_t)n)) {
+        const uint8_t *data = contents(m, batch, i);
+        if (n && (!data || p->addr != start + (uint64_t)n)) {
             if (write_aside(&m->blocks[page_addr_region(start)], page_addr_number(start), run, n, err) < 0)
                 return -1;
             n = 0;
         }
-        if (!kept)
+        if (!data)
             continue;
         start = n ? start : p->addr;
-        run[n++] = (struct iovec){(void *)(uintptr_t)(p->data ? p->data : zeros), GUEST_PAGE_SIZE};
+        run[n++] = (struct iovec){(void *)(uintptr_t)data, GUEST_PAGE_SIZE};
     }
     return n ? write_aside(&m->blocks[page_addr_region(start)], page_addr_number(start), run, n, err) : 0;
 }
@@ -309,6 +326,11 @@ struct memory_image *memory_image_create(const struct memory_image_setup *setup,
         error_errno(err, errno, "cannot make a file for device state in %s", setup->scratch_dir);
         return NULL;
     }
+    m->room = setup->repeats ? malloc((size_t)PAGE_BATCH_MAX * GUEST_PAGE_SIZE) : NULL;
+    if (setup->repeats && !m->room) {
+        error_nomem(err);
+        return NULL;
+    }
     m->over = io_latch_new(err);
     if (m->over < 0 || add_blocks(m, err) < 0)
         return NULL;
@@ -323,6 +345,7 @@ void memory_image_destroy(struct memory_image *m)
         free(m->blocks[i].seen);
         close_fd(&m->blocks[i].aside);
     }
+    free(m->room);
     free(m->regions);
     close_fd(&m->state_fd);
     close_fd(&m->over);

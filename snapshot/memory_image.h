@@ -11,8 +11,8 @@
  *     memory_image_store_state(m, session, gather, &err)  the file device.state
  *     memory_image_destroy(m)                             after guest_source_stop
  *
- * Every page of every block has to come: FAILED otherwise. Memory: a bit per page. Device state lies in a file without
- * a name. Threads: events in the driver's; the rest one.
+ * Every page of every block has to come: FAILED otherwise. Memory: a bit per page, and 1 MiB if they
+ * repeat. Device state lies in a file without a name. Threads: events in the driver's; the rest one.
  */
 #ifndef VMMIG_SNAPSHOT_MEMORY_IMAGE_H
 #define VMMIG_SNAPSHOT_MEMORY_IMAGE_H

@@ -20,6 +20,8 @@
 #ifndef VMMIG_VMM_PAGE_BATCH_H
 #define VMMIG_VMM_PAGE_BATCH_H
 
+#include "base/error.h"
+
 #include <stdatomic.h>
 #include <stdint.h>
 
@@ -47,6 +49,12 @@ struct page_batch {
     const uint8_t *file_start;
     struct page_ref pages[PAGE_BATCH_MAX];
 };
+
+/*
+ * Every page that has contents, once, at room + its place in the batch * GUEST_PAGE_SIZE: through the batch's file if it
+ * has one. What a guest writes meanwhile is then in all that is done with the page, or in nothing.
+ */
+int page_batch_copy(const struct page_batch *batch, uint8_t *room, struct vm_error **err);
 
 static inline uint64_t page_addr(unsigned region, uint64_t page)
 {
