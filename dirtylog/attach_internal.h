@@ -61,6 +61,7 @@ struct attach_throttle {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     unsigned percent;
+    unsigned sleepers; /* vCPUs' threads that sleep, or have not woken yet */
     pthread_t thread;
     bool started;
     atomic_int_fast64_t sleep_until_ns; /* vCPUs stay out of the guest until then; 0: they need not */

@@ -4,6 +4,7 @@
 #include "base/argv.h"
 #include "base/fault.h"
 #include "base/io.h"
+#include "proto/fields.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -89,17 +90,29 @@ int vmmig_prepare_vm(int vm_fd, enum vmmig_tracking want, unsigned ring_entries,
 
 /* ---- Life ---- */
 
+static const char *missing_callback(const struct vmmig_callbacks *cb)
+{
+    return !cb->pause ? "pause" : !cb->resume ? "resume" : !cb->save ? "save" : !cb->load ? "load" : !cb->kick ? "kick" : NULL;
+}
+
+static int check_word(const char *what, const char *word, struct vm_error **err)
+{
+    if (!word)
+        return error_set(err, VM_ERROR_USAGE, "%s is missing", what);
+    return field_check_text(what, word, 1, ATTACH_WORD_MAX, err) < 0 ? error_set_kind(err, VM_ERROR_USAGE) : 0;
+}
+
 static int check_config(const struct vmmig_config *c, struct vm_error **err)
 {
-    const struct vmmig_callbacks *cb = &c->callbacks;
     if (c->size != VMMIG_CONFIG_SIZE)
         return error_set(err, VM_ERROR_USAGE,
                          "config.size is %zu; the library that is loaded has %zu: build the VMM anew",
                          c->size, VMMIG_CONFIG_SIZE);
-    if (!cb->pause || !cb->resume || !cb->save || !cb->load || !cb->kick)
-        return error_set(err, VM_ERROR_USAGE, "a callback is missing");
-    if (!c->vmm || !c->machine)
-        return error_set(err, VM_ERROR_USAGE, "config.%s is missing", c->vmm ? "machine" : "vmm");
+    const char *missing = missing_callback(&c->callbacks);
+    if (missing)
+        return error_set(err, VM_ERROR_USAGE, "config.callbacks.%s is missing", missing);
+    if (check_word("config.vmm", c->vmm, err) < 0 || check_word("config.machine", c->machine, err) < 0)
+        return -1;
     if (c->tracking <= VMMIG_TRACKING_AUTO || c->tracking > VMMIG_TRACKING_TRACE)
         return error_set(err, VM_ERROR_USAGE, "config.tracking is not what vmmig_prepare_vm said");
     if (c->tracking != VMMIG_TRACKING_TRACE && !c->vcpu_fds)
@@ -111,16 +124,17 @@ static int check_config(const struct vmmig_config *c, struct vm_error **err)
     if (!c->n_vcpus || c->n_vcpus > VMMIG_VCPUS_MAX)
         return error_set(err, VM_ERROR_USAGE, "%u vCPUs; 1 to %d are possible", c->n_vcpus,
                          VMMIG_VCPUS_MAX);
-    if (c->state && c->state != VMMIG_PAUSED && c->state != VMMIG_INCOMING)
-        return error_set(err, VM_ERROR_USAGE, "config.state is neither VMMIG_PAUSED nor VMMIG_INCOMING");
+    if (c->state && c->state != VMMIG_RUNNING && c->state != VMMIG_PAUSED && c->state != VMMIG_INCOMING)
+        return error_set(err, VM_ERROR_USAGE,
+                         "config.state is none of VMMIG_RUNNING, VMMIG_PAUSED and VMMIG_INCOMING");
     if (c->callback_timeout_ms > VMMIG_CALLBACK_SECONDS * 1000)
         return error_set(err, VM_ERROR_USAGE, "config.callback_timeout_ms is more than %d s",
                          VMMIG_CALLBACK_SECONDS);
     return 0;
 }
 
-/* What an agent would refuse is better said to the VMM's author. */
-static int check_welcome(const struct vmmig_config *c, struct vm_error **err)
+/* What an agent would refuse is better said to the VMM's author. All else was looked at before. */
+static int check_incoming(const struct vmmig_config *c, struct vm_error **err)
 {
     cleanup_buffer struct buffer scratch = {0};
     Vmmig__Attach__Welcome w = VMMIG__ATTACH__WELCOME__INIT;
@@ -133,7 +147,9 @@ static int check_welcome(const struct vmmig_config *c, struct vm_error **err)
     w.incoming_argv = (char **)(uintptr_t)c->incoming_argv;
     while (c->incoming_argv && c->incoming_argv[w.n_incoming_argv])
         w.n_incoming_argv++;
-    return attach_pack(VMMIG__ATTACH__TYPE__WELCOME, &w.base, &scratch, err);
+    return attach_pack(VMMIG__ATTACH__TYPE__WELCOME, &w.base, &scratch, err) < 0
+               ? error_wrap(err, "config.incoming_argv")
+               : 0;
 }
 
 /* A copy in *to; NULL stays NULL. */
@@ -213,7 +229,7 @@ int vmmig_create(const struct vmmig_config *config, struct vmmig_attach **ret_at
                  struct vmmig_error *error)
 {
     struct vm_error *err = NULL;
-    if (check_config(config, &err) < 0 || check_welcome(config, &err) < 0)
+    if (check_config(config, &err) < 0 || check_incoming(config, &err) < 0)
         return give_error(err, error);
 #ifdef VMMIG_FAULTS /* in a build for tests, a VMM is armed as our own programs are */
     if (fault_init(&err) < 0)
@@ -265,6 +281,7 @@ int vmmig_set_slots(struct vmmig_attach *a, const struct vmmig_slot *slots, unsi
     int set = attach_memory_set(&a->memory, slots, n, &err);
     if (attach_server_start(a, set < 0 ? NULL : &err) < 0)
         set = -1;
+    (void)FAULT("library.told"); /* agents are answered, and the VMM has not gone on yet */
     return set < 0 ? give_error(err, error) : 0;
 }
 

@@ -18,12 +18,19 @@ static bool overlap(uint64_t a, uint64_t a_size, uint64_t b, uint64_t b_size)
     return a < b + b_size && b < a + a_size;
 }
 
+/* KVM's second address space, what a vCPU sees in SMM, is in the upper half of a slot's number. */
+enum { ADDRESS_SPACE_SHIFT = 16 };
+
 static int check_shape(const struct vmmig_slot *s, struct vm_error **err)
 {
     if (!attach_slot_name_is_valid(s->name))
         return error_set(err, VM_ERROR_USAGE,
                          "a memory slot's name is 1 to %d letters, digits or . _ -",
                          ATTACH_SLOT_NAME_MAX);
+    if (s->kvm_slot >> ADDRESS_SPACE_SHIFT)
+        return error_set(err, VM_ERROR_USAGE,
+                         "memory slot %s is of KVM's address space %u: guests with SMM cannot be migrated", s->name,
+                         s->kvm_slot >> ADDRESS_SPACE_SHIFT);
     if (!s->size || s->size % DIRTYLOG_PAGE || s->size > ATTACH_SLOT_BYTES_MAX ||
         s->guest_address % DIRTYLOG_PAGE || s->guest_address > UINT64_MAX - s->size)
         return error_set(err, VM_ERROR_USAGE,
@@ -319,7 +326,7 @@ static int check_tracking(const struct attach_memory *m, uint64_t generation, st
     if (atomic_load(&m->tracking) && generation == m->generation)
         return 0;
     return error_set(err, VM_ERROR_CONFLICT,
-                     "the VMM changed the guest's memory slots during the migration");
+                     "the VMM changed the guest's memory slots while they were copied");
 }
 
 int attach_memory_check(struct attach_memory *m, uint64_t generation, struct vm_error **err)

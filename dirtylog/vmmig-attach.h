@@ -15,7 +15,7 @@
  *     ... fill it: below, field by field ...
  *     vmmig_create(&config, &attach, &error)       the socket is there
  *     vmmig_set_slots(attach, slots, n, &error)    agents are answered from now on
- *     vmmig_set_state(attach, VMMIG_RUNNING, NULL)    not by a VMM that waits for a guest: config.state says that
+ *     ... the vCPUs are set going: not by a VMM that waits for a guest, nor if `pause` was called by then ...
  *
  *     each vCPU's thread, for ever:
  *         vmmig_vcpu_enter(attach, i)              sleeps for a while, when the guest is throttled
@@ -124,7 +124,7 @@ enum vmmig_run_state {
 struct vmmig_slot {
     /* Both ends must agree on names, guest addresses, sizes and order. Letters, digits, '.', '_', '-'. */
     char name[VMMIG_NAME_MAX];
-    uint32_t kvm_slot;      /* its number */
+    uint32_t kvm_slot;      /* its number, at most 65535 */
     uint32_t kvm_flags;     /* without KVM_MEM_LOG_DIRTY_PAGES, which is the library's */
     uint64_t guest_address;
     uint64_t size;          /* a multiple of 4096 */
@@ -185,7 +185,12 @@ struct vmmig_config {
      * vCPUs, devices). "myvmm/3 cpus=4 net=virtio". At most 255 bytes.
      */
     const char *machine;
-    enum vmmig_run_state state;  /* at first: VMMIG_INCOMING, or VMMIG_PAUSED, which 0 means too */
+    /*
+     * At first: VMMIG_RUNNING if the VMM is about to set the guest going, VMMIG_INCOMING if it waits for one. An agent may
+     * pause a guest before it ever ran: of one that is RUNNING it knows that it is to go on at the end, and says `resume`.
+     * VMMIG_PAUSED, which 0 means too: the VMM's user is to set it going, by vmmig_set_state.
+     */
+    enum vmmig_run_state state;
     enum vmmig_tracking tracking; /* as vmmig_prepare_vm said */
     unsigned ring_entries;       /* as given to it */
     const char *trace_path;      /* for VMMIG_TRACKING_TRACE */
@@ -240,13 +245,17 @@ VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_at
 VMMIG_PUBLIC void vmmig_destroy(struct vmmig_attach *attach);
 
 /*
- * All of the guest's memory, now. What is not told is neither copied nor tracked: what else the guest has in memory slots of
- * KVM without a memfd (ROMs that it can write, flash, a display's memory) belongs into `save`. May be called again: before KVM is told that memory goes, without that slot; after
- * KVM was told that memory came; for memory that moves, both. The order matters: to end tracking the library tells
- * KVM each slot that it knows of once more, and KVM would make a slot anew that is there no more. A migration that
- * is under way is given up, at either end, since what it knows is void. Slots that overlap, in the guest or
- * in a memfd, are refused, as are a memfd that is too short, cannot be sealed, or is not what is mapped, shared, at
- * `host`; until the next call the guest has no memory that could be migrated then.
+ * All of the guest's memory, now. What is not told is neither copied nor tracked: what else the guest has in memory
+ * slots of KVM without a memfd (ROMs that it can write, flash, a display's memory) belongs into `save`.
+ *
+ * May be called again: before KVM is told that memory goes, without that slot; after KVM was told that memory came; for
+ * memory that moves, both. The order matters: to end tracking the library tells KVM each slot that it knows of once
+ * more, and KVM would make a slot anew that is there no more. A migration that is under way is given up, at either end,
+ * since what it knows is void.
+ *
+ * Slots that overlap, in the guest or in a memfd, are refused, as are those of KVM's second address space, and a memfd
+ * that is too short, cannot be sealed, or is not what is mapped, shared, at `host`; until the next call the guest has no
+ * memory that could be migrated then.
  */
 VMMIG_PUBLIC int vmmig_set_slots(struct vmmig_attach *attach, const struct vmmig_slot *slots,
                                  unsigned n, struct vmmig_error *error);
@@ -266,7 +275,10 @@ VMMIG_PUBLIC void vmmig_set_state(struct vmmig_attach *attach, enum vmmig_run_st
 VMMIG_PUBLIC void vmmig_mark_dirty(struct vmmig_attach *attach, uint64_t guest_address,
                                    uint64_t size);
 
-/* Before each KVM_RUN in which the guest may run: not one with immediate_exit, to complete I/O for `pause`. Sleeps up to 100 ms at a time when the agent throttles the guest. */
+/*
+ * Before each KVM_RUN in which the guest may run: not one with immediate_exit, to complete I/O for `pause`. Sleeps up to
+ * 100 ms at a time when the agent throttles the guest, and then leaves it a part of the time, however late the thread wakes.
+ */
 VMMIG_PUBLIC void vmmig_vcpu_enter(struct vmmig_attach *attach, unsigned vcpu);
 /* After each such KVM_RUN, with kvm_run.exit_reason (or UINT32_MAX after an error). True: call KVM_RUN again. */
 VMMIG_PUBLIC bool vmmig_vcpu_exit(struct vmmig_attach *attach, unsigned vcpu, uint32_t exit_reason);

@@ -12,14 +12,21 @@
 #include <sys/un.h>
 
 /*
- * Longer than the library lets a callback of the VMM take. To switch a dirty log on or off took 7 ms for each GiB: ten
- * times that for a machine that has other things to do.
+ * Longer than the library lets a callback of the VMM take. To switch a dirty log on or off took 7 ms for each GiB, and to
+ * read it up to 12, where that protects pages anew, of which most are seldom dirty: ten times 7 for a machine that has
+ * other things to do.
  */
 enum { REQUEST_TIMEOUT_MS = 15000, LOG_TIMEOUT_MS_PER_GIB = 70 };
 
-static int patience_ms(struct attach_client *c, unsigned type)
+/* Kernels of 6.5 and later; libcs are behind. */
+#ifndef SO_PEERPIDFD
+#define SO_PEERPIDFD 77
+#endif
+
+int attach_client_patience_ms(struct attach_client *c, unsigned type)
 {
-    bool log = type == VMMIG__ATTACH__TYPE__TRACK || type == VMMIG__ATTACH__TYPE__UNTRACK;
+    bool log = type == VMMIG__ATTACH__TYPE__TRACK || type == VMMIG__ATTACH__TYPE__UNTRACK ||
+               type == VMMIG__ATTACH__TYPE__HARVEST;
     return REQUEST_TIMEOUT_MS + (log ? (int)(atomic_load(&c->memory) >> 30) * LOG_TIMEOUT_MS_PER_GIB : 0);
 }
 
@@ -185,7 +192,28 @@ static int keep_info(struct attach_info *to, const Vmmig__Attach__Welcome *w, st
     return 0;
 }
 
-/* The process behind the socket, as the kernel knows it. */
+int attach_check_listener(int fd, pid_t pid, uid_t uid, struct vm_error **err)
+{
+    uid_t user;
+    cleanup_close int pidfd = -1;
+    socklen_t n = sizeof(pidfd);
+    if (fd >= 0 && getsockopt(fd, SOL_SOCKET, SO_PEERPIDFD, &pidfd, &n) == 0) {
+        struct pollfd end = {.fd = pidfd, .events = POLLIN};
+        if (poll(&end, 1, 0) == 0)
+            return 0;
+    } else if (fd < 0 || errno == ENOPROTOOPT) {
+        /* A root's process may have become another user's since it listened. */
+        if (process_user(pid, &user, err) < 0)
+            return -1;
+        if (!uid || user == uid)
+            return 0;
+    } else if (errno == EMFILE || errno == ENFILE) {
+        return error_errno(err, errno, "cannot tell which process the VMM is");
+    }
+    return error_set(err, VM_ERROR_REFUSED, "the process that listened here has ended, and %d is another's number now", pid);
+}
+
+/* The process behind the socket, as the kernel knows it: that it still is that one is looked at last. */
 static int identify(int fd, struct process_identity *ret, uid_t *ret_uid, struct vm_error **err)
 {
     struct ucred peer;
@@ -196,7 +224,7 @@ static int identify(int fd, struct process_identity *ret, uid_t *ret_uid, struct
         return error_set(err, VM_ERROR_REFUSED,
                          "the VMM lives in a pid namespace that cannot be seen from here");
     *ret_uid = peer.uid;
-    return process_identify(peer.pid, ret, err);
+    return process_identify(peer.pid, ret, err) < 0 ? -1 : attach_check_listener(fd, peer.pid, peer.uid, err);
 }
 
 static int greet(struct attach_client *c, int fd, int64_t deadline_ns, struct vm_error **err)
@@ -293,7 +321,7 @@ int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessag
                    unsigned expected, struct attach_answer *ret_answer, struct vm_error **err)
 {
     cleanup_attach_answer struct attach_answer a = {.n_fds = 0};
-    int64_t deadline = clock_mono_ns() + fault_patience_ns(patience_ms(c, type));
+    int64_t deadline = clock_mono_ns() + fault_patience_ns(attach_client_patience_ms(c, type));
     SCOPE_LOCK(&c->lock);
     if (ensure_connected(c, deadline, err) < 0)
         return -1;

@@ -4,13 +4,14 @@
  * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
- *                 [--incoming] [--by-hand] [--still] [--firmware] [--save-writes]
+ *                 [--incoming] [--by-hand] [--still] [--firmware] [--save-writes] [--hugetlb]
  *                 [--fail CALLBACK] [--hang CALLBACK]
  *
  * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
  * started. --still: the guest is paused, by the VMM itself.
  * --firmware: its memory is full of something from the start, also with --incoming. --save-writes: saving its state
- * writes to its memory, as some devices do. Its state is a hash of all its memory, which `load` compares with what
+ * writes to its memory, as some devices do. --hugetlb: memory of huge pages, of which the second half is never written.
+ * Its state is a hash of all its memory, which `load` compares with what
  * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew. SIGUSR2 is its
  * user's wish that the guest stand, or go on: it does unless an agent has it. A callback `pause-late` is `pause` that has
  * stopped the guest before it fails or hangs. SIGHUP: it breaks ("triple fault").
@@ -176,12 +177,21 @@ static int on_release(void *arg)
     return 0;
 }
 
+/* Read through its file: that fills no holes. */
 static uint64_t hash_memory(const struct vmm *v)
 {
-    uint64_t hash = 0;
+    static uint8_t piece[MIB];
+    XXH3_state_t *hash = XXH3_createState();
+    XXH3_64bits_reset(hash);
     for (int i = 0; i < 2; i++)
-        hash = XXH3_64bits_withSeed(v->slots[i].memory, v->slots[i].size, hash);
-    return hash;
+        for (uint64_t at = 0; at < v->slots[i].size; at += MIB) {
+            if (pread(v->slots[i].fd, piece, MIB, (off_t)at) != (ssize_t)MIB)
+                die("memory");
+            XXH3_64bits_update(hash, piece, MIB);
+        }
+    uint64_t digest = XXH3_64bits_digest(hash);
+    XXH3_freeState(hash);
+    return digest;
 }
 
 static int on_save(void *arg, int fd)
@@ -236,13 +246,13 @@ static void on_log(void *arg, const char *text)
 
 /* ---- Life ---- */
 
-static void make_slot(struct slot *s, uint64_t size)
+static void make_slot(struct slot *s, uint64_t size, bool hugetlb)
 {
     s->size = size;
-    s->fd = memfd_create("standin", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    s->fd = memfd_create("standin", MFD_CLOEXEC | MFD_ALLOW_SEALING | (hugetlb ? MFD_HUGETLB : 0));
     if (s->fd < 0 || ftruncate(s->fd, (off_t)size) < 0)
         die("memory");
-    s->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, s->fd, 0);
+    s->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, s->fd, 0);
     if (s->memory == MAP_FAILED)
         die("memory");
 }
@@ -316,7 +326,7 @@ static uint64_t number(const char *text)
 
 struct options {
     const char *socket, *machine, *memory, *rate, *working, *fail, *hang;
-    bool incoming, by_hand, still, firmware, save_writes;
+    bool incoming, by_hand, still, firmware, save_writes, hugetlb;
 };
 
 static struct options parse(int argc, char **argv)
@@ -328,6 +338,7 @@ static struct options parse(int argc, char **argv)
         {"fail", required_argument, NULL, 'f'},    {"hang", required_argument, NULL, 'h'},
         {"by-hand", no_argument, NULL, 'b'},       {"still", no_argument, NULL, 'S'},
         {"firmware", no_argument, NULL, 'F'},      {"save-writes", no_argument, NULL, 'W'},
+        {"hugetlb", no_argument, NULL, 'H'},
         {0}};
     struct options o = {.machine = "standin/1", .memory = "64", .rate = "10", .working = "8", .fail = "", .hang = ""};
     for (int c; (c = getopt_long(argc, argv, "", rows, NULL)) != -1;) {
@@ -344,6 +355,7 @@ static struct options parse(int argc, char **argv)
         case 'S': o.still = true; break;
         case 'F': o.firmware = true; break;
         case 'W': o.save_writes = true; break;
+        case 'H': o.hugetlb = true; break;
         default: exit(2);
         }
     }
@@ -398,9 +410,9 @@ int main(int argc, char **argv)
                     .hangs = o.hang};
     const char *const incoming[] = {argv[0],   "--socket", VMMIG_SOCKET_WORD, "--memory", o.memory,
                                     "--rate",  o.rate,     "--working",       o.working,  "--machine",
-                                    o.machine, "--incoming", NULL};
-    make_slot(&v.slots[0], 2 * MIB);
-    make_slot(&v.slots[1], number(o.memory) * MIB);
+                                    o.machine, "--incoming", o.hugetlb ? "--hugetlb" : NULL, NULL};
+    make_slot(&v.slots[0], 2 * MIB, o.hugetlb);
+    make_slot(&v.slots[1], number(o.memory) * MIB, o.hugetlb);
     for (int i = 0; i < 2 && o.firmware; i++)
         memset(v.slots[i].memory, 0xaa, v.slots[i].size);
     attach(&v, o.socket, o.machine, o.by_hand ? NULL : incoming);
@@ -408,7 +420,7 @@ int main(int argc, char **argv)
         vmmig_set_state(v.attach, VMMIG_INCOMING, NULL);
         say("ready");
     } else if (!o.still) {
-        for (uint64_t page = 0; page < v.slots[1].size / PAGE; page += 2 + page % 3)
+        for (uint64_t page = 0; page < v.slots[1].size / PAGE / (o.hugetlb ? 2 : 1); page += 2 + page % 3)
             write_page(&v, page);
         if (on_resume(&v) < 0)
             die("writer");

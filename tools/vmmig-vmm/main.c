@@ -119,7 +119,7 @@ static int attach(struct vmm *vmm)
                                   .socket_path = o->attach,
                                   .vmm = "vmmig-vmm 1",
                                   .machine = machine,
-                                  .state = o->incoming ? VMMIG_INCOMING : VMMIG_PAUSED,
+                                  .state = o->incoming ? VMMIG_INCOMING : VMMIG_RUNNING,
                                   .tracking = vmm->tracking,
                                   .ring_entries = o->ring_entries,
                                   .trace_path = o->trace,
@@ -146,14 +146,13 @@ static int attach(struct vmm *vmm)
     return 0;
 }
 
-/* An agent may have come, and paused the guest, before it ran at all: then it is the agent's to set
- * going. */
+/* vmmig: an agent may have come, and paused the guest, before it ran at all: then it is the agent's to set going, which
+ * it will, since it was told at the start that the guest runs. */
 static int set_going(struct vmm *vmm)
 {
     pthread_mutex_lock(&vmm->lock);
     int r = vmm->held ? 0 : run(vmm);
     pthread_mutex_unlock(&vmm->lock);
-    vmmig_set_state(vmm->attach, VMMIG_RUNNING, NULL);
     return r;
 }
 

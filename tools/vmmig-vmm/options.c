@@ -167,7 +167,8 @@ static const struct option *find(const char *word, const char **ret_value)
 
 /*
  * vmmig: how a VMM is started that waits for this guest, on any host. All is as here, but for the
- * socket, which the agent there chooses, the kernel, which comes with the memory, and the name.
+ * socket, which the agent there chooses, the kernel, which comes with the memory, the name, and the
+ * recording, which two VMMs of one host would write over each other's.
  */
 static void add_incoming(struct options *o, unsigned *n, const struct option *option,
                          const char *value)
@@ -177,7 +178,8 @@ static void add_incoming(struct options *o, unsigned *n, const struct option *op
         value = VMMIG_SOCKET_WORD;
     else if (!strcmp(option->name, "name"))
         value = VMMIG_NAME_WORD;
-    else if (!strcmp(option->name, "kernel") || !strcmp(option->name, "incoming"))
+    else if (!strcmp(option->name, "kernel") || !strcmp(option->name, "incoming") ||
+             !strcmp(option->name, "record"))
         return;
     if (asprintf(&word, "--%s%s%s", option->name, value ? "=" : "", value ? value : "") > 0)
         o->incoming_argv[(*n)++] = word;

@@ -36,11 +36,13 @@ def boot(cluster):
     """Starts guests and has the first agent adopt them; ends them with the test, wherever they are."""
     started = []
 
-    def start(vm, program=None, **options):
+    def start(vm, program=None, runs=True, **options):
         agent = cluster.agents[0]
         console = cluster.console(vm.name)
         started.append(agent.host.popen(vm.argv(program=program), name=vm.name, **options))
-        console.wait_for('ready', timeout=60)
+        if runs:
+            console.wait_for('ready', timeout=60)
+        eventually('its socket', lambda: os.path.exists(agent.host.path(vm.attach_path)))
         agent.vmmig('attach', vm.name, '--socket', vm.attach_path)
         return console
 
@@ -174,6 +176,25 @@ def test_a_vmm_that_does_not_answer_any_more_runs_its_guest_on(cluster, boot, mo
         monkeypatch.undo()
         a1.stop()
         a1.start()
+
+
+def test_a_guest_that_is_moved_before_it_ran(cluster, boot, tmp_path):
+    """An agent at the door is answered before the VMM has set its guest going. It goes on at the destination, since
+    nobody had it stand."""
+    if not os.path.exists(os.path.join(fault_build(), PROGRAM)):
+        pytest.skip(f'NO BUILD WITH FAULT POINTS in {fault_build()}: set VMMIG_FAULTS_BUILD')
+    a1, a2 = cluster.agents
+    vm = at_full_speed('early', options=['--record', str(tmp_path / 'trace')])
+    console = boot(vm, program=os.path.join(fault_build(), PROGRAM), runs=False,
+                   env={**os.environ, 'VMMIG_FAULTS': 'library.told=delay:6000'})
+    assert a1.json('status', 'early')['state'] == 'running'
+    a1.json('send', 'early', '--to', 'h2')
+    console.wait_for('ready', timeout=60)
+    console.wait_ticks(5)
+    assert console.check()[-1] == 'h2'
+    console.verify()
+    assert a2.json('status', 'early')['state'] == 'running'
+    assert not any('--record' in word for word in a2.json('status', 'early')['argv'])
 
 
 def test_guest_pages_are_charged_to_the_vmm(cluster, boot):

@@ -298,20 +298,38 @@ static void slots_that_change_under_a_guest_that_arrives_are_noticed(void **stat
     close(slots[1].memfd);
 }
 
+/* A connection of that user's. This thread alone becomes him: the VMM's stays root's. */
+static int dial_as(const struct toy_vmm *v, uid_t user)
+{
+    assert_return_code(chmod(v->path, 0666), 0);
+    assert_return_code(syscall(SYS_setresuid, -1, user, -1), 0);
+    int fd = dial(v->path);
+    assert_return_code(syscall(SYS_setresuid, -1, 0, -1), 0);
+    return fd;
+}
+
 static void other_users_are_turned_away(void **state)
 {
+    enum { OTHER = 65534, AGENT = 65533 };
     if (geteuid() != 0) {
         print_message("SKIPPED: only root can become another user\n");
         skip();
     }
     struct toy_vmm *v = new_vmm();
-    assert_return_code(chmod(v->path, 0666), 0);
-    /* This thread alone: the VMM's stays root's. */
-    assert_return_code(syscall(SYS_setresuid, -1, 65534, -1), 0);
-    int fd = dial(v->path);
-    assert_return_code(syscall(SYS_setresuid, -1, 0, -1), 0);
-    expect_error(fd, "denied: this user may not attach to the VMM");
-    expect_end(fd);
+    struct toy_vmm like = {.sizes = {MIB, 4 * MIB}, .params = {.agent_uid = AGENT}};
+    struct toy_vmm *open = toy_vmm_create_incoming(&like);
+    for (int i = 0; i < 3; i++) {
+        int fd = dial_as(i ? open : v, i < 2 ? OTHER : AGENT);
+        if (i < 2) {
+            expect_error(fd, "denied: this user may not attach to the VMM");
+            expect_end(fd);
+            continue;
+        }
+        hello(fd);
+        expect_type(fd, VMMIG__ATTACH__TYPE__WELCOME);
+        close(fd);
+    }
+    toy_vmm_destroy(open);
     toy_vmm_destroy(v);
 }
 

@@ -6,6 +6,7 @@
 #include "vmm/attach.h"
 #include "vmm/attach_private.h"
 
+#include <errno.h>
 #include <linux/kvm.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -15,6 +16,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
@@ -251,6 +253,52 @@ static void a_paused_guest_is_copied_and_stays_paused(void **state)
     engine_end(&e);
 }
 
+/* ---- A slot of more than 4 GiB ---- */
+
+#define LARGE_PAGES ((6ull << 30) / GUEST_PAGE_SIZE)
+#define LARGE_LAST (LARGE_PAGES - 1)
+#define LARGE_ALIAS (LARGE_LAST - (1ull << 20)) /* 4 GiB before: what is left of LARGE_LAST in 32 bits */
+
+static void write_at_its_end(struct engine *e, uint64_t page)
+{
+    if (page == LARGE_LAST && e->round < 3)
+        tiny_vm_write(e->source->vm, 0, LARGE_LAST, 1);
+}
+
+static uint64_t pages_behind(int memfd)
+{
+    struct stat st;
+    assert_return_code(fstat(memfd, &st), errno);
+    return (uint64_t)st.st_blocks * 512 / GUEST_PAGE_SIZE;
+}
+
+/* Sparse: what the guest has not written is a hole here and there. */
+static void memory_beyond_4_gib_arrives(void **state)
+{
+    static const uint64_t written[] = {LARGE_ALIAS, LARGE_LAST, TOY_QUIET_PAGE};
+    struct engine e;
+    engine_begin(&e, &(struct toy_params){.kind = kind, .pages = LARGE_PAGES});
+    vmmig_set_state(e.source->attach, VMMIG_RUNNING, NULL);
+    tiny_vm_write(e.source->vm, 0, LARGE_ALIAS, 1);
+    tiny_vm_write(e.source->vm, 0, LARGE_LAST, 1);
+    e.copied = write_at_its_end;
+    e.pause_after = 3;
+    engine_copy(&e);
+    assert_true(e.pages >= LARGE_PAGES);
+    for (unsigned i = 0; i < 3; i++) {
+        uint64_t here = 0, there = 0;
+        off_t at = (off_t)(written[i] * GUEST_PAGE_SIZE);
+        assert_int_equal(pread(e.source->memfds[1], &here, 8, at), 8);
+        assert_int_equal(pread(e.sink->memfds[1], &there, 8, at), 8);
+        assert_int_equal(here, there);
+        assert_true(written[i] == LARGE_LAST ? here >= 2 : here == 1);
+    }
+    /* A page each, or what the kernel takes for one. */
+    assert_true(pages_behind(e.source->memfds[1]) <= 3 * 512);
+    assert_true(pages_behind(e.sink->memfds[1]) <= 3 * 512);
+    engine_end(&e);
+}
+
 /* ---- The rules ---- */
 
 /* A write after the copy must be logged: it is if the page was cleared before it was copied. */
@@ -296,6 +344,30 @@ static void what_was_a_hole_is_looked_at_again(void **state)
     assert_int_equal(pwrite(r.fd, content, sizeof(content), (off_t)(DATA + 1) * GUEST_PAGE_SIZE), sizeof(content));
     attach_holes_renew(&holes, DATA + 1);
     assert_true(attach_holes_has(&holes, DATA + 1));
+    attach_holes_finish(&holes);
+    close(r.fd);
+}
+
+/* Of huge pages the kernel does not say where the holes are: a piece is read, which fills none. (It is a usual file here.) */
+static void holes_of_huge_pages_are_found_by_reading(void **state)
+{
+    enum { HUGE = 512, PAGES = 4 * HUGE, DATA = HUGE + 77, FILLED = 2 * HUGE + 5 };
+    static const uint8_t content[GUEST_PAGE_SIZE] = {[GUEST_PAGE_SIZE - 1] = 1};
+    struct attach_region r = {.fd = memfd_create("holes", MFD_CLOEXEC), .pages = PAGES};
+    struct attach_holes holes;
+    r.region.size = (uint64_t)PAGES * GUEST_PAGE_SIZE;
+    r.region.page_size = (uint64_t)HUGE * GUEST_PAGE_SIZE;
+    assert_int_equal(ftruncate(r.fd, (off_t)r.region.size), 0);
+    assert_int_equal(pwrite(r.fd, content, sizeof(content), (off_t)DATA * GUEST_PAGE_SIZE), sizeof(content));
+    uint64_t there = pages_behind(r.fd);
+    assert_int_equal(attach_holes_init(&holes, &r, NULL), 0);
+    for (uint64_t page = 0; page < PAGES; page++)
+        assert_int_equal(attach_holes_has(&holes, page), page / HUGE == DATA / HUGE);
+    assert_false(attach_holes_has(&holes, FILLED));
+    assert_int_equal(pages_behind(r.fd), there);
+    assert_int_equal(pwrite(r.fd, content, sizeof(content), (off_t)FILLED * GUEST_PAGE_SIZE), sizeof(content));
+    attach_holes_renew(&holes, FILLED);
+    assert_true(attach_holes_has(&holes, FILLED));
     attach_holes_finish(&holes);
     close(r.fd);
 }
@@ -356,6 +428,7 @@ static void progress_tells_what_was_tracked(void **state)
     assert_true(p.round > ROUNDS);
     assert_int_equal(p.total, e.source->sizes[0] + e.source->sizes[1]);
     assert_int_equal(p.remaining, 0);
+    assert_int_equal(p.state_bytes, TOY_STATE); /* what the pause is predicted with */
     assert_true(e.saw_dirty_rate);
     assert_true(p.zero_pages > 0);
     assert_true(p.paused_at_ns > 0);
@@ -446,7 +519,7 @@ static void tracking_is_its_agents_own(void **state)
         assert_int_equal(
             attach_request(&first->client, asked[i].type, asked[i].message, -1, asked[i].answer, NULL, &err), -1);
         assert_int_equal(err->kind, VM_ERROR_CONFLICT);
-        assert_string_equal(error_message(err), "the VMM changed the guest's memory slots during the migration");
+        assert_string_equal(error_message(err), "the VMM changed the guest's memory slots while they were copied");
         error_clear(&err);
     }
     assert_int_equal(attach_order(&first->client, VMMIG__ATTACH__TYPE__UNTRACK, NULL, &err), 0);
@@ -550,7 +623,7 @@ static void changed_slots_end_the_copy_and_nothing_else(void **state)
     engine_wait(&e);
     assert_int_equal(e.error->kind, VM_ERROR_CONFLICT);
     assert_string_equal(error_message(e.error),
-                        "the VMM changed the guest's memory slots during the migration");
+                        "the VMM changed the guest's memory slots while they were copied");
     error_clear(&e.error);
     toy_vmm_wait_progress(e.source);
     e.done = false;
@@ -624,8 +697,10 @@ static int run_group(enum dirtylog_kind which)
         cmocka_unit_test(a_busy_guest_arrives_whole),
         cmocka_unit_test(one_dropped_run_is_noticed),
         cmocka_unit_test(a_paused_guest_is_copied_and_stays_paused),
+        cmocka_unit_test(memory_beyond_4_gib_arrives),
         cmocka_unit_test(pages_are_cleared_before_they_are_copied),
         cmocka_unit_test(what_was_a_hole_is_looked_at_again),
+        cmocka_unit_test(holes_of_huge_pages_are_found_by_reading),
         cmocka_unit_test(the_first_round_is_everything),
         cmocka_unit_test(a_pass_after_saving_finds_what_saving_wrote),
         cmocka_unit_test(what_a_device_writes_arrives_if_it_is_marked),

@@ -3,6 +3,7 @@
 #include "tests/unit/dirtylog/library_fixture.h"
 
 #include "base/clock.h"
+#include "dirtylog/attach_internal.h"
 #include "vmm/attach_private.h"
 
 #include <errno.h>
@@ -360,6 +361,120 @@ static void a_guest_stays_paused_without_its_agent(void **state)
     toy_vmm_destroy(v);
 }
 
+/* ---- The end ---- */
+
+static void *destroy(void *arg)
+{
+    struct toy_vmm *v = arg;
+    vmmig_destroy(v->attach);
+    atomic_store(&v->quit, true);
+    return NULL;
+}
+
+/* The VMM's `arg` is there as long as a callback has it, and no longer. */
+static void the_end_waits_for_a_callback(void **state)
+{
+    struct toy_vmm *v = new_impatient_vmm();
+    struct vm_error *err = NULL;
+    pthread_t thread;
+    struct attach *a = agent_of(v);
+    vmmig_set_state(v->attach, VMMIG_RUNNING, NULL);
+    atomic_store(&v->hang[TOY_PAUSE], true);
+    assert_int_equal(guest_pause(attach_guest(a), &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    error_clear(&err);
+    assert_int_equal(pthread_create(&thread, NULL, destroy, v), 0);
+    while (access(v->path, F_OK) == 0)
+        sched_yield(); /* it has begun */
+    usleep(100000);    /* in which it could end */
+    assert_false(atomic_load(&v->quit));
+    atomic_store(&v->hang[TOY_PAUSE], false);
+    pthread_join(thread, NULL);
+    v->attach = NULL;
+    unsigned calls = atomic_load(&v->calls[TOY_RESUME]);
+    assert_int_equal(calls, 1); /* what it had paused so late goes on */
+    attach_destroy(a);
+    usleep(100000);
+    assert_int_equal(atomic_load(&v->calls[TOY_RESUME]), calls);
+    toy_vmm_destroy(v);
+}
+
+/* ---- vCPUs that are throttled ---- */
+
+/* Slice after slice begins before the thread has woken. */
+static void *hurry(void *arg)
+{
+    struct attach_throttle *t = arg;
+    int64_t deadline = clock_mono_ns() + 60 * NSEC_PER_SEC;
+    for (int64_t until; clock_mono_ns() < deadline && (until = atomic_load(&t->sleep_until_ns));)
+        atomic_compare_exchange_strong(&t->sleep_until_ns, &until, clock_mono_ns() + NSEC_PER_SEC);
+    return NULL;
+}
+
+static void a_vcpu_sleeps_no_longer_than_its_slice(void **state)
+{
+    struct attach_throttle t = {.percent = 99};
+    pthread_t thread;
+    attach_throttle_init(&t);
+    atomic_store(&t.sleep_until_ns, clock_mono_ns() + NSEC_PER_SEC);
+    int64_t started = clock_mono_ns();
+    assert_int_equal(pthread_create(&thread, NULL, hurry, &t), 0);
+    attach_throttle_sleep(&t);
+    assert_true(clock_mono_ns() - started < 30 * NSEC_PER_SEC);
+    atomic_store(&t.sleep_until_ns, 0);
+    pthread_join(thread, NULL);
+    pthread_cond_destroy(&t.changed);
+    pthread_mutex_destroy(&t.lock);
+}
+
+static void count_kick(void *arg, unsigned vcpu)
+{
+    atomic_fetch_add((atomic_uint *)arg, 1);
+}
+
+/* Or it would be kicked out of the guest again before it has run. */
+static void a_slice_waits_for_vcpus_that_wake_late(void **state)
+{
+    static const int no_vcpus[1];
+    struct vmmig_error error;
+    char path[64];
+    atomic_uint kicks = 0;
+    snprintf(path, sizeof(path), "/tmp/vmmig-late-%d", getpid());
+    struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE,
+                                  .socket_path = path,
+                                  .vmm = "late",
+                                  .machine = "late",
+                                  .tracking = VMMIG_TRACKING_PLAIN,
+                                  .vm_fd = -1,
+                                  .vcpu_fds = no_vcpus,
+                                  .n_vcpus = 1,
+                                  .arg = &kicks};
+    memset(&config.callbacks, 1, sizeof(config.callbacks)); /* never called, but: */
+    config.callbacks.log = NULL;
+    config.callbacks.kick = count_kick;
+    struct vmmig_attach *a;
+    assert_int_equal(vmmig_create(&config, &a, &error), 0);
+    pthread_mutex_lock(&a->throttle.lock);
+    a->throttle.sleepers++;
+    pthread_mutex_unlock(&a->throttle.lock);
+    assert_int_equal(attach_throttle_set(a, 99, NULL), 0);
+    while (!atomic_load(&kicks))
+        sched_yield();
+    int64_t slices = clock_mono_ns() + 500 * NSEC_PER_MSEC;
+    while (clock_mono_ns() < slices)
+        usleep(1000);
+    assert_int_equal(atomic_load(&kicks), 1);
+    pthread_mutex_lock(&a->throttle.lock);
+    a->throttle.sleepers--;
+    pthread_cond_broadcast(&a->throttle.changed);
+    pthread_mutex_unlock(&a->throttle.lock);
+    while (atomic_load(&kicks) < 3) {
+        vmmig_vcpu_enter(a, 0); /* as its thread does */
+        vmmig_vcpu_exit(a, 0, 0);
+    }
+    vmmig_destroy(a);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -375,6 +490,9 @@ int main(void)
         cmocka_unit_test(a_vmm_out_of_descriptors_stays_calm),
         cmocka_unit_test(a_save_that_hangs_does_not_keep_the_guest),
         cmocka_unit_test(a_guest_stays_paused_without_its_agent),
+        cmocka_unit_test(the_end_waits_for_a_callback),
+        cmocka_unit_test(a_vcpu_sleeps_no_longer_than_its_slice),
+        cmocka_unit_test(a_slice_waits_for_vcpus_that_wake_late),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

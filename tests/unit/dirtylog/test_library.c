@@ -75,6 +75,11 @@ static void wrong_slots_are_refused_by_name(void **state)
     s[1] = b.slot;
     s[1].kvm_slot = 0;
     expect_refused(v->attach, s, 2, "memory slots a and b have one name or number");
+    s[1] = a.slot; /* the same memory, at the same address, as a vCPU sees it in SMM */
+    s[1].kvm_slot = 1 << 16;
+    snprintf(s[1].name, sizeof(s[1].name), "smm");
+    expect_refused(v->attach, s, 2,
+                   "memory slot smm is of KVM's address space 1: guests with SMM cannot be migrated");
     s[1] = b.slot;
     s[1].memfd_offset = 2 * MIB;
     expect_refused(v->attach, s, 2, "memory slot b needs 6291456 bytes of its memfd, which has 4194304");
@@ -114,29 +119,96 @@ static void wrong_slots_are_refused_by_name(void **state)
     toy_vmm_destroy(v);
 }
 
+/* All that vmmig_create looks at is as it should be. */
+static struct vmmig_config right_config(void)
+{
+    static const int vcpus[VMMIG_VCPUS_MAX];
+    static const char *const argv[] = {"/usr/bin/toy", VMMIG_SOCKET_WORD, NULL};
+    struct vmmig_config c = {.size = VMMIG_CONFIG_SIZE,
+                             .socket_path = "fd:99999", /* which there is not: looked at last */
+                             .vmm = "toy 1",
+                             .machine = "toy/1",
+                             .state = VMMIG_RUNNING,
+                             .tracking = VMMIG_TRACKING_BITMAP,
+                             .vm_fd = -1,
+                             .vcpu_fds = vcpus,
+                             .n_vcpus = VMMIG_VCPUS_MAX,
+                             .callback_timeout_ms = VMMIG_CALLBACK_SECONDS * 1000,
+                             .incoming_argv = argv,
+                             .state_bytes = VMMIG_STATE_MAX};
+    memset(&c.callbacks, 1, sizeof(c.callbacks)); /* never called */
+    c.callbacks.log = NULL;
+    return c;
+}
+
+static void expect_config(const struct vmmig_config *config, const char *text)
+{
+    struct vmmig_error error = {0};
+    struct vmmig_attach *a;
+    assert_int_equal(vmmig_create(config, &a, &error), -1);
+    assert_string_equal(error.text, text);
+    assert_int_equal(error.code, EINVAL);
+}
+
+#define EXPECT_CONFIG(text, ...)                                                                   \
+    do {                                                                                           \
+        struct vmmig_config c = right_config();                                                    \
+        __VA_ARGS__;                                                                               \
+        expect_config(&c, text);                                                                   \
+    } while (0)
+
 static void a_wrong_configuration_is_refused(void **state)
 {
-    struct vmmig_error error;
+    char longest[109], word[257];
+    memset(longest, 'x', sizeof(longest));
+    memset(word, 'x', sizeof(word));
+    longest[108] = word[256] = 0;
+    const char *const bad_argv[] = {"/usr/bin/toy", "bad\n", NULL};
+    char size[128];
+    snprintf(size, sizeof(size), "config.size is %zu; the library that is loaded has %zu: build the VMM anew",
+             VMMIG_CONFIG_SIZE - 8, VMMIG_CONFIG_SIZE);
+    EXPECT_CONFIG(size, c.size -= 8);
+    EXPECT_CONFIG("config.callbacks.pause is missing", c.callbacks.pause = NULL);
+    EXPECT_CONFIG("config.callbacks.resume is missing", c.callbacks.resume = NULL);
+    EXPECT_CONFIG("config.callbacks.save is missing", c.callbacks.save = NULL);
+    EXPECT_CONFIG("config.callbacks.load is missing", c.callbacks.load = NULL);
+    EXPECT_CONFIG("config.callbacks.kick is missing", c.callbacks.kick = NULL);
+    EXPECT_CONFIG("config.vmm is missing", c.vmm = NULL);
+    EXPECT_CONFIG("config.vmm is missing", c.vmm = "");
+    EXPECT_CONFIG("config.vmm is longer than 255 bytes", c.vmm = word);
+    EXPECT_CONFIG("config.machine is missing", c.machine = NULL);
+    EXPECT_CONFIG("config.machine is longer than 255 bytes", c.machine = word);
+    EXPECT_CONFIG("config.machine is not printable UTF-8", c.machine = "a\nb");
+    EXPECT_CONFIG("config.tracking is not what vmmig_prepare_vm said", c.tracking = VMMIG_TRACKING_AUTO);
+    EXPECT_CONFIG("config.tracking is not what vmmig_prepare_vm said", c.tracking = VMMIG_TRACKING_TRACE + 1);
+    EXPECT_CONFIG("config.vcpu_fds is missing", c.vcpu_fds = NULL);
+    EXPECT_CONFIG("config.state_bytes is more than 268435456", c.state_bytes++);
+    EXPECT_CONFIG("config.socket_path is missing or longer than 107 bytes", c.socket_path = NULL);
+    EXPECT_CONFIG("config.socket_path is missing or longer than 107 bytes", c.socket_path = longest);
+    EXPECT_CONFIG("0 vCPUs; 1 to 256 are possible", c.n_vcpus = 0);
+    EXPECT_CONFIG("257 vCPUs; 1 to 256 are possible", c.n_vcpus++);
+    EXPECT_CONFIG("config.state is none of VMMIG_RUNNING, VMMIG_PAUSED and VMMIG_INCOMING", c.state = VMMIG_BROKEN);
+    EXPECT_CONFIG("config.callback_timeout_ms is more than 10 s", c.callback_timeout_ms++);
+    EXPECT_CONFIG("config.incoming_argv: message WELCOME: an argument is not printable UTF-8",
+                  c.incoming_argv = bad_argv);
+    /* And nothing else was wrong with it. */
+    EXPECT_CONFIG("fd:99999 is not a Unix socket for packets", c.state_bytes = 0);
+}
+
+/* 107 bytes are no mistake: the longest that there is. */
+static void the_longest_name_of_a_socket_is_taken(void **state)
+{
+    char path[108] = "/tmp/";
+    struct vmmig_error error = {0};
     struct vmmig_attach *a;
-    struct vmmig_config config = {.size = VMMIG_CONFIG_SIZE - 8};
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_non_null(strstr(error.text, "build the VMM anew"));
-    config.size = VMMIG_CONFIG_SIZE;
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_string_equal(error.text, "a callback is missing");
-    memset(&config.callbacks, 1, sizeof(config.callbacks)); /* never called */
-    config.callbacks.log = NULL;
-    config.n_vcpus = 1;
-    config.socket_path = "/tmp/x";
-    config.vmm = "toy 1";
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_string_equal(error.text, "config.machine is missing");
-    config.machine = "toy/1";
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_string_equal(error.text, "config.tracking is not what vmmig_prepare_vm said");
-    config.tracking = VMMIG_TRACKING_BITMAP;
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_string_equal(error.text, "config.vcpu_fds is missing");
+    struct stat st;
+    memset(path + 5, 'x', sizeof(path) - 6);
+    struct vmmig_config c = right_config();
+    c.socket_path = path;
+    assert_int_equal(vmmig_create(&c, &a, &error), 0);
+    assert_return_code(lstat(path, &st), errno);
+    vmmig_destroy(a);
+    assert_int_equal(lstat(path, &st), -1);
 }
 
 /* An agent that starts a VMM connects as soon as it can: what it is told then must be complete. */
@@ -161,10 +233,6 @@ static void agents_are_answered_when_memory_was_told(void **state)
                                   .n_vcpus = 1};
     memset(&config.callbacks, 1, sizeof(config.callbacks)); /* never called */
     config.callbacks.log = NULL;
-    config.state = VMMIG_BROKEN;
-    assert_int_equal(vmmig_create(&config, &a, &error), -1);
-    assert_non_null(strstr(error.text, "config.state"));
-    config.state = VMMIG_INCOMING;
     assert_int_equal(vmmig_create(&config, &a, &error), 0);
     assert_null(attach_connect(path, 50, &err));
     assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
@@ -274,6 +342,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(wrong_slots_are_refused_by_name),
         cmocka_unit_test(a_wrong_configuration_is_refused),
+        cmocka_unit_test(the_longest_name_of_a_socket_is_taken),
         cmocka_unit_test(agents_are_answered_when_memory_was_told),
         cmocka_unit_test(a_living_socket_is_not_taken_away),
         cmocka_unit_test(an_inherited_socket_is_used),

@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The attach driver against VMMs that die, are others than they should be, or say what makes no sense. No KVM needed. */
 #include "tests/unit/dirtylog/library_fixture.h"
+#include "vmm/attach_private.h"
 
 #include <errno.h>
+#include <linux/sched.h>
 #include <pthread.h>
 #include <sched.h>
 #include <setjmp.h>
@@ -11,7 +13,9 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -207,6 +211,117 @@ static void answers_that_make_no_sense_end_what_was_asked(void **state)
     unlink(address.sun_path);
 }
 
+/* ---- Whose process it is ---- */
+
+/* A process of that number, which nobody has; 0: whatever number. */
+static pid_t process_with(pid_t number)
+{
+    struct clone_args args = {.exit_signal = SIGCHLD};
+    if (number) {
+        args.set_tid = (uintptr_t)&number;
+        args.set_tid_size = 1;
+    }
+    return (pid_t)syscall(SYS_clone3, &args, sizeof(args));
+}
+
+/* A process of that user's that listened at the socket, and has ended. Its number. */
+static pid_t listen_and_end(int socket, uid_t user)
+{
+    pid_t pid = process_with(0);
+    if (pid == 0) {
+        bool listens = syscall(SYS_setresuid, user, user, user) == 0 && listen(socket, 1) == 0;
+        _exit(!listens);
+    }
+    int status;
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_int_equal(status, 0);
+    return pid;
+}
+
+/* Another process of this number, root's. 0: somebody else was faster. */
+static pid_t take_number(pid_t number)
+{
+    pid_t pid = process_with(number);
+    if (pid == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (;;)
+            pause();
+    }
+    if (pid < 0)
+        assert_int_equal(errno, EEXIST);
+    return pid < 0 ? 0 : pid;
+}
+
+static bool kernel_has_peerpidfd(void)
+{
+    int ends[2], pidfd = -1;
+    socklen_t n = sizeof(pidfd);
+    assert_return_code(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, ends), errno);
+    bool has = getsockopt(ends[0], SOL_SOCKET, 77 /* SO_PEERPIDFD */, &pidfd, &n) == 0;
+    close(ends[0]);
+    close(ends[1]);
+    if (has)
+        close(pidfd);
+    return has;
+}
+
+/* Who listened has ended, and a process that never heard of it has its number: nothing would be right about that VMM. */
+static void a_number_that_is_anothers_now_is_no_vmm(void **state)
+{
+    enum { OTHER = 65534 };
+    if (geteuid() != 0) {
+        print_message("SKIPPED: only root can choose the number of a process\n");
+        skip();
+    }
+    for (int roots = 0; roots < (kernel_has_peerpidfd() ? 2 : 1); roots++) {
+        struct sockaddr_un address = {.sun_family = AF_UNIX};
+        struct vm_error *err = NULL;
+        char expected[256];
+        int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+        snprintf(address.sun_path, sizeof(address.sun_path), "/tmp/vmmig-number-%d-%d", getpid(), roots);
+        assert_return_code(bind(fd, (struct sockaddr *)&address, sizeof(address)), errno);
+        pid_t number, pid;
+        do
+            pid = take_number(number = listen_and_end(fd, roots ? 0 : OTHER));
+        while (!pid);
+        assert_int_equal(pid, number);
+        assert_null(attach_connect(address.sun_path, 5000, &err));
+        assert_int_equal(err->kind, VM_ERROR_REFUSED);
+        snprintf(expected, sizeof(expected), "%s: the process that listened here has ended, and %d is another's number now",
+                 address.sun_path, number);
+        assert_string_equal(error_message(err), expected);
+        error_clear(&err);
+        /* Kernels before 6.5 say whose it was, and no more. */
+        assert_int_equal(attach_check_listener(-1, pid, OTHER, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_REFUSED);
+        error_clear(&err);
+        assert_int_equal(attach_check_listener(-1, pid, 0, &err), 0);
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+        assert_int_equal(attach_check_listener(-1, pid, OTHER, &err), -1);
+        assert_int_equal(err->kind, VM_ERROR_NOT_FOUND);
+        error_clear(&err);
+        close(fd);
+        unlink(address.sun_path);
+    }
+}
+
+/* A large guest's log takes its time, to be switched and to be read. */
+static void a_large_guests_log_is_waited_for(void **state)
+{
+    static const unsigned types[] = {VMMIG__ATTACH__TYPE__TRACK, VMMIG__ATTACH__TYPE__HARVEST,
+                                     VMMIG__ATTACH__TYPE__UNTRACK};
+    struct attach_client c = {.memory = 0};
+    int usual = attach_client_patience_ms(&c, VMMIG__ATTACH__TYPE__STATUS);
+    for (unsigned i = 0; i < 3; i++) {
+        atomic_store(&c.memory, 0);
+        assert_int_equal(attach_client_patience_ms(&c, types[i]), usual);
+        atomic_store(&c.memory, 1ull << 40);
+        assert_true(attach_client_patience_ms(&c, types[i]) >= usual + 1024 * 12);
+    }
+    assert_int_equal(attach_client_patience_ms(&c, VMMIG__ATTACH__TYPE__STATUS), usual);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -215,6 +330,8 @@ int main(void)
         cmocka_unit_test(a_destination_must_be_the_same_machine_and_wait),
         cmocka_unit_test(memory_beyond_all_measure_is_refused),
         cmocka_unit_test(answers_that_make_no_sense_end_what_was_asked),
+        cmocka_unit_test(a_number_that_is_anothers_now_is_no_vmm),
+        cmocka_unit_test(a_large_guests_log_is_waited_for),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

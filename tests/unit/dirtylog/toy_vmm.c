@@ -179,7 +179,7 @@ static void open_library(struct toy_vmm *v)
         .vm_fd = v->vm ? tiny_vm_fd(v->vm) : -1,
         .vcpu_fds = v->vm ? tiny_vm_vcpu_fds(v->vm) : no_vcpus,
         .n_vcpus = v->vm ? v->params.vcpus : 1,
-        .agent_uid = (uid_t)-1,
+        .agent_uid = v->params.agent_uid ? v->params.agent_uid : (uid_t)-1,
         .callback_timeout_ms = v->params.callback_timeout_ms,
         .incoming_argv = argv,
         .callbacks = {.pause = on_pause,
@@ -190,7 +190,8 @@ static void open_library(struct toy_vmm *v)
                       .quit = on_quit,
                       .kick = on_kick},
         .arg = v,
-        .takes_files = !v->params.takes_no_files};
+        .takes_files = !v->params.takes_no_files,
+        .state_bytes = TOY_STATE};
     must(vmmig_create(&config, &v->attach, &error), &error);
     for (unsigned i = 0; i < 2; i++) {
         v->slots[i] = (struct vmmig_slot){.kvm_slot = i,
@@ -212,7 +213,7 @@ struct toy_vmm *toy_vmm_create(const struct toy_params *params)
         .kind = params->kind,
         .ring_entries = params->ring_entries,
         .vcpus = v->params.vcpus,
-        .data_size = (uint64_t)TOY_PAGES * DIRTYLOG_PAGE});
+        .data_size = (params->pages ? params->pages : TOY_PAGES) * DIRTYLOG_PAGE});
     for (unsigned i = 0; i < 2; i++) {
         v->memory[i] = tiny_vm_slots(v->vm)[i].host;
         v->sizes[i] = tiny_vm_slots(v->vm)[i].size;

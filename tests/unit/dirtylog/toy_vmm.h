@@ -18,7 +18,7 @@
 
 #include <stdatomic.h>
 
-#define TOY_PAGES 4096u            /* of data */
+#define TOY_PAGES 4096u            /* of data, unless there shall be more */
 #define TOY_DEVICE_FIRST 3072u     /* pages that only the device writes */
 #define TOY_DEVICE_PAGES 1000u
 #define TOY_SAVE_PAGE 4090u        /* written while the state is saved */
@@ -30,12 +30,14 @@ enum toy_step { TOY_PAUSE, TOY_RESUME, TOY_RELEASE, TOY_SAVE, TOY_LOAD, TOY_STEP
 struct toy_params {
     enum dirtylog_kind kind;
     unsigned ring_entries, vcpus;
+    uint64_t pages; /* of data; 0: TOY_PAGES */
     unsigned callback_timeout_ms;
     bool device, forget_marks; /* let the device run; without marking */
     bool write_on_save, forget_mark_on_save;
     bool takes_no_files;
     bool pauses_first; /* a `pause` that fails or hangs has stopped the guest before */
     const char *socket; /* instead of a path of its own */
+    uid_t agent_uid;    /* 0: nobody's but root's */
 };
 
 struct toy_vmm {

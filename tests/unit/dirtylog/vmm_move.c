@@ -30,6 +30,7 @@ struct move {
 
 static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
 {
+    static const uint8_t zero[GUEST_PAGE_SIZE];
     struct move *m = arg;
     for (unsigned i = 0; i < batch->n; i++) {
         const struct page_ref *p = &batch->pages[i];
@@ -38,6 +39,8 @@ static int on_pages(void *arg, struct page_batch *batch, struct vm_error **err)
         m->pages++;
         if (p->data)
             memcpy(to, p->data, GUEST_PAGE_SIZE);
+        else if (memcmp(to, zero, GUEST_PAGE_SIZE)) /* not where nothing is: that would take memory */
+            memset(to, 0, GUEST_PAGE_SIZE);
     }
     page_batch_unref(batch);
     return 0;
