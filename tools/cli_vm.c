@@ -389,7 +389,7 @@ static const struct cli_object objects[] = {
      "(null, or attempt, state, text, peer, in_doubt, can_here, can_gone, settled), and in the answer "
      "about one VM qmp or socket, and argv"},
     {"a job (send, watch, cancel; jobs: an array `jobs`)",
-     "job, kind (send, receive, snapshot, restore; of the repository: import, export, gc, scrub, rebuild-index, "
+     "job, kind (send, check, receive, snapshot, restore; of the repository: import, export, gc, scrub, rebuild-index, "
      "copy), vm (null: of the repository), peer (or the image), state (running, done, failed, "
      "cancelled), cancelling, started, elapsed_ms, error, phase (preparing, copying, paused, deciding, finishing, "
      "undoing; working), round, total_bytes, remaining_bytes, dirty_rate, working_set_bytes (null if not "
