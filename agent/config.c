@@ -6,6 +6,8 @@
 #include "base/text.h"
 #include "repo/url.h"
 
+#include <grp.h>
+#include <pwd.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -30,14 +32,30 @@ static int parse_text(const struct option *o, const char *value, void *member,
     return copy_text(value, member, err);
 }
 
-/* A group or user, or "none". */
-static int parse_account(const struct option *o, const char *value, void *member,
-                         struct vm_error **err)
+/* A group or user of this host, or "none". */
+static int copy_account(const char *value, bool exists, const char *what, void *member,
+                        struct vm_error **err)
 {
-    (void)o;
     if (!*value)
         return error_set(err, VM_ERROR_USAGE, "a name, or none, is expected");
-    return copy_text(strcmp(value, "none") ? value : "", member, err);
+    if (!strcmp(value, "none"))
+        return copy_text("", member, err);
+    return exists ? copy_text(value, member, err)
+                  : error_set(err, VM_ERROR_USAGE, "there is no %s named %s", what, value);
+}
+
+static int parse_user(const struct option *o, const char *value, void *member,
+                      struct vm_error **err)
+{
+    (void)o;
+    return copy_account(value, getpwnam(value), "user", member, err);
+}
+
+static int parse_group(const struct option *o, const char *value, void *member,
+                       struct vm_error **err)
+{
+    (void)o;
+    return copy_account(value, getgrnam(value), "group", member, err);
 }
 
 static int parse_path(const struct option *o, const char *value, void *member,
@@ -174,7 +192,7 @@ static const struct option config_options[] = {
     {"control-socket", "PATH", parse_socket, MEMBER(control_socket),
      .text =
          "Where `vmmig` finds the agent. control.sock in the runtime directory if it is not set"},
-    {"control-group", "GROUP", parse_account, MEMBER(control_group), .def = "none",
+    {"control-group", "GROUP", parse_group, MEMBER(control_group), .def = "none",
      .text = "Its members may drive the agent, besides root and the agent's own user. They can run "
              "VMMs of the list below with any arguments, and name folders in which the agent makes "
              "disks: trust them as you trust root"},
@@ -215,7 +233,7 @@ static const struct option config_options[] = {
          "A cgroup, as /sys/fs/cgroup/vmmig.slice (where the installed unit is), below which "
          "each VM gets a cgroup of its own, to which its memory is charged; none: VMs share the "
          "agent's"},
-    {"vm-user", "USER", parse_account, MEMBER(vm_user), .def = "none",
+    {"vm-user", "USER", parse_user, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user. An agent that is root then takes no VM "
              "of another host and starts none out of the repository. That user must be able to open the VMs' disks and "
              "taps and /dev/kvm, and to make the sockets that their command lines name: /run/vmmig/vms is a folder for "
@@ -239,7 +257,7 @@ static const struct option config_options[] = {
              "clones are to move"},
     {"libexec-dir", "DIR", parse_path, MEMBER(libexec_dir),
      .text = "Where vmmig-mount, vmmig-fetch and vmmig-guard are. The installed ones if it is not set"},
-    {"publish-group", "GROUP", parse_account, MEMBER(publish_group), .def = "none",
+    {"publish-group", "GROUP", parse_group, MEMBER(publish_group), .def = "none",
      .text = "Whose members may publish and delete templates, besides root; none: whoever may "
              "drive the agent"},
     {"scratch-dir", "DIR", parse_path, MEMBER(scratch_dir), .def = "/var/lib/vmmig/scratch",

@@ -89,7 +89,7 @@ static void print_manual(void)
     text_wrap(
         stdout,
         "0 after SIGTERM or SIGINT; otherwise that of the kind of error, as listed in vmmig(1), "
-        "and 2 for errors in the command line or the configuration.",
+        "and 2 for errors in the command line or in the configuration's text.",
         0, 0);
 }
 

@@ -388,7 +388,7 @@ static int resume_behind(struct channel_sender *s, uint64_t applied, struct vm_e
 static int connect_once(struct channel_sender *s, int64_t deadline_ns, int64_t last_deadline_ns,
                         struct vm_error **err)
 {
-    uint64_t applied;
+    uint64_t applied = 0;
     if (FAULT("channel.connect") == FAULT_ERROR)
         return error_errno(err, fault_errno(), "channel.connect");
     if (s->params.connect(s->params.connect_arg, deadline_ns, s->halt_fd, &s->conn, err) < 0)

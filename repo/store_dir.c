@@ -430,14 +430,44 @@ static int sync_maps(int folder, struct vm_error **err)
     return maps < 0 || fsync(maps) < 0 ? error_errno(err, errno, "cannot sync folder maps") : 0;
 }
 
+/* A name that was mistyped must not fill a folder of somebody else's. One that was begun is gone on with. */
+static int check_is_empty(int folder, const char *path, struct vm_error **err)
+{
+    static const char *const ours[] = {".", "..", "blobs", "packs", "maps", "ballast", "lost+found"};
+    if (faccessat(folder, "maps", F_OK, 0) == 0)
+        return 0;
+    int fd = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *entries = fd < 0 ? NULL : fdopendir(fd);
+    if (!entries) {
+        close_fd(&fd);
+        return error_errno(err, errno, "cannot read folder %s", path);
+    }
+    bool others = false;
+    for (const struct dirent *e; (e = readdir(entries)) && !others;) {
+        others = true;
+        for (size_t i = 0; i < sizeof(ours) / sizeof(*ours); i++)
+            others &= strcmp(e->d_name, ours[i]) != 0;
+    }
+    closedir(entries);
+    return others ? error_set(err, VM_ERROR_CONFLICT,
+                              "folder %s is not empty and holds no repository; name another, which may be a new one",
+                              path)
+                  : 0;
+}
+
 static int open_folder(const struct repo_url *url, int flags, struct vm_error **err)
 {
     bool create = flags & STORE_OPEN_CREATE;
     if (create && io_make_folders(url->path, 0700, err) < 0)
         return -1;
     cleanup_close int fd = open(url->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT)
+        return error_set(err, VM_ERROR_NOT_FOUND, "there is no folder %s; \"vmmig repo init\" makes it, and a repository in it",
+                         url->path);
     if (fd < 0)
         return error_errno(err, errno, "cannot open folder %s", url->path);
+    if (create && check_is_empty(fd, url->path, err) < 0)
+        return -1;
     if (refuse_network_file_system(fd, url->path, err) < 0)
         return -1;
     if (create && (make_layout(fd, err) < 0 || sync_above(fd, url->path, err) < 0))

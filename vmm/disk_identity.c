@@ -455,7 +455,7 @@ int disk_identity_answer(const struct qemu_disk *disk, const struct disk_view *v
                          struct vm_error **err)
 {
     struct disk_answer answer = {0};
-    enum disk_proof proof;
+    enum disk_proof proof = DISK_PROOF_NONCE;
     if (proof_of(disk, &proof, err) < 0)
         return -1;
     if (proof != offer->proof)

@@ -33,7 +33,7 @@ def test_two_hosts_as_in_the_readme(tmp_path):
         for name in ('web1b', 'worker-1', 'worker-2'):
             cluster.console(name)
         names = {'host1': 'h1', 'host2': 'h2', '/run/vmmig/vms/web1.qmp': '/run/vmmig/web1.qmp', '/run/web2.vmm': own.attach_path,
-                 '/run/web2.console': own.console_path, 'guest.bin': built('tests/guest/bare/bare_pc.bin')}
+                 '--serial null': f'--serial unix:{own.console_path}', 'guest.bin': built('tests/guest/bare/bare_pc.bin')}
         for folder in ('/srv/disks', '/mnt/images'):
             names[folder] = os.path.join(cluster.shared, os.path.basename(folder))
             os.mkdir(names[folder])

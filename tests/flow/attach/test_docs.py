@@ -50,7 +50,7 @@ def test_its_commands_do_what_it_says():
     vm = VmmGuest('web1', mem_mib=256, vcpus=2)
     lines = [re.split(r'\s{3,}', line)[0] for line in typed() if line.startswith('vmmig')]
     assert len(lines) == 5
-    names = {'/run/web1.vmm': vm.attach_path, '/run/web1.console': vm.console_path, 'host2': 'h2',
+    names = {'/run/web1.vmm': vm.attach_path, '--serial null': f'--serial unix:{vm.console_path}', 'host2': 'h2',
              'guest.bin': built('tests/guest/bare/bare_pc.bin')}
     with Cluster(start=False) as cluster:
         console = cluster.console('web1')

@@ -257,6 +257,18 @@ def test_a_repository_that_is_not_there(tmp_path, raw):
     assert not (tmp_path / 'nowhere').exists()
 
 
+def test_a_folder_of_somebody_elses_becomes_no_repository(tmp_path):
+    """One that is empty does."""
+    url = f'dir:{tmp_path}/place'
+    way = Way(['--repo', url], url)
+    (tmp_path / 'place').mkdir()
+    (tmp_path / 'place' / 'passwd').touch()
+    way.refuses(4, 'is not empty and holds no repository', 'repo', 'init')
+    assert os.listdir(tmp_path / 'place') == ['passwd']
+    (tmp_path / 'place' / 'passwd').unlink()
+    way.run('repo', 'init')
+
+
 def test_pools_and_rights(ceph, raw, tmp_path):
     """Least caps: a namespace of one pool. Others, and a user without any, get one line."""
     missing = f'rados:nopool?conf={ceph.conf}'

@@ -39,13 +39,13 @@ static void expect(const uint64_t *times, size_t n, struct snapshot_rule rule, c
 {
     struct snapshot_entry list[16] = {0};
     bool drop[16];
-    char got[17] = "";
+    char got[17] = "", *end = got;
     for (size_t i = 0; i < n; i++)
         list[i].created_s = times[i];
     snapshot_choose(list, n, &rule, drop);
     for (size_t i = 0; i < n; i++)
         if (!drop[i])
-            strncat(got, &"abcdefghijklmnop"[i], 1);
+            *end++ = (char)('a' + i);
     assert_string_equal(got, kept);
 }
 
