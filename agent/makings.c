@@ -45,7 +45,8 @@ int making_begin(struct making *m, const struct config *config, const char *vm,
         return 0;
     return errno == EEXIST
                ? error_set(err, VM_ERROR_CONFLICT,
-                           "a VM %s that was being made when the agent died is not cleaned up yet", vm)
+                           "what is left of a VM %s that was being made when the agent died could not be taken back: "
+                           "the agent's log says why; start it again when that is mended", vm)
                : error_errno(err, errno, "cannot make %s", m->path);
 }
 

@@ -511,6 +511,36 @@ def test_no_space_for_the_overlay(agent, template):
         agent.host.run(['umount', folder])
 
 
+def test_no_space_for_what_overlays_are_copied_from(agent, template):
+    folder = '/var/lib/vmmig/models'
+    os.makedirs(agent.host.path(folder), exist_ok=True)
+    agent.host.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'full', folder])
+    try:
+        said = agent.vmmig('clone', 'debian12:v1', '--as', 'bad', check=False)
+        assert said.returncode == 11 and said.stderr.count('\n') == 1 and f'in {folder}' in said.stderr, said
+        assert agent.host.run(['ls', '-A', folder]) == ''
+        assert agent.json('list')['vms'] == []
+        assert not os.path.exists(agent.host.path('/var/lib/vmmig/clones/bad'))
+    finally:
+        agent.host.run(['umount', folder])
+
+
+def test_a_clone_is_on_a_tap_of_its_own(agent):
+    for tap in ('tap0', 'tap1'):
+        agent.host.add_tap(tap)
+    publish(agent, BareGuest('tapped', mem_mib=64, dirty_mib=4, rate_mbps=1), 'tapped:v1',
+            ['-netdev', 'tap,id=net0,ifname=tap0,script=no,downscript=no', '-device', 'virtio-net-pci,netdev=net0'])
+    refused = agent.vmmig('clone', 'tapped:v1', '--as', 't1', check=False)
+    assert refused.returncode == 5 and 'tap0' in refused.stderr and '--set net0=TAP' in refused.stderr, refused
+    agent.cluster.console('t1')
+    made, = agent.json('clone', 'tapped:v1', '--as', 't1', '--set', 'net0=tap1')['clones']
+    up = {one['ifname'] for one in json.loads(agent.host.run(['ip', '-j', 'link', 'show', 'type', 'tun']))
+          if 'LOWER_UP' in one['flags']}
+    assert up == {'tap1'}  # somebody has it open
+    kill(agent, made)
+    agent.vmmig('template', 'delete', 'tapped:v1')
+
+
 def backing(agent, name):
     return agent.host.run(['qemu-img', 'info', '-U', '--output', 'json',
                            f'/var/lib/vmmig/clones/{name}/disk0.qcow2'])

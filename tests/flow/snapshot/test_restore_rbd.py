@@ -158,7 +158,7 @@ def test_the_agent_dies(agent, ceph, web1, point, there):
     assert agent.json('list')['vms'] == []
 
 
-@pytest.mark.parametrize('point', ['restore.disk', 'restore.made'])
+@pytest.mark.parametrize('point', [pytest.param('restore.disk', marks=pytest.mark.full), 'restore.made'])
 def test_a_restore_is_cancelled_while_ceph_is_away(agent, ceph, web1, point):
     """While images are made, or written: it ends, and what there was of them goes when Ceph is back."""
     before = images(agent, ceph)
