@@ -344,6 +344,12 @@ def test_the_agents_memory_is_bounded(cluster, guests, mib, options, connections
 
 # ---- what it is asked to do
 
+def at_rest(agent, name):
+    """May it be sent on from there? What brought it has ended, for its agent too."""
+    vm = agent.json('status', name)
+    return (not vm['handover'] or vm['handover']['settled']) and (not vm['job'] or vm['job']['state'] != 'running')
+
+
 def test_pages_are_compressed_as_asked(cluster, guests):
     """A memory of text, to and fro: none sends nothing that is compressed, the others nothing of the other kind, and all
     of it is on the wire."""
@@ -360,6 +366,7 @@ def test_pages_are_compressed_as_asked(cluster, guests):
         wire[compress] = job['wire_bytes'] / sum(pages['pages'] for name, pages in job['pages'].items() if name not in
                                                  ('zero', 'same'))
         here, there = there, here
+        eventually('the end of the hand-over', lambda agent=here: at_rest(agent, 'asked'))
     assert wire['none'] >= 4096 > 2 * wire['lz4'] > 2 * wire['zstd'], wire
     console.wait_ticks(3)
     console.verify()
