@@ -71,7 +71,7 @@ static int no_such_command(int n, char **words, struct vm_error **err)
     command_names(names);
     second_words(names, words[0], seconds, sizeof(seconds));
     if (*seconds && (n < 2 || words[1][0] == '-'))
-        return error_set(err, VM_ERROR_USAGE, "vmmig %.60s needs one of: %s", words[0], seconds);
+        return error_set(err, VM_ERROR_USAGE, "%.60s needs one of: %s", words[0], seconds);
     snprintf(said, sizeof(said), *seconds ? "%.40s %.40s" : "%.60s", words[0],
              *seconds ? words[1] : "");
     const char *nearest = text_nearest(said, names);

@@ -121,7 +121,7 @@ void cli_format_progress(const Vmmig__Control__Job *j, char *out, size_t size)
         append(out, size, " round %u", j->round);
     if (j->total)
         append(out, size, ", %s left", text_size(j->remaining));
-    if (j->total && !j->snapshot)
+    if (j->total && !j->snapshot && j->round > 1) /* in the first round nothing was looked at again */
         append(out, size, ", dirty %s/s", text_size(j->dirty_rate));
     if (j->wire_bytes)
         append(out, size, ", link %s/s", text_size(j->link_rate));

@@ -336,7 +336,7 @@ int pki_issue(const char *dir, const struct pki_host *host, struct vm_error **er
         make_path(dir, host->name, ".crt", &cert_path, err) < 0 ||
         make_path(dir, host->name, ".key", &key_path, err) < 0)
         return -1;
-    const char *advice = "to renew it, ask for replacement";
+    const char *advice = "to renew it, say --replace";
     if (!host->replace &&
         (refuse_existing(cert_path, advice, err) < 0 || refuse_existing(key_path, advice, err) < 0))
         return -1;

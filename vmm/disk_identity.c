@@ -441,8 +441,8 @@ static int read_nonce(const struct qemu_disk *disk, const struct disk_view *view
     if (fd < 0)
         return error_set(
             err, VM_ERROR_REFUSED,
-            "disk %s: %s is not the one of the other host: the proof beside that one is "
-            "not here",
+            "disk %s: %s is another file here than on the other host (the proof beside that one is "
+            "not here): it has to lie on storage that both see under this name",
             disk->name, path);
     if (read(fd, text, UUID_TEXT_SIZE - 1) != UUID_TEXT_SIZE - 1 || !uuid_parse(text, &a->secret))
         return error_set(err, VM_ERROR_REFUSED, "disk %s: the proof beside %s is damaged",

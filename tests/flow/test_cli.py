@@ -496,7 +496,7 @@ def test_the_progress_line_of_a_terminal(h1, h2):
 BAD_INPUT = [
     ([], 2, 'a command is missing; see vmmig --help'),
     (['lst'], 2, "there is no command 'lst'; did you mean 'list'?"),
-    (['pki'], 2, 'vmmig pki needs one of: init, issue, revoke'),
+    (['pki'], 2, 'pki needs one of: init, issue, revoke'),
     (['list', '--jsn'], 2, 'there is no option --jsn; did you mean --json?'),
     (['list', '-j'], 2, 'there is no option -j; options begin with --'),
     (['list', 'x'], 2, "unexpected argument 'x'; usage: vmmig list"),

@@ -197,7 +197,7 @@ def test_a_prepared_qemu_with_a_file_of_its_own_is_refused(cluster, vm):
     with open(h2.path(other), 'wb') as file:
         file.truncate(MIB)
     prepare(cluster, vm, with_options(vm, drive(other, 'raw')))
-    refused(cluster, vm, console, f'disk disk0: {other} is not the one of the other host', '--dest-qmp', vm.qmp_path)
+    refused(cluster, vm, console, f'disk disk0: {other} is another file here than on the other host', '--dest-qmp', vm.qmp_path)
     end_all(h2, vm)
     prepare(cluster, vm)
     moves(cluster, vm, console, '--dest-qmp', vm.qmp_path)
