@@ -344,6 +344,9 @@ static int check_repo_stat(const Vmmig__Control__RepoStat *m, struct vm_error **
 {
     if (field_check_uuid("the repository's id", m->uuid.data, m->uuid.len, err) < 0)
         return -1;
+    if (check_word("the holder", m->oldest_lease_holder, err) < 0 ||
+        check_word("the image", m->oldest_lease_image, err) < 0)
+        return -1;
     return field_check_text("the URL", m->url, 0, FIELD_PATH_MAX, err);
 }
 

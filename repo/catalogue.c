@@ -3,6 +3,8 @@
 #include "repo/catalogue_shard.h"
 #include "repo/names.h"
 
+#include "proto/fields.h"
+
 #include "base/clock.h"
 #include "base/fault.h"
 #include "base/log.h"
@@ -257,6 +259,16 @@ int catalogue_lease_drop(struct store *s, const struct lease *lease, struct vm_e
                        shard_number_key(SHARD_LEASES, lease->number, key), NULL, &erased, err);
 }
 
+static int lease_damaged(const char *key, const char *holder, struct vm_error **err)
+{
+    char told[STORE_KEY_MAX + 1];
+    snprintf(told, sizeof(told), "%s", key);
+    field_make_text(told, STORE_KEY_MAX);
+    return error_set(err, VM_ERROR_CORRUPT,
+                     "lease %s of %s is damaged; deleting the image %s removes it", told, holder,
+                     told);
+}
+
 static int read_lease(const struct store_pair *pair, struct lease *lease, struct vm_error **err)
 {
     struct cursor c = cursor_init(pair->value, pair->len);
@@ -265,12 +277,15 @@ static int read_lease(const struct store_pair *pair, struct lease *lease, struct
     size_t n = cursor_u8(&c);
     const uint8_t *holder = n <= IMAGE_NAME_MAX ? cursor_take(&c, n) : NULL;
     if (!holder)
-        return error_set(err, VM_ERROR_CORRUPT, "lease %.40s makes no sense", pair->key);
+        return lease_damaged(pair->key, "somebody", err);
     memcpy(lease->holder, holder, n);
     lease->holder[n] = 0;
-    return shard_take_image(&c, pair->key, &lease->image, err) < 0
-               ? error_wrap(err, "lease %.40s of %s", pair->key, lease->holder)
-               : 0;
+    cleanup_error struct vm_error *problem = NULL;
+    if (lease->number && shard_take_image(&c, pair->key, &lease->image, &problem) == 0)
+        return 0;
+    return problem && problem->kind != VM_ERROR_CORRUPT
+               ? error_propagate(err, steal_ptr(&problem))
+               : lease_damaged(pair->key, lease->holder, err);
 }
 
 static int list_lease(unsigned shard, const struct store_pair *pair, void *arg,
@@ -291,6 +306,61 @@ int catalogue_leases(struct store *s, catalogue_lease_fn *visit, catalogue_damag
     return scan_listing(s, SHARD_LEASES, list_lease,
                         &(struct listing){.visit_lease = visit, .damaged = damaged, .arg = arg},
                         err);
+}
+
+/* ---- entries that are damaged ---- */
+
+struct damaged_search {
+    struct store *store;
+    const char *name; /* of an image, or key of a lease, as it was told */
+    bool removed;
+    struct image image;
+    struct lease lease;
+};
+
+/* What a later version wrote is not. */
+static bool is_damaged(struct damaged_search *d, const struct store_pair *pair)
+{
+    cleanup_error struct vm_error *problem = NULL;
+    int result = !strncmp(pair->key, SHARD_LEASES, 2)
+                     ? read_lease(pair, &d->lease, &problem)
+                     : image_read(pair->key + 2, pair->value, pair->len, &d->image, &problem);
+    return result < 0 && problem->kind == VM_ERROR_CORRUPT;
+}
+
+static int remove_damaged(unsigned shard, const struct store_pair *pair, void *arg,
+                          struct vm_error **err)
+{
+    struct damaged_search *d = arg;
+    cleanup_buffer struct buffer guard = {0};
+    char told[STORE_KEY_MAX + 1];
+    bool erased = false;
+    strcpy(told, pair->key);
+    field_make_text(told, STORE_KEY_MAX);
+    if (strcmp(d->name, strncmp(told, SHARD_LEASES, 2) ? told + 2 : told) || !is_damaged(d, pair))
+        return 0;
+    buffer_put(&guard, pair->value, pair->len);
+    if (guard.failed)
+        return error_nomem(err);
+    if (shard_erase(d->store, shard, pair->key, &guard, &erased, err) < 0)
+        return -1;
+    d->removed |= erased;
+    return 0;
+}
+
+int catalogue_delete_damaged(struct store *s, const char *name, bool *ret_removed,
+                             struct vm_error **err)
+{
+    cleanup_free struct damaged_search *d = calloc(1, sizeof(*d));
+    if (!d)
+        return error_nomem(err);
+    d->store = s;
+    d->name = name;
+    if (shard_scan_all(s, SHARD_NAMES, remove_damaged, d, err) < 0 ||
+        shard_scan_all(s, SHARD_LEASES, remove_damaged, d, err) < 0)
+        return -1;
+    *ret_removed = d->removed;
+    return 0;
 }
 
 /* ---- for collectors ---- */

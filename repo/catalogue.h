@@ -67,6 +67,14 @@ int catalogue_delete(struct store *s, const char *name, struct vm_error **err);
 /* The same, of that very image: CONFLICT if the name has another one by now. */
 int catalogue_delete_image(struct store *s, const struct image *image, struct vm_error **err);
 
+/*
+ * Remove entries that cannot be used (see catalogue_list), because their key, their value or their
+ * place is damaged, by the name that was told of them: what is not printable is '?' in it, and a
+ * lease's is its key. Never one that is whole. *ret_removed: there was one.
+ */
+int catalogue_delete_damaged(struct store *s, const char *name, bool *ret_removed,
+                             struct vm_error **err);
+
 /* ---- leases ---- */
 
 struct lease {

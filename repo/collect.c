@@ -84,6 +84,7 @@ static int take_writer(const struct registered *r, void *arg, struct vm_error **
 struct marking {
     struct store *store;
     struct holdings *holdings;
+    bool told; /* that nothing is removed */
 };
 
 /* A root that cannot be read matters only if it still is one. */
@@ -99,6 +100,7 @@ static int mark_image(const struct image *image, void *arg, struct vm_error **er
     cleanup_error struct vm_error *kept = problem;
     if (catalogue_root_is_current(m->store, image, &current, err) < 0)
         return -1;
+    m->told = current;
     return current ? error_set(err, VM_ERROR_CORRUPT,
                                "%s; nothing is removed before that image is deleted, and its leases "
                                "are dropped, which \"vmmig repo scrub\" names",
@@ -114,7 +116,14 @@ static int mark(struct store *s, struct object_set *ret_marked, struct alive *al
         return -1;
     CLEANUP(holdings) struct holdings *h = holdings_create(s, ret_marked, alive, err);
     struct marking m = {s, h};
-    return h ? catalogue_roots(s, mark_image, &m, err) : -1;
+    cleanup_error struct vm_error *problem = NULL;
+    if (!h || catalogue_roots(s, mark_image, &m, &problem) == 0)
+        return h ? 0 : -1;
+    /* What a damaged root held is not known. */
+    return problem->kind == VM_ERROR_CORRUPT && !m.told
+               ? error_set(err, VM_ERROR_CORRUPT, "%s; nothing is removed before that",
+                           error_message(problem))
+               : error_propagate(err, steal_ptr(&problem));
 }
 
 static int subtract(const struct number_set *all, const struct number_set *marked,
@@ -192,16 +201,20 @@ static int open_or_adopt(struct collection *c, struct vm_error **err)
 static int mark_again(struct collection *c, struct vm_error **err)
 {
     cleanup_object_set struct object_set spared = {{0}, {0}};
+    cleanup_number_set struct number_set claimed = {0}, chosen = {0};
     const struct number_set none = {0};
     bool more;
     forget_list(c);
     c->alive = (struct alive){.only = &c->listed.packs, .salt = c->state.epoch};
-    if (condemned_load(c->store, &c->state.list, &c->listed, err) < 0 ||
+    if (condemned_load(c->store, &c->state.list, &c->listed, &claimed, err) < 0 ||
         mark(c->store, &c->marked, &c->alive, err) < 0)
         return -1;
     c->report.condemned = c->listed.packs.n + c->listed.trees.n;
-    if (c->options->repack && repack_choose(c->repo, c->options, &c->alive, &none, &c->repack,
-                                            &more, err) < 0)
+    if (c->options->repack &&
+        repack_choose(c->repo, c->options, &c->alive, &none, &chosen, &more, err) < 0)
+        return -1;
+    /* Of what somebody has begun to remove nothing is left to be moved. */
+    if (subtract(&chosen, &claimed, &none, &c->repack, err) < 0)
         return -1;
     /* What is listed and marked: listed, less what is listed and not marked. */
     cleanup_object_set struct object_set garbage = {{0}, {0}};

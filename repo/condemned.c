@@ -2,6 +2,8 @@
 #include "repo/condemned.h"
 #include "repo/names.h"
 
+#include "base/log.h"
+
 #define LIST_PREFIX "condemned."
 
 enum {
@@ -122,6 +124,7 @@ static int change_state(struct store *s, const struct condemned_state *from,
 
 struct loading {
     struct object_set *set;
+    struct number_set *claimed; /* packs; or NULL */
     size_t prefix;
 };
 
@@ -142,19 +145,22 @@ static int load_pair(size_t map, const struct store_pair *pair, void *arg, struc
     const struct loading *l = arg;
     (void)map;
     const char *object = pair->key + l->prefix;
+    bool claimed = l->claimed && pair->len == 1 && *(const char *)pair->value == 'd';
     uint64_t number;
     if (object_number(PACK_PREFIX, object, &number))
-        return number_set_add(&l->set->packs, number, err);
+        return claimed && number_set_add(l->claimed, number, err) < 0
+                   ? -1
+                   : number_set_add(&l->set->packs, number, err);
     if (object_number(TREE_PREFIX, object, &number))
         return number_set_add(&l->set->trees, number, err);
     return error_set(err, VM_ERROR_CORRUPT, "\"%.60s\" is no entry of a condemned list", pair->key);
 }
 
 int condemned_load(struct store *s, const struct condemned_list *list, struct object_set *set,
-                   struct vm_error **err)
+                   struct number_set *claimed, struct vm_error **err)
 {
     char prefix[KEY_SIZE];
-    struct loading l = {set, list_prefix(list, prefix)};
+    struct loading l = {set, claimed, list_prefix(list, prefix)};
     struct map_names maps;
     size_t lost;
     name_maps(&maps, list->maps);
@@ -174,7 +180,7 @@ int condemned_load_open(struct store *s, struct condemned_state *ret_state, stru
             return -1;
         if (!ret_state->is_open)
             return 0;
-        if (condemned_load(s, &ret_state->list, set, err) < 0 ||
+        if (condemned_load(s, &ret_state->list, set, NULL, err) < 0 ||
             condemned_read_state(s, &after, err) < 0)
             return -1;
         if (after.is_open && after.list.number == ret_state->list.number)
@@ -407,10 +413,13 @@ int condemned_close(struct store *s, const struct condemned_state *state, struct
     cleanup_object_set struct object_set left = {{0}, {0}};
     struct condemned_state closed = {.epoch = state->epoch};
     bool changed;
-    if (condemned_load(s, &state->list, &left, err) < 0)
+    if (condemned_load(s, &state->list, &left, NULL, err) < 0)
         return -1;
-    if (left.packs.n || left.trees.n)
+    if (left.packs.n || left.trees.n) {
+        log_warn("a collection leaves its list open: the next one goes on with it",
+                 "packs=%zu trees=%zu", left.packs.n, left.trees.n);
         return 0;
+    }
     return change_state(s, state, &closed, &changed, err);
 }
 

@@ -77,9 +77,9 @@ int condemned_make(struct store *s, uint64_t number, const struct object_set *ob
 int condemned_publish(struct store *s, const struct condemned_list *list,
                       const struct object_set *objects, const struct condemned_state *started,
                       bool *ret_open, struct vm_error **err);
-/* All entries of the list. */
+/* All entries of the list, and which packs of these a collector has begun to remove. */
 int condemned_load(struct store *s, const struct condemned_list *list, struct object_set *set,
-                   struct vm_error **err);
+                   struct number_set *claimed, struct vm_error **err);
 /* Take marked objects off the list, as far as they are condemned. */
 int condemned_spare(struct store *s, const struct condemned_list *list,
                     const struct object_set *marked, struct vm_error **err);

@@ -272,8 +272,8 @@ int forwarding_commit(struct store *s, const struct forwarding *f, bool *ret_set
     struct vm_error *problem = NULL;
     bool safe;
     *ret_set = false;
-    if (forwarding_write(f, &value, err) < 0)
-        return -1;
+    if (forwarding_write(f, &value, &problem) < 0)
+        return answer(problem, err); /* that it is too large is one */
     CLEANUP(registration)
     struct registration *r = catalogue_register_forward(s, f->pack, &f->value, &problem);
     if (!r)

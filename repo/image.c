@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "repo/image.h"
 
+#include "proto/fields.h"
+
 #include <ctype.h>
+#include <stdio.h>
 #include <xxhash.h>
 
-enum { VERSION = 2, CHECK = 8 };
+enum { VERSION = 2, CHECK = 8, SHOWN_MAX = 255 };
 
 static bool letters_are_good(const char *name, size_t n, const char *others)
 {
@@ -94,6 +97,17 @@ static void read_file(struct cursor *c, struct image_entry *file)
         c->failed = true;
 }
 
+/* By the name under which it can be deleted (catalogue_delete_damaged). */
+static int entry_damaged(const char *name, struct vm_error **err)
+{
+    char told[SHOWN_MAX + 1];
+    snprintf(told, sizeof(told), "%s", name);
+    field_make_text(told, SHOWN_MAX);
+    return error_set(err, VM_ERROR_CORRUPT,
+                     "the catalogue's entry of image %s is damaged; deleting the image removes it",
+                     told);
+}
+
 int image_read(const char *name, const void *data, size_t len, struct image *ret_image,
                struct vm_error **err)
 {
@@ -119,10 +133,7 @@ int image_read(const char *name, const void *data, size_t len, struct image *ret
     for (unsigned i = 0; good && i < image->n_files; i++)
         read_file(&c, &image->files[i]);
     if (!good || c.failed || cursor_left(&c))
-        return error_set(err, VM_ERROR_CORRUPT,
-                         "the catalogue's entry of image %.*s is damaged; deleting the image "
-                         "removes it",
-                         IMAGE_NAME_MAX, name);
+        return entry_damaged(name, err);
     strcpy(image->name, name);
     return 0;
 }

@@ -33,6 +33,29 @@ struct repo {
 
 /* ---- making ---- */
 
+static int found_remains(const char *name, void *arg, struct vm_error **err)
+{
+    (void)arg;
+    return error_set(err, VM_ERROR_REFUSED,
+                     "there is %s, of a repository whose head is lost: a new one would use its names "
+                     "again; empty the place, or name another",
+                     name);
+}
+
+/* What a former repository left would be found under numbers that the new one gives out. */
+static int check_place(struct store *s, struct vm_error **err)
+{
+    cleanup_buffer struct buffer format = {0};
+    enum store_result head = store_get(s, REPOSITORY_MAP, FORMAT_KEY, &format, err);
+    if (head != STORE_MISSING)
+        return head == STORE_FAILED
+                   ? -1
+                   : error_set(err, VM_ERROR_CONFLICT, "there is a repository already");
+    if (store_list(s, STORE_PACK, PACK_PREFIX, found_remains, NULL, err) < 0)
+        return -1;
+    return store_list(s, STORE_BLOB, TREE_PREFIX, found_remains, NULL, err);
+}
+
 static int init_store(struct store *s, const struct repo_init_options *options,
                       struct vm_error **err)
 {
@@ -44,7 +67,7 @@ static int init_store(struct store *s, const struct repo_init_options *options,
         return -1;
     if (pool && strlen(pool) >= TEXT_MAX)
         return error_set(err, VM_ERROR_USAGE, "the pool's name is too long");
-    if (catalogue_init(s, err) < 0 || condemned_init(s, err) < 0 ||
+    if (check_place(s, err) < 0 || catalogue_init(s, err) < 0 || condemned_init(s, err) < 0 ||
         index_init(s, &sets[1].key, shards, err) < 0)
         return -1;
     sets[1].value = shards;
@@ -231,6 +254,18 @@ static int count_image(const struct image *image, void *arg, struct vm_error **e
     return 0;
 }
 
+static int count_lease(const struct lease *lease, void *arg, struct vm_error **err)
+{
+    struct repo_stat *stat = arg;
+    (void)err;
+    if (stat->leases++ && stat->oldest_lease_s <= lease->taken_s)
+        return 0;
+    stat->oldest_lease_s = lease->taken_s;
+    strcpy(stat->oldest_lease_holder, lease->holder);
+    strcpy(stat->oldest_lease_image, lease->image.name);
+    return 0;
+}
+
 static void count_damaged(const char *name, const struct vm_error *problem, void *arg)
 {
     struct repo_stat *stat = arg;
@@ -243,6 +278,7 @@ int repo_stat(struct repo *r, struct repo_stat *ret_stat, struct vm_error **err)
 {
     struct repo_stat stat = {.uuid = r->uuid};
     if (catalogue_list(r->store, count_image, count_damaged, &stat, err) < 0 ||
+        catalogue_leases(r->store, count_lease, count_damaged, &stat, err) < 0 ||
         count_all(r->store, STORE_PACK, PACK_PREFIX, &stat.packs, &stat.pack_bytes, err) < 0 ||
         count_all(r->store, STORE_BLOB, TREE_PREFIX, &stat.trees, &stat.tree_bytes, err) < 0 ||
         index_stat(r->index, &stat.index, err) < 0 || store_space(r->store, &stat.space, err) < 0)

@@ -56,7 +56,9 @@ void repo_tune(struct repo *r, const struct repo_tuning *tuning);
 struct repo_stat {
     struct uuid uuid;
     uint64_t images, image_bytes; /* names, and the sum of their sizes */
-    uint64_t damaged;             /* entries of the catalogue that are no images: not counted */
+    uint64_t damaged;             /* entries of the catalogue that cannot be used: not counted */
+    uint64_t leases, oldest_lease_s; /* of the oldest: when it was taken, by whom, of what */
+    char oldest_lease_holder[IMAGE_NAME_MAX + 1], oldest_lease_image[IMAGE_NAME_MAX + 1];
     uint64_t packs, pack_bytes, trees, tree_bytes;
     struct index_stat index;
     struct store_space space;

@@ -105,6 +105,11 @@ static int serve_stat(struct repo *r, const char *url, const struct repo_service
     m.index_keys = stat.index.keys;
     m.space_total = stat.space.total;
     m.space_available = stat.space.available;
+    m.leases = stat.leases;
+    m.oldest_lease_s = (int64_t)stat.oldest_lease_s;
+    field_make_text(stat.oldest_lease_holder, IMAGE_NAME_MAX);
+    m.oldest_lease_holder = word(stat.oldest_lease_holder);
+    m.oldest_lease_image = word(stat.oldest_lease_image);
     Vmmig__Control__RepoFinding finding = VMMIG__CONTROL__REPO_FINDING__INIT, *list = &finding;
     Vmmig__Control__RepoResult result = VMMIG__CONTROL__REPO_RESULT__INIT;
     char what[96];
@@ -404,6 +409,20 @@ static int serve_diff(struct repo *r, const Vmmig__Control__Repo *m, const struc
     return emit_stretches(d, false, err);
 }
 
+/* Also of what is no image: an entry that is damaged has no other name. */
+static int serve_delete(struct repo *r, const char *name, const struct repo_service *s,
+                        struct vm_error **err)
+{
+    cleanup_error struct vm_error *problem = NULL;
+    bool removed = false;
+    if (catalogue_delete(repo_store(r), name, &problem) == 0)
+        return emit_nothing(s, err);
+    if ((problem->kind == VM_ERROR_NOT_FOUND || problem->kind == VM_ERROR_USAGE) &&
+        catalogue_delete_damaged(repo_store(r), name, &removed, err) < 0)
+        return -1;
+    return removed ? emit_nothing(s, err) : error_propagate(err, steal_ptr(&problem));
+}
+
 /* ---- all verbs ---- */
 
 static int serve(struct repo *r, const char *url, const Vmmig__Control__Repo *m,
@@ -429,7 +448,7 @@ static int serve(struct repo *r, const char *url, const Vmmig__Control__Repo *m,
     case VMMIG__CONTROL__REPO_VERB__IMAGE_SHOW:
         return serve_show(r, m, s, err);
     case VMMIG__CONTROL__REPO_VERB__IMAGE_DELETE:
-        return catalogue_delete(repo_store(r), m->image, err) < 0 ? -1 : emit_nothing(s, err);
+        return serve_delete(r, m->image, s, err);
     case VMMIG__CONTROL__REPO_VERB__IMAGE_DIFF:
         return serve_diff(r, m, s, err);
     default:
@@ -442,6 +461,8 @@ static int check_names(const Vmmig__Control__Repo *m, struct vm_error **err)
 {
     bool about_one = m->verb >= VMMIG__CONTROL__REPO_VERB__IMAGE_IMPORT &&
                      m->verb != VMMIG__CONTROL__REPO_VERB__IMAGE_LIST;
+    if (m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_DELETE)
+        return 0; /* what it names may be no image */
     if ((about_one || *m->image) && image_name_check(m->image, err) < 0)
         return -1;
     if (m->verb == VMMIG__CONTROL__REPO_VERB__IMAGE_DIFF && image_name_check(m->other, err) < 0)

@@ -51,9 +51,12 @@ static int run_list(const struct cli *c, struct vm_error **err)
 static int run_of_image(const struct cli *c, Vmmig__Control__RepoVerb verb, struct vm_error **err)
 {
     Vmmig__Control__Repo m = request(c, verb);
+    /* What is deleted may be an entry whose very name is damaged. */
+    bool any = verb == VMMIG__CONTROL__REPO_VERB__IMAGE_DELETE;
     m.image = client_word(c->args.list[0]);
     m.other = client_word(c->args.n > 1 ? c->args.list[1] : "");
-    if (image_name_check(m.image, err) < 0 || (*m.other && image_name_check(m.other, err) < 0))
+    if ((!any && image_name_check(m.image, err) < 0) ||
+        (*m.other && image_name_check(m.other, err) < 0))
         return -1;
     return cli_repo_run(c, &m, -1, err);
 }
@@ -120,7 +123,9 @@ static const struct cli_command commands[] = {
      "alone, and which images use the rest, too. Reads the recipes of all images.",
      run_show},
     {"image delete", "NAME", 1, 1, false, image_options, "remove an image",
-     "Remove an image. Its space is freed by the next `vmmig repo gc`.", run_delete},
+     "Remove an image. Its space is freed by the next `vmmig repo gc`. Also an entry of the "
+     "catalogue that is damaged, by the name that `vmmig repo scrub` tells of it.",
+     run_delete},
     {"image diff", "A B", 2, 2, false, image_options, "where two images differ",
      "List the stretches in which two images differ: file, offset and length in bytes. No data is "
      "read.",

@@ -48,14 +48,19 @@ static json_t *json_image(const Vmmig__Control__Image *m)
 
 static json_t *json_stat(const Vmmig__Control__RepoStat *m)
 {
-    char uuid[UUID_TEXT_SIZE];
-    return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "uuid",
+    char uuid[UUID_TEXT_SIZE], taken[32];
+    instant(m->oldest_lease_s, taken);
+    json_t *oldest = m->leases ? json_pack("{s:s, s:s, s:s}", "image", m->oldest_lease_image,
+                                           "holder", m->oldest_lease_holder, "taken", taken)
+                               : json_null();
+    return json_pack("{s:s, s:s, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "uuid",
                      uuid_of(&m->uuid, uuid), "url", m->url, "images", number(m->images),
                      "image_bytes", number(m->image_bytes), "packs", number(m->packs),
                      "pack_bytes", number(m->pack_bytes), "trees", number(m->trees), "tree_bytes",
                      number(m->tree_bytes), "index_shards", number(m->index_shards), "index_keys",
                      number(m->index_keys), "space_total", number(m->space_total),
-                     "space_available", number(m->space_available));
+                     "space_available", number(m->space_available), "leases", number(m->leases),
+                     "oldest_lease", oldest);
 }
 
 static const char *finding_kind(const Vmmig__Control__RepoFinding *m, bool text)
@@ -132,13 +137,17 @@ static int part_as_json(struct cli_repo_view *v, const Vmmig__Control__RepoResul
 
 static void print_stat(const Vmmig__Control__RepoStat *m)
 {
-    char uuid[UUID_TEXT_SIZE];
+    char uuid[UUID_TEXT_SIZE], taken[32];
     uint64_t stored = m->pack_bytes + m->tree_bytes;
     printf("%s\n  id         %s\n", m->url, uuid_of(&m->uuid, uuid));
     printf("  images     %" PRIu64 ", %s\n", m->images, text_size(m->image_bytes));
     printf("  stored     %s: %s in %" PRIu64 " packs, ", text_size(stored),
            text_size(m->pack_bytes), m->packs);
     printf("%s in %" PRIu64 " trees\n", text_size(m->tree_bytes), m->trees);
+    instant(m->oldest_lease_s, taken);
+    if (m->leases)
+        printf("  leases     %" PRIu64 ", the oldest of %s by %s, since %s\n", m->leases,
+               m->oldest_lease_image, m->oldest_lease_holder, taken);
     if (stored)
         printf("  ratio      %.1f:1\n", (double)m->image_bytes / (double)stored);
     printf("  index      %" PRIu64 " keys in %u shards\n", m->index_keys, m->index_shards);

@@ -60,12 +60,12 @@ class DirObjects:
                         if not key.startswith(prefix):
                             break
                         if key != prefix:
-                            found[key[len(prefix):].decode()] = bytes(value)
+                            found[key[len(prefix):].decode(errors='surrogateescape')] = bytes(value)
             return found
         return self.maps(collect)
 
     def set(self, name, key, value):
-        self.maps(lambda txn: txn.put(name.encode() + b'\0' + key.encode(), value))
+        self.maps(lambda txn: txn.put(name.encode() + b'\0' + key.encode(errors='surrogateescape'), value))
 
     def remove_map(self, name):
         def drop(txn):

@@ -21,7 +21,7 @@ import time
 import pytest
 from agents import eventually
 
-from .conftest import ROOT, build, fault_build
+from .conftest import ROOT, Repository, build, fault_build
 from .objects import objects
 from .test_damage import records
 from .test_repository import MIB, broken_qcow2, disk
@@ -652,6 +652,77 @@ def test_damage_and_how_it_is_mended(way, raw, tmp_path):
     way.run('image', 'export', 'a', tmp_path / 'out')
     assert filecmp.cmp(raw, tmp_path / 'out', shallow=False)
     assert way.run('repo', 'scrub')['findings'] == []
+
+
+def test_an_entry_whose_key_is_damaged(way, raw, tmp_path):
+    """It may be all that names an image's data: gc removes nothing, the others go on, and deleting it is what is told."""
+    way.run('image', 'import', raw, 'a')
+    way.run('image', 'import', raw, 'web1')
+    way.run('image', 'import', disk(tmp_path / 'other.raw', 8, seed=3), 'garbage')
+    way.run('image', 'delete', 'garbage')
+    store = objects(way.url)
+    value = next(store.pairs(f'cat.{shard:02x}')['n:web1'] for shard in range(256)
+                 if 'n:web1' in store.pairs(f'cat.{shard:02x}'))
+    way.run('image', 'delete', 'web1')
+    for damaged in ('we\x7f1', '../x', 'a b', 'web3', 'x' * 200):
+        shown = damaged.replace('\x7f', '?')
+        says = f"the catalogue's entry of image {re.escape(shown)} is damaged; deleting the image removes it"
+        store.set('cat.07', f'n:{damaged}', value)
+        packs = len(store.names('pack.'))
+        way.refuses(12, f'{says}; nothing is removed before that', 'repo', 'gc')
+        assert len(store.names('pack.')) == packs
+        for words, tells in ((('image', 'list'), says), (('repo', 'scrub'), says),
+                             (('repo', 'stat'), '1 entries of the catalogue: "vmmig repo scrub" names them')):
+            done = way.try_run(*words)
+            assert done.returncode == 12 and re.search(f'damaged: {tells}', done.stdout), (words, done)
+        way.run('image', 'export', 'a', tmp_path / 'out.raw')
+        (tmp_path / 'out.raw').unlink()
+        way.run('image', 'delete', shown)
+        way.refuses(3 if damaged == 'web3' else 2, '.', 'image', 'delete', shown)
+        assert way.names() == ['a']
+    assert way.run('repo', 'gc')['packs_removed'] > 0
+    assert way.run('repo', 'scrub')['findings'] == []
+
+
+def test_leases_are_told_and_a_damaged_one_goes(way, raw):
+    """Who keeps what is deleted from being freed, since when; of a lease that cannot be read, what to do."""
+    way.run('image', 'import', raw, 'a')
+    assert way.run('repo', 'stat')['oldest_lease'] is None
+    Repository(way.url).run('lease', 'a', 'clone of web1')
+    Repository(way.url).run('lease', 'a', 'web2')
+    stat = way.run('repo', 'stat')
+    assert stat['leases'] == 2 and stat['oldest_lease']['image'] == 'a'
+    assert stat['oldest_lease']['holder'] in ('clone of web1', 'web2')
+    assert abs(time.mktime(time.strptime(stat['oldest_lease']['taken'], '%Y-%m-%dT%H:%M:%SZ')) - time.timezone -
+               time.time()) < 3600
+    assert re.search(r'leases +2, the oldest of a by .*, since 20', way.text('repo', 'stat'))
+    way.run('image', 'delete', 'a')
+    store = objects(way.url)
+    keys = [(shard, key, value) for shard in range(256) for key, value in store.pairs(f'cat.{shard:02x}').items()
+            if key.startswith('l:')]
+    for shard, key, value in keys:
+        store.set(f'cat.{shard:02x}', key, value[:-1] + bytes([value[-1] ^ 1]))
+    assert len(store.names('pack.')) > 0
+    for _, key, _ in sorted(keys, key=lambda k: k[1]):
+        says = f'lease {key} of (clone of web1|web2) is damaged; deleting the image {key} removes it'
+        way.refuses(12, says, 'repo', 'gc')
+        done = way.try_run('repo', 'scrub')
+        assert done.returncode == 12 and re.search(f'damaged: {says}', done.stdout), done
+        way.run('image', 'delete', key)
+    assert way.run('repo', 'stat')['leases'] == 0
+    way.run('repo', 'gc')
+    assert store.names('pack.') == []
+    assert way.run('repo', 'scrub')['findings'] == []
+
+
+def test_init_over_what_a_lost_head_leaves(way, raw):
+    """A new repository would give out the numbers of its packs again."""
+    way.run('image', 'import', raw, 'a')
+    store = objects(way.url)
+    names = store.names('')
+    store.remove_map('repository')
+    way.refuses(5, r'there is pack\.[0-9a-f]{16}, of a repository whose head is lost', 'repo', 'init')
+    assert store.names('') == [name for name in names if name != 'repository']
 
 
 def test_images_are_named_whatever_is_damaged(dir_way, tmp_path):

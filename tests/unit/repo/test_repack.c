@@ -803,6 +803,60 @@ static void a_child_of_what_is_being_repacked_is_written(void **state)
     assert_clean();
 }
 
+static int quarantine_one(const char *name, void *arg, struct vm_error **err)
+{
+    const uint32_t between_records = PACK_HEADER + 8;
+    uint64_t pack = 0;
+    assert_true(object_number(PACK_PREFIX, name, &pack));
+    return quarantine_set(repo_store(repo), pack, &between_records, 1, err);
+}
+
+/* The packs are gone, but what is known of them is not: there is nothing to repack. */
+static void a_collector_that_dies_behind_a_removal_leaves_no_list_open(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_free uint8_t *got = malloc(SIZE), *want = malloc(SIZE);
+    static struct lease lease;
+    struct collect_report report;
+    struct condemned_state now;
+    store_half_dead();
+    get_all(repo, "mixed", want, SIZE, &err);
+    catalogue_lease(repo_store(repo), "mixed", "web1", &lease, &err);
+    store_list(repo_store(repo), STORE_PACK, PACK_PREFIX, quarantine_one, NULL, &err);
+    assert_ok(err);
+    store_fault_arm(watched, "update.quarantine=error", &err);
+    assert_int_equal(repo_collect(gc, &repack, &report, &err), -1);
+    error_clear(&err);
+    store_fault_arm(watched, "", &err);
+    condemned_read_state(repo_store(repo), &now, &err);
+    assert_ok(err);
+    assert_true(now.is_open);
+    assert_true(collect(&repack).adopted);
+    condemned_read_state(repo_store(repo), &now, &err);
+    assert_ok(err);
+    assert_false(now.is_open);
+    CLEANUP(file_reader)
+    struct file_reader *f =
+        file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
+    file_reader_read(f, 0, got, SIZE, &err);
+    assert_ok(err);
+    assert_memory_equal(got, want, SIZE);
+}
+
+static void a_forwarding_to_too_many_packs_is_not_set(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    static struct forward_run runs[FORWARD_PACKS_MAX + 1];
+    const struct forwarding f = {.pack = 0x700001, .runs = runs, .n = FORWARD_PACKS_MAX + 1};
+    bool set = true;
+    for (unsigned i = 0; i < f.n; i++)
+        runs[i] = (struct forward_run){PACK_HEADER + 64 * i, 0, 1,
+                                       {.pack = 0x800000 + i, .offset = PACK_HEADER, .len = 64}};
+    assert_int_equal(forwarding_commit(repo_store(repo), &f, &set, &err), 0);
+    assert_ok(err);
+    assert_false(set);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -834,6 +888,9 @@ int main(void)
                                         teardown),
         cmocka_unit_test_setup_teardown(a_child_of_what_is_being_repacked_is_written, setup,
                                         teardown),
+        cmocka_unit_test_setup_teardown(a_collector_that_dies_behind_a_removal_leaves_no_list_open,
+                                        setup, teardown),
+        cmocka_unit_test_setup_teardown(a_forwarding_to_too_many_packs_is_not_set, setup, teardown),
         cmocka_unit_test_setup_teardown(a_full_store_leaves_packs_as_they_are, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
