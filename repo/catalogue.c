@@ -102,6 +102,19 @@ int catalogue_find_again(struct store *s, const struct image *was, struct image 
     return 0;
 }
 
+/* An answer did not come: is the entry as it was? Then, or if that cannot be told, the cause counts. */
+static int look_after_erasing(struct store *s, const char *name, const char *key,
+                              const struct buffer *was, struct vm_error *cause,
+                              struct vm_error **err)
+{
+    cleanup_buffer struct buffer now = {0};
+    bool told = shard_get(s, shard_of(name), key, &now, NULL) == 0;
+    bool same = now.len == was->len && (!now.len || !memcmp(now.data, was->data, now.len));
+    bool erased = told && !same;
+    error_propagate(erased ? NULL : err, cause);
+    return erased ? 0 : -1;
+}
+
 /* number: of the image that is meant; 0: whichever has the name. */
 static int delete_number(struct store *s, const char *name, uint64_t number, struct vm_error **err)
 {
@@ -125,10 +138,13 @@ static int delete_number(struct store *s, const char *name, uint64_t number, str
             return error_set(err, VM_ERROR_CONFLICT, "image %s was replaced by another one", name);
         if (FAULT("repo.delete") == FAULT_ERROR)
             return error_errno(err, fault_errno(), "cannot delete image %s", name);
-        int done = shard_erase(s, shard_of(name), key, &value, &erased, err);
+        struct vm_error *cause = NULL;
+        int done = shard_erase(s, shard_of(name), key, &value, &erased, &cause);
         (void)FAULT("repo.deleted");
-        if (done < 0 || erased)
-            return done;
+        if (done < 0)
+            return look_after_erasing(s, name, key, &value, cause, err);
+        if (erased)
+            return 0;
     }
     return error_set(err, VM_ERROR_CONFLICT, "image %s changes all the time; try again", name);
 }

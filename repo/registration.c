@@ -368,6 +368,14 @@ static int epoch_is_known(struct registration *r, struct vm_error **err)
     return result;
 }
 
+/* An answer did not come: is this the registration by now? */
+static bool has_value(struct registration *r, const struct buffer *value)
+{
+    cleanup_buffer struct buffer now = {0};
+    return shard_get(r->store, shard_of(r->name), r->key, &now, NULL) == 0 &&
+           now.len == value->len && !memcmp(now.data, value->data, now.len);
+}
+
 static int acknowledge(struct registration *r, struct vm_error **err)
 {
     cleanup_buffer struct buffer value = {0};
@@ -379,9 +387,13 @@ static int acknowledge(struct registration *r, struct vm_error **err)
         .n_compares = 2,
         .compares = {shard_pair(SHARD_EPOCH, &r->epoch), shard_pair(r->key, &r->value)},
         .set = shard_pair(r->key, &value)};
-    enum store_result done = shard_apply(r->store, &c, err);
-    if (done != STORE_DONE)
-        return done == STORE_FAILED ? -1 : 0;
+    struct vm_error *cause = NULL;
+    enum store_result done = shard_apply(r->store, &c, &cause);
+    if (done == STORE_MISMATCH)
+        return 0;
+    if (done == STORE_FAILED && !has_value(r, &value))
+        return error_propagate(err, cause);
+    error_free(cause);
     struct buffer old = r->value;
     r->value = value;
     value = old;

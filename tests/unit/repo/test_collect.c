@@ -493,6 +493,44 @@ static int check_between(struct registration *r, void (*run)(void), struct vm_er
     return result;
 }
 
+/* The acknowledgement happened, and its answer is lost: the import goes on, and is committed. */
+static void an_acknowledgement_without_an_answer_counts(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    const struct object_set nothing = {{0}, {0}};
+    CLEANUP(registration)
+    struct registration *r = catalogue_register(repo_store(gc), "new", NULL, &err);
+    cleanup_free struct image *image = calloc(1, sizeof(*image));
+    bool changed;
+    store_image("old", content);
+    open_next_list();
+    store_fault_arm(watched, "update.cat=unknown", NULL);
+    registration_checkpoint(r, &nothing, &changed, &err);
+    assert_ok(err);
+    assert_true(changed);
+    catalogue_find(repo_store(repo), "old", image, &err);
+    strcpy(image->name, "new");
+    catalogue_commit(r, image, &nothing, &err);
+    assert_ok(err);
+    assert_image("new", content);
+}
+
+static void a_deletion_without_an_answer_is_looked_at(void **state)
+{
+    cleanup_error struct vm_error *err = NULL;
+    struct image image;
+    store_image("a", content);
+    store_fault_arm(watched, "update.cat=error:ETIMEDOUT", NULL);
+    assert_int_equal(catalogue_delete(repo_store(gc), "a", &err), -1);
+    assert_int_equal(err->kind, VM_ERROR_TIMEOUT);
+    error_clear(&err);
+    assert_image("a", content);
+    store_fault_arm(watched, "update.cat=unknown", NULL);
+    catalogue_delete(repo_store(gc), "a", &err);
+    assert_ok(err);
+    assert_int_equal(catalogue_find(repo_store(repo), "a", &image, NULL), -1);
+}
+
 static void who_acknowledges_knows_the_list_that_is_open(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
@@ -711,6 +749,8 @@ int main(void)
         TEST(who_registers_knows_the_list_that_is_open),
         TEST(who_registers_does_so_for_a_name_that_is_free),
         TEST(who_acknowledges_knows_the_list_that_is_open),
+        TEST(an_acknowledgement_without_an_answer_counts),
+        TEST(a_deletion_without_an_answer_is_looked_at),
         TEST(who_was_fenced_does_not_come_back),
         TEST(a_list_that_was_left_open_is_gone_on_with),
         TEST(what_is_swept_while_a_list_is_made_is_not_condemned),
