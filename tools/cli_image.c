@@ -116,7 +116,9 @@ static const struct cli_command commands[] = {
      "    vmmig image export debian12 /tmp/debian12.raw",
      run_export},
     {"image list", "", 0, 0, false, image_options, "the images of the repository",
-     "List the images: when they were made, their size, and what each added to the repository.",
+     "List the images: when they were made, their size, and what each added to the repository. "
+     "Where entries of the catalogue are damaged the others are listed, it says so, and the exit status is "
+     "12.",
      run_list},
     {"image show", "NAME", 1, 1, false, image_options, "what an image takes, and with whom it shares",
      "Tell about an image: its files, what it takes in the repository, how much of that is its "

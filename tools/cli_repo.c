@@ -178,7 +178,10 @@ static const struct cli_command commands[] = {
      "    vmmig repo init --repo dir:/srv/images",
      run_init},
     {"repo stat", "", 0, 0, false, repo_options, "what a repository holds and takes",
-     "Tell how many images a repository holds, and what they take.", run_stat},
+     "Tell how many images a repository holds, what they take, and how many leases there are, "
+     "the oldest with its holder. Where entries of the catalogue are damaged it says so, and the exit "
+     "status is 12.",
+     run_stat},
     {"repo gc", "", 0, 0, false, gc_options, "free what no image needs any more",
      "Remove what no image needs any more. Imports, exports and other collections go on "
      "meanwhile.",
@@ -204,7 +207,8 @@ static const struct cli_object objects[] = {
     {"repo init", "initialized"},
     {"repo stat",
      "uuid, url, images, image_bytes, packs, pack_bytes, trees, tree_bytes, index_shards, "
-     "index_keys, space_total, space_available"},
+     "index_keys, space_total, space_available, leases, oldest_lease (null: there is none; else image, "
+     "holder, taken; and findings, as of repo scrub, where entries of the catalogue are damaged)"},
     {"repo gc",
      "condemned, packs_removed, trees_removed, bytes_freed, writers_fenced, packs_repacked, "
      "repacked_from_bytes, repacked_to_bytes, more_to_repack, repack_lacked_space, elapsed_ms"},
