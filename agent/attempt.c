@@ -249,8 +249,8 @@ void attempt_answer_stray(struct transfer *t, enum handover_role role, struct pe
 static void feed(struct attempt *a, enum handover_event event);
 
 /*
- * That no vCPU started stays true of a VMM that dies before the event's turn would come. A source that has said meanwhile
- * that this is the only copy is heard before it is given up.
+ * That no vCPU started stays true of a VMM that dies before the event's turn would come. A source
+ * that has said meanwhile that this is the only copy is heard before it is given up.
  */
 static void feed_start_failed(struct attempt *a)
 {

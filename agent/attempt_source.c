@@ -467,8 +467,9 @@ static int was_woken(struct attempt *a, struct guest *guest)
 }
 
 /*
- * In doubt nothing runs here. The VMM's other monitors do not know that; its guest stands again as soon as that is seen,
- * and an operator hears of it: the peer's copy may run, and does not have what this one did meanwhile.
+ * In doubt nothing runs here. The VMM's other monitors do not know that; its guest stands again as
+ * soon as that is seen, and an operator hears of it: the peer's copy may run, and does not have
+ * what this one did meanwhile.
  */
 static void keep_standing(struct attempt *a)
 {

@@ -17,8 +17,9 @@ void attempt_blame_death(struct attempt *a)
 }
 
 /*
- * If it died between the agent's look and the record RUN, or while that was written, it was not started: the source has a
- * copy that is as good. So has the destination of one that died before its source, which undoes, let it run on.
+ * If it died between the agent's look and the record RUN, or while that was written, it was not
+ * started: the source has a copy that is as good. So has the destination of one that died before
+ * its source, which undoes, let it run on.
  */
 enum handover_event attempt_judge_death(struct attempt *a)
 {
@@ -69,8 +70,9 @@ static bool wait_for_next_try(struct attempt *a, unsigned tries)
 }
 
 /*
- * A guest that is to stand is its VMM's again. A VMM that did not take it is told again, a few times; if it does not take it
- * then, it stands all the same. False: the agent stops, and the next one tells it.
+ * A guest that is to stand is its VMM's again. A VMM that did not take it is told again, a few
+ * times; if it does not take it then, it stands all the same. False: the agent stops, and the next
+ * one tells it.
  */
 static bool give_back(struct attempt *a)
 {
@@ -139,8 +141,8 @@ static enum handover_event try_resume(struct attempt *a)
 }
 
 /*
- * The next try, within the action: while an answer may only be late, and for as long as the VMM's death would mean that no
- * vCPU started.
+ * The next try, within the action: while an answer may only be late, and for as long as the VMM's
+ * death would mean that no vCPU started.
  */
 static bool is_worth_a_wait(const struct attempt *a, unsigned tries)
 {

@@ -582,7 +582,8 @@ static int claim(struct cloning *c, unsigned *ret_n, struct vm_error **err)
 {
     for (*ret_n = 0; *ret_n < count_of(c); ++*ret_n) {
         name_clone(c, *ret_n);
-        if (vm_name_check(c->name, err) < 0 || job_claim_cancellable(c->agent->jobs, c->name, "clone", cancel, c, err) < 0)
+        if (vm_name_check(c->name, err) < 0 ||
+            job_claim_cancellable(c->agent->jobs, c->name, "clone", cancel, c, err) < 0)
             return error_wrap(err, "clone %s", c->name);
     }
     return 0;

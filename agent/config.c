@@ -204,22 +204,25 @@ static const struct option config_options[] = {
     {"cert", "FILE", parse_path, MEMBER(cert_file), .def = "/etc/vmmig/pki/host.crt",
      .text = "This host's certificate"},
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
-     .text = "Its private key. An agent without these three works for its own host alone; they are read when they are "
+     .text = "Its private key. An agent without these three works for its own host alone; they are "
+             "read when they are "
              "there, and again when they change"},
     {"control-peer", "HOST", parse_peer, MEMBER(control_peers), .repeatable = true,
-     .text = "Root of that host, as its certificate names it first, may drive this agent as root of this one may, with "
+     .text = "Root of that host, as its certificate names it first, may drive this agent as root "
+             "of this one may, with "
              "`vmmig --agent` there. Nobody else is obeyed over the network"},
     {"crl", "FILE", parse_path, MEMBER(crl_file),
-     .text = "The authority's list of revoked certificates (`vmmig pki revoke` makes it): a peer that is in it gets "
-             "nothing. It is read again when it changes. Every certificate counts if this is not set"},
+     .text =
+         "The authority's list of revoked certificates (`vmmig pki revoke` makes it): a peer that "
+         "is in it gets "
+         "nothing. It is read again when it changes. Every certificate counts if this is not set"},
     {"insecure-plain", "yes|no", option_parse_flag, MEMBER(insecure_plain), .def = "no",
      .text = "Talk to peers in plain TCP, without certificates: whoever reaches the port can take "
              "and give VMs. For benchmarks and tests in networks that nobody else is in"},
     {"vmm", "PATH", parse_vmm, MEMBER(vmms), .def = "/usr/bin/qemu-system-x86_64",
      .repeatable = true,
-     .text =
-         "A QEMU that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
-         "default"},
+     .text = "A QEMU that may be run as a VM, here or by a peer. The first `vmm` line replaces the "
+             "default"},
     {"attach-vmm", "PATH", parse_vmm, MEMBER(attach_vmms), .repeatable = true,
      .text = "A VMM that links libvmmig-attach and may be run as a VM, here or by a peer, with any "
              "arguments"},
@@ -235,18 +238,21 @@ static const struct option config_options[] = {
          "agent's"},
     {"vm-user", "USER", parse_user, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user. An agent that is root then takes no VM "
-             "of another host and starts none out of the repository. That user must be able to open the VMs' disks and "
-             "taps and /dev/kvm, and to make the sockets that their command lines name: /run/vmmig/vms is a folder for "
-             "those. All VMs of a host run as the same user: one whose guest breaks out of its VMM reaches the others'"},
+             "of another host and starts none out of the repository. That user must be able to "
+             "open the VMs' disks and "
+             "taps and /dev/kvm, and to make the sockets that their command lines name: "
+             "/run/vmmig/vms is a folder for "
+             "those. All VMs of a host run as the same user: one whose guest breaks out of its VMM "
+             "reaches the others'"},
     {"mount-dir", "DIR", parse_path, MEMBER(mount_dir), .def = "/run/vmmig/images",
      .text = "Where the repository's images appear as files, for clones. The same on all hosts "
              "between which clones move"},
     {"cache-dir", "DIR", parse_path, MEMBER(cache_dir), .def = "/var/cache/vmmig",
      .text = "Where data of the repository is kept that was read through mount-dir"},
-    {"cache-size", "SIZE", option_parse_size, MEMBER(cache_size), .min = 1 << 20,
-     .max = 1ULL << 50, .def = "8G", .text = "Most that the cache takes"},
-    {"disk-timeout", "MS", option_parse_u64, MEMBER(disk_timeout_ms), .min = 100,
-     .max = 86400000, .def = "30000", .unit = "ms",
+    {"cache-size", "SIZE", option_parse_size, MEMBER(cache_size), .min = 1 << 20, .max = 1ULL << 50,
+     .def = "8G", .text = "Most that the cache takes"},
+    {"disk-timeout", "MS", option_parse_u64, MEMBER(disk_timeout_ms), .min = 100, .max = 86400000,
+     .def = "30000", .unit = "ms",
      .text = "When a clone's read from its template's disk fails because the repository does not "
              "answer; reads of memory wait as long as it takes"},
     {"record-time", "MS", option_parse_u64, MEMBER(record_ms), .min = 10, .max = 600000,
@@ -256,7 +262,8 @@ static const struct option config_options[] = {
      .text = "Where the disks of clones are, a folder each. On storage that hosts share, where "
              "clones are to move"},
     {"libexec-dir", "DIR", parse_path, MEMBER(libexec_dir),
-     .text = "Where vmmig-mount, vmmig-fetch and vmmig-guard are. The installed ones if it is not set"},
+     .text =
+         "Where vmmig-mount, vmmig-fetch and vmmig-guard are. The installed ones if it is not set"},
     {"publish-group", "GROUP", parse_group, MEMBER(publish_group), .def = "none",
      .text = "Whose members may publish and delete templates, besides root; none: whoever may "
              "drive the agent"},
@@ -281,7 +288,8 @@ static const struct option config_options[] = {
      .max = 600000, .def = "10000", .unit = "ms", .text = "How long dialling a peer may take"},
     {"peer-timeout", "MS", option_parse_u64, MEMBER(peer_timeout_ms), .min = 1000, .max = 86400000,
      .def = "60000", .unit = "ms",
-     .text = "How long a lost peer is waited for before a migration in mid-copy is undone. The destination waits 10 s "
+     .text = "How long a lost peer is waited for before a migration in mid-copy is undone. The "
+             "destination waits 10 s "
              "longer for a source of which nothing comes, also if it is connected"},
     {"log-level", "LEVEL", parse_log_level, MEMBER(log_level), .def = "info",
      .text = "error, warn, info or debug"},

@@ -157,7 +157,9 @@ static int pass_on(struct control_session *s, Vmmig__Control__Hello *m, struct v
     if (!to)
         return error_nomem(err);
     int64_t deadline = clock_mono_ns() + (int64_t)agent->config->connect_timeout_ms * NSEC_PER_MSEC;
-    CLEANUP(conn) struct conn *conn = conn_dial(agent->transfer->context, to, CONN_AGENT, deadline, s->control->stop_fd, err);
+    CLEANUP(conn)
+    struct conn *conn =
+        conn_dial(agent->transfer->context, to, CONN_AGENT, deadline, s->control->stop_fd, err);
     if (!conn)
         return -1;
     *m->agent = 0;

@@ -55,7 +55,8 @@ bool control_peer_is_owner(const struct control_session *s);
 /* A latch: the agent stops. */
 int control_stop_fd(const struct control_session *s);
 
-/* 0 if the client is root, the agent's own user, or a member of publish-group (none: anybody who is connected); DENIED. */
+/* 0 if the client is root, the agent's own user, or a member of publish-group (none: anybody who is
+ * connected); DENIED. */
 int control_check_publisher(struct control_session *s, struct vm_error **err);
 
 #endif

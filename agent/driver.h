@@ -117,8 +117,8 @@ int driver_define(struct guest *g, bool prepared, enum vm_driver prepared_driver
                   struct qemu_definition *ret_definition, struct vm_error **err);
 
 /*
- * The guest was copied: does it stand as it was sent, and is it still what its definition says, by which the destination
- * was made? REFUSED, by name, if a disk of it was changed meanwhile.
+ * The guest was copied: does it stand as it was sent, and is it still what its definition says, by
+ * which the destination was made? REFUSED, by name, if a disk of it was changed meanwhile.
  */
 int driver_check_kept(struct guest *g, const struct qemu_definition *d, struct vm_error **err);
 

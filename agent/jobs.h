@@ -176,8 +176,8 @@ int job_start(struct job_table *t, const struct job_params *params, struct uuid 
 /* Keep jobs and other claims off a VM for a while. `what` ("detach") is a constant. */
 int job_claim(struct job_table *t, const char *vm, const char *what, struct vm_error **err);
 /*
- * One that can be cancelled: `cancel` is called with arg, under the table's lock, until job_release: it does not wait, and
- * does not call the table. -1: it is too late.
+ * One that can be cancelled: `cancel` is called with arg, under the table's lock, until
+ * job_release: it does not wait, and does not call the table. -1: it is too late.
  */
 typedef int job_claim_cancel_fn(void *arg, struct vm_error **err);
 int job_claim_cancellable(struct job_table *t, const char *vm, const char *what, job_claim_cancel_fn *cancel, void *arg,

@@ -139,7 +139,8 @@ static int take_lock(int fd)
     return 0;
 }
 
-/* Make the folders; VMs of another user reach their own files below the state. Two agents on one state directory would each think that the VMs are theirs. */
+/* Make the folders; VMs of another user reach their own files below the state. Two agents on one
+ * state directory would each think that the VMs are theirs. */
 static int lock_state(const struct config *config, struct vm_error **err)
 {
     cleanup_free char *path = NULL;

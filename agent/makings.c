@@ -74,9 +74,9 @@ static int identify(const char *path, char out[IDENTITY_MAX], struct statx *ret)
 {
     if (statx(AT_FDCWD, path, AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS | STATX_BTIME, ret) < 0)
         return -1;
-    snprintf(out, IDENTITY_MAX, "%" PRIu32 ":%" PRIu32 ":%" PRIu64 ":%" PRId64 ".%" PRIu32, (uint32_t)ret->stx_dev_major,
-             (uint32_t)ret->stx_dev_minor, (uint64_t)ret->stx_ino, (int64_t)ret->stx_btime.tv_sec,
-             (uint32_t)ret->stx_btime.tv_nsec);
+    snprintf(out, IDENTITY_MAX, "%" PRIu32 ":%" PRIu32 ":%" PRIu64 ":%" PRId64 ".%" PRIu32,
+             (uint32_t)ret->stx_dev_major, (uint32_t)ret->stx_dev_minor, (uint64_t)ret->stx_ino,
+             (int64_t)ret->stx_btime.tv_sec, (uint32_t)ret->stx_btime.tv_nsec);
     return 0;
 }
 
@@ -181,10 +181,10 @@ static void put_line(struct buffer *text, const char *kind, const char *line)
 }
 
 /*
- * Another note takes the place of this one: of what is left to be done, however long that takes. It names leases, and
- * images if they are to go: what nobody else can ever have, and never a file, a socket or a process, which by then may be
- * somebody else's, or the VM's own. Without room for it leases and images stay for ever: that is better than to act upon
- * the former note again.
+ * Another note takes the place of this one: of what is left to be done, however long that takes. It
+ * names leases, and images if they are to go: what nobody else can ever have, and never a file, a
+ * socket or a process, which by then may be somebody else's, or the VM's own. Without room for it
+ * leases and images stay for ever: that is better than to act upon the former note again.
  */
 static void leave_rest(const char *path, const struct notes *notes, bool images)
 {

@@ -1,25 +1,28 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * makings: what a clone or a restored VM consists of before it is a VM of this agent: so that nothing of it is left
- * when the agent dies meanwhile.
+ * makings: what a clone or a restored VM consists of before it is a VM of this agent: so that
+ * nothing of it is left when the agent dies meanwhile.
  *
  *     making_begin(&m, config, "web2", &err)
  *     making_lease(&m, holder, &err)                     before it is taken
  *     making_file(&m, path, &err)                        when it was made
  *     launch.born = making_born, .born_arg = &m          its process, before it becomes a VMM
  *     ... vms_add: from here on it is a VM ...
- *     making_end(&m)                                     also when it failed, and everything was taken back
- *     making_leave(&m, agent, made)                      or a lease or an image in Ceph could not be yet
+ *     making_end(&m)                                     also when it failed, and everything was
+ * taken back making_leave(&m, agent, made)                      or a lease or an image in Ceph
+ * could not be yet
  *
- *     agent.makings = makings_start(agent, &err), makings_finish(...)   at the agent's start, and its end
+ *     agent.makings = makings_start(agent, &err), makings_finish(...)   at the agent's start, and
+ * its end
  *
- * A file of notes STATE_DIR/making/NAME, a line each. After a crash of the agent makings_start decides upon it, once: if
- * the VM of that name is not that process, it kills that, and removes files and folders, if they are the very ones
- * (device, inode and birth), so never what somebody else put there since. What remains to be done, of images in Ceph and
- * leases, since Ceph and the repository may be away, becomes another note, NAME~NUMBER, which a thread acts upon at once
- * and each minute, until it is done. A
- * file that was made and not yet noted stays, empty: that is better than to remove what is not ours. Notes are not synced: a crash of
- * the host takes the process along, and may leave files.
+ * A file of notes STATE_DIR/making/NAME, a line each. After a crash of the agent makings_start
+ * decides upon it, once: if the VM of that name is not that process, it kills that, and removes
+ * files and folders, if they are the very ones (device, inode and birth), so never what somebody
+ * else put there since. What remains to be done, of images in Ceph and leases, since Ceph and the
+ * repository may be away, becomes another note, NAME~NUMBER, which a thread acts upon at once and
+ * each minute, until it is done. A file that was made and not yet noted stays, empty: that is
+ * better than to remove what is not ours. Notes are not synced: a crash of the host takes the
+ * process along, and may leave files.
  *
  * Threads: a making is one thread's.
  */

@@ -17,8 +17,9 @@ struct thawer snapshots_thawer(const struct config *config);
 /* Is it noted that the file systems of the guest in that VMM are frozen, or may be? */
 bool snapshots_is_frozen(const struct config *config, const struct process_identity *process);
 /*
- * A guest whose file systems are frozen comes into that VMM: noted now, so that no crash forgets it, they are thawed when it
- * is there. Or it never comes, and the note goes. NOT_FOUND: the VMM's command line names no socket of the guest's agent.
+ * A guest whose file systems are frozen comes into that VMM: noted now, so that no crash forgets
+ * it, they are thawed when it is there. Or it never comes, and the note goes. NOT_FOUND: the VMM's
+ * command line names no socket of the guest's agent.
  */
 int snapshots_expect_frozen(const struct config *config, const struct process_identity *process, char *const *argv,
                             struct vm_error **err);

@@ -22,9 +22,10 @@
  * appended), and does not keep the agent from starting. After a crash at any instant a VM is in
  * the records or not, as the last call that returned says.
  *
- * Threads: any. A `struct vm` is reference counted, and so is its guest: a new connection brings a new one, and
- * the former ends with whoever still uses it. A thread of the registry notices deaths, and has a thread connect to each VM
- * that does not answer, so that a silent one delays no other. Bound: params.max VMs.
+ * Threads: any. A `struct vm` is reference counted, and so is its guest: a new connection brings a
+ * new one, and the former ends with whoever still uses it. A thread of the registry notices deaths,
+ * and has a thread connect to each VM that does not answer, so that a silent one delays no other.
+ * Bound: params.max VMs.
  */
 #ifndef VMMIG_AGENT_VMS_H
 #define VMMIG_AGENT_VMS_H
@@ -81,7 +82,8 @@ static inline void vm_definition_cleanup(struct vm_definition *d)
 }
 #define cleanup_vm_definition __attribute__((cleanup(vm_definition_cleanup)))
 
-/* Connect to the VMM of a definition (vmm/qemu.h); may take seconds. Called for several VMs at once, for each by one. */
+/* Connect to the VMM of a definition (vmm/qemu.h); may take seconds. Called for several VMs at
+ * once, for each by one. */
 typedef struct guest *vm_connect_fn(const struct vm_definition *d, void *arg,
                                     struct vm_error **err);
 
@@ -112,8 +114,9 @@ bool vms_settle(struct vms *vms, int timeout_ms);
 bool vms_settle_one(struct vms *vms, const char *name, int timeout_ms);
 
 /*
- * Add a VM whose process lives; takes *guest over (sets it to NULL) on success. With no guest it is UNREACHABLE until it
- * answers, as one of the records. CONFLICT if the name is taken by a VM that has not ended, or if the process is already here under another name.
+ * Add a VM whose process lives; takes *guest over (sets it to NULL) on success. With no guest it is
+ * UNREACHABLE until it answers, as one of the records. CONFLICT if the name is taken by a VM that
+ * has not ended, or if the process is already here under another name.
  */
 int vms_add(struct vms *vms, const struct vm_definition *d, struct guest **guest,
             struct vm_error **err);

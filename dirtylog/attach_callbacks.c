@@ -63,8 +63,8 @@ static int invoke(const struct call *c)
 }
 
 /*
- * A guest that it paused so late, or in part, goes on if it ran before, and is the VMM's again if that had paused it. One
- * that does not go on is held: whoever asks next has it go on.
+ * A guest that it paused so late, or in part, goes on if it ran before, and is the VMM's again if
+ * that had paused it. One that does not go on is held: whoever asks next has it go on.
  */
 static void take_pause_back(struct vmmig_attach *a)
 {

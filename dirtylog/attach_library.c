@@ -92,7 +92,12 @@ int vmmig_prepare_vm(int vm_fd, enum vmmig_tracking want, unsigned ring_entries,
 
 static const char *missing_callback(const struct vmmig_callbacks *cb)
 {
-    return !cb->pause ? "pause" : !cb->resume ? "resume" : !cb->save ? "save" : !cb->load ? "load" : !cb->kick ? "kick" : NULL;
+    return !cb->pause    ? "pause"
+           : !cb->resume ? "resume"
+           : !cb->save   ? "save"
+           : !cb->load   ? "load"
+           : !cb->kick   ? "kick"
+                         : NULL;
 }
 
 static int check_word(const char *what, const char *word, struct vm_error **err)

@@ -2,20 +2,22 @@
 /*
  * vmmig-attach: lets a VMM's guests be migrated by vmmig.
  *
- * KVM tells only the process that made a VM which pages of it were written. So a VMM links this library,
- * and vmmig's node agent, a process of its own, asks it over a Unix socket: it gets the guest's memory as
- * memfds, maps them, and reads and writes guest memory itself. The library has a thread, which sleeps
- * unless an agent is there; without one nothing is tracked and the guest is as fast as ever.
+ * KVM tells only the process that made a VM which pages of it were written. So a VMM links this
+ * library, and vmmig's node agent, a process of its own, asks it over a Unix socket: it gets the
+ * guest's memory as memfds, maps them, and reads and writes guest memory itself. The library has a
+ * thread, which sleeps unless an agent is there; without one nothing is tracked and the guest is as
+ * fast as ever.
  *
  * Calling sequence
  *
  *     vmmig_prepare_vm(vm_fd, VMMIG_TRACKING_AUTO, 0, &tracking, &error)   before the first vCPU
- *     ... KVM_SET_USER_MEMORY_REGION, memory from memfds made with MFD_ALLOW_SEALING; KVM_CREATE_VCPU ...
- *     struct vmmig_config config = {VMMIG_CONFIG_SIZE};
+ *     ... KVM_SET_USER_MEMORY_REGION, memory from memfds made with MFD_ALLOW_SEALING;
+ * KVM_CREATE_VCPU ... struct vmmig_config config = {VMMIG_CONFIG_SIZE};
  *     ... fill it: below, field by field ...
  *     vmmig_create(&config, &attach, &error)       the socket is there
  *     vmmig_set_slots(attach, slots, n, &error)    agents are answered from now on
- *     ... the vCPUs are set going: not by a VMM that waits for a guest, nor if `pause` was called by then ...
+ *     ... the vCPUs are set going: not by a VMM that waits for a guest, nor if `pause` was called
+ * by then ...
  *
  *     each vCPU's thread, for ever:
  *         vmmig_vcpu_enter(attach, i)              sleeps for a while, when the guest is throttled
@@ -30,45 +32,52 @@
  *
  *     vmmig_destroy(attach)
  *
- * A migration, as the VMM sees it: callbacks `pause`, `save`, then `quit`, or the agent kills the process,
- * since the guest runs elsewhere; or, when the migration is given up, `resume`. A VMM that was started to take a
- * guest in: `load`, then `resume`.
+ * A migration, as the VMM sees it: callbacks `pause`, `save`, then `quit`, or the agent kills the
+ * process, since the guest runs elsewhere; or, when the migration is given up, `resume`. A VMM that
+ * was started to take a guest in: `load`, then `resume`.
  *
- * Pause and resume belong to the agent from the moment that `pause` or `load` is called until `resume` or `release` is
- * called. In between the VMM must not run the guest for any reason of its own, or two copies of it may run. `release`
- * comes where `resume` would, for a guest that was paused before it was moved: it stands still, and is the VMM's again.
+ * Pause and resume belong to the agent from the moment that `pause` or `load` is called until
+ * `resume` or `release` is called. In between the VMM must not run the guest for any reason of its
+ * own, or two copies of it may run. `release` comes where `resume` would, for a guest that was
+ * paused before it was moved: it stands still, and is the VMM's again.
  *
- * Threads. vmmig_vcpu_enter and vmmig_vcpu_exit are called by the thread of that vCPU, vmmig_mark_dirty and
- * vmmig_set_state by any, the rest by one thread at a time. Callbacks come from threads of the library, each in a new
- * one, in which all signals are blocked: a thread that a callback makes has to unblock the signal of its kicks.
- * They come one at a time, but for `resume` and `release` after a timeout (below), and for `kick` and `log`, which may come
- * beside any.
- * They come until vmmig_destroy returns: `pause` must return then, too, as soon as no vCPU is in KVM_RUN, whatever ends
- * them. A callback may call vmmig_mark_dirty and vmmig_set_state, nothing else of the library.
+ * Threads. vmmig_vcpu_enter and vmmig_vcpu_exit are called by the thread of that vCPU,
+ * vmmig_mark_dirty and vmmig_set_state by any, the rest by one thread at a time. Callbacks come
+ * from threads of the library, each in a new one, in which all signals are blocked: a thread that a
+ * callback makes has to unblock the signal of its kicks. They come one at a time, but for `resume`
+ * and `release` after a timeout (below), and for `kick` and `log`, which may come beside any. They
+ * come until vmmig_destroy returns: `pause` must return then, too, as soon as no vCPU is in
+ * KVM_RUN, whatever ends them. A callback may call vmmig_mark_dirty and vmmig_set_state, nothing
+ * else of the library.
  *
- * Devices that write guest memory by themselves, in the kernel or in another process (vhost, vhost-user, VFIO), are not
- * told when a harvest is due: the VMM has to mark what they write, soon after they did, and the last of it in `pause`.
- * Memory that the VMM gives back to the host (a balloon, free page reporting, MADV_REMOVE, a hole that is punched) changes
- * without a vCPU's write: it is to be marked like a write of zeros.
+ * Devices that write guest memory by themselves, in the kernel or in another process (vhost,
+ * vhost-user, VFIO), are not told when a harvest is due: the VMM has to mark what they write, soon
+ * after they did, and the last of it in `pause`. Memory that the VMM gives back to the host (a
+ * balloon, free page reporting, MADV_REMOVE, a hole that is punched) changes without a vCPU's
+ * write: it is to be marked like a write of zeros.
  *
- * The dirty log of the slots that it was told of is the library's. A VMM that calls KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG
- * or KVM_RESET_DIRTY_RINGS for one of them, for its display, say, takes away what the library would have found: those pages
- * are lost. So it is with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, which vmmig_prepare_vm enables, or not, by itself.
+ * The dirty log of the slots that it was told of is the library's. A VMM that calls
+ * KVM_GET_DIRTY_LOG, KVM_CLEAR_DIRTY_LOG or KVM_RESET_DIRTY_RINGS for one of them, for its display,
+ * say, takes away what the library would have found: those pages are lost. So it is with
+ * KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, which vmmig_prepare_vm enables, or not, by itself.
  *
- * Errors. Functions return 0, or -1 and fill *error (if it is not NULL): an errno value and one line of text.
- * Callbacks return 0 or a negative errno value; the agent shows it and gives the migration up, the guest runs on. A
- * callback that does not return within VMMIG_CALLBACK_SECONDS is reported likewise. It is left alone: its
- * thread goes on, and `resume` or `release` may be called while it is still under way. A `pause` of a guest that ran, if it
- * fails, or when it comes back so late, is taken back by `resume`; a `save` that comes back late is ignored. A `release` that
+ * Errors. Functions return 0, or -1 and fill *error (if it is not NULL): an errno value and one
+ * line of text. Callbacks return 0 or a negative errno value; the agent shows it and gives the
+ * migration up, the guest runs on. A callback that does not return within VMMIG_CALLBACK_SECONDS is
+ * reported likewise. It is left alone: its thread goes on, and `resume` or `release` may be called
+ * while it is still under way. A `pause` of a guest that ran, if it fails, or when it comes back so
+ * late, is taken back by `resume`; a `save` that comes back late is ignored. A `release` that
  * failed is called again.
  *
- * An agent that dies leaves the VMM as it is: tracking and throttling end; a guest that the agent had paused stays
- * paused, since the agent's journal knows whether it runs elsewhere by now. The next agent resumes or kills it.
+ * An agent that dies leaves the VMM as it is: tracking and throttling end; a guest that the agent
+ * had paused stays paused, since the agent's journal knows whether it runs elsewhere by now. The
+ * next agent resumes or kills it.
  *
  * Units: bytes and guest physical addresses. Guest pages are 4 KiB whatever the memory behind them.
  *
- * Security. The socket is made with mode 0600; a peer must be root, the VMM's own user, or config.agent_uid. What
- * an agent sends is checked. The library seals the memfds against shrinking (F_SEAL_SHRINK).
+ * Security. The socket is made with mode 0600; a peer must be root, the VMM's own user, or
+ * config.agent_uid. What an agent sends is checked. The library seals the memfds against shrinking
+ * (F_SEAL_SHRINK).
  */
 #ifndef VMMIG_ATTACH_H
 #define VMMIG_ATTACH_H
@@ -147,9 +156,9 @@ struct vmmig_callbacks {
      */
     int (*resume)(void *arg);
     /*
-     * Optional. The guest, which stands, is the VMM's again: after `pause` or `load`, instead of `resume`. Whether it
-     * is to run is for the VMM to decide, as it was before; it may call vmmig_set_state. If it fails the guest stays the
-     * agent's, which asks again.
+     * Optional. The guest, which stands, is the VMM's again: after `pause` or `load`, instead of
+     * `resume`. Whether it is to run is for the VMM to decide, as it was before; it may call
+     * vmmig_set_state. If it fails the guest stays the agent's, which asks again.
      */
     int (*release)(void *arg);
     /*
@@ -186,9 +195,10 @@ struct vmmig_config {
      */
     const char *machine;
     /*
-     * At first: VMMIG_RUNNING if the VMM is about to set the guest going, VMMIG_INCOMING if it waits for one. An agent may
-     * pause a guest before it ever ran: of one that is RUNNING it knows that it is to go on at the end, and says `resume`.
-     * VMMIG_PAUSED, which 0 means too: the VMM's user is to set it going, by vmmig_set_state.
+     * At first: VMMIG_RUNNING if the VMM is about to set the guest going, VMMIG_INCOMING if it
+     * waits for one. An agent may pause a guest before it ever ran: of one that is RUNNING it knows
+     * that it is to go on at the end, and says `resume`. VMMIG_PAUSED, which 0 means too: the VMM's
+     * user is to set it going, by vmmig_set_state.
      */
     enum vmmig_run_state state;
     enum vmmig_tracking tracking; /* as vmmig_prepare_vm said */
@@ -210,11 +220,12 @@ struct vmmig_config {
     struct vmmig_callbacks callbacks;
     void *arg;                   /* of all callbacks */
     /*
-     * Templates: while the VMM waits for a guest, the library may put a private mapping of a template's file in place of
-     * the memory at `host` of a slot, the file descriptor of which the VMM then has no use for. So a clone begins at
-     * once, and shares with others what it does not write. Only for a VMM that reaches guest memory through `host`
-     * alone: not for one whose memfds others map (vhost-user), or that has huge pages. An agent that moves or
-     * snapshots such a guest reads its memory out of this process, for which it has to be root, or may trace it.
+     * Templates: while the VMM waits for a guest, the library may put a private mapping of a
+     * template's file in place of the memory at `host` of a slot, the file descriptor of which the
+     * VMM then has no use for. So a clone begins at once, and shares with others what it does not
+     * write. Only for a VMM that reaches guest memory through `host` alone: not for one whose
+     * memfds others map (vhost-user), or that has huge pages. An agent that moves or snapshots such
+     * a guest reads its memory out of this process, for which it has to be root, or may trace it.
      */
     bool takes_files;
     uint64_t state_bytes;        /* about how many `save` writes: they are part of the predicted pause. 0: few */
@@ -245,25 +256,27 @@ VMMIG_PUBLIC int vmmig_create(const struct vmmig_config *config, struct vmmig_at
 VMMIG_PUBLIC void vmmig_destroy(struct vmmig_attach *attach);
 
 /*
- * All of the guest's memory, now. What is not told is neither copied nor tracked: what else the guest has in memory
- * slots of KVM without a memfd (ROMs that it can write, flash, a display's memory) belongs into `save`.
+ * All of the guest's memory, now. What is not told is neither copied nor tracked: what else the
+ * guest has in memory slots of KVM without a memfd (ROMs that it can write, flash, a display's
+ * memory) belongs into `save`.
  *
- * May be called again: before KVM is told that memory goes, without that slot; after KVM was told that memory came; for
- * memory that moves, both. The order matters: to end tracking the library tells KVM each slot that it knows of once
- * more, and KVM would make a slot anew that is there no more. A migration that is under way is given up, at either end,
- * since what it knows is void.
+ * May be called again: before KVM is told that memory goes, without that slot; after KVM was told
+ * that memory came; for memory that moves, both. The order matters: to end tracking the library
+ * tells KVM each slot that it knows of once more, and KVM would make a slot anew that is there no
+ * more. A migration that is under way is given up, at either end, since what it knows is void.
  *
- * Slots that overlap, in the guest or in a memfd, are refused, as are those of KVM's second address space, and a memfd
- * that is too short, cannot be sealed, or is not what is mapped, shared, at `host`; until the next call the guest has no
- * memory that could be migrated then.
+ * Slots that overlap, in the guest or in a memfd, are refused, as are those of KVM's second address
+ * space, and a memfd that is too short, cannot be sealed, or is not what is mapped, shared, at
+ * `host`; until the next call the guest has no memory that could be migrated then.
  */
 VMMIG_PUBLIC int vmmig_set_slots(struct vmmig_attach *attach, const struct vmmig_slot *slots,
                                  unsigned n, struct vmmig_error *error);
 
 /*
- * What the guest does, when it changes by anything but a callback. detail: the VMM's own word for it, or NULL. While
- * the agent has the guest paused only VMMIG_BROKEN is taken, and all else is ignored without a word: a VMM that keeps to the
- * rule about `pause` and `load` above knows it. A guest that is BROKEN is not moved; a migration that is under way ends.
+ * What the guest does, when it changes by anything but a callback. detail: the VMM's own word for
+ * it, or NULL. While the agent has the guest paused only VMMIG_BROKEN is taken, and all else is
+ * ignored without a word: a VMM that keeps to the rule about `pause` and `load` above knows it. A
+ * guest that is BROKEN is not moved; a migration that is under way ends.
  */
 VMMIG_PUBLIC void vmmig_set_state(struct vmmig_attach *attach, enum vmmig_run_state state,
                                   const char *detail);
@@ -276,8 +289,9 @@ VMMIG_PUBLIC void vmmig_mark_dirty(struct vmmig_attach *attach, uint64_t guest_a
                                    uint64_t size);
 
 /*
- * Before each KVM_RUN in which the guest may run: not one with immediate_exit, to complete I/O for `pause`. Sleeps up to
- * 100 ms at a time when the agent throttles the guest, and then leaves it a part of the time, however late the thread wakes.
+ * Before each KVM_RUN in which the guest may run: not one with immediate_exit, to complete I/O for
+ * `pause`. Sleeps up to 100 ms at a time when the agent throttles the guest, and then leaves it a
+ * part of the time, however late the thread wakes.
  */
 VMMIG_PUBLIC void vmmig_vcpu_enter(struct vmmig_attach *attach, unsigned vcpu);
 /* After each such KVM_RUN, with kvm_run.exit_reason (or UINT32_MAX after an error). True: call KVM_RUN again. */

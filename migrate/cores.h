@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * cores: is it this host's cores that limit a migration? They do when none is idle and this agent is among those who
- * keep them busy. Compression would then take more of what is lacking.
+ * cores: is it this host's cores that limit a migration? They do when none is idle and this agent
+ * is among those who keep them busy. Compression would then take more of what is lacking.
  *
  *     struct cores_watch watch = {0};
  *     every few milliseconds:
  *         if (cores_are_full(&watch)) ...
  *
- * Judged anew every CORES_INTERVAL_MS; before the first time the answer is yes. A host that is full of others' work,
- * while this agent waits for a slow link, is not full in this sense. Where the kernel does not tell (no /proc/uptime) the
- * answer is no. One thread.
+ * Judged anew every CORES_INTERVAL_MS; before the first time the answer is yes. A host that is full
+ * of others' work, while this agent waits for a slow link, is not full in this sense. Where the
+ * kernel does not tell (no /proc/uptime) the answer is no. One thread.
  */
 #ifndef VMMIG_MIGRATE_CORES_H
 #define VMMIG_MIGRATE_CORES_H

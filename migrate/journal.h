@@ -15,11 +15,12 @@
  * on every call fails so, and the agent must exit; its restart reads the truth.
  *
  * Room. The file has its full size (JOURNAL_MAP_SIZE, allocated) from the first open, so that a
- * disk that fills up later does not take the journal with it; its first JOURNAL_WRITTEN_SIZE have been
- * written, so that a commit there waits for its own bytes alone. New attempts are refused with
- * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free, and so is a blob that grows.
- * journal_advance fits into the reserve: it does not write the blob again. journal_put of an attempt that exists does, for
- * which the free pages must lie together: it may find no room in a journal that is nearly full.
+ * disk that fills up later does not take the journal with it; its first JOURNAL_WRITTEN_SIZE have
+ * been written, so that a commit there waits for its own bytes alone. New attempts are refused with
+ * NO_SPACE when JOURNAL_RECORDS_MAX stand in the journal or less than a reserve is free, and so is
+ * a blob that grows. journal_advance fits into the reserve: it does not write the blob again.
+ * journal_put of an attempt that exists does, for which the free pages must lie together: it may
+ * find no room in a journal that is nearly full.
  *
  * Forgetting. A record whose hand-over is finished on both sides (DONE, and the two CLOSED) is
  * history: the oldest beyond JOURNAL_HISTORY_MAX are pruned when a new attempt is put. NEVER,
@@ -27,8 +28,9 @@
  * "Forgetting"); they lose their blob, and then take less than 450 bytes. Forgetting one is never
  * unsafe: the agent answers UNKNOWN, and on UNKNOWN nobody starts a copy that the peer might run.
  *
- * Order. Stamps are the wall clock's, but never older than those that stand in the journal already: when a clock that
- * was ahead is set right, what comes after is still newer, by a nanosecond each, until the time has caught up.
+ * Order. Stamps are the wall clock's, but never older than those that stand in the journal already:
+ * when a clock that was ahead is set right, what comes after is still newer, by a nanosecond each,
+ * until the time has caught up.
  *
  * A record read from disk is validated; one that is damaged is reported, never returned. Two agents
  * cannot open one journal (flock). Threads: any; calls exclude each other.
@@ -75,9 +77,10 @@ void journal_close(struct journal *j);
 DEFINE_CLEANUP(journal, struct journal *, journal_close)
 
 /*
- * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns, too, once. NO_SPACE for a
- * new attempt, or for a blob that is longer than before. USAGE if a field does not fit or the record is NONE; CONFLICT if the attempt exists with
- * the other role; CORRUPT if it exists and is damaged.
+ * Write the whole record with its blob, new or not. changed_ns is set by the call, started_ns, too,
+ * once. NO_SPACE for a new attempt, or for a blob that is longer than before. USAGE if a field does
+ * not fit or the record is NONE; CONFLICT if the attempt exists with the other role; CORRUPT if it
+ * exists and is damaged.
  */
 int journal_put(struct journal *j, const struct journal_record *record, struct vm_error **err);
 /*

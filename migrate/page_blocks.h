@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * page_blocks: memory of one size for batches on their way, used again and again. What malloc takes for
- * so much at a time are fresh pages of the kernel, which have to be cleared, faulted in and given back;
- * measured, that was a third of what sending guest memory out of a mapping cost.
+ * page_blocks: memory of one size for batches on their way, used again and again. What malloc takes
+ * for so much at a time are fresh pages of the kernel, which have to be cleared, faulted in and
+ * given back; measured, that was a third of what sending guest memory out of a mapping cost.
  *
- * A block is PAGE_BLOCK_SIZE bytes. No more than `keep`, at most PAGE_BLOCKS_KEPT, of them are kept; more are freed. The
- * set lives until its maker has left it and every block has come back. Threads: any.
+ * A block is PAGE_BLOCK_SIZE bytes. No more than `keep`, at most PAGE_BLOCKS_KEPT, of them are
+ * kept; more are freed. The set lives until its maker has left it and every block has come back.
+ * Threads: any.
  */
 #ifndef VMMIG_MIGRATE_PAGE_BLOCKS_H
 #define VMMIG_MIGRATE_PAGE_BLOCKS_H

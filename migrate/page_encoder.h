@@ -136,8 +136,8 @@ int page_encoder_encode(struct page_encoder *enc, const struct page_batch *batch
                         enum page_mode mode, struct encoded_batch *ret_out, struct vm_error **err);
 /*
  * What up to PAGE_PROBE_PAGES of the last batch's pages take in some mode; nothing comes of it but
- * the figures. Between encode and the end of the batch's and the encoded batch's memory. Pages go round from call to call
- * when `next` is true. `sample->pages` is 0 if there was nothing to encode.
+ * the figures. Between encode and the end of the batch's and the encoded batch's memory. Pages go
+ * round from call to call when `next` is true. `sample->pages` is 0 if there was nothing to encode.
  */
 void page_encoder_probe(struct page_encoder *enc, enum page_mode mode, bool next,
                         struct page_sample *ret_sample);

@@ -313,7 +313,8 @@ void policy_note_send(struct policy *p, uint64_t bytes, int64_t cpu_ns)
 
 /* ---- the link ---- */
 
-/* Bytes of a raw page for one in the present mode: a link that carries so much more is as good as one without a limit. */
+/* Bytes of a raw page for one in the present mode: a link that carries so much more is as good as
+ * one without a limit. */
 static double raw_share(const struct policy *p)
 {
     return p->modes[PAGE_MODE_RAW].bytes_per_page / p->modes[p->mode].bytes_per_page;

@@ -28,30 +28,34 @@
  * fast link as well as for pages that do not compress. While the link is what limits, it takes no
  * mode with more bytes.
  *
- * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then fewer pages a second are
- * acknowledged than before (or hardly more, for more bytes), it is taken back, and all modes that cost more than the
- * former one are barred for POLICY_BAR, each time twice as long.
+ * Proof. A prediction knows nothing of the other end. So a change of mode is on trial: if then
+ * fewer pages a second are acknowledged than before (or hardly more, for more bytes), it is taken
+ * back, and all modes that cost more than the former one are barred for POLICY_BAR, each time twice
+ * as long.
  *
- * Raw against the prediction. Where compression looks good because the link looks slow, raw is tried in truth now and
- * then: it may be the other end that is slow. Such trials are paid from a credit of POLICY_TRIAL_SHARE of the time
- * passed; so a short migration has none. It is cores that lack, and not the link, where no core of this host is idle or
- * workers wait for the other end, while the link would take these pages raw as fast as they come (POLICY_ROOM): then raw
- * is tried at once, and given up as soon as the link limits after all.
+ * Raw against the prediction. Where compression looks good because the link looks slow, raw is
+ * tried in truth now and then: it may be the other end that is slow. Such trials are paid from a
+ * credit of POLICY_TRIAL_SHARE of the time passed; so a short migration has none. It is cores that
+ * lack, and not the link, where no core of this host is idle or workers wait for the other end,
+ * while the link would take these pages raw as fast as they come (POLICY_ROOM): then raw is tried
+ * at once, and given up as soon as the link limits after all.
  *
- * Probes. What other modes would do is measured on a few pages of a batch that was encoded already, in the mode in use
- * and in the other, and nothing of it is sent: so a probe costs CPU time, at most POLICY_PROBE_SHARE of the workers' (and
- * POLICY_PROBE_CREDIT at the beginning), and no bytes; and both figures are of the same pages.
+ * Probes. What other modes would do is measured on a few pages of a batch that was encoded already,
+ * in the mode in use and in the other, and nothing of it is sent: so a probe costs CPU time, at
+ * most POLICY_PROBE_SHARE of the workers' (and POLICY_PROBE_CREDIT at the beginning), and no bytes;
+ * and both figures are of the same pages.
  *
- * The link's rate is known only while the link is what limits: while workers wait for it, which is while they wait to be
- * allowed to send (blocked) and the link has something to carry. Who waits while it has not waits for the other end.
- * While hardly anybody waits for the link and pages are not lacking, it is faster than believed, and the estimate grows
- * step by step until somebody waits, or the mode changes, or raw pages would fit, or it is more than the link showed
- * while it carried something. Not so soon if the link was what limited before: then pages have come that compress better
- * or more slowly, and the link is still what was measured, unless more gets through than that (POLICY_LINK_SURPRISE) or
- * POLICY_LINK_TRUST has passed; to find out costs the bytes of a mode that is too light. While pages are lacking nothing
- * is learnt but a lower bound.
- * It begins with POLICY_LINK_INITIAL, or with what the user believes: with POLICY_LINK_FASTEST pages
- * go raw until the link shows its rate, which takes a few batches.
+ * The link's rate is known only while the link is what limits: while workers wait for it, which is
+ * while they wait to be allowed to send (blocked) and the link has something to carry. Who waits
+ * while it has not waits for the other end. While hardly anybody waits for the link and pages are
+ * not lacking, it is faster than believed, and the estimate grows step by step until somebody
+ * waits, or the mode changes, or raw pages would fit, or it is more than the link showed while it
+ * carried something. Not so soon if the link was what limited before: then pages have come that
+ * compress better or more slowly, and the link is still what was measured, unless more gets through
+ * than that (POLICY_LINK_SURPRISE) or POLICY_LINK_TRUST has passed; to find out costs the bytes of
+ * a mode that is too light. While pages are lacking nothing is learnt but a lower bound. It begins
+ * with POLICY_LINK_INITIAL, or with what the user believes: with POLICY_LINK_FASTEST pages go raw
+ * until the link shows its rate, which takes a few batches.
  *
  * Figures age: what lies in a guest's memory changes from one batch to the next, and those of a
  * mode that was not used or probed for POLICY_FRESH batches are of other pages. They are no reason

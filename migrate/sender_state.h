@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * sender_state: what the two halves of a sender share: its threads and life (sender.c), and its pilot
- * (sender_pilot.c). Nobody else includes it.
+ * sender_state: what the two halves of a sender share: its threads and life (sender.c), and its
+ * pilot (sender_pilot.c). Nobody else includes it.
  *
- * The pilot runs in sender_run's thread: it measures, tells the policy, judges when the guest is to be paused, pauses it,
- * and waits for the end of the VMM's stream. The driver's and the workers' threads only count for it.
+ * The pilot runs in sender_run's thread: it measures, tells the policy, judges when the guest is to
+ * be paused, pauses it, and waits for the end of the VMM's stream. The driver's and the workers'
+ * threads only count for it.
  */
 #ifndef VMMIG_MIGRATE_SENDER_STATE_H
 #define VMMIG_MIGRATE_SENDER_STATE_H

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * unpack: a protobuf message of bounded size. A few bytes on the wire may stand for a structure of a hundred: an array of
- * a million empty messages would take 70 times the memory of its packet. What a peer sends is unpacked with this.
+ * unpack: a protobuf message of bounded size. A few bytes on the wire may stand for a structure of
+ * a hundred: an array of a million empty messages would take 70 times the memory of its packet.
+ * What a peer sends is unpacked with this.
  *
  * The message is freed with protobuf_c_message_free_unpacked(m, NULL).
  */

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Disk images that are not raw: qemu-img says what they are, and a qemu-nbd that ends with the
- * connection serves them, read-only: also one that nobody spoke over. Reading them is repo/source_nbd.c's: so a command that only
- * hands the descriptor on needs no libnbd.
+ * connection serves them, read-only: also one that nobody spoke over. Reading them is
+ * repo/source_nbd.c's: so a command that only hands the descriptor on needs no libnbd.
  */
 #include "repo/source.h"
 

@@ -23,9 +23,10 @@
  *
  * store_run starts every operation of the batch, in no order, and waits for all. What is an answer
  * rather than a failure (no such object, a guard that does not hold, a sector that cannot be read)
- * is in `result`, and store_run still returns 0. If an operation fails, its result is STORE_FAILED and store_run returns -1 with
- * the error of the first that did; the results of the others are valid. A failed STORE_CREATE,
- * REMOVE or UPDATE may have happened: the caller reads back what matters.
+ * is in `result`, and store_run still returns 0. If an operation fails, its result is STORE_FAILED
+ * and store_run returns -1 with the error of the first that did; the results of the others are
+ * valid. A failed STORE_CREATE, REMOVE or UPDATE may have happened: the caller reads back what
+ * matters.
  *
  * Durability. When store_run returns, what it created, removed and updated survives a
  * crash of any client and, as far as the disks keep fsync's promise, of the host. Each operation is

@@ -462,8 +462,10 @@ static int open_folder(const struct repo_url *url, int flags, struct vm_error **
         return -1;
     cleanup_close int fd = open(url->path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0 && errno == ENOENT)
-        return error_set(err, VM_ERROR_NOT_FOUND, "there is no folder %s; \"vmmig repo init\" makes it, and a repository in it",
-                         url->path);
+        return error_set(
+            err, VM_ERROR_NOT_FOUND,
+            "there is no folder %s; \"vmmig repo init\" makes it, and a repository in it",
+            url->path);
     if (fd < 0)
         return error_errno(err, errno, "cannot open folder %s", url->path);
     if (create && check_is_empty(fd, url->path, err) < 0)

@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * clone: a running VM from a template, in a blink: its disks are qcow2 overlays upon the mounted
- * template's, its memory a private mapping of the mounted template's. One of a VMM that links libvmmig-attach has no disks: it gets its memory and a name.
+ * template's, its memory a private mapping of the mounted template's. One of a VMM that links
+ * libvmmig-attach has no disks: it gets its memory and a name.
  *
  *     clone_start(&params, &clone, &err)                the guest runs
  *     ... it becomes a VM of the agent's ...
- *     clone_tell(&params, &clone)                       it is thawed, and told its MAC addresses: may take 15 s
- *     clone_finish(&clone)
+ *     clone_tell(&params, &clone)                       it is thawed, and told its MAC addresses:
+ * may take 15 s clone_finish(&clone)
  *
  * The template's files are opened first, which leases it: from then on it may be deleted. Overlays
  * are DIR/NAME/diskN.qcow2, with the mount's path of the version (t:NAME@DIGEST) as their backing
@@ -15,8 +16,8 @@
  * than making; what a model refers to is looked at before it is used.
  *
  * Failure: nothing is left, neither process nor overlay nor lease. NOT_FOUND: no such template;
- * CONFLICT: DIR/NAME is there already; NO_SPACE: no room for the overlay; REFUSED: vmm/qemu_clone.h,
- * vmm/attach_clone.h, or a disk that was not saved. Threads: any.
+ * CONFLICT: DIR/NAME is there already; NO_SPACE: no room for the overlay; REFUSED:
+ * vmm/qemu_clone.h, vmm/attach_clone.h, or a disk that was not saved. Threads: any.
  */
 #ifndef VMMIG_SNAPSHOT_CLONE_H
 #define VMMIG_SNAPSHOT_CLONE_H

@@ -102,8 +102,8 @@ static int listen_at(const char *path, uid_t user, struct vm_error **err)
 }
 
 /*
- * nbdkit takes a socket that listens if the environment says that it is for this very process, whose number nobody knows
- * before it is there: so a shell, which becomes nbdkit, says it.
+ * nbdkit takes a socket that listens if the environment says that it is for this very process,
+ * whose number nobody knows before it is there: so a shell, which becomes nbdkit, says it.
  */
 static int spawn_nbdkit(struct disk_target *t, int listener, int data, struct vm_error **err)
 {

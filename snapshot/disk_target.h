@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * disk_target: the far end of a disk that QEMU pushes: an nbdkit with our plugin listens at a socket for one client, and
- * what it is given arrives here and goes into an image's file.
+ * disk_target: the far end of a disk that QEMU pushes: an nbdkit with our plugin listens at a
+ * socket for one client, and what it is given arrives here and goes into an image's file.
  *
- *     t = disk_target_create(&params, &err)              QEMU's NBD server listens at params.socket_path
+ *     t = disk_target_create(&params, &err)              QEMU's NBD server listens at
+ * params.socket_path
  *     ... QEMU writes, and disconnects ...
  *     disk_target_finish(t, deadline, cancel_fd, &err)   everything has arrived
  *     disk_target_destroy(t)                             always: nbdkit is gone
  *
- * If the image's writer fails, QEMU gets an I/O error; disk_target_error tells the cause. An nbdkit that dies is
- * an error of QEMU's job, and of finish. It dies with the agent.
+ * If the image's writer fails, QEMU gets an I/O error; disk_target_error tells the cause. An nbdkit
+ * that dies is an error of QEMU's job, and of finish. It dies with the agent.
  *
  * Memory: 1 MiB. Threads: one of its own; all calls from one.
  */

@@ -61,8 +61,8 @@ void guard_end(struct guard *g);
 DEFINE_CLEANUP(guard, struct guard *, guard_end)
 
 /*
- * Of that VMM, if there is a note of it: end its guard, if the VMM links libvmmig-attach; else, if the guard is dead, lift
- * its memory's protection. 0 if there is nothing to be done.
+ * Of that VMM, if there is a note of it: end its guard, if the VMM links libvmmig-attach; else, if
+ * the guard is dead, lift its memory's protection. 0 if there is nothing to be done.
  */
 int guard_settle_before(const char *note_path, const struct process_identity *process,
                         struct vm_error **err);

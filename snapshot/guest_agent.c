@@ -193,7 +193,8 @@ static int connect_to(int fd, const char *path, int64_t deadline, struct vm_erro
     return 0;
 }
 
-/* Who listens there? Another VM's socket, or a program's, is not talked to because a command line from elsewhere names it. */
+/* Who listens there? Another VM's socket, or a program's, is not talked to because a command line
+ * from elsewhere names it. */
 static int check_owner(int fd, const char *path, const struct process_identity *vmm, struct vm_error **err)
 {
     struct ucred owner;
@@ -204,7 +205,8 @@ static int check_owner(int fd, const char *path, const struct process_identity *
     if (owner.pid == vmm->pid || (process_user(vmm->pid, &user, err) == 0 && user == owner.uid))
         return 0;
     error_clear(err);
-    return error_set(err, VM_ERROR_REFUSED, "%s is not the VM's own: process %d of user %u listens there", path, owner.pid,
+    return error_set(err, VM_ERROR_REFUSED,
+                     "%s is not the VM's own: process %d of user %u listens there", path, owner.pid,
                      owner.uid);
 }
 

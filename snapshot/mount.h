@@ -8,12 +8,13 @@
  *     mount_path(m, "t:debian12@0f..", "memory.raw", path)
  *     mount_bind(m, "/mnt/images", uid, &err)   the same tree at one more place, read-only
  *
- * A holder that is adopted gets the setup's cache-size and read-timeout. One that is adopted and whose fetchers are of another version of vmmig gets new ones
- * (MOUNT_REFRESH); the holder itself stays as it is until nobody uses the mount. A dead holder
- * leaves an unusable mount point, which is replaced; guests that mapped it have died with it.
+ * A holder that is adopted gets the setup's cache-size and read-timeout. One that is adopted and
+ * whose fetchers are of another version of vmmig gets new ones (MOUNT_REFRESH); the holder itself
+ * stays as it is until nobody uses the mount. A dead holder leaves an unusable mount point, which
+ * is replaced; guests that mapped it have died with it.
  *
- * The holder is nobody's child, in a session and, where the configuration names cgroups, a cgroup of
- * its own, so that the end of the agent's service does not take it along. Threads: any.
+ * The holder is nobody's child, in a session and, where the configuration names cgroups, a cgroup
+ * of its own, so that the end of the agent's service does not take it along. Threads: any.
  */
 #ifndef VMMIG_SNAPSHOT_MOUNT_H
 #define VMMIG_SNAPSHOT_MOUNT_H

@@ -79,8 +79,8 @@ static int wait_answer(struct qemu_nbd *q, int64_t cookie, const char *what, str
 /* ---- starting ---- */
 
 /*
- * A socket that listens, and our connection to it, which waits there. Nobody else can be faster: its folder is ours alone,
- * and gone when it is connected.
+ * A socket that listens, and our connection to it, which waits there. Nobody else can be faster:
+ * its folder is ours alone, and gone when it is connected.
  */
 static int make_sockets(int *ret_listener, int *ret_ours, struct vm_error **err)
 {

@@ -135,7 +135,8 @@ struct restore *restore_open(struct repo *repo, const char *image, const char *h
     return NULL;
 }
 
-/* What is left is removed later; who waits for the restore's end, perhaps since Ceph is away, does not wait for that. */
+/* What is left is removed later; who waits for the restore's end, perhaps since Ceph is away, does
+ * not wait for that. */
 static const struct run_tool_limits removal = {RESTORE_REMOVE_S, -1};
 
 /* False: it stays. */
@@ -388,8 +389,8 @@ static int make_file(struct disk_making *m, const char *format, uint64_t size, s
 }
 
 /*
- * An image has an id only when it is there, and until then nobody could tell whose it is: so it is made under a name that
- * says so, and gets its own when its id is noted.
+ * An image has an id only when it is there, and until then nobody could tell whose it is: so it is
+ * made under a name that says so, and gets its own when its id is noted.
  */
 static int draft_image(struct disk_making *m, const char *draft, const char *format, uint64_t size,
                        struct vm_error **err)

@@ -1,41 +1,45 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * snapshot: a running VM as one image of a repository: disks and memory of the same instant, device state, and the
- * VM's definition (docs/snapshot-format.md). It is called VM@NAME.
+ * snapshot: a running VM as one image of a repository: disks and memory of the same instant, device
+ * state, and the VM's definition (docs/snapshot-format.md). It is called VM@NAME.
  *
- *     snapshot_take(&params, &report, &err)         the guest runs on; its pause is the switch alone
- *     snapshot_restore (snapshot/restore.h)         a VM from one
- *     snapshot_list, snapshot_prune (snapshot/chain.h)
+ *     snapshot_take(&params, &report, &err)         the guest runs on; its pause is the switch
+ * alone snapshot_restore (snapshot/restore.h)         a VM from one snapshot_list, snapshot_prune
+ * (snapshot/chain.h)
  *
- * How. Filters are put below the disks, the guest is paused, they take effect, QEMU write-protects memory and
- * lets the guest go on. Then memory comes through a migration stream and disks through an NBD server of ours
- * (snapshot/disk_target.h), while the guest runs. All of it becomes visible with one commit at the end.
+ * How. Filters are put below the disks, the guest is paused, they take effect, QEMU write-protects
+ * memory and lets the guest go on. Then memory comes through a migration stream and disks through
+ * an NBD server of ours (snapshot/disk_target.h), while the guest runs. All of it becomes visible
+ * with one commit at the end.
  *
- * Where QEMU cannot write-protect memory (no userfaultfd, or the guest is paused, and QEMU would let it run) memory is
- * copied before the instant, into a file without a name in scratch_dir, which must have room for all of it; file
- * systems are frozen for as long as that takes, if there is an agent in the guest, but for 20 s at most: then they are thawed,
- * and `note` says so; or the snapshot fails, if the agent was named. A paused guest stays paused, in
- * QEMU's run state `postmigrate`: it goes on with `cont`, but QEMU cannot give its memory away again before.
+ * Where QEMU cannot write-protect memory (no userfaultfd, or the guest is paused, and QEMU would
+ * let it run) memory is copied before the instant, into a file without a name in scratch_dir, which
+ * must have room for all of it; file systems are frozen for as long as that takes, if there is an
+ * agent in the guest, but for 20 s at most: then they are thawed, and `note` says so; or the
+ * snapshot fails, if the agent was named. A paused guest stays paused, in QEMU's run state
+ * `postmigrate`: it goes on with `cont`, but QEMU cannot give its memory away again before.
  *
  * VMMs that link libvmmig-attach: snapshot/take_attach.h.
  *
- * Parent: the VM's newest snapshot. Memory is read whole, and shares what did not change. Of disks only what was
- * written since is read, if QEMU noted it since that very snapshot; else they are read whole and `note` says so.
+ * Parent: the VM's newest snapshot. Memory is read whole, and shares what did not change. Of disks
+ * only what was written since is read, if QEMU noted it since that very snapshot; else they are
+ * read whole and `note` says so.
  *
- * A clone that was never snapshotted: its parent is the template, and of disks only what lies in its overlays is read.
+ * A clone that was never snapshotted: its parent is the template, and of disks only what lies in
+ * its overlays is read.
  *
- * Failure, of whatever: the guest runs on, nothing is visible, nothing is left in QEMU. The first cause is reported: a
- * full repository, an nbdkit that died, a scratch file system without room. A failed or cancelled snapshot of memory is
- * read to its end, which takes seconds: QEMU 7.2, whose stream breaks off, leaves the memory write-protected.
- * Crash of the agent: nothing is visible, and the guest runs on at once, since the snapshot's guard
- * (snapshot/guard.h) outlives the agent.
+ * Failure, of whatever: the guest runs on, nothing is visible, nothing is left in QEMU. The first
+ * cause is reported: a full repository, an nbdkit that died, a scratch file system without room. A
+ * failed or cancelled snapshot of memory is read to its end, which takes seconds: QEMU 7.2, whose
+ * stream breaks off, leaves the memory write-protected. Crash of the agent: nothing is visible, and
+ * the guest runs on at once, since the snapshot's guard (snapshot/guard.h) outlives the agent.
  *
- * Refused by name: what cannot be moved (vmm/qemu_preflight.h), disks that QEMU cannot snapshot, memory that cannot
- * be told apart, a guest in `postmigrate`.
+ * Refused by name: what cannot be moved (vmm/qemu_preflight.h), disks that QEMU cannot snapshot,
+ * memory that cannot be told apart, a guest in `postmigrate`.
  *
- * Memory of the agent: what a writer of the repository takes (repo/repo.h), 24 MiB for the stream, 1 MiB per
- * disk. Device state is at most SNAPSHOT_STATE_MAX, and lies in a file without a name. Threads: any; one VM once at a time
- * (the caller's claim).
+ * Memory of the agent: what a writer of the repository takes (repo/repo.h), 24 MiB for the stream,
+ * 1 MiB per disk. Device state is at most SNAPSHOT_STATE_MAX, and lies in a file without a name.
+ * Threads: any; one VM once at a time (the caller's claim).
  */
 #ifndef VMMIG_SNAPSHOT_SNAPSHOT_H
 #define VMMIG_SNAPSHOT_SNAPSHOT_H

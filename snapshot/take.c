@@ -307,8 +307,9 @@ static int open_image(struct take *t, struct vm_error **err)
 /* ---- the instant ---- */
 
 /*
- * What an earlier snapshot could not thaw is thawed first: what is frozen already cannot be frozen. A path of the command
- * line, which may be a snapshot's, is the VM's own; one that the user names may be anybody's.
+ * What an earlier snapshot could not thaw is thawed first: what is frozen already cannot be frozen.
+ * A path of the command line, which may be a snapshot's, is the VM's own; one that the user names
+ * may be anybody's.
  */
 static int freeze_through(struct take *t, const char *path, struct vm_error **err)
 {
@@ -412,8 +413,10 @@ static int limit_stillness(struct take *t, int64_t since_ns, struct vm_error **e
     if (!t->guest_agent || clock_mono_ns() < since_ns + STILL_NS)
         return 0;
     if (t->s.p->guest_agent)
-        return error_set(err, VM_ERROR_TIMEOUT, "file systems would stand still for longer than %d s, until memory is copied",
-                         (int)(STILL_NS / NSEC_PER_SEC));
+        return error_set(
+            err, VM_ERROR_TIMEOUT,
+            "file systems would stand still for longer than %d s, until memory is copied",
+            (int)(STILL_NS / NSEC_PER_SEC));
     thaw(t);
     t->s.vm.frozen = frozen_is_noted(t->frozen);
     t->s.report->frozen = 0;

@@ -147,8 +147,8 @@ static int copy_memory(struct take *t, struct vm_error **err)
 }
 
 /*
- * A callback of the VMM may fail once, or hang: the guest must not stand because of a snapshot. That the VMM died is for
- * its job to tell, not for this.
+ * A callback of the VMM may fail once, or hang: the guest must not stand because of a snapshot.
+ * That the VMM died is for its job to tell, not for this.
  */
 static int give_back(struct take *t, struct vm_error **err)
 {

@@ -94,7 +94,8 @@ extern const struct option cli_common_options[];
  */
 int cli_parse(int argc, char **argv, const struct cli_command **ret_command, struct cli *ret_cli,
               struct vm_error **err);
-/* A path of the user's as the agent is to be told it, allocated; NULL and errno. That of another host stays as it is. */
+/* A path of the user's as the agent is to be told it, allocated; NULL and errno. That of another
+ * host stays as it is. */
 char *cli_resolve(const struct cli *c, const char *path);
 void cli_print_usage(FILE *out);
 void cli_print_command_help(FILE *out, const struct cli_command *command);

@@ -229,8 +229,9 @@ static int ask_clone(const struct cli *c, const Vmmig__Control__Clone *m, struct
         return -1;
     for (bool asked = false;; asked = true) {
         struct vm_error *failed = NULL;
-        if (client_receive(client, VMMIG__CONTROL__TYPE__CLONES, client_deadline_ns(VMMIG__CONTROL__TYPE__CLONE), signals,
-                           ret_answer, &failed) == 0)
+        if (client_receive(client, VMMIG__CONTROL__TYPE__CLONES,
+                           client_deadline_ns(VMMIG__CONTROL__TYPE__CLONE), signals, ret_answer,
+                           &failed) == 0)
             return 0;
         if (failed->kind != VM_ERROR_CANCELLED || !was_interrupted(signals) || asked)
             return error_propagate(err, failed);

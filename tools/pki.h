@@ -4,18 +4,18 @@
  * `vmmig pki revoke DIR HOST`.
  *
  * DIR holds ca.crt and ca.key (the key that admits hosts to the cluster: keep it off the hosts),
- * and HOST.crt and HOST.key for each host; ca.crl, once a certificate was revoked. Keys are EC P-256, key files of mode 0600; DIR is made
- * with 0700. Every host's certificate serves both ends of a connection (EKU serverAuth and
- * clientAuth) and names HOST in its SAN, as an IP address if HOST is one.
+ * and HOST.crt and HOST.key for each host; ca.crl, once a certificate was revoked. Keys are EC
+ * P-256, key files of mode 0600; DIR is made with 0700. Every host's certificate serves both ends
+ * of a connection (EKU serverAuth and clientAuth) and names HOST in its SAN, as an IP address if
+ * HOST is one.
  *
  * A file that exists is never replaced unless asked: CONFLICT. Writes are durable, the key before
  * its certificate; a crash between the two leaves a key alone, which the next call with
  * `replace` (for a CA: removing the file by hand) gets past.
  *
- * Errors: USAGE (a host name that is none, days out of range), NOT_FOUND (no CA in DIR, no certificate
- * to revoke), CONFLICT, CORRUPT (a CA file that does not parse, or whose key is another's), and those
- * of the file system.
- * Threads: any.
+ * Errors: USAGE (a host name that is none, days out of range), NOT_FOUND (no CA in DIR, no
+ * certificate to revoke), CONFLICT, CORRUPT (a CA file that does not parse, or whose key is
+ * another's), and those of the file system. Threads: any.
  */
 #ifndef VMMIG_TOOLS_PKI_H
 #define VMMIG_TOOLS_PKI_H

@@ -100,7 +100,8 @@ enum attach_stands {
     ATTACH_STANDS_LOADED,   /* an agent's, which had it loaded; or the library is too old to say more */
 };
 int attach_query_stands(struct attach *a, enum attach_stands *ret_stands, struct vm_error **err);
-/* A guest that an agent has, and left so, goes on, or is its VMM's again if that had it stand. Nothing if there is none. */
+/* A guest that an agent has, and left so, goes on, or is its VMM's again if that had it stand.
+ * Nothing if there is none. */
 int attach_let_go(struct attach *a, struct vm_error **err);
 /*
  * The copy that guest_source_stop left complete is not the last thing that the guest is needed for: tracking

@@ -12,9 +12,9 @@
 #include <sys/un.h>
 
 /*
- * Longer than the library lets a callback of the VMM take. To switch a dirty log on or off took 7 ms for each GiB, and to
- * read it up to 12, where that protects pages anew, of which most are seldom dirty: ten times 7 for a machine that has
- * other things to do.
+ * Longer than the library lets a callback of the VMM take. To switch a dirty log on or off took 7
+ * ms for each GiB, and to read it up to 12, where that protects pages anew, of which most are
+ * seldom dirty: ten times 7 for a machine that has other things to do.
  */
 enum { REQUEST_TIMEOUT_MS = 15000, LOG_TIMEOUT_MS_PER_GIB = 70 };
 
@@ -65,7 +65,8 @@ static int receive_packet(int fd, int64_t deadline_ns, struct attach_answer *a,
     return attach_unpack(packet, (size_t)n, &a->message, err);
 }
 
-/* The answer that was asked for, or the VMM's error as ours: 1, it made sense, and the connection is as good as before. */
+/* The answer that was asked for, or the VMM's error as ours: 1, it made sense, and the connection
+ * is as good as before. */
 static int judge_answer(const struct attach_answer *a, unsigned expected, struct vm_error **err)
 {
     if (a->message.type == expected)
@@ -210,7 +211,9 @@ int attach_check_listener(int fd, pid_t pid, uid_t uid, struct vm_error **err)
     } else if (errno == EMFILE || errno == ENFILE) {
         return error_errno(err, errno, "cannot tell which process the VMM is");
     }
-    return error_set(err, VM_ERROR_REFUSED, "the process that listened here has ended, and %d is another's number now", pid);
+    return error_set(err, VM_ERROR_REFUSED,
+                     "the process that listened here has ended, and %d is another's number now",
+                     pid);
 }
 
 /* The process behind the socket, as the kernel knows it: that it still is that one is looked at last. */

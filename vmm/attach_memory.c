@@ -38,7 +38,8 @@ static int check_pages(int fd, const Vmmig__Attach__Slot *slot, struct vm_error 
         return error_errno(err, errno, "%s: its file cannot be examined", slot->name);
     uint64_t page = fs.f_type == HUGETLBFS_MAGIC ? (uint64_t)fs.f_bsize : GUEST_PAGE_SIZE;
     if (slot->page_size != page || slot->size % page || slot->memfd_offset % page)
-        return error_set(err, VM_ERROR_PROTOCOL, "%s: its memory has pages of %llu bytes, the VMM says %llu", slot->name,
+        return error_set(err, VM_ERROR_PROTOCOL,
+                         "%s: its memory has pages of %llu bytes, the VMM says %llu", slot->name,
                          (unsigned long long)page, (unsigned long long)slot->page_size);
     return 0;
 }

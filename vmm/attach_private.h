@@ -60,9 +60,10 @@ int attach_request(struct attach_client *c, unsigned type, const ProtobufCMessag
 int attach_order(struct attach_client *c, unsigned type, const ProtobufCMessage *message,
                  struct vm_error **err);
 /*
- * Is that pid, which the kernel tells of a connection's other end, still the process that listened? The number stays when
- * that process has ended, and somebody else's process may have it. REFUSED if not. Kernels before 6.5 say no more than
- * whose the process was: then (and with fd -1) it has to be that user's.
+ * Is that pid, which the kernel tells of a connection's other end, still the process that listened?
+ * The number stays when that process has ended, and somebody else's process may have it. REFUSED if
+ * not. Kernels before 6.5 say no more than whose the process was: then (and with fd -1) it has to
+ * be that user's.
  */
 int attach_check_listener(int fd, pid_t pid, uid_t uid, struct vm_error **err);
 /* How long an answer to such a request is waited for. */

@@ -1,16 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * attach_reader: the memory of another process, read by a process of its own. What lies behind a page there may be a
- * file system that does not answer: that of a template whose store is away, or one of a VMM that means harm. The kernel
- * lets nobody who reads such a page go, not even for a SIGKILL. So it is not the agent that reads it, but a child, which
- * is left to itself when the agent waits no longer; it ends when it can. The other process, and what it does to its
- * memory meanwhile, does not wait for it.
+ * attach_reader: the memory of another process, read by a process of its own. What lies behind a
+ * page there may be a file system that does not answer: that of a template whose store is away, or
+ * one of a VMM that means harm. The kernel lets nobody who reads such a page go, not even for a
+ * SIGKILL. So it is not the agent that reads it, but a child, which is left to itself when the
+ * agent waits no longer; it ends when it can. The other process, and what it does to its memory
+ * meanwhile, does not wait for it.
  *
- *     CLEANUP(attach_reader) struct attach_reader *r = attach_reader_create(pid, fd, &err);    of /proc/PID/mem
- *     attach_reader_read(r, stretches, n, out, cancel_fd, &err);
+ *     CLEANUP(attach_reader) struct attach_reader *r = attach_reader_create(pid, fd, &err);    of
+ * /proc/PID/mem attach_reader_read(r, stretches, n, out, cancel_fd, &err);
  *
- * Errors: VMM_DIED once the process is gone; CANCELLED; TIMEOUT after ATTACH_READER_LIMIT_MS without an answer. After
- * an error nothing more can be read. Threads: one at a time. Memory: ATTACH_READER_BYTES_MAX.
+ * Errors: VMM_DIED once the process is gone; CANCELLED; TIMEOUT after ATTACH_READER_LIMIT_MS
+ * without an answer. After an error nothing more can be read. Threads: one at a time. Memory:
+ * ATTACH_READER_BYTES_MAX.
  */
 #ifndef VMMIG_VMM_ATTACH_READER_H
 #define VMMIG_VMM_ATTACH_READER_H

@@ -538,8 +538,10 @@ static int begin(struct attach_source *s, const struct guest_source_params *p, s
         return -1;
     s->tracks = true;
     attach_client_pin(client, true);
-    /* In this order: slots that change from here on end the tracking. Before, the bitmap would be one that is no more. */
-    if (attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 || read_private(s, err) < 0)
+    /* In this order: slots that change from here on end the tracking. Before, the bitmap would be
+     * one that is no more. */
+    if (attach_memory_map(&s->memory, client, false, err) < 0 || match_regions(s, p, err) < 0 ||
+        read_private(s, err) < 0)
         return -1;
     s->progress.remaining = s->progress.total;
     /* Also a guest that stands already must be held, so that the VMM does not set it going. */

@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * attach_steering: how much of their time the vCPUs of a guest that is copied lose, so that the copy comes to an end. A
- * pure judge: it is told of each round that has ended, and answers.
+ * attach_steering: how much of their time the vCPUs of a guest that is copied lose, so that the
+ * copy comes to an end. A pure judge: it is told of each round that has ended, and answers.
  *
  *     struct attach_steering s = {.limit_ns = downtime limit};
  *     percent = attach_steer(&s, &round);
  *
- * A round counts against the guest when it left at least half as much dirty as it carried, and its pages took long to
- * transfer: a quarter of the limit or more, without the link's latency. What takes less is no obstacle to a pause within
- * the limit; and over a long idle link each round lasts a round trip, whatever the guest does. After two such
- * rounds one after the other vCPUs lose 20 % of their time, then 10 % more each time, up to ATTACH_THROTTLE_MAX.
+ * A round counts against the guest when it left at least half as much dirty as it carried, and its
+ * pages took long to transfer: a quarter of the limit or more, without the link's latency. What
+ * takes less is no obstacle to a pause within the limit; and over a long idle link each round lasts
+ * a round trip, whatever the guest does. After two such rounds one after the other vCPUs lose 20 %
+ * of their time, then 10 % more each time, up to ATTACH_THROTTLE_MAX.
  *
- * The latency is taken for two of the least round trips that were seen: one that a round needs at the least, and one for
- * the links whose round trips vary.
+ * The latency is taken for two of the least round trips that were seen: one that a round needs at
+ * the least, and one for the links whose round trips vary.
  */
 #ifndef VMMIG_VMM_ATTACH_STEERING_H
 #define VMMIG_VMM_ATTACH_STEERING_H

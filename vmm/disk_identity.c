@@ -182,7 +182,8 @@ static int write_nonce(int folder, const struct disk_offer *offer, struct vm_err
         openat(folder, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         return error_errno(err, errno,
-                           "cannot write a proof beside the image, as the agent has to (NFS: export it with no_root_squash; or "
+                           "cannot write a proof beside the image, as the agent has to (NFS: "
+                           "export it with no_root_squash; or "
                            "say --assume-shared)");
     uuid_format(&offer->secret, text);
     /* On NFS another host sees what was written once it was synced. */

@@ -78,9 +78,10 @@ struct guest_region {
     uint64_t file_offset;
     /*
      * Where the VMM itself has it, in process `process`; 0 if that is not known or may not be used.
-     * vmm/guest_memory.h writes through it before all else, and only while that process lives: `process_fd` is its
-     * pidfd, for its number may be another's one day. Of huge pages, whose file cannot be written, it is `base`, in this
-     * process (process_fd is -1): the kernel's word that there is no memory is an error then, and no signal.
+     * vmm/guest_memory.h writes through it before all else, and only while that process lives:
+     * `process_fd` is its pidfd, for its number may be another's one day. Of huge pages, whose file
+     * cannot be written, it is `base`, in this process (process_fd is -1): the kernel's word that
+     * there is no memory is an error then, and no signal.
      */
     uint64_t remote;
     int process, process_fd;
@@ -177,7 +178,8 @@ struct guest_ops {
      * copies it first. A page that changed is dirty again, and comes again.
      */
     bool mapped_source;
-    /* While it is a source the VMM may stop its guest without being told to (struct guest_source_progress: one_round). */
+    /* While it is a source the VMM may stop its guest without being told to (struct
+     * guest_source_progress: one_round). */
     bool pauses_by_itself;
     void (*destroy)(struct guest *g);
     int (*status)(struct guest *g, struct guest_status *ret_status, struct vm_error **err);
@@ -243,8 +245,8 @@ static inline int guest_resume(struct guest *g, struct vm_error **err)
 }
 
 /*
- * Monotonic: when its vCPUs last began to run, as the VMM says; its answers may come later, since then it has to do with
- * its guest. 0: it does not say.
+ * Monotonic: when its vCPUs last began to run, as the VMM says; its answers may come later, since
+ * then it has to do with its guest. 0: it does not say.
  */
 static inline int64_t guest_resumed_at_ns(struct guest *g)
 {
@@ -252,8 +254,8 @@ static inline int64_t guest_resumed_at_ns(struct guest *g)
 }
 
 /*
- * Instead of guest_resume, of a guest that is to stand: whoever manages the VMM may set it going, as he could before the
- * engine had it. Fine if he could already.
+ * Instead of guest_resume, of a guest that is to stand: whoever manages the VMM may set it going,
+ * as he could before the engine had it. Fine if he could already.
  */
 static inline int guest_release(struct guest *g, struct vm_error **err)
 {

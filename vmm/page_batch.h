@@ -51,8 +51,9 @@ struct page_batch {
 };
 
 /*
- * Every page that has contents, once, at room + its place in the batch * GUEST_PAGE_SIZE: through the batch's file if it
- * has one. What a guest writes meanwhile is then in all that is done with the page, or in nothing.
+ * Every page that has contents, once, at room + its place in the batch * GUEST_PAGE_SIZE: through
+ * the batch's file if it has one. What a guest writes meanwhile is then in all that is done with
+ * the page, or in nothing.
  */
 int page_batch_copy(const struct page_batch *batch, uint8_t *room, struct vm_error **err);
 

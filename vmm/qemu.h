@@ -10,26 +10,27 @@
  *
  * What the calls of guest.h do here, beyond what is said there:
  *
- * pause   `stop`. After it QEMU never starts the guest by itself, whatever becomes of a migration. A
- *         bandwidth limit of a running migration is lifted first: it must not lengthen the pause.
- * resume  `cont`, then the run state is read. REFUSED means that surely no vCPU ran; after TIMEOUT nobody
+ * pause   `stop`. After it QEMU never starts the guest by itself, whatever becomes of a migration.
+ * A bandwidth limit of a running migration is lifted first: it must not lengthen the pause. resume
+ * `cont`, then the run state is read. REFUSED means that surely no vCPU ran; after TIMEOUT nobody
  *         knows, and guest_status has to be asked again. A guest that is still INCOMING is refused,
  *         since QEMU would remember the `cont` and run at the end of loading.
- * source  Every capability of QEMU's migration is turned off but `events` and `auto-converge`, TLS too
- *         (the stream is local); all that is set is set back afterwards (vmm/qemu_settings.h). downtime-limit is 1 ms: with 0 QEMU 7.2 would
- *         never look at the dirty log again before the pause. So an idle guest may be paused by QEMU itself
- *         at the very end. `done` succeeds only at an end of file with migration status `completed`
- *         and run state `postmigrate`.
- *         While QEMU writes device state into a stream that nobody drains it answers nothing: progress
- *         and status may say TIMEOUT then.
- * sink    Capability `late-block-activate`; `stop` while inmigrate, so that loading never starts the guest.
- *         sink_regions has the regions in the order of the definition. `-incoming` begins with the first byte. When QEMU rejects
- *         what it loads it ends: VMM_DIED with the last line of its log.
+ * source  Every capability of QEMU's migration is turned off but `events` and `auto-converge`, TLS
+ * too (the stream is local); all that is set is set back afterwards (vmm/qemu_settings.h).
+ * downtime-limit is 1 ms: with 0 QEMU 7.2 would never look at the dirty log again before the pause.
+ * So an idle guest may be paused by QEMU itself at the very end. `done` succeeds only at an end of
+ * file with migration status `completed` and run state `postmigrate`. While QEMU writes device
+ * state into a stream that nobody drains it answers nothing: progress and status may say TIMEOUT
+ * then. sink    Capability `late-block-activate`; `stop` while inmigrate, so that loading never
+ * starts the guest. sink_regions has the regions in the order of the definition. `-incoming` begins
+ * with the first byte. When QEMU rejects what it loads it ends: VMM_DIED with the last line of its
+ * log.
  *
- * Charging. A page of guest memory is charged to the cgroup of whose mapping is touched first. Pages that the
- * agent writes through `base` or `file` would be the agent's. qemu_sink_populate has the kernel fault them in
- * through QEMU's own mapping (process_vm_readv), so that they are QEMU's; the engine calls it for pages
- * that it is about to write, also after it made a hole where they were. Pages of hugetlb are not charged to memory cgroups at all.
+ * Charging. A page of guest memory is charged to the cgroup of whose mapping is touched first.
+ * Pages that the agent writes through `base` or `file` would be the agent's. qemu_sink_populate has
+ * the kernel fault them in through QEMU's own mapping (process_vm_readv), so that they are QEMU's;
+ * the engine calls it for pages that it is about to write, also after it made a hole where they
+ * were. Pages of hugetlb are not charged to memory cgroups at all.
  *
  * Ownership: guest_unref(qemu_guest(q)) closes the connection and unmaps; QEMU runs on. Memfds of a
  * sink are QEMU's and the mapping's; the agent holds no descriptor of them.
@@ -97,9 +98,10 @@ struct qemu *qemu_sink_attach(const struct qemu_definition *definition, const ch
  */
 void qemu_sink_release(struct qemu *q);
 /*
- * Have the pages at `addrs` (vmm/page_batch.h; of mapped regions) present, charged to QEMU, before they
- * are written. Pages that are present already stay as they are, at about a tenth of the cost. Any thread. 0, or VMM_DIED, or SYSTEM when the kernel refuses
- * (then they are charged to the agent; writing them is possible nevertheless).
+ * Have the pages at `addrs` (vmm/page_batch.h; of mapped regions) present, charged to QEMU, before
+ * they are written. Pages that are present already stay as they are, at about a tenth of the cost.
+ * Any thread. 0, or VMM_DIED, or SYSTEM when the kernel refuses (then they are charged to the
+ * agent; writing them is possible nevertheless).
  */
 int qemu_sink_populate(struct qemu *q, const uint64_t *addrs, unsigned n, struct vm_error **err);
 

@@ -17,8 +17,9 @@
 
 bool qemu_address_may(void);
 /*
- * `process_fd`: QEMU's pidfd, which outlives the regions. Sets `remote` and `process` of each region that can be written so; the others stay as they are, and
- * the log says why. -1 only if QEMU does not answer.
+ * `process_fd`: QEMU's pidfd, which outlives the regions. Sets `remote` and `process` of each
+ * region that can be written so; the others stay as they are, and the log says why. -1 only if QEMU
+ * does not answer.
  */
 int qemu_address_find(struct qemu *q, int process_fd, struct guest_region *regions, unsigned n,
                       struct vm_error **err);

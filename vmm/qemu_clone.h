@@ -8,15 +8,16 @@
  *
  * The command line is the saved one with: every memory backend on its file, share=off; each disk a
  * qcow2 overlay; fresh -uuid, VM generation ID and MAC addresses; -name; paths of sockets and
- * output files of its own (vmm/qemu_own.h, also of what it connects to); NICs on taps by the names that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot
- * share it), and what cannot move (vmm/qemu_portable.h). USAGE: a name in `taps` that no NIC on a tap has.
+ * output files of its own (vmm/qemu_own.h, also of what it connects to); NICs on taps by the names
+ * that `taps` says. REFUSED by name: a tap that nobody gave another name (two VMs cannot share it),
+ * and what cannot move (vmm/qemu_portable.h). USAGE: a name in `taps` that no NIC on a tap has.
  *
- * USAGE: `memory` is not more than it has by a multiple of QEMU_CLONE_MEMORY_STEP. REFUSED: the command line does not
- * say that memory can be plugged in (-m ...,slots=N,maxmem=SIZE).
+ * USAGE: `memory` is not more than it has by a multiple of QEMU_CLONE_MEMORY_STEP. REFUSED: the
+ * command line does not say that memory can be plugged in (-m ...,slots=N,maxmem=SIZE).
  *
  * `notes` tells what the running guest does not notice of its new identity: a guest without a
- * vmgenid device is not told that it is a clone. Nor does it look at a NIC's MAC again before its driver starts anew:
- * `macs` says which the guest has, and which it is to take over.
+ * vmgenid device is not told that it is a clone. Nor does it look at a NIC's MAC again before its
+ * driver starts anew: `macs` says which the guest has, and which it is to take over.
  *
  * The state is loaded by QEMU itself from `state_fd` (a file), without a page; the guest runs when
  * it was running. Threads: any.

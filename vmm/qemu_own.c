@@ -64,7 +64,8 @@ static bool text_is_made(const struct qemu_option *o, const char *options)
     cleanup_qemu_props struct qemu_props p = {0};
     if (!strncmp(o->value, "file:", 5) || !strcmp(o->name, "vnc"))
         return true;
-    return !strncmp(o->value, "unix:", 5) && *options && qemu_props_parse(options + 1, NULL, &p, NULL) == 0 && is_listener(&p);
+    return !strncmp(o->value, "unix:", 5) && *options &&
+           qemu_props_parse(options + 1, NULL, &p, NULL) == 0 && is_listener(&p);
 }
 
 static int own_text(const struct qemu_own *own, struct qemu_argv *a, unsigned i, struct vm_error **err)

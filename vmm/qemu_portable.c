@@ -319,9 +319,9 @@ static bool is_word(const char *text, size_t n, const char *key)
 }
 
 /*
- * "unix:PATH,server=on", "socket,id=...,server": by default QEMU waits, before anything else, for somebody who connects.
- * The VM has had that somebody long ago, or was told not to wait: the next one does not. *ret: that text, allocated;
- * NULL if there is nothing to say of it.
+ * "unix:PATH,server=on", "socket,id=...,server": by default QEMU waits, before anything else, for
+ * somebody who connects. The VM has had that somebody long ago, or was told not to wait: the next
+ * one does not. *ret: that text, allocated; NULL if there is nothing to say of it.
  */
 static int without_waiting(const struct qemu_option *o, char **ret, struct vm_error **err)
 {

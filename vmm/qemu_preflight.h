@@ -59,10 +59,12 @@ struct qemu_host {
 };
 
 /*
- * Can this host take it? The binary is there, the accelerator is usable, memory (or huge pages) is free, every disk file exists, a disk that goes
- * through the page cache does not come from another host (REFUSED without assume_shared: what one host
- * has cached the other does not see), nobody listens where the VM's own sockets will be (qemu_sockets.h). Whether QEMU has the machine type it says itself when it is started for the
- * guest: to ask before would cost every migration the start of one QEMU more.
+ * Can this host take it? The binary is there, the accelerator is usable, memory (or huge pages) is
+ * free, every disk file exists, a disk that goes through the page cache does not come from another
+ * host (REFUSED without assume_shared: what one host has cached the other does not see), nobody
+ * listens where the VM's own sockets will be (qemu_sockets.h). Whether QEMU has the machine type it
+ * says itself when it is started for the guest: to ask before would cost every migration the start
+ * of one QEMU more.
  */
 int qemu_dest_check(const struct qemu_definition *d, const struct qemu_host *host,
                     struct vm_error **err);

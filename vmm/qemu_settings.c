@@ -46,9 +46,10 @@ static int write_note(struct qemu *q, struct vm_error **err)
     cleanup_free char *text = note ? json_dumps(note, JSON_COMPACT) : NULL;
     if (!text)
         return error_nomem(err);
-    json_t *args = q->settings_noted ? json_pack("{s:s, s:s, s:s}", "path", NOTE_PATH, "property", "data", "value", text)
-                                     : json_pack("{s:s, s:s, s:s}", "qom-type", "secret", "id", QEMU_SETTINGS_NOTE,
-                                                 "data", text);
+    json_t *args = q->settings_noted ? json_pack("{s:s, s:s, s:s}", "path", NOTE_PATH, "property",
+                                                 "data", "value", text)
+                                     : json_pack("{s:s, s:s, s:s}", "qom-type", "secret", "id",
+                                                 QEMU_SETTINGS_NOTE, "data", text);
     if (qemu_command(q, q->settings_noted ? "qom-set" : "object-add", args, NULL, err) < 0)
         return -1;
     q->settings_noted = true;

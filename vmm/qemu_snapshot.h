@@ -1,44 +1,54 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * qemu_snapshot: the writable disks of a running QEMU as they are at one instant, pushed out while the guest
- * runs on.
+ * qemu_snapshot: the writable disks of a running QEMU as they are at one instant, pushed out while
+ * the guest runs on.
  *
- *     s = qemu_snapshot_create(q, &definition, &err)        which disks; REFUSED by name if one cannot be taken
- *     qemu_snapshot_prepare(s, &params, &err)               filters and targets are made; the guest runs on
+ *     s = qemu_snapshot_create(q, &definition, &err)        which disks; REFUSED by name if one
+ * cannot be taken qemu_snapshot_prepare(s, &params, &err)               filters and targets are
+ * made; the guest runs on
  *     ... guest_source_start with .background, for memory: QEMU prepares to protect it ...
  *     qemu_snapshot_switch(s, &err)                         the guest stands: this is the instant
  *     ... qemu_source_go, or guest_resume: the guest runs on ...
  *     qemu_snapshot_push(s, &err)                           QEMU begins to write into the targets
- *     qemu_snapshot_wait(s, deadline, cancel_fd, &p, &err)  1: all is written, 0: the deadline passed
- *     qemu_snapshot_finish(s, committed, &err)              always: everything is taken out again, s is freed
- *     ... when it has failed: qemu_snapshot_relieve(s), then guest_source_stop, which may take long, then finish ...
+ *     qemu_snapshot_wait(s, deadline, cancel_fd, &p, &err)  1: all is written, 0: the deadline
+ * passed qemu_snapshot_finish(s, committed, &err)              always: everything is taken out
+ * again, s is freed
+ *     ... when it has failed: qemu_snapshot_relieve(s), then guest_source_stop, which may take
+ * long, then finish ...
  *
- * Where memory cannot be write-protected it is copied first, by an ordinary migration that ends with the guest paused:
+ * Where memory cannot be write-protected it is copied first, by an ordinary migration that ends
+ * with the guest paused:
  *
- *     qemu_snapshot_mark(s, &err)                           from here on a sweep would let the guest go on
+ *     qemu_snapshot_mark(s, &err)                           from here on a sweep would let the
+ * guest go on
  *     ... guest_source_start, guest_pause, done: the guest stands in `postmigrate` ...
- *     qemu_snapshot_switch_migrated(s, &params, &err)       disks are taken back, filters are made and put in
+ *     qemu_snapshot_switch_migrated(s, &params, &err)       disks are taken back, filters are made
+ * and put in
  *     ... guest_resume, push, wait, finish as above ...
  *
- * How. Below each disk's device comes a copy-before-write filter, whose old data goes to a file without a name
- * in `scratch_dir`. If that fails (no space), the filter gives up (on-cbw-error=break-snapshot): the snapshot
- * fails, the guest notices nothing. QEMU is the client of an NBD server (`nbd_sockets`), and never a server. It gets
- * there by a path through the folder of the socket, which it is given: when the server dies QEMU connects again, and that
- * path leads to nothing then. A QEMU that may not (LSMs, no /proc) is given a connection, and would connect to the number
- * of that descriptor again, whatever it has there by then (7.2): so targets are the first to go (qemu_snapshot_sweep.c).
+ * How. Below each disk's device comes a copy-before-write filter, whose old data goes to a file
+ * without a name in `scratch_dir`. If that fails (no space), the filter gives up
+ * (on-cbw-error=break-snapshot): the snapshot fails, the guest notices nothing. QEMU is the client
+ * of an NBD server (`nbd_sockets`), and never a server. It gets there by a path through the folder
+ * of the socket, which it is given: when the server dies QEMU connects again, and that path leads
+ * to nothing then. A QEMU that may not (LSMs, no /proc) is given a connection, and would connect to
+ * the number of that descriptor again, whatever it has there by then (7.2): so targets are the
+ * first to go (qemu_snapshot_sweep.c).
  *
- * Incremental. From the instant on a bitmap "PREFIX-NUMBER" (that of the disk in the definition) at each disk
- * notes what is written. When the snapshot was committed, the bitmaps of all others go, else this one's do. A later snapshot that names it as
- * `parent` reads what is noted. Bitmaps are lost when QEMU ends, or the guest moves: qemu_snapshot_has_bitmap.
+ * Incremental. From the instant on a bitmap "PREFIX-NUMBER" (that of the disk in the definition) at
+ * each disk notes what is written. When the snapshot was committed, the bitmaps of all others go,
+ * else this one's do. A later snapshot that names it as `parent` reads what is noted. Bitmaps are
+ * lost when QEMU ends, or the guest moves: qemu_snapshot_has_bitmap.
  *
- * Overlays. Of a disk whose image is one (`backing`) the caller may ask for what it has of its own (`layers`), if it has
- * the rest already.
+ * Overlays. Of a disk whose image is one (`backing`) the caller may ask for what it has of its own
+ * (`layers`), if it has the rest already.
  *
- * Crash of the agent: QEMU's jobs fail since their targets are gone, and filters stay. qemu_snapshot_sweep takes them
- * out, and lets a guest go on that was paused for the switch: called by who sees the agent die, and when a QEMU is
- * adopted.
+ * Crash of the agent: QEMU's jobs fail since their targets are gone, and filters stay.
+ * qemu_snapshot_sweep takes them out, and lets a guest go on that was paused for the switch: called
+ * by who sees the agent die, and when a QEMU is adopted.
  *
- * Names in QEMU: nodes, jobs, bitmaps and one object, all beginning with "vmmig-". Threads: one at a time.
+ * Names in QEMU: nodes, jobs, bitmaps and one object, all beginning with "vmmig-". Threads: one at
+ * a time.
  */
 #ifndef VMMIG_VMM_QEMU_SNAPSHOT_H
 #define VMMIG_VMM_QEMU_SNAPSHOT_H
@@ -119,7 +129,8 @@ int qemu_snapshot_can_protect(struct qemu *q, struct vm_error **err);
  */
 int qemu_snapshot_wait_former(struct qemu *q, int64_t deadline_ns, int cancel_fd,
                               struct vm_error **err);
-/* Take out what a snapshot that was cut short left behind, memory that stayed write-protected included. *ret_found: there was something. */
+/* Take out what a snapshot that was cut short left behind, memory that stayed write-protected
+ * included. *ret_found: there was something. */
 int qemu_snapshot_sweep(struct qemu *q, bool *ret_found, struct vm_error **err);
 /*
  * Before its guest may change hands: a sweep lets a guest that stands go on, and every new connection sweeps. So

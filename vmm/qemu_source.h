@@ -27,9 +27,9 @@
  *   - before memory_done, before any wait for memory, and when the socket gave nothing for
  *     QEMU_SOURCE_IDLE_MS.
  *
- * Bytes are gathered up to QEMU_SOURCE_BYTES_MAX and handed over then, or with all batches. So many at once (memory that
- * goes through the destination's loader) are not copied, if the callee knows held_bytes: they are of a slab that their
- * holder pins as a batch does.
+ * Bytes are gathered up to QEMU_SOURCE_BYTES_MAX and handed over then, or with all batches. So many
+ * at once (memory that goes through the destination's loader) are not copied, if the callee knows
+ * held_bytes: they are of a slab that their holder pins as a batch does.
  *
  * Order. Batches of a channel come in the order of the stream, `bytes` too. Nothing is said
  * about a batch and bytes relative to one another, except: memory_done comes after all batches

@@ -42,9 +42,9 @@ struct qmp_version {
 };
 
 /*
- * `event` is NULL, once and last, when the connection ends. `data` is borrowed; NULL if there is none. at_ns: when it was
- * (monotonic), as QEMU's stamp says, which is of the wall clock; one of the future, or of more than QMP_EVENT_AGE_MAX_NS
- * ago, is not believed: then it is now.
+ * `event` is NULL, once and last, when the connection ends. `data` is borrowed; NULL if there is
+ * none. at_ns: when it was (monotonic), as QEMU's stamp says, which is of the wall clock; one of
+ * the future, or of more than QMP_EVENT_AGE_MAX_NS ago, is not believed: then it is now.
  */
 typedef void qmp_event_fn(const char *event, json_t *data, int64_t at_ns, void *arg);
 

@@ -87,7 +87,8 @@ int main(void)
         for (int k = 0; k < 3; k++)
             best[k] = took[k] < best[k] ? took[k] : best[k];
     }
-    printf("{\"copied_and_hashed_s\": %.3f, \"copied_s\": %.3f, \"mapped_and_hashed_s\": %.3f, \"seen\": %d}\n", best[0],
-           best[1], best[2], seen != 0);
+    printf("{\"copied_and_hashed_s\": %.3f, \"copied_s\": %.3f, \"mapped_and_hashed_s\": %.3f, "
+           "\"seen\": %d}\n",
+           best[0], best[1], best[2], seen != 0);
     return 0;
 }

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * tracking: what dirty tracking costs. One driver, one size of guest memory; prints a JSON object. Used by
- * tests/bench/attach.py.
+ * tracking: what dirty tracking costs. One driver, one size of guest memory; prints a JSON object.
+ * Used by tests/bench/attach.py.
  *
  *     tracking bitmap|ring|plain GIB
  *
- * Times in milliseconds: start (switch logging on), first (read and clear everything after start), and for a share
- * of the pages written since: harvest (read the log: with what the vCPU's thread did for that while the guest wrote, since a
- * ring that is full is read there), clear (have them logged anew, 32 MiB at a time). slowdown: how
- * much longer the guest takes for rewriting 32 MiB when the log is read and cleared every 100 ms. Memory is sparse:
- * 256 MiB, mapped again and again, so that the pages need not all be there.
+ * Times in milliseconds: start (switch logging on), first (read and clear everything after start),
+ * and for a share of the pages written since: harvest (read the log: with what the vCPU's thread
+ * did for that while the guest wrote, since a ring that is full is read there), clear (have them
+ * logged anew, 32 MiB at a time). slowdown: how much longer the guest takes for rewriting 32 MiB
+ * when the log is read and cleared every 100 ms. Memory is sparse: 256 MiB, mapped again and again,
+ * so that the pages need not all be there.
  */
 #include "base/clock.h"
 #include "tests/unit/dirtylog/tiny_vm.h"

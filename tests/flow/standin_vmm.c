@@ -1,20 +1,22 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * standin_vmm: a VMM that links libvmmig-attach and runs no guest: its "vCPU" is a thread that writes memory and
- * marks what it wrote. So tests of the agent and the command need neither KVM nor a guest.
+ * standin_vmm: a VMM that links libvmmig-attach and runs no guest: its "vCPU" is a thread that
+ * writes memory and marks what it wrote. So tests of the agent and the command need neither KVM nor
+ * a guest.
  *
  *     standin_vmm --socket PATH [--memory MIB] [--rate MIB_PER_S] [--working MIB] [--machine TEXT]
  *                 [--incoming] [--by-hand] [--still] [--firmware] [--save-writes] [--hugetlb]
  *                 [--fail CALLBACK] [--hang CALLBACK]
  *
- * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a destination is
- * started. --still: the guest is paused, by the VMM itself.
- * --firmware: its memory is full of something from the start, also with --incoming. --save-writes: saving its state
- * writes to its memory, as some devices do. --hugetlb: memory of huge pages, of which the second half is never written.
- * Its state is a hash of all its memory, which `load` compares with what
- * arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has it tell its memory anew. SIGUSR2 is its
- * user's wish that the guest stand, or go on: it does unless an agent has it. A callback `pause-late` is `pause` that has
- * stopped the guest before it fails or hangs. SIGHUP: it breaks ("triple fault").
+ * --working: how much of the memory the writer goes round in. --by-hand: do not tell how a
+ * destination is started. --still: the guest is paused, by the VMM itself.
+ * --firmware: its memory is full of something from the start, also with --incoming. --save-writes:
+ * saving its state writes to its memory, as some devices do. --hugetlb: memory of huge pages, of
+ * which the second half is never written. Its state is a hash of all its memory, which `load`
+ * compares with what arrived: one page that is missing, stale or torn fails the load. SIGUSR1 has
+ * it tell its memory anew. SIGUSR2 is its user's wish that the guest stand, or go on: it does
+ * unless an agent has it. A callback `pause-late` is `pause` that has stopped the guest before it
+ * fails or hangs. SIGHUP: it breaks ("triple fault").
  */
 #include "dirtylog/vmmig-attach.h"
 

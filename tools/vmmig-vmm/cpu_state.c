@@ -210,8 +210,9 @@ static int load_msrs(const struct vcpu *v, const struct state *state)
 /* ---- A vCPU ---- */
 
 /*
- * To read the MP state has KVM carry out what is pending of INIT and SIPI: the vCPU is reset, or gets the registers of its
- * start. What was read before that would be of another vCPU than the MP state says.
+ * To read the MP state has KVM carry out what is pending of INIT and SIPI: the vCPU is reset, or
+ * gets the registers of its start. What was read before that would be of another vCPU than the MP
+ * state says.
  */
 static int save_vcpu(struct vmm *vmm, const struct vcpu *v, struct state *state)
 {

@@ -215,7 +215,8 @@ static int start(struct vmm *vmm)
     pthread_mutex_init(&vmm->lock, NULL);
     pthread_mutex_init(&vmm->vcpus.lock, NULL);
     pthread_cond_init(&vmm->vcpus.changed, NULL);
-    if (serial_open(&vmm->serial, o->serial) < 0 || events_open(&vmm->events, o->events) < 0 || memory_create(&vmm->memory, o) < 0)
+    if (serial_open(&vmm->serial, o->serial) < 0 || events_open(&vmm->events, o->events) < 0 ||
+        memory_create(&vmm->memory, o) < 0)
         return -1;
     if (o->tracking != VMMIG_TRACKING_TRACE && create_vm(vmm) < 0)
         return -1;

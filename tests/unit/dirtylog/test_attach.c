@@ -121,8 +121,12 @@ static void on_round(void *arg, unsigned round)
         assert_int_equal(guest_pause(attach_guest(e->from), NULL), 0);
 }
 
-static const struct guest_source_events events = {
-    .pages = on_pages, .settle = on_settle, .bytes = on_bytes, .memory_done = on_memory_done, .done = on_done, .round = on_round};
+static const struct guest_source_events events = {.pages = on_pages,
+                                                  .settle = on_settle,
+                                                  .bytes = on_bytes,
+                                                  .memory_done = on_memory_done,
+                                                  .done = on_done,
+                                                  .round = on_round};
 
 static void engine_begin(struct engine *e, const struct toy_params *params)
 {
@@ -348,7 +352,8 @@ static void what_was_a_hole_is_looked_at_again(void **state)
     close(r.fd);
 }
 
-/* Of huge pages the kernel does not say where the holes are: a piece is read, which fills none. (It is a usual file here.) */
+/* Of huge pages the kernel does not say where the holes are: a piece is read, which fills none. (It
+ * is a usual file here.) */
 static void holes_of_huge_pages_are_found_by_reading(void **state)
 {
     enum { HUGE = 512, PAGES = 4 * HUGE, DATA = HUGE + 77, FILLED = 2 * HUGE + 5 };

@@ -165,7 +165,8 @@ static void a_release_that_failed_is_said_again(void **state)
     toy_vmm_destroy(v);
 }
 
-/* Whether it took the guest back is known when it returns; asked before, the library says so, and asks no second time. */
+/* Whether it took the guest back is known when it returns; asked before, the library says so, and
+ * asks no second time. */
 static void a_release_that_hangs_is_waited_for(void **state)
 {
     for (int fails = 0; fails < 2; fails++) {

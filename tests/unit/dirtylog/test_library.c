@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* libvmmig-attach against VMMs that get something wrong: their slots, their configuration, their socket. No KVM needed. */
+/* libvmmig-attach against VMMs that get something wrong: their slots, their configuration, their
+ * socket. No KVM needed. */
 #include "tests/unit/dirtylog/library_fixture.h"
 
 #include <errno.h>

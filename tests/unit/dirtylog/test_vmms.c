@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The attach driver against VMMs that die, are others than they should be, or say what makes no sense. No KVM needed. */
+/* The attach driver against VMMs that die, are others than they should be, or say what makes no
+ * sense. No KVM needed. */
 #include "tests/unit/dirtylog/library_fixture.h"
 #include "vmm/attach_private.h"
 
@@ -265,7 +266,8 @@ static bool kernel_has_peerpidfd(void)
     return has;
 }
 
-/* Who listened has ended, and a process that never heard of it has its number: nothing would be right about that VMM. */
+/* Who listened has ended, and a process that never heard of it has its number: nothing would be
+ * right about that VMM. */
 static void a_number_that_is_anothers_now_is_no_vmm(void **state)
 {
     enum { OTHER = 65534 };
@@ -287,7 +289,8 @@ static void a_number_that_is_anothers_now_is_no_vmm(void **state)
         assert_int_equal(pid, number);
         assert_null(attach_connect(address.sun_path, 5000, &err));
         assert_int_equal(err->kind, VM_ERROR_REFUSED);
-        snprintf(expected, sizeof(expected), "%s: the process that listened here has ended, and %d is another's number now",
+        snprintf(expected, sizeof(expected),
+                 "%s: the process that listened here has ended, and %d is another's number now",
                  address.sun_path, number);
         assert_string_equal(error_message(err), expected);
         error_clear(&err);

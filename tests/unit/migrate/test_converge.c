@@ -73,7 +73,8 @@ static void refinement_is_worth_its_time_only(void **state)
     assert_true(o.seconds < 10 * 1.11 + 0.2);
 }
 
-/* All that it works on is within the limit after the first pass; two rounds, a sixth of the time, leave little of it. */
+/* All that it works on is within the limit after the first pass; two rounds, a sixth of the time,
+ * leave little of it. */
 static void a_fast_link_is_worth_some_rounds(void **state)
 {
     (void)state;
@@ -144,7 +145,10 @@ static void a_cheap_round_empties_what_is_on_the_way(void **state)
     (void)state;
     for (int cheap = 0; cheap < 2; cheap++) {
         struct converge c;
-        struct converge_input in = {.now_ns = NSEC_PER_SEC, .round = 2, .drain_rate = 1 << 30, .in_flight_ns = 3 * NSEC_PER_MSEC};
+        struct converge_input in = {.now_ns = NSEC_PER_SEC,
+                                    .round = 2,
+                                    .drain_rate = 1 << 30,
+                                    .in_flight_ns = 3 * NSEC_PER_MSEC};
         converge_init(&c, 300 * NSEC_PER_MSEC, cheap, 0);
         assert_int_equal(converge_judge(&c, &in), cheap ? CONVERGE_CONTINUE : CONVERGE_PAUSE);
         in.in_flight_ns = NSEC_PER_MSEC / 2;

@@ -463,8 +463,8 @@ static void copy_with(enum policy_compress compress)
 }
 
 /*
- * A driver that asks before a round has all of the former one arrive first: also what is with the channels, 20 ms' worth
- * at this rate, much longer than the comparison takes.
+ * A driver that asks before a round has all of the former one arrive first: also what is with the
+ * channels, 20 ms' worth at this rate, much longer than the comparison takes.
  */
 static void a_round_begins_when_the_former_one_has_arrived(void **state)
 {

@@ -46,19 +46,25 @@ static void it_is_named_where_it_goes(void **state)
         {"/a.img", "-blockdev", "driver=file,filename=/a.img,node-name=n,aio=native", "/b.img",
          "file,filename=/b.img,node-name=n,aio=native"},
         /* A file becomes an image in Ceph: in one word where it was one, else member by member. */
-        {"/a.img", "-drive", "file=/a.img,format=raw", "rbd:p/i:id=u", "file=rbd:p/i:id=u,format=raw"},
-        {"/a.img", "-blockdev", "driver=file,filename=/a.img,node-name=n,aio=native,cache.direct=on", "rbd:p/s/i:id=u:conf=/c",
+        {"/a.img", "-drive", "file=/a.img,format=raw", "rbd:p/i:id=u",
+         "file=rbd:p/i:id=u,format=raw"},
+        {"/a.img", "-blockdev",
+         "driver=file,filename=/a.img,node-name=n,aio=native,cache.direct=on",
+         "rbd:p/s/i:id=u:conf=/c",
          "rbd,node-name=n,cache.direct=on,pool=p,namespace=s,image=i,user=u,conf=/c"},
-        {"/a.img", "-blockdev", "driver=raw,node-name=n,file.driver=file,file.filename=/a.img,file.locking=off", "rbd:p/i",
+        {"/a.img", "-blockdev",
+         "driver=raw,node-name=n,file.driver=file,file.filename=/a.img,file.locking=off", "rbd:p/i",
          "raw,node-name=n,file.driver=rbd,file.pool=p,file.image=i"},
         {"/a.img", "-drive", "driver=qcow2,file.driver=file,file.filename=/a.img,id=d", "rbd:p/i",
          "driver=qcow2,file.driver=rbd,id=d,file.pool=p,file.image=i"},
         /* An image in Ceph becomes a file, or another image. */
-        {"rbd:p/i:conf=/c", "-drive", "file=rbd:p/i:conf=/c,format=raw", "/b.img", "file=/b.img,format=raw"},
+        {"rbd:p/i:conf=/c", "-drive", "file=rbd:p/i:conf=/c,format=raw", "/b.img",
+         "file=/b.img,format=raw"},
         {"json:{\"driver\": \"rbd\", \"pool\": \"p\", \"image\": \"i\"}", "-blockdev",
-         "driver=rbd,pool=p,image=i,conf=/c,user=u,server.0.host=h,node-name=n", "/b.img", "file,node-name=n,filename=/b.img"},
-        {"rbd:p/i", "-blockdev", "driver=raw,file.driver=rbd,file.pool=p,file.image=i,file.conf=/c", "rbd:q/j",
-         "raw,file.driver=rbd,file.pool=q,file.image=j"},
+         "driver=rbd,pool=p,image=i,conf=/c,user=u,server.0.host=h,node-name=n", "/b.img",
+         "file,node-name=n,filename=/b.img"},
+        {"rbd:p/i", "-blockdev", "driver=raw,file.driver=rbd,file.pool=p,file.image=i,file.conf=/c",
+         "rbd:q/j", "raw,file.driver=rbd,file.pool=q,file.image=j"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(*cases); i++) {
         cleanup_qemu_definition struct qemu_definition d = {0};

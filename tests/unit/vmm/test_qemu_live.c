@@ -56,7 +56,8 @@ static void test_spawn_failures(void **state)
     assert_error(&err, VM_ERROR_NOT_FOUND, "cannot enter the folder /nonexistent/folder");
     /* Another host's word is entered as the VMM's user, and does without. */
     char private[] = "/tmp/vmmig-test-cwd.XXXXXX", proc_path[64], there[64] = "";
-    char *none[] = {(char[]){"qemu"}, (char[]){"-machine"}, (char[]){"none"}, (char[]){"-display"}, (char[]){"none"}, NULL};
+    char *none[] = {(char[]){"qemu"},     (char[]){"-machine"}, (char[]){"none"},
+                    (char[]){"-display"}, (char[]){"none"},     NULL};
     assert_non_null(mkdtemp(private)); /* 0700 */
     assert_int_equal(chmod(live_dir, 0711), 0);
     launch.argv = none;
