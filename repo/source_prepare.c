@@ -63,16 +63,16 @@ static const char *last_line(char *text)
 }
 
 /*
- * Run `qemu-img VERB --output=json -U [EXTRA] [-f FORMAT] -- PATH`; its exit status, -1 with an
- * error.
+ * Run `qemu-img VERB --output=json OPTION... [-f FORMAT] -- PATH`; its exit status, -1 with an error.
+ * With -U also of a file that is in use.
  */
-static int run_tool(const char *verb, const char *extra, const char *path, const char *format,
+static int run_tool(const char *verb, const char *const *options, const char *path, const char *format,
                     struct buffer *out, struct vm_error **err)
 {
-    const char *words[12] = {"qemu-img", verb, "--output=json", "-U"};
-    size_t n = 4;
-    if (extra)
-        words[n++] = extra;
+    const char *words[12] = {"qemu-img", verb, "--output=json"};
+    size_t n = 3;
+    while (*options)
+        words[n++] = *options++;
     if (format) {
         words[n++] = "-f";
         words[n++] = format;
@@ -115,7 +115,7 @@ static int check_structure(const char *path, const char *format, struct vm_error
 {
     enum { CHECK_GOOD = 0, CHECK_LEAKS = 3, CHECK_UNSUPPORTED = 63 };
     cleanup_buffer struct buffer out = {.limit = INFO_MAX};
-    int status = run_tool("check", NULL, path, format, &out, err);
+    int status = run_tool("check", (const char *[]){"-U", NULL}, path, format, &out, err);
     if (status < 0)
         return -1;
     if (status == CHECK_GOOD || status == CHECK_LEAKS || status == CHECK_UNSUPPORTED)
@@ -165,7 +165,7 @@ static int check_chain(const char *path, const json_t *chain, struct vm_error **
 static int find_format(const char *path, const char *format, char **ret_format, struct vm_error **err)
 {
     cleanup_buffer struct buffer out = {.limit = INFO_MAX};
-    int status = run_tool("info", "--backing-chain", path, format, &out, err);
+    int status = run_tool("info", (const char *[]){"-U", "--backing-chain", NULL}, path, format, &out, err);
     if (status < 0)
         return -1;
     if (status)
@@ -177,6 +177,19 @@ static int find_format(const char *path, const char *format, char **ret_format, 
         result = check_chain(path, chain, err);
     json_decref(chain);
     return result;
+}
+
+/* qemu-nbd would say that to nobody. */
+static int check_is_free(const char *path, const char *format, struct vm_error **err)
+{
+    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
+    int status = run_tool("info", (const char *[]){NULL}, path, format, &out, err);
+    if (status < 0)
+        return -1;
+    if (status && strstr((char *)out.data, "lock"))
+        return error_set(err, VM_ERROR_CONFLICT,
+                         "%s is in use, by a running VM perhaps: `vmmig snapshot` keeps the disks of one", path);
+    return 0;
 }
 
 /* ---- serving ---- */
@@ -271,7 +284,7 @@ int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_
         format = found;
     }
     if (strcmp(format, "raw") != 0)
-        return serve(absolute, format, ret_fd, err);
+        return check_is_free(absolute, format, err) < 0 ? -1 : serve(absolute, format, ret_fd, err);
     int fd = open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return error_errno(err, errno, "cannot open %s", path);

@@ -60,6 +60,8 @@ static int ask(const struct cli *c, unsigned type, const ProtobufCMessage *reque
         for (size_t k = 0; !c->json && k < s->n_files; k++)
             printf("    %-28s %" PRIu64 "\n", s->files[k]->name, s->files[k]->size);
     }
+    if (!c->json && !list->n_snapshots && !list->left_out)
+        puts(word ? "nothing to delete" : "no snapshots");
     if (c->json)
         return cli_print_json(json_pack("{s:o, s:I}", "snapshots", json, "left_out", (json_int_t)list->left_out), err);
     json_decref(json);

@@ -169,7 +169,7 @@ def test_ctrl_c_cancels_a_clone_whose_memory_does_not_come(agent):
         agent.vmmig('debug', 'faults', '--arm', 'none')
         eventually('its QEMU', lambda: processes(agent, 'c1'))
         cloning.send_signal(signal.SIGINT)
-        out, _ = cloning.communicate(timeout=60)
+        out, _ = cloning.communicate(timeout=20)
         assert cloning.returncode == 14 and 'cancelled' in out.splitlines()[-1], out
     finally:
         for pid in fetchers:

@@ -240,6 +240,14 @@ def test_bad_input_leaves_nothing(way, raw, tmp_path):
     empty = tmp_path / 'empty'
     empty.touch()
     way.refuses(2, 'empty', 'image', 'import', empty, 'a')
+    used = tmp_path / 'used.qcow2'
+    subprocess.run(['qemu-img', 'create', '-q', '-f', 'qcow2', used, '1M'], check=True)
+    with subprocess.Popen(['qemu-io', used], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        owner.stdin.write(b'length\n')
+        owner.stdin.flush()
+        owner.stdout.readline()
+        way.refuses(4, 'is in use', 'image', 'import', used, 'a')
+        owner.stdin.close()
     for how in ('truncated', 'cut', 'looping'):
         way.refuses(12, 'broken.qcow2', 'image', 'import', broken_qcow2(tmp_path, raw, how), 'a')
     assert way.names() == ['taken']
