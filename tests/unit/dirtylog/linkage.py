@@ -65,7 +65,7 @@ def main():
                 program = os.path.join(folder, 'program')
                 run(compiler, '-x', language, f'-std={standard}', *flags, source, '-x', 'none', '-o', program, form,
                     f'-Wl,-rpath,{os.path.dirname(os.path.abspath(shared))}', '-lprotobuf-c', '-pthread')
-                assert 'callback is missing' in run(program)
+                assert re.search(r'config\.callbacks\.\w+ is missing', run(program))
 
 
 if __name__ == '__main__':
