@@ -53,12 +53,17 @@ static bool refine(struct converge *c, const struct converge_input *in)
     return true;
 }
 
+/*
+ * Is this about as good as it was at best? How much worse it may be doubles each time that patience is over: a round that
+ * was lucky once may never come again.
+ */
 static bool patience_is_over(const struct converge *c, const struct converge_input *in)
 {
     unsigned patience = in->throttle_percent >= FULL_THROTTLE_PERCENT ? PATIENCE_ROUNDS_THROTTLED
                                                                       : PATIENCE_ROUNDS;
-    return c->rounds_without_gain >= patience &&
-           c->predicted_ns <= c->best_predicted_ns + c->best_predicted_ns / 20;
+    unsigned times = c->rounds_without_gain / patience;
+    unsigned doublings = times < 20 ? times : 20; /* that far no two predictions are from each other */
+    return times && (double)c->predicted_ns <= (double)c->best_predicted_ns * (1 + 0.025 * (double)(1u << doublings));
 }
 
 static enum converge_verdict judge_round(struct converge *c, const struct converge_input *in)

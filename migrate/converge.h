@@ -19,7 +19,8 @@
  *     a short pause is worth more than a slightly shorter migration. The share is a tenth, and no round is begun for
  *     the last 5 ms; of a VMM whose rounds cost little beyond their pages it is a fifth, down to 1 ms.
  *   - the guest is throttled as far as the VMM goes, or many rounds brought nothing: then at the best
- *     local minimum, rather than never. The result says that the limit was not met.
+ *     local minimum, rather than never. Which rounds count as that is ever less strict: one that was
+ *     lucky may never come again. The result says that the limit was not met.
  *   - the engine is told by the user to pause now (not decided here).
  *
  * Times in nanoseconds, memory in bytes, rates in bytes a second. One thread.

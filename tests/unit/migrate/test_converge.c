@@ -120,6 +120,25 @@ static void what_never_converges_is_paused_at_its_best(void **state)
     assert_true(o.rounds < 20);
 }
 
+/* One round was lucky, and none is again: that is not waited for. */
+static void a_round_that_was_better_does_not_come_again(void **state)
+{
+    (void)state;
+    for (unsigned throttle = 0; throttle <= 99; throttle += 99) {
+        struct converge c;
+        struct converge_input in = {.drain_rate = 100000000, .throttle_percent = throttle};
+        enum converge_verdict verdict = CONVERGE_CONTINUE;
+        converge_init(&c, 20 * NSEC_PER_MSEC, true, 0);
+        for (in.round = 2; in.round < 1000 && verdict == CONVERGE_CONTINUE; in.round++) {
+            in.remaining = in.round == 3 ? 10000000 : 20000000;
+            in.now_ns += NSEC_PER_SEC / 5;
+            verdict = converge_judge(&c, &in);
+        }
+        assert_int_equal(verdict, CONVERGE_PAUSE_OVER);
+        assert_true(in.round < (throttle ? 40 : 300));
+    }
+}
+
 static void the_first_pass_is_never_interrupted(void **state)
 {
     (void)state;
@@ -166,6 +185,7 @@ int main(void)
         cmocka_unit_test(a_busy_guest_within_the_link_converges),
         cmocka_unit_test(a_guest_faster_than_the_link_needs_the_throttle),
         cmocka_unit_test(what_never_converges_is_paused_at_its_best),
+        cmocka_unit_test(a_round_that_was_better_does_not_come_again),
         cmocka_unit_test(the_first_pass_is_never_interrupted),
         cmocka_unit_test(an_unknown_rate_never_fits),
         cmocka_unit_test(a_cheap_round_empties_what_is_on_the_way),
