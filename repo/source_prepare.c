@@ -6,6 +6,7 @@
  */
 #include "repo/source.h"
 
+#include "base/activation.h"
 #include "base/bytes.h"
 
 #include <errno.h>
@@ -194,42 +195,22 @@ static int check_is_free(const char *path, const char *format, struct vm_error *
 
 /* ---- serving ---- */
 
-/*
- * A session of its own, so that Ctrl-C on the terminal does not reach it: who reads may outlive
- * who opened. The shell is there because LISTEN_PID has to name the process that becomes qemu-nbd.
- */
+/* Detached: who reads may outlive who opened. */
 static int spawn_server(const char *path, const char *format, int listener, int farewell,
                         struct vm_error **err)
 {
+    const int fds[] = {listener, farewell};
     cleanup_free char *option = NULL;
+    pid_t pid;
     if (asprintf(&option, "--format=%s", format) < 0)
         return error_nomem(err);
-    const char *words[] = {"sh", "-c", "LISTEN_FDS=1 LISTEN_PID=$$ exec qemu-nbd \"$@\"", "sh",
-                           "--read-only", option, "--", path, NULL};
-    char *argv[9];
-    memcpy(argv, words, sizeof(argv)); /* exec takes char *, and changes nothing */
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attributes;
-    pid_t pid;
-    posix_spawn_file_actions_init(&actions);
-    posix_spawnattr_init(&attributes);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSID);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
-    posix_spawn_file_actions_adddup2(&actions, 0, 1);
-    posix_spawn_file_actions_adddup2(&actions, 0, 2);
-    posix_spawn_file_actions_adddup2(&actions, listener, 3);
-    posix_spawn_file_actions_adddup2(&actions, farewell, 4);
-    int rc = posix_spawnp(&pid, argv[0], &actions, &attributes, argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    posix_spawnattr_destroy(&attributes);
-    return rc ? error_errno(err, rc, "cannot run qemu-nbd, which reads formats other than raw") : 0;
+    const char *argv[] = {"qemu-nbd", "--read-only", option, "--", path, NULL};
+    return activation_spawn(argv, fds, 2, true, &pid, err);
 }
 
-/* Not one of the numbers that dup2 makes in the child, which would leave it close-on-exec. */
 static int make_socket(void)
 {
-    cleanup_close int made = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    return made < 0 ? -1 : fcntl(made, F_DUPFD_CLOEXEC, 5);
+    return socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 }
 
 /*

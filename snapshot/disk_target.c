@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/disk_target.h"
 
+#include "base/activation.h"
 #include "base/fault.h"
 #include "base/io.h"
 #include "base/log.h"
@@ -12,7 +13,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,8 +22,6 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-enum { LISTENER_FD = 3, AGENT_FD = 4 }; /* of nbdkit's */
 
 struct disk_target {
     struct disk_target_params params;
@@ -101,50 +99,14 @@ static int listen_at(const char *path, uid_t user, struct vm_error **err)
     return steal_fd(&fd);
 }
 
-/*
- * nbdkit takes a socket that listens if the environment says that it is for this very process,
- * whose number nobody knows before it is there: so a shell, which becomes nbdkit, says it.
- */
 static int spawn_nbdkit(struct disk_target *t, int listener, int data, struct vm_error **err)
 {
-    extern char **environ;
-    char size[32], fd[16], plugin[4096];
-    snprintf(plugin, sizeof(plugin), "%s", t->params.plugin);
+    const int fds[] = {listener, data};
+    char size[32], fd[16];
     snprintf(size, sizeof(size), "size=%" PRIu64, t->params.size);
-    snprintf(fd, sizeof(fd), "fd=%d", AGENT_FD);
-    char shell[] = "sh", word[] = "-c", script[] = "LISTEN_PID=$$ LISTEN_FDS=1 exec nbdkit \"$@\"";
-    char name[] = "nbdkit", foreground[] = "-f", parent[] = "--exit-with-parent";
-    char *argv[] = {shell, word, script, name, foreground, parent, plugin, fd, size, NULL};
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attr;
-    sigset_t none;
-    sigemptyset(&none);
-    posix_spawn_file_actions_init(&actions);
-    posix_spawnattr_init(&attr);
-    posix_spawnattr_setsigmask(&attr, &none);
-    posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
-    /* Neither descriptor is one of these two (start). */
-    posix_spawn_file_actions_adddup2(&actions, listener, LISTENER_FD);
-    posix_spawn_file_actions_adddup2(&actions, data, AGENT_FD);
-    int rc = posix_spawnp(&t->nbdkit, shell, &actions, &attr, argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    posix_spawnattr_destroy(&attr);
-    if (!rc)
-        return 0;
-    t->nbdkit = 0;
-    return error_errno(err, rc, "cannot run nbdkit, which takes disks out of QEMU");
-}
-
-/* Above those that the child has. */
-static int move_up(int *fd, struct vm_error **err)
-{
-    int moved = fcntl(*fd, F_DUPFD_CLOEXEC, AGENT_FD + 1);
-    if (moved < 0)
-        return error_errno(err, errno, "cannot copy a descriptor");
-    close_fd(fd);
-    *fd = moved;
-    return 0;
+    snprintf(fd, sizeof(fd), "fd=%d", ACTIVATION_LISTENER + 1);
+    const char *argv[] = {"nbdkit", "-f", "--exit-with-parent", t->params.plugin, fd, size, NULL};
+    return activation_spawn(argv, fds, 2, false, &t->nbdkit, err);
 }
 
 static int start(struct disk_target *t, struct vm_error **err)
@@ -161,8 +123,7 @@ static int start(struct disk_target *t, struct vm_error **err)
     t->buffer = malloc(PUSH_WRITE_MAX);
     if (!t->buffer)
         return error_nomem(err);
-    if (t->over < 0 || move_up(&listener, err) < 0 || move_up(&plugins, err) < 0 ||
-        spawn_nbdkit(t, listener, plugins, err) < 0)
+    if (t->over < 0 || spawn_nbdkit(t, listener, plugins, err) < 0)
         return -1;
     int rc = pthread_create(&t->thread, NULL, receive_main, t);
     if (rc)

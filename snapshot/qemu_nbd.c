@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "snapshot/qemu_nbd.h"
 
+#include "base/activation.h"
 #include "base/clock.h"
 #include "base/io.h"
 
@@ -9,7 +10,6 @@
 #include <libnbd.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,8 +18,6 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-enum { LISTENER_FD = 3 }; /* of qemu-nbd's */
 
 struct qemu_nbd {
     char *path;
@@ -103,42 +101,16 @@ static int make_sockets(int *ret_listener, int *ret_ours, struct vm_error **err)
     return 0;
 }
 
-/*
- * qemu-nbd takes a socket that listens if the environment says that it is for this very process, whose number nobody
- * knows before it is there: so a shell, which becomes qemu-nbd, says it. It ends with its only client.
- */
+/* It ends with its only client. */
 static int spawn(struct qemu_nbd *q, const char *format, int listener, struct vm_error **err)
 {
-    extern char **environ;
     cleanup_free char *option = NULL;
     if (asprintf(&option, "--format=%s", format) < 0) {
         option = NULL;
         return error_nomem(err);
     }
-    char shell[] = "sh", word[] = "-c", script[] = "LISTEN_PID=$$ LISTEN_FDS=1 exec qemu-nbd \"$@\"";
-    char name[] = "qemu-nbd", discard[] = "--discard=unmap", end[] = "--";
-    char *argv[] = {shell, word, script, name, discard, option, end, q->path, NULL};
-    /* Above the child's, so that dup2 makes another one, which is not closed by exec. */
-    cleanup_close int high = fcntl(listener, F_DUPFD_CLOEXEC, LISTENER_FD + 1);
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attr;
-    sigset_t none;
-    if (high < 0)
-        return error_errno(err, errno, "cannot copy a descriptor");
-    sigemptyset(&none);
-    posix_spawn_file_actions_init(&actions);
-    posix_spawnattr_init(&attr);
-    posix_spawnattr_setsigmask(&attr, &none);
-    posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK);
-    posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDWR, 0);
-    posix_spawn_file_actions_adddup2(&actions, high, LISTENER_FD);
-    int rc = posix_spawnp(&q->pid, shell, &actions, &attr, argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    posix_spawnattr_destroy(&attr);
-    if (!rc)
-        return 0;
-    q->pid = 0;
-    return error_errno(err, rc, "cannot run qemu-nbd");
+    const char *argv[] = {"qemu-nbd", "--discard=unmap", option, "--", q->path, NULL};
+    return activation_spawn(argv, &listener, 1, false, &q->pid, err);
 }
 
 static int start(struct qemu_nbd *q, const char *format, struct vm_error **err)
