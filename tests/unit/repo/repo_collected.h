@@ -65,6 +65,18 @@ static inline void assert_image(const char *name, const uint8_t *want)
     assert_memory_equal(got, want, SIZE);
 }
 
+/* What a lease of one image's reads. */
+static inline void assert_lease(const struct lease *lease, const uint8_t *want)
+{
+    cleanup_error struct vm_error *err = NULL;
+    cleanup_free uint8_t *got = malloc(SIZE);
+    CLEANUP(file_reader)
+    struct file_reader *f = file_reader_create(repo_store(repo), &lease->image.files[0].root, SIZE, &err);
+    assert_ok(err);
+    assert_int_equal(file_reader_read(f, 0, got, SIZE, &err), 0);
+    assert_memory_equal(got, want, SIZE);
+}
+
 /* ---- a writer at work ---- */
 
 static inline struct image_file *begin(struct image_session **ret, const char *name,

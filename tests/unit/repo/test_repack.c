@@ -455,7 +455,7 @@ static void a_target_is_repacked_again(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
     static struct lease lease;
-    cleanup_free uint8_t *got = malloc(SIZE), *half = calloc(1, SIZE);
+    cleanup_free uint8_t *half = calloc(1, SIZE);
     for (size_t at = 0; at < SIZE; at += 2 * MIB)
         memcpy(half + at, content + at, MIB);
     store_image("a", content);
@@ -468,11 +468,7 @@ static void a_target_is_repacked_again(void **state)
     /* What the lease's forwardings name is half dead now. */
     assert_true(collect(&repack).repacked > 0);
     for (int i = 0; i < 2; i++) {
-        CLEANUP(file_reader)
-        struct file_reader *f =
-            file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
-        assert_int_equal(file_reader_read(f, 0, got, SIZE, &err), 0);
-        assert_memory_equal(got, half, SIZE);
+        assert_lease(&lease, half);
         collect(&plain);
     }
     catalogue_lease_drop(repo_store(repo), &lease, &err);
@@ -759,19 +755,14 @@ static void packs_are_not_dropped_for_what_is_quarantined(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
     static struct lease lease;
-    cleanup_free uint8_t *got = malloc(SIZE), *want = malloc(SIZE);
+    cleanup_free uint8_t *want = malloc(SIZE);
     leave_forwarded_packs(&lease);
     get_all(repo, "mixed", want, SIZE, &err);
     assert_ok(err);
     assert_int_equal(damage_a_target().images_touched, 1); /* the lease has the old places */
     for (int i = 0; i < 3; i++) {
         collect(&recompress);
-        CLEANUP(file_reader)
-        struct file_reader *f =
-            file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
-        file_reader_read(f, 0, got, SIZE, &err);
-        assert_ok(err);
-        assert_memory_equal(got, want, SIZE);
+        assert_lease(&lease, want);
     }
 }
 
@@ -815,7 +806,7 @@ static int quarantine_one(const char *name, void *arg, struct vm_error **err)
 static void a_collector_that_dies_behind_a_removal_leaves_no_list_open(void **state)
 {
     cleanup_error struct vm_error *err = NULL;
-    cleanup_free uint8_t *got = malloc(SIZE), *want = malloc(SIZE);
+    cleanup_free uint8_t *want = malloc(SIZE);
     static struct lease lease;
     struct collect_report report;
     struct condemned_state now;
@@ -835,12 +826,7 @@ static void a_collector_that_dies_behind_a_removal_leaves_no_list_open(void **st
     condemned_read_state(repo_store(repo), &now, &err);
     assert_ok(err);
     assert_false(now.is_open);
-    CLEANUP(file_reader)
-    struct file_reader *f =
-        file_reader_create(repo_store(repo), &lease.image.files[0].root, SIZE, &err);
-    file_reader_read(f, 0, got, SIZE, &err);
-    assert_ok(err);
-    assert_memory_equal(got, want, SIZE);
+    assert_lease(&lease, want);
 }
 
 static void a_forwarding_to_too_many_packs_is_not_set(void **state)
