@@ -162,35 +162,39 @@ static int check_chain(const char *path, const json_t *chain, struct vm_error **
     return 0;
 }
 
-/* The format of the file, with the checks of repo.h's image_import. `format`: what the user said, or NULL. */
+/* Of all files that the image consists of; `in_use`: although QEMU has one of them locked. */
+static int describe(const char *path, const char *format, bool in_use, struct buffer *out, struct vm_error **err)
+{
+    const char *options[] = {"--backing-chain", in_use ? "-U" : NULL, NULL};
+    return run_tool("info", options, path, format, out, err);
+}
+
+/*
+ * The format of the file, with the checks of repo.h's image_import. `format`: what the user said, or NULL. What is in use
+ * can be read if it is raw; of others qemu-nbd would fail, and say the reason to nobody.
+ */
 static int find_format(const char *path, const char *format, char **ret_format, struct vm_error **err)
 {
-    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
-    int status = run_tool("info", (const char *[]){"-U", "--backing-chain", NULL}, path, format, &out, err);
+    cleanup_buffer struct buffer locked = {.limit = INFO_MAX}, again = {.limit = INFO_MAX};
+    struct buffer *out = &locked;
+    int status = describe(path, format, false, out, err);
+    bool in_use = status > 0 && strstr((char *)out->data, "\" lock");
+    if (in_use)
+        status = describe(path, format, true, out = &again, err);
     if (status < 0)
         return -1;
     if (status)
         return error_set(err, VM_ERROR_CORRUPT, "%s cannot be read: %s", path,
-                         last_line((char *)out.data));
-    json_t *chain = json_loads((const char *)out.data, 0, NULL);
+                         last_line((char *)out->data));
+    json_t *chain = json_loads((const char *)out->data, 0, NULL);
     int result = take_format(path, format, json_array_get(chain, 0), ret_format, err);
     if (!result)
         result = check_chain(path, chain, err);
     json_decref(chain);
-    return result;
-}
-
-/* qemu-nbd would say that to nobody. */
-static int check_is_free(const char *path, const char *format, struct vm_error **err)
-{
-    cleanup_buffer struct buffer out = {.limit = INFO_MAX};
-    int status = run_tool("info", (const char *[]){NULL}, path, format, &out, err);
-    if (status < 0)
-        return -1;
-    if (status && strstr((char *)out.data, "lock"))
+    if (!result && in_use && strcmp(*ret_format, "raw") != 0)
         return error_set(err, VM_ERROR_CONFLICT,
                          "%s is in use, by a running VM perhaps: `vmmig snapshot` keeps the disks of one", path);
-    return 0;
+    return result;
 }
 
 /* ---- serving ---- */
@@ -265,7 +269,7 @@ int source_prepare(const char *path, const char *format, int *ret_fd, struct vm_
         format = found;
     }
     if (strcmp(format, "raw") != 0)
-        return check_is_free(absolute, format, err) < 0 ? -1 : serve(absolute, format, ret_fd, err);
+        return serve(absolute, format, ret_fd, err);
     int fd = open(absolute, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
     if (fd < 0)
         return error_errno(err, errno, "cannot open %s", path);
