@@ -205,17 +205,15 @@ static const struct option config_options[] = {
      .text = "This host's certificate"},
     {"key", "FILE", parse_path, MEMBER(key_file), .def = "/etc/vmmig/pki/host.key",
      .text = "Its private key. An agent without these three works for its own host alone; they are "
-             "read when they are "
-             "there, and again when they change"},
+             "read when they are there, and again when they change"},
     {"control-peer", "HOST", parse_peer, MEMBER(control_peers), .repeatable = true,
      .text = "Root of that host, as its certificate names it first, may drive this agent as root "
-             "of this one may, with "
-             "`vmmig --agent` there. Nobody else is obeyed over the network"},
+             "of this one may, with `vmmig --agent` there. Nobody else is obeyed over the network"},
     {"crl", "FILE", parse_path, MEMBER(crl_file),
      .text =
          "The authority's list of revoked certificates (`vmmig pki revoke` makes it): a peer that "
-         "is in it gets "
-         "nothing. It is read again when it changes. Every certificate counts if this is not set"},
+         "is in it gets nothing. It is read again when it changes. Every certificate counts if "
+         "this is not set"},
     {"insecure-plain", "yes|no", option_parse_flag, MEMBER(insecure_plain), .def = "no",
      .text = "Talk to peers in plain TCP, without certificates: whoever reaches the port can take "
              "and give VMs. For benchmarks and tests in networks that nobody else is in"},
@@ -239,11 +237,9 @@ static const struct option config_options[] = {
     {"vm-user", "USER", parse_user, MEMBER(vm_user), .def = "none",
      .text = "Whom VMs run as; none: the agent's own user. An agent that is root then takes no VM "
              "of another host and starts none out of the repository. That user must be able to "
-             "open the VMs' disks and "
-             "taps and /dev/kvm, and to make the sockets that their command lines name: "
-             "/run/vmmig/vms is a folder for "
-             "those. All VMs of a host run as the same user: one whose guest breaks out of its VMM "
-             "reaches the others'"},
+             "open the VMs' disks and taps and /dev/kvm, and to make the sockets that their "
+             "command lines name: /run/vmmig/vms is a folder for those. All VMs of a host run as "
+             "the same user: one whose guest breaks out of its VMM reaches the others'"},
     {"mount-dir", "DIR", parse_path, MEMBER(mount_dir), .def = "/run/vmmig/images",
      .text = "Where the repository's images appear as files, for clones. The same on all hosts "
              "between which clones move"},
@@ -289,8 +285,8 @@ static const struct option config_options[] = {
     {"peer-timeout", "MS", option_parse_u64, MEMBER(peer_timeout_ms), .min = 1000, .max = 86400000,
      .def = "60000", .unit = "ms",
      .text = "How long a lost peer is waited for before a migration in mid-copy is undone. The "
-             "destination waits 10 s "
-             "longer for a source of which nothing comes, also if it is connected"},
+             "destination waits 10 s longer for a source of which nothing comes, also if it is "
+             "connected"},
     {"log-level", "LEVEL", parse_log_level, MEMBER(log_level), .def = "info",
      .text = "error, warn, info or debug"},
     {NULL}};

@@ -49,8 +49,8 @@ static const struct cli_command commands[] = {
     {"doctor", "[NAME]", 0, 1, false, NULL, "which host owns each VM, and why",
      "Tell, for every VM that the agent or its journal knows, which host owns it, why, and what an "
      "operator can do; and whether this host's certificate is missing or about to expire. What is "
-     "undecided the agents settle as soon as they reach each other; run "
-     "it on both hosts to see both journals.",
+     "undecided the agents settle as soon as they reach each other; run it on both hosts to see "
+     "both journals.",
      run_doctor},
     {"debug faults", "", 0, 0, false, faults_options, "fault points of a test build",
      "List the points at which an agent that was built for tests (-Dfaults=true) can be made to "

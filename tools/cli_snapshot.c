@@ -187,9 +187,8 @@ static const struct option restore_options[] = {
      .text = "What the VM is to be called. As it was, if it is not given"},
     {"disk-dir", "DIR", option_parse_text, MEMBER(disk_dir),
      .text = "Where its disks go, as NAME-diskN.FORMAT (a raw one in Ceph: NAME-diskN): a folder, "
-             "or a pool of Ceph as "
-             "rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if it is not given and "
-             "the user of VMs may make files there"},
+             "or a pool of Ceph as rbd:POOL[/NAMESPACE][:id=USER][:conf=FILE]. Where they were, if "
+             "it is not given and the user of VMs may make files there"},
     {"paused", NULL, option_parse_flag, MEMBER(paused),
      .text = "Do not let it run yet: QEMU's command cont, in a monitor of your own, does"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},

@@ -293,10 +293,9 @@ static const struct option send_options[] = {
      .choices = "auto|none|lz4|zstd", .text = "auto measures what is fastest, page by page"},
     {"dest-qmp", "PATH", option_parse_text, MEMBER(dest_qmp),
      .text = "A QEMU that waits at the destination, started with -incoming defer, for a VM whose "
-             "command line "
-             "does not tell any more what it is, say after a live snapshot. It must have the VM's "
-             "devices and disks, "
-             "and is ended if the migration fails. Without it the agent there starts one"},
+             "command line does not tell any more what it is, say after a live snapshot. It must "
+             "have the VM's devices and disks, and is ended if the migration fails. Without it the "
+             "agent there starts one"},
     {"dest-socket", "PATH", option_parse_text, MEMBER(dest_socket),
      .text = "The same for a VMM that links libvmmig-attach: the socket of one that waits there"},
     {"assume-shared", NULL, option_parse_flag, MEMBER(assume_shared),
@@ -304,8 +303,7 @@ static const struct option send_options[] = {
              "they are not, the guest's data is destroyed"},
     {"check", NULL, option_parse_flag, MEMBER(check),
      .text = "Move nothing: find out whether it could be sent now, at both ends. The agent there "
-             "starts a VMM for it, and "
-             "ends it again"},
+             "starts a VMM for it, and ends it again"},
     {"background", NULL, option_parse_flag, MEMBER(background), .text = "Return when it has begun"},
     {NULL}};
 
@@ -324,9 +322,8 @@ static const struct cli_command commands[] = {
      "nothing else. Or from that of a VMM that links libvmmig-attach, in which @socket@ stands "
      "where its socket is named. The binary must be one that the agent's configuration lists. The "
      "VM outlives the agent. Relative paths are those of the current directory. Of its environment "
-     "it has PATH, HOME and "
-     "LANG only. A disk that is to be sent along must not go through the host's page cache: "
-     "cache=none.\n\n"
+     "it has PATH, HOME and LANG only. A disk that is to be sent along must not go through the "
+     "host's page cache: cache=none.\n\n"
      "    vmmig run web1 -- qemu-system-x86_64 -accel kvm -m 4G \\\n"
      "        -drive file=/srv/vms/web1.qcow2,if=virtio,cache=none\n\n"
      "    vmmig run web2 -- vmmig-vmm --attach @socket@ --kernel guest.bin",
@@ -347,20 +344,16 @@ static const struct cli_command commands[] = {
     {"send", "NAME --to HOST", 1, 1, false, send_options, "live-migrate a VM to another host",
      "Move a running VM to another host. The guest runs on while its memory is copied, stands for "
      "a moment, and runs there; if anything fails it runs on here. Its disks are on storage that "
-     "both hosts see under the "
-     "same name, and do not go through a host's page cache (cache=none). Its sockets are made "
-     "there under the same names, "
-     "by the `vm-user` of that agent, who has to be allowed to. The command follows the job "
-     "and prints a summary: total time, the guest's pause, bytes on the wire and saved, rounds, "
-     "throttling.\n\n"
+     "both hosts see under the same name, and do not go through a host's page cache (cache=none). "
+     "Its sockets are made there under the same names, by the `vm-user` of that agent, who has to "
+     "be allowed to. The command follows the job and prints a summary: total time, the guest's "
+     "pause, bytes on the wire and saved, rounds, throttling.\n\n"
      "The job belongs to the agent. The first Ctrl-C leaves it running and says so; a second one "
      "within three seconds cancels it.\n\n"
      "A VM that systemd would start again here, with Restart= of its unit, is refused: give the "
-     "unit Restart=no first. "
-     "One of libvirt's moves, and a note says so: undefine the domain here, and take it from a "
-     "cluster manager that would "
-     "miss it. Other supervisors, as a loop in a shell or a container's restart policy, are not "
-     "seen: end them.\n\n"
+     "unit Restart=no first. One of libvirt's moves, and a note says so: undefine the domain here, "
+     "and take it from a cluster manager that would miss it. Other supervisors, as a loop in a "
+     "shell or a container's restart policy, are not seen: end them.\n\n"
      "    vmmig send web1 --to host2 --downtime-limit 100",
      run_send},
     {"watch", "NAME", 1, 1, false, NULL, "follow a VM's job until it ends",
@@ -373,16 +366,15 @@ static const struct cli_command commands[] = {
      run_jobs},
     {"cancel", "NAME|JOB", 1, 1, false, NULL, "cancel the job of a VM, or of the repository",
      "Ask the job of a VM, or that of the repository with that id, to end early: a migration is "
-     "undone and the guest runs on at the "
-     "source. Once the source has committed itself only the destination decides, and the answer "
-     "is \"too late\". What there is of a clone that is being made is taken back.",
+     "undone and the guest runs on at the source. Once the source has committed itself only the "
+     "destination decides, and the answer is \"too late\". What there is of a clone that is being "
+     "made is taken back.",
      run_cancel},
     {"resolve", "NAME --here --i-fenced HOST|--gone", 1, 1, false, resolve_options,
      "decide a hand-over that is in doubt",
      "When a host dies in the instant of a hand-over, the other one may not know who owns the "
-     "guest, and leaves it paused. This command decides, and only you can know: make sure that "
-     "the other host is off first. Two copies of a VM on one disk destroy it. Status and doctor "
-     "say "
+     "guest, and leaves it paused. This command decides, and only you can know: make sure that the "
+     "other host is off first. Two copies of a VM on one disk destroy it. Status and doctor say "
      "which verdicts mean something.\n\n"
      "    vmmig resolve web1 --here --i-fenced host2\n\n"
      "Also for a VM that stands here after it was sent, when the journal's record of that is "

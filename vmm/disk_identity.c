@@ -183,8 +183,7 @@ static int write_nonce(int folder, const struct disk_offer *offer, struct vm_err
     if (fd < 0)
         return error_errno(err, errno,
                            "cannot write a proof beside the image, as the agent has to (NFS: "
-                           "export it with no_root_squash; or "
-                           "say --assume-shared)");
+                           "export it with no_root_squash; or say --assume-shared)");
     uuid_format(&offer->secret, text);
     /* On NFS another host sees what was written once it was synced. */
     if (write(fd, text, UUID_TEXT_SIZE - 1) == UUID_TEXT_SIZE - 1 && fsync(fd) == 0)
